@@ -1,0 +1,56 @@
+# `make help` lists the targets. Everything is installed into $(VENV), in the versions of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install -c constraints.txt
+PYTEST := $(BIN)/python -m pytest --durations=10
+METADATA := setup.cfg pyproject.toml constraints.txt
+READY_TO_RUN := $(VENV)/.installed-quickstart
+READY_TO_TEST := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-fast test-slow quality style
+.NOTPARALLEL:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+quickstart: $(READY_TO_RUN) ## set up, then run examples/quickstart.py (options: ARGS="...")
+	$(BIN)/python examples/quickstart.py $(ARGS)
+
+test: test-fast test-slow ## set up, then run every test: the fast ones first
+
+# Tests never reach for the Hub, and one thread keeps times and rounding comparable.
+test-fast test-slow: export HF_HUB_OFFLINE = 1
+test-fast test-slow: export OMP_NUM_THREADS = 1
+
+test-fast: $(READY_TO_TEST) ## run the tests not marked slow (options: ARGS="...")
+	$(PYTEST) -m "not slow" $(ARGS)
+
+# pytest's exit code 5 says that no test was selected.
+test-slow: $(READY_TO_TEST) ## run the tests marked slow (options: ARGS="...")
+	$(PYTEST) -m slow $(ARGS) || { code=$$?; test $$code -eq 5 || exit $$code; \
+		echo "No test is marked slow (pytest exit code 5): counted as passed."; }
+
+quality: $(READY_TO_TEST) ## check code and format
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+style: $(READY_TO_TEST) ## mend what ruff can mend, and format
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and \
+		f"The tested versions need Python 3.11 or newer, {sys.executable} is {v}: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(READY_TO_RUN): $(METADATA) | $(BIN)/python
+	$(INSTALL) -e ".[train,vision,plot]" easy-vqa
+	@touch $@
+
+$(READY_TO_TEST): $(METADATA) | $(BIN)/python
+	$(INSTALL) -e ".[dev]"
+	@touch $@

@@ -1,0 +1,169 @@
+"""`MoExtendConfig`: which base, which layers got new experts, how tokens reach them, and where images come from."""
+
+import copy
+
+from transformers import AutoConfig, PreTrainedConfig
+
+SCOPES = ("all", "modality")
+SELECTIONS = ("compete", "exclusive")
+CALIBRATIONS = ("all", "routed", "none")
+SELECT_FEATURES = ("patch", "full")
+
+
+class MoExtendConfig(PreTrainedConfig):
+    r"""
+    Everything needed to rebuild an adapter on an unchanged base.
+
+    Args:
+        base_model_name_or_path (`str`, *optional*): Hub id or folder of the base.
+        base_model_revision (`str`, *optional*): commit the adapter was made on.
+        base_fingerprint (`str`, *optional*): 1,024 base values at fixed places, float32, base64.
+        text_config (`PreTrainedConfig` or `dict`, *optional*): the base's whole config, unchanged.
+        encoder_name_or_path (`str`, *optional*): CLIP or SigLIP vision checkpoint; `None` for text only.
+        encoder_config (`PreTrainedConfig` or `dict`, *optional*): the encoder's vision config.
+        encoder_fingerprint (`str`, *optional*): like `base_fingerprint`.
+        encoder_select_layer (`int`): which hidden state of the encoder is projected (LLaVA-1.5: -2).
+        encoder_select_feature (`str`): `"patch"` drops the class token, `"full"` keeps it.
+        projector_hidden_act (`str`): activation between the projector's two linear layers.
+        image_token_id (`int`, *optional*): id standing for an image feature; may lie past the embedding.
+        extended_layers (`dict[int, list[int]]`): decoder layer index -> source expert of each new expert.
+        scope (`str`): tokens that may use new experts: `"all"`, or `"modality"` (from the first image token on).
+        selection (`str`): `"compete"` (one top-k over old and new rows, the paper) or `"exclusive"`.
+        calibration (`str`): `"all"` (the paper), `"routed"` or `"none"`.
+        calibration_hidden_size (`int`): inner width of the calibration.
+        routing_rule (`dict`, *optional*): the base family's routing rule, found when the experts were attached.
+
+    Raises:
+        ValueError: a value outside the allowed ones, or a combination without meaning.
+    """
+
+    model_type = "moextend"
+    sub_configs = {"text_config": AutoConfig, "encoder_config": AutoConfig}
+
+    def __init__(
+        self,
+        base_model_name_or_path=None,
+        base_model_revision=None,
+        base_fingerprint=None,
+        text_config=None,
+        encoder_name_or_path=None,
+        encoder_config=None,
+        encoder_fingerprint=None,
+        encoder_select_layer=-2,
+        encoder_select_feature="patch",
+        projector_hidden_act="gelu",
+        image_token_id=None,
+        extended_layers=None,
+        scope="all",
+        selection="compete",
+        calibration="all",
+        calibration_hidden_size=16,
+        routing_rule=None,
+        **kwargs,
+    ):
+        self.base_model_name_or_path = base_model_name_or_path
+        self.base_model_revision = base_model_revision
+        self.base_fingerprint = base_fingerprint
+        self.text_config = as_config(text_config)
+        self.encoder_name_or_path = encoder_name_or_path
+        self.encoder_config = as_config(encoder_config)
+        self.encoder_fingerprint = encoder_fingerprint
+        self.encoder_select_layer = encoder_select_layer
+        self.encoder_select_feature = encoder_select_feature
+        self.projector_hidden_act = projector_hidden_act
+        self.image_token_id = image_token_id
+        self.extended_layers = normalise_plan(extended_layers)
+        self.scope, self.selection, self.calibration = scope, selection, calibration
+        self.calibration_hidden_size = calibration_hidden_size
+        self.routing_rule = routing_rule
+        kwargs.setdefault("tie_word_embeddings", False)  # the base ties its own weights; nothing here is tied
+        super().__init__(**kwargs)
+        check_routing_choices(self)
+
+    @property
+    def num_image_tokens(self):
+        """Features (and so image tokens) one image gives; 0 without an encoder."""
+        if self.encoder_config is None:
+            return 0
+        patches = (self.encoder_config.image_size // self.encoder_config.patch_size) ** 2
+        return patches + (1 if self.encoder_select_feature == "full" and has_class_token(self.encoder_config) else 0)
+
+    def get_text_config(self, decoder=None, encoder=None):
+        """A view of `text_config`: trainers write to what they get here, and the base's own config must not change."""
+        if self.text_config is None:
+            return self
+        view = self.__dict__.get("_text_view")
+        if view is None:
+            view = self.__dict__["_text_view"] = copy.deepcopy(self.text_config)
+        return view
+
+    def to_dict(self):
+        """As JSON-ready `dict`: layer indices as strings, the view of `text_config` left out."""
+        view = self.__dict__.pop("_text_view", None)
+        try:
+            output = super().to_dict()
+        finally:
+            if view is not None:
+                self.__dict__["_text_view"] = view
+        output.pop("_text_view", None)
+        output["extended_layers"] = {str(layer): list(sources) for layer, sources in self.extended_layers.items()}
+        return output
+
+    def to_diff_dict(self):
+        """The whole config: an adapter must not depend on a later version's defaults."""
+        return self.to_dict()
+
+
+def as_config(config):
+    """A config object from a config object, a `dict` with `model_type`, or `None`."""
+    if isinstance(config, dict):
+        config = dict(config)
+        return AutoConfig.for_model(config.pop("model_type"), **config)
+    return config
+
+
+def has_class_token(encoder_config):
+    """CLIP prepends a class token to its patches, SigLIP does not."""
+    return "clip" in encoder_config.model_type and "siglip" not in encoder_config.model_type
+
+
+def normalise_plan(plan):
+    """`{layer: [source experts]}` with `int` keys in ascending order; JSON has only string keys.
+
+    Raises:
+        ValueError: a plan that is no mapping, a key or source that is no integer, or a layer without sources.
+    """
+    if plan is None:
+        return {}
+    if not hasattr(plan, "items"):
+        raise ValueError(f"extended_layers must map layers to source experts, like {{2: [1]}}, not {plan!r}.")
+    try:
+        plan = {int(layer): [int(source) for source in sources] for layer, sources in plan.items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"extended_layers must map a layer index to a list of source experts, like {{2: [1], 5: [3, 0]}}; got {plan!r}."
+        ) from error
+    empty = [layer for layer, sources in plan.items() if not sources]
+    if empty:
+        raise ValueError(f"extended_layers names no source expert for layers {empty}: leave these layers out instead.")
+    return dict(sorted(plan.items()))
+
+
+def check_routing_choices(config):
+    """Refuses what is not allowed, with the reason.
+
+    Raises:
+        ValueError: names the value, the allowed ones and the way out.
+    """
+    choices = {"scope": SCOPES, "selection": SELECTIONS, "calibration": CALIBRATIONS}
+    choices["encoder_select_feature"] = SELECT_FEATURES
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"{name}={getattr(config, name)!r} is not known; allowed: {', '.join(map(repr, allowed))}.")
+    if config.selection == "exclusive" and config.calibration != "none":
+        raise ValueError(
+            f"selection='exclusive' with calibration={config.calibration!r} has no meaning: the weights of new experts "
+            "already sum to what the base's own weights sum to. Use calibration='none'."
+        )
+    if config.scope == "modality" and config.encoder_name_or_path is None and config.encoder_config is None:
+        raise ValueError("scope='modality' needs an encoder: without images no token would ever use a new expert.")

@@ -1,0 +1,351 @@
+"""Extended layers: a base's routers and experts, with new experts beside them.
+
+Letters: T tokens, E base experts, N new experts of a layer, K experts a token selects, H hidden size.
+
+A base's router and experts modules keep their parameters, their names and their place; only their class is swapped for
+a subclass that asks one child module, `moextend`, what the new tensors add. Wrapping them instead would change every
+state-dict key and hide the router from transformers' output recorder. Detaching swaps the classes back.
+"""
+
+import contextlib
+import re
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .routing_moextend import Calibration, RoutingRecord, family_rule, probe_rule, route
+
+EXPERTS_INTERFACE = ("_is_expert_parallel", "has_gate", "is_transposed", "down_proj")
+ROUTER_NAMES = ("gate", "router")
+MOE_CONFIG_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+class MoELayer(NamedTuple):
+    """The two modules of one MoE layer that matter here, and the number E of its base experts."""
+
+    router: nn.Module
+    experts: nn.Module
+    num_experts: int
+
+
+@dataclass
+class RoutingState:
+    """What one forward pass tells every MoE layer; one object a model, shared by its layers.
+
+    Attributes:
+        enabled: whether new experts take part at all.
+        scope: [T] bool, tokens that may use new experts; `None` for every token.
+        records: filled with a `RoutingRecord` a layer while someone listens.
+    """
+
+    enabled: bool = True
+    scope: torch.Tensor | None = field(default=None, repr=False)
+    records: dict | None = field(default=None, repr=False)
+
+    @contextlib.contextmanager
+    def using(self, **values):
+        """Sets attributes for the length of a `with` block."""
+        before = {name: getattr(self, name) for name in values}
+        self.__dict__.update(values)
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
+
+    def checkpoint_contexts(self, other=None):
+        """`context_fn` of `torch.utils.checkpoint`: the recomputation in backward sees what its forward saw.
+
+        Without it a layer recomputed after the forward pass would route every token as if in scope. `other` is a
+        `context_fn` to run inside this one.
+        """
+        forward, recompute = other() if other else (contextlib.nullcontext(), contextlib.nullcontext())
+        enabled, scope = self.enabled, self.scope
+
+        @contextlib.contextmanager
+        def replay():
+            with self.using(enabled=enabled, scope=scope, records=None), recompute:
+                yield
+
+        return forward, replay()
+
+
+class RouterExtension(nn.Module):
+    """New router rows [N, H] of one layer, with bias, correction bias [N] and calibration where there are any.
+
+    With N = 0 it only records what the base's router decides, so that every MoE layer is heard.
+    """
+
+    def __init__(self, layer, num_base, rule, state, config):
+        super().__init__()
+        self.layer, self.num_base, self.rule, self.state = layer, num_base, rule, state
+        self.num_new = 0
+        self.selection, self.calibrate = config.selection, config.calibration
+        self.weight = self.bias = self.calibration = None
+        self.register_buffer("correction_bias", None)
+
+    def forward(self, router, hidden_states, answer):
+        """The base router's answer (logits [T, E], weights [T, K], index [T, K]), extended by the new rows."""
+        if self.num_new and self.state.enabled and self.in_use():
+            answer = self.extend(router, hidden_states.reshape(-1, hidden_states.shape[-1]), answer)
+        if self.state.records is not None:
+            num_new = answer[0].shape[-1] - self.num_base
+            self.state.records[self.layer] = RoutingRecord(answer[0], answer[2], self.scope(), self.num_base, num_new)
+        return answer
+
+    def in_use(self):
+        """False where no token of the batch is in scope and nobody needs a gradient: the base's answer stands."""
+        return self.state.scope is None or torch.is_grad_enabled() or bool(self.state.scope.any())
+
+    def scope(self):
+        """[T] bool on this layer's device, or `None`."""
+        return None if self.state.scope is None else self.state.scope.to(self.weight_device())
+
+    def weight_device(self):
+        return self.state.scope.device if self.weight is None else self.weight.device
+
+    def extend(self, router, hidden_states, answer):
+        new_logits = F.linear(hidden_states.to(self.weight.dtype), self.weight, self.bias)
+        correction = None
+        if self.correction_bias is not None:
+            correction = torch.cat([router.e_score_correction_bias, self.correction_bias])
+        return route(
+            answer,
+            new_logits.float(),
+            self.rule,
+            selection=self.selection,
+            calibrate=self.calibrate,
+            calibration=self.calibration,
+            correction=correction,
+            scope=self.scope(),
+        )
+
+
+class ExtendedRouter:
+    """Mixed in before a base router's class."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return self.moextend(self, hidden_states, super().forward(hidden_states, *args, **kwargs))
+
+
+class ExtendedExperts:
+    """Mixed in before a base experts' class; `moextend` is the same class again, holding the N new experts."""
+
+    def forward(self, hidden_states, index, weights):
+        """[T, H], [T, K], [T, K] -> [T, H]. Where no token selects a new expert, this is the base's own call."""
+        num_base = self.num_experts
+        new_pairs = (index >= num_base).reshape(-1).nonzero().squeeze(-1)
+        if len(new_pairs) == 0:
+            return zero_tie(super().forward(hidden_states, index, weights), self.moextend)
+        base_pairs = ((index >= 0) & (index < num_base)).reshape(-1).nonzero().squeeze(-1)
+        pairs = hidden_states.new_zeros(index.numel(), hidden_states.shape[-1])
+        for experts, chosen, first in ((super().forward, base_pairs, 0), (self.moextend, new_pairs, num_base)):
+            if len(chosen):
+                output = run_pairs(experts, hidden_states, index, weights, chosen, first)
+                pairs = pairs.index_copy(0, chosen, output.to(pairs.dtype))
+        return pairs.view(*index.shape, -1).sum(dim=1)
+
+
+def run_pairs(experts, hidden_states, index, weights, chosen, first):
+    """Runs only the chosen (token, slot) pairs, each as a row with one expert: -> [len(chosen), H].
+
+    Any experts implementation takes such rows; none has to know of slots that it should skip.
+    """
+    rows = hidden_states[chosen // index.shape[1]]
+    dtype = experts.down_proj.dtype if isinstance(experts, nn.Module) else rows.dtype
+    expert = index.reshape(-1)[chosen].unsqueeze(-1) - first
+    return experts(rows.to(dtype), expert, weights.reshape(-1)[chosen].unsqueeze(-1))
+
+
+def zero_tie(output, experts):
+    """`output`, tied to the experts' parameters with gradient zero.
+
+    A step in which no token selects a new expert would leave its gradient `None` on this process and not on another:
+    distributed training hangs or steps differently.
+    """
+    trained = [p for p in experts.parameters(recurse=False) if p.requires_grad]
+    if not (trained and torch.is_grad_enabled()):
+        return output
+    return output + sum(p.reshape(-1)[0] * 0 for p in trained).to(output.dtype)
+
+
+@cache
+def extended_class(mixin, base_class):
+    """`base_class` with `mixin` before it; one class for all modules, so that it pickles by reference within a process."""
+    return type(f"{mixin.__name__}{base_class.__name__}", (mixin, base_class), {"__module__": base_class.__module__})
+
+
+def swap_class(module, new_class):
+    """Gives `module` another class in place. accelerate's hooks keep the old bound forward, so that is renewed too."""
+    module.__class__ = new_class
+    if hasattr(module, "_old_forward"):
+        module._old_forward = new_class.forward.__get__(module)
+
+
+def find_moe_layers(decoder):
+    """The MoE layers of a base: decoder layer index -> `MoELayer`.
+
+    Raises:
+        ValueError: the model has no MoE layers, or has some without transformers' router/experts interface.
+    """
+    layers = {}
+    for name, module in decoder.named_modules():
+        experts = getattr(module, "experts", None)
+        router = next((getattr(module, n) for n in ROUTER_NAMES if isinstance(getattr(module, n, None), nn.Module)), None)
+        place = re.search(r"(?:^|\.)(\d+)\.", f"{name}.")
+        if place and router is not None and all(hasattr(experts, attribute) for attribute in EXPERTS_INTERFACE):
+            layers[int(place.group(1))] = MoELayer(router, experts, experts.down_proj.shape[0])
+    if layers:
+        return layers
+    name = type(decoder).__name__
+    if any((getattr(decoder.config, attribute, 0) or 0) > 1 for attribute in MOE_CONFIG_NAMES):
+        raise ValueError(
+            f"{name} has experts, but not through transformers' router/experts interface (a module with 3-D "
+            "`down_proj` that is called with top_k_index and top_k_weights), so this family can't be extended."
+        )
+    raise ValueError(f"{name} has no MoE layers: MoExtend adds experts to a Mixture-of-Experts model.")
+
+
+@contextlib.contextmanager
+def materialised(module):
+    """Makes offloaded weights of `module` readable inside the `with` block, by its own accelerate hook."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(module)
+    try:
+        yield module
+    finally:
+        if hook is not None:
+            hook.post_forward(module, torch.empty(0))
+
+
+def sibling(module, parameters, buffers=(), **attributes):
+    """A module of the same class and settings with tensors of its own; `module` and its tensors stay untouched."""
+    twin = type(module).__new__(type(module))
+    nn.Module.__init__(twin)
+    own = set(twin.__dict__) | {"forward", "_old_forward", "_hf_hook"}
+    twin.__dict__.update({name: value for name, value in module.__dict__.items() if name not in own})
+    for name, child in module._modules.items():
+        if name != "moextend":
+            twin._modules[name] = child  # activations and the like: shared, they have no weights of their own
+    for name, tensor in parameters.items():
+        twin.register_parameter(name, nn.Parameter(tensor))
+    for name, tensor in dict(buffers).items():
+        twin.register_buffer(name, tensor)
+    twin.__dict__.update(attributes)
+    return twin
+
+
+def find_rule(model_type, layer):
+    """The routing rule of this router: its family's row, checked against what the router really does.
+
+    The check runs a float32 sibling with random rows on random tokens, so it needs no weights (meta devices) and can't
+    be fooled by a checkpoint's.
+
+    Raises:
+        ValueError: the router answers otherwise than any known rule.
+    """
+    router = layer.router
+    generator = torch.Generator().manual_seed(0)
+    random = partial(torch.randn, generator=generator)
+    hidden_size = router.weight.shape[-1] if getattr(router, "weight", None) is not None else 0
+    error = ValueError(
+        f"{type(router).__name__} ({model_type}) does not follow the router interface: logits = weight @ hidden state "
+        "(+ bias), and weights from them by a known rule (see FAMILIES in routing_moextend.py). This family can't be "
+        "extended without a rule of its own."
+    )
+    if hidden_size == 0:
+        raise error
+    parameters = {name: random(p.shape) / hidden_size**0.5 for name, p in router._parameters.items() if p is not None}
+    buffers = {name: torch.zeros(b.shape) for name, b in router._buffers.items() if b is not None}
+    tokens = random(64, hidden_size)
+    with torch.no_grad():
+        try:
+            answer = sibling(router, parameters, buffers).eval()(tokens)
+            logits, weights, index = answer
+        except Exception as cause:
+            raise error from cause
+        found = probe_rule(answer)
+        expected = F.linear(tokens, parameters["weight"], parameters.get("bias"))
+    if found is None or not torch.allclose(logits, expected, rtol=1e-4, atol=1e-5):
+        raise error
+    row = family_rule(model_type, router)
+    if row is not None and (row[:2] != found[:2] or abs(row.scale - found.scale) > 1e-4 * abs(row.scale)):
+        raise ValueError(f"{model_type}: FAMILIES says {row}, but the router behaves like {found}. Please report this.")
+    return row or found
+
+
+def attach(decoder, config, state, rule):
+    """Swaps the classes of every MoE layer of `decoder`; layers without new experts are only listened to."""
+    for index, layer in find_moe_layers(decoder).items():
+        swap_class(layer.router, extended_class(ExtendedRouter, type(layer.router)))
+        layer.router.moextend = RouterExtension(index, layer.num_experts, rule, state, config)
+
+
+def add_experts(layer, sources, config):
+    """Adds new experts to one attached layer: copies of `sources`, one each.
+
+    Raises:
+        ValueError: the layer has new experts already.
+    """
+    extension = layer.router.moextend
+    if extension.num_new:
+        raise ValueError(f"Layer {extension.layer} has {extension.num_new} new experts already; a layer is extended once.")
+    for part, values in start_values(layer, sources, config).items():
+        if part == "experts":
+            experts = sibling(layer.experts, values, num_experts=len(sources))
+        elif part == "calibration":
+            extension.calibration = Calibration(layer.num_experts + len(sources), config.calibration_hidden_size)
+            extension.calibration.load_state_dict(values)
+            extension.calibration.to(values["fc2.weight"].device)
+        else:
+            for name, value in values.items():
+                if name == "correction_bias":
+                    extension.correction_bias = value
+                else:
+                    setattr(extension, name, nn.Parameter(value))
+    extension.num_new = len(sources)
+    swap_class(layer.experts, extended_class(ExtendedExperts, type(layer.experts)))
+    layer.experts.moextend = experts
+
+
+def start_values(layer, sources, config):
+    """Where every new tensor of a layer starts, in float32.
+
+    | tensor | start | why |
+    |---|---|---|
+    | expert | copy of its source expert | Eq. 8: knows what the base knows |
+    | router row, bias, correction bias | copy of its source's | Eq. 8: chosen where its source is |
+    | calibration fc1 | uniform, 1/sqrt(E + N) (nn.Linear's) | something to learn from |
+    | calibration fc2 | zero | identity at first |
+    """
+    with materialised(layer.experts), materialised(layer.router):
+        values = {
+            "experts": {name: copy_rows(p, sources) for name, p in layer.experts._parameters.items() if p is not None},
+            "router": {name: copy_rows(p, sources) for name, p in layer.router._parameters.items() if p is not None},
+        }
+        correction = layer.router._buffers.get("e_score_correction_bias")
+        if correction is not None:
+            values["router"]["correction_bias"] = copy_rows(correction, sources)
+    if config.calibration != "none":
+        device = values["router"]["weight"].device
+        calibration = Calibration(layer.num_experts + len(sources), config.calibration_hidden_size, device=device)
+        nn.init.zeros_(calibration.fc2.weight)
+        values["calibration"] = calibration.state_dict()
+    return values
+
+
+def copy_rows(tensor, sources):
+    """Rows `sources` of a base tensor, as float32 of their own."""
+    return tensor.detach()[sources].to(torch.float32, copy=True)
+
+
+def detach(decoder):
+    """Takes every extension off again; the base is what it was, bit for bit."""
+    for module in decoder.modules():
+        if "moextend" in module._modules:
+            del module._modules["moextend"]
+            swap_class(module, type(module).__mro__[2])

@@ -1,0 +1,298 @@
+"""LLaVA-1.5 JSON, read as it is, into TRL's conversational image format.
+
+One entry of a file: {"id": ..., "image": path, list of paths or absent, "conversations": [{"from": "human", "value":
+"<image>\\nWhat is this?"}, {"from": "gpt", "value": ...}, ...]}. One sample made of it: `messages` whose content is a
+list of parts, an image part where `<image>` stood, and `images` in the same order.
+"""
+
+import json
+import logging
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+from .processing_moextend import IMAGE_TOKEN, to_rgb
+
+logger = logging.getLogger(__name__)
+
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+CHUNK = 1 << 20  # characters read at a time
+MAX_ENTRY = 1 << 26  # characters one entry may have: beyond that the file is broken, not long
+BATCH = 1000  # samples made into one Arrow table at a time
+SHOWN = 5  # skipped samples named in the report
+SEPARATORS = re.compile(r"[\s,]*")
+
+
+def load_llava(json_path, image_folder=None, streaming=False, on_error="raise", prompt_completion=False):
+    """A LLaVA-1.5 JSON (or .jsonl) file as a dataset for `MoExtendSFTTrainer` and TRL's `SFTTrainer`.
+
+    Images are opened when a sample is taken, not before, and come as RGB. With `streaming` neither the file nor its
+    images are held in memory; a shuffle buffer on top of it does hold decoded images.
+
+    Args:
+        json_path (`str` or `Path`): a list of entries, or one entry a line.
+        image_folder (`str` or `Path`, *optional*): what image paths are relative to; default: the file's own folder.
+        streaming (`bool`): an `IterableDataset` that reads the file as it goes.
+        on_error (`str`): `"raise"`: the first bad sample is an error (without `streaming`: bad entries and missing
+            images at once, broken images when they are taken). `"skip"`: bad samples are left out, counted, and the
+            first few named in a warning at the end. Without `streaming` every image is decoded once for that, in
+            threads, and not kept.
+        prompt_completion (`bool`): columns `prompt` and `completion`, the last turn; earlier turns of the assistant
+            are then part of the prompt and not trained on. For chat templates without generation markers.
+
+    Returns:
+        `datasets.Dataset` or `datasets.IterableDataset`: `id`, `images` (list of PIL images, empty for text only) and
+        `messages`, or `prompt` and `completion`.
+
+    Raises:
+        ValueError: no valid JSON, no sample left, or a bad sample; names the sample's id, its index and what is wrong.
+    """
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error={on_error!r} is unknown; it must be 'raise' or 'skip'.")
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("load_llava needs the datasets library: pip install 'moextend[train]'") from error
+    json_path = Path(json_path)
+    folder = json_path.parent if image_folder is None else Path(image_folder)
+    settings = {"json_path": str(json_path), "folder": str(folder), "prompt_completion": prompt_completion}
+    if streaming:
+        return datasets.IterableDataset.from_generator(_stream, gen_kwargs={**settings, "on_error": on_error})
+    features = _features(datasets, prompt_completion)
+    rows = _checked_rows(**settings, on_error=on_error)
+    tables = []
+    while batch := list(islice(rows, BATCH)):
+        tables.append(datasets.Dataset.from_list(batch, features=features))
+    if not tables:
+        raise ValueError(f"{json_path} has no sample to train on.")
+    return datasets.concatenate_datasets(tables).with_transform(_open_batch)
+
+
+# Reading
+
+
+def read_entries(json_path):
+    """Yields (index, entry) of a JSON list, or of a .jsonl file, holding one chunk of it in memory.
+
+    Raises:
+        ValueError: the file is no JSON list, or ends within it; names the file and the index it came to.
+    """
+    with open(json_path, encoding="utf-8-sig") as file:
+        yield from (_read_lines if str(json_path).endswith(".jsonl") else _read_list)(file, json_path)
+
+
+def _read_lines(file, json_path):
+    lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+    for index, (number, line) in enumerate(lines):
+        try:
+            yield index, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{json_path}, line {number}, is not valid JSON: {error}") from error
+
+
+def _read_list(file, json_path):
+    decoder, size, index, problem = json.JSONDecoder(), CHUNK, 0, "nothing follows"
+    buffer = file.read(size).lstrip()
+    if not buffer.startswith("["):
+        raise ValueError(
+            f"{json_path} must hold a list of entries, [{{...}}, ...]; one entry a line is a .jsonl file."
+        )
+    position = 1
+    while True:
+        position = SEPARATORS.match(buffer, position).end()
+        if buffer.startswith("]", position):
+            return
+        try:
+            entry, position = decoder.raw_decode(buffer, position)
+        except json.JSONDecodeError as error:
+            problem = error.msg  # or the entry is just not read to its end yet
+        else:
+            yield index, entry
+            index, size = index + 1, CHUNK
+            continue
+        more = file.read(size) if len(buffer) - position < MAX_ENTRY else ""
+        if not more:
+            raise ValueError(f"{json_path} is not valid JSON, or cut off, at index {index}: {problem}.")
+        # Twice as much each time: an entry over many chunks must not be parsed once for each of them.
+        buffer, position, size = buffer[position:] + more, 0, size * 2
+
+
+# One sample
+
+
+class _BadSample(ValueError):
+    """A sample that cannot be trained on; the text names it."""
+
+
+def _convert(entry, index, json_path, folder, prompt_completion):
+    """One entry as a row: `id`, `messages` (or `prompt`, `completion`), `images` as {"path", "sample"}.
+
+    Each image carries its sample's name, because trainers drop the `id` column before images are opened.
+    """
+    name = f"sample {entry.get('id')!r} (index {index} of {json_path})" if isinstance(entry, dict) else None
+    try:
+        if name is None:
+            raise ValueError(f"it must be an object with 'conversations', not {type(entry).__name__}")
+        messages = _messages(entry.get("conversations"))
+        paths = _image_paths(entry)
+        _check_counts(messages, paths, prompt_completion)
+    except ValueError as error:
+        raise _BadSample(f"{name or f'index {index} of {json_path}'}: {error}.") from error
+    row = {"id": None if entry.get("id") is None else str(entry["id"])}
+    row |= {"prompt": messages[:-1], "completion": messages[-1:]} if prompt_completion else {"messages": messages}
+    row["images"] = [{"path": os.path.join(folder, path), "sample": name} for path in paths]
+    return row
+
+
+def _messages(turns):
+    """LLaVA turns as TRL messages: an optional system turn, then human and gpt in turn, gpt last."""
+    if not isinstance(turns, list) or not turns:
+        raise ValueError("'conversations' is missing or empty")
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise ValueError(f"turn {number} must be an object with 'from' and a text 'value'")
+        if turn.get("from") not in ROLES:
+            raise ValueError(f"turn {number} is from {turn.get('from')!r}; allowed: {', '.join(map(repr, ROLES))}")
+    first = 1 if turns[0]["from"] == "system" else 0
+    for number, turn in enumerate(turns[first:]):
+        expected = ("human", "gpt")[number % 2]
+        if turn["from"] != expected:
+            raise ValueError(f"turn {number + first} is from {turn['from']!r}, but {expected!r} must come there")
+    if turns[-1]["from"] != "gpt":
+        raise ValueError(f"the last turn is from {turns[-1]['from']!r}; it must be from 'gpt', or there is no answer")
+    return [{"role": ROLES[turn["from"]], "content": _parts(turn["value"])} for turn in turns]
+
+
+def _parts(text):
+    """ "<image>\\nWhat?" as content parts; joined again they are the text as it was."""
+    parts = []
+    for number, piece in enumerate(text.split(IMAGE_TOKEN)):
+        if number:
+            parts.append({"type": "image", "text": None})
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts or [{"type": "text", "text": ""}]
+
+
+def _image_paths(entry):
+    paths = entry.get("image")
+    paths = [] if paths is None else paths if isinstance(paths, list) else [paths]
+    if not all(isinstance(path, str) and path for path in paths):
+        raise ValueError(f"'image' must be a path or a list of paths, not {entry['image']!r}")
+    return paths
+
+
+def _check_counts(messages, paths, prompt_completion):
+    counts = [sum(part["type"] == "image" for part in message["content"]) for message in messages]
+    if sum(counts) != len(paths):
+        raise ValueError(f"its conversation has {sum(counts)} {IMAGE_TOKEN!r} but it has {len(paths)} images")
+    if prompt_completion and counts[-1]:
+        raise ValueError(f"its last turn has {counts[-1]} {IMAGE_TOKEN!r}, and a completion takes no images")
+
+
+# Images
+
+
+def _open_image(path, sample):
+    """The whole image as RGB, its file closed again."""
+    from PIL import Image
+
+    _check_exists(path, sample)
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return to_rgb(image)
+    except Exception as error:  # PIL's plugins raise what they like on broken files, SyntaxError among it
+        raise _BadSample(f"{sample}: image {path} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _check_exists(path, sample):
+    if not os.path.isfile(path):
+        raise _BadSample(f"{sample}: image {path} does not exist.")
+
+
+def _open_images(images):
+    return [_open_image(**image) for image in images]
+
+
+def _open_batch(batch):
+    """The transform of a map-style dataset: `images` from paths to PIL images, where that column is asked for."""
+    return {name: [_open_images(row) for row in rows] if name == "images" else rows for name, rows in batch.items()}
+
+
+# Whole files
+
+
+def _stream(json_path, folder, prompt_completion, on_error):
+    """Yields samples with opened images, one after the other."""
+    skips = _Skips(json_path, on_error)
+    try:
+        for index, entry in read_entries(json_path):
+            with skips:
+                row = _convert(entry, index, json_path, folder, prompt_completion)
+                row["images"] = _open_images(row["images"])
+                yield row
+    finally:
+        skips.report()
+
+
+def _checked_rows(json_path, folder, prompt_completion, on_error):
+    """Yields rows with paths of images. In threads: checking an image waits for the disk, or decodes outside the GIL.
+
+    With "skip" every image is decoded once and let go; with "raise" it only has to be there.
+    """
+    skips = _Skips(json_path, on_error)
+
+    def checked(numbered):
+        try:
+            row = _convert(numbered[1], numbered[0], json_path, folder, prompt_completion)
+            for image in row["images"]:
+                (_open_image if on_error == "skip" else _check_exists)(**image)
+            return row
+        except _BadSample as error:
+            return error
+
+    entries = read_entries(json_path)
+    with ThreadPoolExecutor() as pool:
+        while batch := list(islice(entries, BATCH)):
+            for row in pool.map(checked, batch):
+                with skips:
+                    if isinstance(row, _BadSample):
+                        raise row
+                    yield row
+    skips.report()
+
+
+class _Skips:
+    """`with skips:` around one sample: a bad one is raised, or counted and left out."""
+
+    def __init__(self, json_path, on_error):
+        self.json_path, self.on_error, self.total, self.skipped, self.first = json_path, on_error, 0, 0, []
+
+    def __enter__(self):
+        self.total += 1
+
+    def __exit__(self, kind, error, traceback):
+        if not isinstance(error, _BadSample) or self.on_error == "raise":
+            return False
+        self.skipped += 1
+        self.first += [str(error)] if self.skipped <= SHOWN else []
+        return True
+
+    def report(self):
+        if self.skipped:
+            more = f"\n... and {self.skipped - SHOWN} more" if self.skipped > SHOWN else ""
+            logger.warning(
+                "Skipped %d of %d samples of %s:\n%s%s",
+                self.skipped, self.total, self.json_path, "\n".join(self.first), more,
+            )  # fmt: skip
+
+
+def _features(datasets, prompt_completion):
+    text = datasets.Value("string")
+    messages = [{"role": text, "content": [{"type": text, "text": text}]}]
+    columns = ("prompt", "completion") if prompt_completion else ("messages",)
+    images = [{"path": text, "sample": text}]
+    return datasets.Features({"id": text, **dict.fromkeys(columns, messages), "images": images})

@@ -1,0 +1,226 @@
+"""Routing: how a token chooses among base experts and new experts.
+
+Letters: T tokens, E base experts, N new experts of a layer, K experts a token selects, H hidden size.
+
+A base router answers (logits [T, E], weights [T, K], index [T, K]). `route` extends that answer by N new rows and keeps
+the base's own answer, bit for bit, for every token that selects no new expert.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+WEIGHT_FLOOR = 1e-6  # p + MLP(p) may leave (0, 1]; below this floor a weight could flip sign or the sum could vanish
+TINY = 1e-20  # keeps a sum of sigmoid scores that underflowed from dividing by zero
+UNUSED = -1  # index of a slot that holds no expert: an exclusive token has only N < K of them to fill
+
+
+class Rule(NamedTuple):
+    """How a family turns router logits into weights: one row of `FAMILIES`.
+
+    score: `"softmax"` over all experts, or `"sigmoid"` of each. Which experts win is decided by score + correction
+        bias (DeepSeek-V3, arXiv 2412.19437, Eq. 16); the weights are made from the score alone.
+    renormalise: whether the weights of the chosen experts are divided by their sum. A softmax over only the chosen
+        logits (granitemoe, gpt_oss) is the same function as softmax, then renormalise.
+    scale: factor on the weights (DeepSeek's `routed_scaling_factor`).
+    """
+
+    score: str
+    renormalise: bool
+    scale: float = 1.0
+
+
+SCORES = {"softmax": lambda logits: logits.softmax(dim=-1), "sigmoid": torch.sigmoid}
+
+# One row a family: the score, then the router's attribute that says whether it renormalises and the one that holds its
+# scale; a plain value where the family has no such switch. Families without a row are found by `probe_rule`.
+FAMILIES = {
+    "mixtral": ("softmax", True, 1.0),
+    "minimax": ("softmax", True, 1.0),
+    "granitemoe": ("softmax", True, 1.0),
+    "granitemoeshared": ("softmax", True, 1.0),
+    "granitemoehybrid": ("softmax", True, 1.0),
+    "gpt_oss": ("softmax", True, 1.0),
+    "olmoe": ("softmax", "norm_topk_prob", 1.0),
+    "flex_olmo": ("softmax", "norm_topk_prob", 1.0),
+    "qwen2_moe": ("softmax", "norm_topk_prob", 1.0),
+    "qwen3_moe": ("softmax", "norm_topk_prob", 1.0),
+    "qwen3_next": ("softmax", "norm_topk_prob", 1.0),
+    "jamba": ("softmax", False, 1.0),
+    "deepseek_v2": ("softmax", False, "routed_scaling_factor"),
+    "deepseek_v3": ("sigmoid", "norm_topk_prob", "routed_scaling_factor"),
+    "glm4_moe": ("sigmoid", "norm_topk_prob", "routed_scaling_factor"),
+    "dots1": ("sigmoid", "norm_topk_prob", "routed_scaling_factor"),
+}
+
+
+class RoutingRecord(NamedTuple):
+    """What one MoE layer decided in one forward pass.
+
+    logits [T, E + N] (base columns first), index [T, K] of the selected experts (`UNUSED` where a slot is empty),
+    scope [T] bool (`None`: every token), num_base E, num_new N.
+    """
+
+    logits: torch.Tensor
+    index: torch.Tensor
+    scope: torch.Tensor | None
+    num_base: int
+    num_new: int
+
+
+class Calibration(nn.Module):
+    """`w = p + MLP(p)`: gives back what new rows took from the old probabilities (paper, section 3.3; additive form).
+
+    fc1 [hidden, E + N], fc2 [E + N, hidden], no bias; fc2 starts at zero, so that w = p at first.
+    """
+
+    def __init__(self, num_experts, hidden_size, dtype=torch.float32, device=None):
+        super().__init__()
+        self.fc1 = nn.Linear(num_experts, hidden_size, bias=False, dtype=dtype, device=device)
+        self.fc2 = nn.Linear(hidden_size, num_experts, bias=False, dtype=dtype, device=device)
+
+    def forward(self, scores):
+        """[T, E + N] -> [T, E + N], positive."""
+        hidden = F.gelu(self.fc1(scores.to(self.fc1.weight.dtype)))
+        return (scores + self.fc2(hidden)).clamp_min(WEIGHT_FLOOR)
+
+
+def family_rule(model_type, router):
+    """The family's `Rule` with this router's own switches filled in, or `None` where `FAMILIES` has no row."""
+    if model_type not in FAMILIES:
+        return None
+    score, renormalise, scale = FAMILIES[model_type]
+    renormalise = getattr(router, renormalise) if isinstance(renormalise, str) else renormalise
+    scale = getattr(router, scale) if isinstance(scale, str) else scale
+    return Rule(score, bool(renormalise), float(scale))
+
+
+def rule_weights(scores, index, rule):
+    """Weights [T, K] of the experts `index` [T, K], from scores (or calibrated scores) [T, E + N]."""
+    weights = scores.gather(-1, index)
+    if rule.renormalise:
+        weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(TINY)
+    return weights * rule.scale
+
+
+def probe_rule(answer):
+    """Finds the rule that explains a base router's answer, or `None`.
+
+    Args:
+        answer: (logits [T, E], weights [T, K], index [T, K]) of a float32 copy of the router on random tokens.
+    """
+    logits, weights, index = (part.detach() for part in answer)
+    for score in SCORES:
+        for renormalise in (True, False):
+            plain = rule_weights(SCORES[score](logits.float()), index, Rule(score, renormalise))
+            scale = (weights.float() / plain).median().item()
+            if torch.allclose(plain * scale, weights.float(), rtol=1e-4, atol=1e-6):
+                return Rule(score, renormalise, round(scale, 6))
+    return None
+
+
+def route(base_answer, new_logits, rule, *, selection, calibrate, calibration=None, correction=None, scope=None):
+    """Extends a base router's answer by the new rows.
+
+    Candidates are the base's own K winners and the N new experts: whatever limited the base's choice (groups,
+    correction bias) stays in force, and the top K of these are the top K of all.
+
+    Args:
+        base_answer: (logits [T, E], weights [T, K], index [T, K]) as the base's router gives them.
+        new_logits: [T, N].
+        selection: `"compete"` or `"exclusive"`.
+        calibrate: `"all"`, `"routed"` or `"none"`.
+        calibration: a `Calibration`, unless `calibrate` is `"none"`.
+        correction: [E + N] correction bias of the families that have one.
+        scope: [T] bool, tokens that may use new experts; `None` for every token.
+
+    Returns:
+        (logits [T, E + N], weights [T, K], index [T, K]); new experts are E ... E + N - 1.
+    """
+    base_logits, base_weights, base_index = base_answer
+    logits = torch.cat([base_logits.to(new_logits.dtype), new_logits], dim=-1)
+    choose = exclusive if selection == "exclusive" else compete
+    weights, index = choose(logits, base_answer, rule, calibration, correction)
+    # A token is changed where it selects a new expert; calibration="all" reweights every token in scope.
+    changed = (index >= base_logits.shape[-1]).any(dim=-1)
+    if calibrate == "all":
+        changed = torch.ones_like(changed)
+    if scope is not None:
+        changed = changed & scope
+    changed = changed.unsqueeze(-1)
+    weights = torch.where(changed, weights.to(base_weights.dtype), base_weights)
+    return logits, weights, torch.where(changed, index, base_index)
+
+
+def compete(logits, base_answer, rule, calibration, correction):
+    """The paper's selection (Eq. 7-10): old and new rows share one top-k. Returns weights and index, [T, K] each."""
+    base_logits, _, base_index = base_answer
+    scores = SCORES[rule.score](logits)
+    new_index = torch.arange(base_logits.shape[-1], scores.shape[-1], device=scores.device)
+    candidates = torch.cat([base_index, new_index.expand(len(scores), -1)], dim=-1)  # [T, K + N]
+    keys = scores if correction is None else scores + correction
+    best = keys.gather(-1, candidates).topk(base_index.shape[-1], dim=-1).indices
+    index = candidates.gather(-1, best)
+    return rule_weights(scores if calibration is None else calibration(scores), index, rule), index
+
+
+def exclusive(logits, base_answer, rule, calibration, correction):
+    """New experts only: the best min(K, N), their weights sharing what the base's own weights sum to.
+
+    Families differ in that sum (some do not renormalise, some scale). Slots past min(K, N) stay `UNUSED`.
+    """
+    base_logits, base_weights, base_index = base_answer
+    num_base, num_slots = base_logits.shape[-1], base_index.shape[-1]
+    new_scores = SCORES[rule.score](logits[:, num_base:])
+    keys = new_scores if correction is None else new_scores + correction[num_base:]
+    chosen = keys.topk(min(num_slots, new_scores.shape[-1]), dim=-1).indices
+    weights = rule_weights(new_scores, chosen, Rule(rule.score, renormalise=True))
+    weights = weights * base_weights.float().sum(dim=-1, keepdim=True)
+    empty = num_slots - chosen.shape[-1]
+    return F.pad(weights, (0, empty)), F.pad(chosen + num_base, (0, empty), value=UNUSED)
+
+
+def balance_loss(records, rule, selection, attention_mask=None):
+    """Load-balancing loss: mean over MoE layers of E_l * sum_i f_i * P_i (Switch Transformer, arXiv 2101.03961, Eq. 4).
+
+    f_i is the share of all selections that fell on expert i, P_i its mean score; 1 when perfectly even. Layers may have
+    different widths. With exclusive selection, tokens in scope count over the new experts only.
+
+    Args:
+        records: layer index -> `RoutingRecord`.
+        attention_mask: [B, S], 0 for padding; `None` where nothing is padded.
+
+    Returns:
+        scalar, 0 where no token counts.
+    """
+    return torch.stack([layer_balance(record, rule, selection, attention_mask) for record in records.values()]).mean()
+
+
+def layer_balance(record, rule, selection, attention_mask):
+    """E_l * sum_i f_i * P_i of one layer, over the tokens that count; groups of experts weighted by their tokens."""
+    logits = record.logits.float()
+    real = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    if attention_mask is not None:
+        real = attention_mask.reshape(-1).to(logits.device).bool()
+    if selection == "compete" or record.num_new == 0:
+        return group_balance(logits, record.index, real, rule)
+    scope = torch.ones_like(real) if record.scope is None else record.scope
+    new = group_balance(logits[:, record.num_base :], record.index - record.num_base, real & scope, rule)
+    old = group_balance(logits[:, : record.num_base], record.index, real & ~scope, rule)
+    share = (real & scope).sum() / real.sum().clamp(min=1)
+    return share * new + (1 - share) * old
+
+
+def group_balance(logits, index, tokens, rule):
+    """E * sum_i f_i * P_i over `tokens` [T] and the experts of `logits` [T, E]; `index` outside 0 ... E - 1 is no one's."""
+    num_experts = logits.shape[-1]
+    weight = tokens.to(logits.dtype)
+    scores = SCORES[rule.score](logits)
+    if rule.score == "sigmoid":
+        scores = scores / scores.sum(dim=-1, keepdim=True)  # DeepSeek-V3, Eq. 19: shares, so that layers compare
+    mean_score = (scores * weight.unsqueeze(-1)).sum(dim=0) / weight.sum().clamp(min=1)
+    picks = F.one_hot(torch.where((index >= 0) & (index < num_experts), index, num_experts), num_experts + 1)
+    counts = (picks.sum(dim=1)[:, :num_experts] * weight.unsqueeze(-1)).sum(dim=0)
+    return num_experts * (counts / counts.sum().clamp(min=1) * mean_score).sum()

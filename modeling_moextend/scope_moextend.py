@@ -1,0 +1,115 @@
+"""Scope: which tokens may use new experts, and how that lives on in the key-value cache.
+
+`scope="all"` needs nothing. `scope="modality"` starts at the first image token of a token's own sequence and lasts to
+that sequence's end: it is causal, so a cached prefix stays valid when an image comes later. Its state is, per cache
+row, the place of that first image token, so that a cropped cache forgets an image that was cut off, and reordered rows
+(beams) carry their own. Another scope is another branch in `token_scope`.
+"""
+
+import torch
+
+NEVER = torch.iinfo(torch.long).max  # place of the first image token in a row that has none
+STATE = "moextend_first_image"  # attribute of a cache: [B] places, counted in cache slots
+
+
+def token_scope(config, input_ids, position_ids, cache, past_length):
+    """Which tokens of this forward pass may use new experts.
+
+    Args:
+        config: a `MoExtendConfig`.
+        input_ids: [B, S], image tokens still in it; `None` where only embeddings were given.
+        position_ids: [B, S] or `None`; where they fall back, a new sequence starts (packed rows).
+        cache: the key-value cache or `None`; its state is read here and written by `remember`.
+        past_length: number of tokens in the cache before this pass.
+
+    Returns:
+        ([B, S] bool, new state of the cache); both `None` where every token may.
+
+    Raises:
+        ValueError: `scope="modality"` and no `input_ids` to find the image tokens in.
+    """
+    if config.scope == "all":
+        return None, None
+    if input_ids is None:
+        raise ValueError(
+            "scope='modality' finds the image tokens in input_ids, but only inputs_embeds was given. Pass input_ids "
+            "(with pixel_values), or use scope='all'."
+        )
+    return modality_scope(input_ids == config.image_token_id, position_ids, cache, past_length)
+
+
+def modality_scope(is_image, position_ids, cache, past_length):
+    """[B, S] bool: at or after the first image token of its own sequence. And [B]: the state after this pass."""
+    places = past_length + torch.arange(is_image.shape[1], device=is_image.device).expand_as(is_image)
+    starts = sequence_starts(is_image, position_ids, places)
+    # The newest image token so far, per token; one that lies before the token's own sequence does not count.
+    newest = torch.where(is_image, places, -1).cummax(dim=1).values
+    in_scope = (newest >= starts) & (newest >= 0)
+    cached = cached_first(cache, is_image.shape[0], past_length, is_image.device)
+    in_scope = in_scope | ((starts < 0) & (cached < NEVER).unsqueeze(1))
+    first = torch.where(in_scope, places, NEVER).masked_fill(places < starts[:, -1:], NEVER).amin(dim=1)
+    return in_scope, torch.where(starts[:, -1] < 0, torch.minimum(first, cached), first)
+
+
+def remember(cache, state):
+    """Keeps `state` [B] with `cache`, so that the next pass and every move of its rows find it."""
+    if cache is not None and state is not None:
+        setattr(follow_rows(cache), STATE, state)
+
+
+def sequence_starts(is_image, position_ids, places):
+    """[B, S]: cache slot at which each token's sequence starts, -1 where it started before this pass or at its head.
+
+    A position that does not grow by one from its left neighbour starts a sequence; so does position 0 at the head of
+    a pass. Padding repeats a position and so starts sequences of its own, which hold no image.
+    """
+    if position_ids is None:
+        return torch.full_like(places, -1)
+    position_ids = position_ids.expand_as(is_image)
+    restart = torch.zeros_like(is_image)
+    restart[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]
+    restart[:, 0] = position_ids[:, 0] == 0
+    return torch.where(restart, places, -1).cummax(dim=1).values
+
+
+def cached_first(cache, batch_size, past_length, device):
+    """[B]: the state of `cache`, without images that a crop has cut off; `NEVER` where there is no cache or state yet."""
+    state = getattr(cache, STATE, None)
+    if state is None:
+        return torch.full((batch_size,), NEVER, device=device)
+    state = state.to(device)
+    return torch.where(state < past_length, state, NEVER)
+
+
+ROW_METHODS = {  # cache methods that move rows -> what they do to a tensor with one entry a row
+    "reorder_cache": lambda state, index: state.index_select(0, index.to(state.device)),
+    "batch_select_indices": lambda state, index: state[index.to(state.device)],
+    "batch_repeat_interleave": lambda state, repeats: state.repeat_interleave(repeats, dim=0),
+    "reset": lambda state: torch.full_like(state, NEVER),
+}
+
+
+def follow_rows(cache):
+    """Makes `cache` move its state whenever it moves its rows, and returns it.
+
+    Row moves are methods of the cache's own class, of which there are many; a subclass made on the spot serves them
+    all, keeps `isinstance` true and survives `deepcopy`, which a patched instance method would not.
+    """
+    if not hasattr(type(cache), "moextend_follows"):
+        methods = {name: following(name, move) for name, move in ROW_METHODS.items() if hasattr(cache, name)}
+        cache.__class__ = type(type(cache).__name__, (type(cache),), {"moextend_follows": True, **methods})
+    return cache
+
+
+def following(name, move):
+    """The cache method `name`, with the state moved along."""
+
+    def method(self, *args, **kwargs):
+        result = getattr(super(type(self), self), name)(*args, **kwargs)
+        state = getattr(self, STATE, None)
+        if state is not None:
+            setattr(self, STATE, move(state, *args, *kwargs.values()))
+        return result
+
+    method.__name__ = name
+    return method

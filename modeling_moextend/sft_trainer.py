@@ -1,0 +1,336 @@
+"""`MoExtendSFTTrainer`: TRL's `SFTTrainer` for a model of which only the adapter trains, is saved and is resumed."""
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from .adapter_moextend import base_tensors_hash
+from .card import create_card
+from .sft_config import MoExtendSFTConfig
+
+TRAINING_ARGS = "training_args.bin"
+TRAINER_STATE = "trainer_state.json"  # the last file Trainer writes into a checkpoint
+CARD_SETTINGS = (
+    "stage",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "optim",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "seed",
+)
+
+
+@dataclass
+class MaskImageLabels:
+    """A collator around another one: ids that stand for image features, or that the head has no row for, are no labels.
+
+    Done here and not with the loss, because Trainer counts labels for its mean before the loss is computed.
+
+    Args:
+        collator: gives a batch with `input_ids` and `labels`, both [B, S].
+        image_token_id: `None` for a text-only model.
+        vocab_size: ids from here on are masked as well.
+    """
+
+    collator: Callable[[list[dict]], dict[str, Any]]
+    image_token_id: int | None
+    vocab_size: int
+
+    def __call__(self, examples):
+        batch = self.collator(examples)
+        labels = batch["labels"]
+        no_label = labels >= self.vocab_size
+        if self.image_token_id is not None:
+            no_label = no_label | (labels == self.image_token_id)
+        batch["labels"] = labels.masked_fill(no_label, -100)
+        return batch
+
+
+class MoExtendSFTTrainer(SFTTrainer):
+    """
+    Trains the adapter of a [`MoExtendForCausalLM`] (stages align and finetune of the paper); the base stays as it is.
+
+    Takes what [`trl.SFTTrainer`] takes, except `peft_config`. Logs beside TRL's metrics, for training and (with the
+    prefix `eval_`) for evaluation: `task_loss` and `balance_loss` (nats; the loss is task + coefficient * balance),
+    `new_expert_share/layer_{i}` (share of non-padding tokens that select at least one new expert of layer i, 0 to 1),
+    `new_expert_share` (its mean over extended layers) and `tokens_per_second` (non-padding tokens of all processes).
+
+    Checkpoints hold the adapter in float32 beside optimiser, scheduler and random states; `save_model` writes the
+    adapter in `args.adapter_dtype`. Neither holds the base. A resumed run continues exactly, as long as the collator
+    and the dataset's transforms draw no random numbers: Trainer fetches a resumed run's first batches before it
+    restores the random state.
+
+    Raises:
+        ValueError: a model that is no MoExtend model, or options that would train or push something else.
+    """
+
+    _name = "MoExtend"
+    _tag_names = ["moextend", "trl", "sft"]
+
+    def __init__(self, model, args=None, **kwargs):
+        """Sets what trains, and takes the load-balancing loss out of TRL's hands: TRL's needs layers of one width."""
+        check_model(model)
+        if args is None:
+            args = MoExtendSFTConfig("moextend-sft")
+        coefficient = model.router_aux_loss_coef if args.router_aux_loss_coef is None else args.router_aux_loss_coef
+        check_options(args, coefficient, kwargs)
+        given, args.router_aux_loss_coef = args.router_aux_loss_coef, 0.0
+        try:
+            super().__init__(model, args, **kwargs)
+        finally:
+            args.router_aux_loss_coef = given
+        self.router_aux_loss_coef = coefficient
+        self.trainable = self.model.set_trainable(stage=args.stage, train_projector=args.train_projector)
+        if not isinstance(self.data_collator, DataCollatorForLanguageModeling):  # that one has no images
+            config = self.model.config
+            self.data_collator = MaskImageLabels(
+                self.data_collator, config.image_token_id, config.get_text_config().vocab_size
+            )
+        self._throughput = {}  # mode -> [tokens, start in seconds]
+        self._in_checkpoint = False
+        self.add_callback(AdapterReport(self))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Adds the load-balancing loss, which TRL cannot compute over layers of uneven width, and logs the routing."""
+        mode = "train" if self.model.training else "eval"
+        attention_mask = inputs.get("attention_mask")
+        throughput = self._throughput.setdefault(mode, [0, time.perf_counter()])
+        core = self.accelerator.unwrap_model(model)
+        with core.record_routing() as records:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = result if return_outputs else (result, None)
+        # With num_items_in_batch, the micro-batches of a step sum up to its loss; else Trainer divides by their number.
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        parts = {"task_loss": loss.detach() * steps}
+        if self.router_aux_loss_coef:
+            balance = core.balance_loss(records, attention_mask).to(loss.device)
+            loss = loss + self.router_aux_loss_coef * balance / steps
+            parts["balance_loss"] = balance.detach()
+        throughput[0] += self._log_parts(mode, parts, records, attention_mask)
+        return (loss, outputs) if return_outputs else loss
+
+    def _log_parts(self, mode, parts, records, attention_mask):
+        """Hands losses (mean over processes) and shares of new experts to TRL's metrics; returns the token count."""
+        counts, tokens = new_expert_counts(records, attention_mask)
+        totals = torch.stack([*(part.double() for part in parts.values()), *counts.values(), tokens]).to(self.args.device)
+        totals = self.accelerator.reduce(totals, reduction="sum").tolist()
+        metrics, tokens = self._metrics[mode], totals.pop()
+        for name in parts:
+            metrics[name].append(totals.pop(0) / self.accelerator.num_processes)
+        shares = {layer: count / max(tokens, 1) for layer, count in zip(counts, totals, strict=True)}
+        for layer, share in shares.items():
+            metrics[f"new_expert_share/layer_{layer}"].append(share)
+        if shares:
+            metrics["new_expert_share"].append(sum(shares.values()) / len(shares))
+        return tokens
+
+    def log(self, logs, start_time=None):
+        """Adds tokens per second since the last log; time spent in an evaluation is not training time."""
+        mode = "train" if self.model.training else "eval"
+        tokens, start = self._throughput.pop(mode, (0, 0.0))
+        elapsed = time.perf_counter() - start
+        if tokens:
+            self._metrics[mode]["tokens_per_second"].append(tokens / elapsed)
+        if tokens and mode == "eval" and "train" in self._throughput:
+            self._throughput["train"][1] += elapsed
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model, trial):
+        """Marks what is saved meanwhile as part of a checkpoint: float32, with the training arguments."""
+        with self._saving(checkpoint=True):
+            super()._save_checkpoint(model, trial)
+
+    @contextmanager
+    def _saving(self, checkpoint):
+        before, self._in_checkpoint = self._in_checkpoint, checkpoint
+        try:
+            yield
+        finally:
+            self._in_checkpoint = before
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Writes the adapter in place of the whole model, and the pickled arguments into checkpoints only."""
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        if not self.args.should_save:
+            return
+        dtype = torch.float32 if self._in_checkpoint else torch_dtype(self.args.adapter_dtype)
+        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, adapter_dtype=dtype)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)
+        if self._in_checkpoint:
+            torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Reads the adapter: Trainer looks for standard weight names only, and would not notice a missing tensor."""
+        if not os.path.isfile(os.path.join(resume_from_checkpoint, TRAINER_STATE)):
+            raise ValueError(
+                f"{resume_from_checkpoint} is not a complete checkpoint: it has no {TRAINER_STATE}, which is written last. "
+                "Resume from an earlier checkpoint; for weights alone, load the folder with "
+                "MoExtendForCausalLM.from_pretrained."
+            )
+        self.accelerator.unwrap_model(self.model if model is None else model).load_adapter_tensors(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        """Reads the best checkpoint's adapter, for the same reason."""
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Pushes the adapter as `save_model` writes it: Trainer would copy standard weight names only, and a pickle."""
+        if self.args.hub_strategy == HubStrategy.END:
+            return
+        running = getattr(self, "push_in_progress", None)
+        if running is not None and not running.is_done() and not self.args.hub_always_push:
+            return
+        with self._saving(checkpoint=False):
+            push = self.push_to_hub(f"Training in progress, step {self.state.global_step}", blocking=False)
+        if push is not None:
+            self.push_in_progress = PushInProgress([push])
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """Writes MoExtend's card: TRL's shows a way of loading that an adapter does not have."""
+        if not self.is_world_process_zero():
+            return
+        core = self.accelerator.unwrap_model(self.model)
+        card = create_card(
+            core.config,
+            repo_id=self.hub_model_id,
+            adapter_bytes=core.adapter_bytes(torch_dtype(self.args.adapter_dtype)),
+            num_parameters=sum(tensor.numel() for tensor in core.adapter_tensors().values()),
+            training={name: getattr(self.args, name) for name in CARD_SETTINGS},
+            datasets=dataset_name,
+        )
+        card.save(os.path.join(self.args.output_dir, "README.md"))
+
+
+class AdapterReport(TrainerCallback):
+    """Says before the first step what trains and what it costs; with `verify_base`, holds the base to its hashes."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.hashes = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            print(training_summary(self.trainer.model, self.trainer.trainable, args))
+        if args.verify_base:
+            self.hashes = base_tensors_hash(self.trainer.model)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if args.verify_base:
+            check_unchanged(self.hashes, base_tensors_hash(self.trainer.model))
+
+
+def new_expert_counts(records, attention_mask):
+    """Tokens that select at least one new expert, per extended layer.
+
+    Args:
+        records: layer index -> `RoutingRecord`.
+        attention_mask: [B, S], 0 for padding; `None` where every token is real (padding-free batches).
+
+    Returns:
+        (layer index -> count, number of non-padding tokens), all float64 scalars.
+    """
+    index = next(iter(records.values())).index
+    real = torch.ones(len(index), dtype=torch.bool, device=index.device)
+    if attention_mask is not None:
+        real = attention_mask.reshape(-1).bool()
+    counts = {}
+    for layer, record in records.items():
+        if record.num_new:
+            selects_new = (record.index >= record.num_base).any(dim=-1)
+            counts[layer] = (selects_new & real.to(selects_new.device)).sum().double().to(real.device)
+    return counts, real.sum().double()
+
+
+def training_summary(model, trainable, args):
+    """One line: trainable parameters, adapter bytes on disk, optimiser bytes in memory (before any sharding)."""
+    optimizer = optimizer_bytes(args.optim, trainable.values())
+    return (
+        f"MoExtend, stage {args.stage}: {sum(p.numel() for p in trainable.values()):,} trainable parameters; "
+        f"adapter {model.adapter_bytes(torch_dtype(args.adapter_dtype)) / 2**20:,.1f} MiB; "
+        f"optimiser {'unknown' if optimizer is None else f'{optimizer / 2**20:,.1f} MiB'} ({args.optim})"
+    )
+
+
+def optimizer_bytes(name, parameters):
+    """Bytes of optimiser state: two moments a parameter for the Adam family, none for plain SGD, else `None`."""
+    name = str(getattr(name, "value", name))
+    if name == "sgd":
+        return 0
+    if not name.startswith(("adamw", "paged_adamw", "adam")):
+        return None
+    per_moment = 1 if "8bit" in name else None
+    return sum(2 * p.numel() * (per_moment or p.element_size()) for p in parameters)
+
+
+def torch_dtype(name):
+    """`"bfloat16"` -> `torch.bfloat16`; `None` (the base's dtype) stays `None`."""
+    return None if name is None else getattr(torch, name)
+
+
+def check_unchanged(before, after):
+    """Holds hashes of base and encoder tensors against each other.
+
+    Raises:
+        RuntimeError: names every tensor that changed.
+    """
+    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if changed:
+        raise RuntimeError(
+            f"Training changed {len(changed)} tensors that must never change: {', '.join(changed)}. A callback or "
+            "another optimiser wrote to the base or the encoder; the adapter just trained belongs to a base that no "
+            "longer exists."
+        )
+
+
+def check_model(model):
+    """Refuses a model that has no adapter to train.
+
+    Raises:
+        ValueError: says what was given and how to make a MoExtend model.
+    """
+    if getattr(getattr(model, "config", None), "model_type", None) != "moextend":
+        given = repr(model) if isinstance(model, str) else type(model).__name__
+        raise ValueError(
+            f"MoExtendSFTTrainer trains the adapter of a MoExtend model, but got {given}. Make one with "
+            "MoExtendForCausalLM.from_base(base, extended_layers=...), or load one with "
+            "MoExtendForCausalLM.from_pretrained(folder)."
+        )
+
+
+def check_options(args, coefficient, kwargs):
+    """Refuses options of TRL that would train, lose or push something else than the adapter.
+
+    Raises:
+        ValueError: names the option and the way out.
+    """
+    if not isinstance(args, MoExtendSFTConfig):
+        raise ValueError(f"args must be a MoExtendSFTConfig, not {type(args).__name__}: it says which stage trains.")
+    if kwargs.get("peft_config") is not None:
+        raise ValueError("peft_config would train the base, which MoExtend never changes. Leave it out.")
+    if coefficient and (args.label_smoothing_factor or kwargs.get("compute_loss_func") is not None):
+        raise ValueError(
+            "label_smoothing_factor and compute_loss_func run the model twice a step, and the load-balancing loss would "
+            "lose its gradient. Leave them out, or set router_aux_loss_coef=0.0."
+        )
+    if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise ValueError(
+            f"hub_strategy={args.hub_strategy.value!r} pushes optimiser states and pickled arguments. Use 'every_save' or "
+            "'end', which push the adapter."
+        )

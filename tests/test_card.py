@@ -1,0 +1,197 @@
+"""The model card names what the config and the caller give, leaves out the rest, and shows no local path."""
+
+import ast
+import re
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from modeling_moextend import card as card_module
+from modeling_moextend.card import create_card, read_template
+
+VISION = {
+    "base_model_name_or_path": "mistralai/Mixtral-8x7B-Instruct-v0.1",
+    "base_model_revision": "41bd4c9e7e4fb318ca40e721131d4933966c2cc1",
+    "encoder_name_or_path": "openai/clip-vit-large-patch14-336",
+    "encoder_config": {"model_type": "clip_vision_model"},
+    "extended_layers": {5: [3, 0], 2: [1]},
+    "scope": "modality",
+    "selection": "exclusive",
+    "calibration": "none",
+}
+TEXT = VISION | {"encoder_name_or_path": None, "encoder_config": None}
+PAPER = {"scope": "all", "selection": "compete", "calibration": "all"}
+
+
+def make_config(values=VISION, **changes):
+    return SimpleNamespace(**(values | changes))
+
+
+def metadata(card):
+    return yaml.safe_load(str(card).split("---\n")[1])
+
+
+def table(card, heading):
+    """Cells of the first Markdown table after `heading`, header first."""
+    lines = str(card).split(f"## {heading}\n")[1].split("\n## ")[0].splitlines()
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[:1] + rows[2:]]
+
+
+def test_metadata_of_a_vision_adapter():
+    card = create_card(make_config(), language="en", datasets=["liuhaotian/LLaVA-Instruct-150K"])
+    assert metadata(card) == {
+        "base_model": "mistralai/Mixtral-8x7B-Instruct-v0.1",
+        "base_model_relation": "adapter",
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["moextend", "moe", "mixture-of-experts", "adapter", "multimodal", "vision-language"],
+        "license": "apache-2.0",
+        "language": "en",
+        "datasets": ["liuhaotian/LLaVA-Instruct-150K"],
+    }
+
+
+def test_metadata_of_a_text_adapter_holds_only_what_is_known():
+    found = metadata(create_card(make_config(TEXT, base_model_name_or_path=None), license=None))
+    assert found == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["moextend", "moe", "mixture-of-experts", "adapter"],
+    }
+
+
+def test_body_names_base_revision_encoder_and_sizes():
+    text = str(create_card(make_config(), adapter_bytes=5_912_000, num_parameters=1_475_584))
+    assert VISION["base_model_revision"] in text
+    assert "https://huggingface.co/openai/clip-vit-large-patch14-336" in text
+    assert "| new experts | 3 |" in text
+    assert "1,475,584" in text
+    assert "5.9 MB (5,912,000 bytes)" in text
+
+
+def test_layers_are_sorted_by_number():
+    card = create_card(make_config(extended_layers={"10": [0], "2": [1, 7]}))  # JSON makes the keys strings
+    assert table(card, "Extended layers")[1:] == [["2", "2", "1, 7"], ["10", "1", "0"]]
+
+
+@pytest.mark.parametrize("scope", ["all", "modality", "gate"])
+@pytest.mark.parametrize("selection, calibration", [("compete", "all"), ("compete", "routed"), ("exclusive", "none")])
+def test_every_routing_choice_is_explained(scope, selection, calibration):
+    card = create_card(make_config(scope=scope, selection=selection, calibration=calibration))
+    rows = table(card, "Routing")[1:]
+    assert [row[1] for row in rows] == [f"`{scope}`", f"`{selection}`", f"`{calibration}`"]
+    assert all(row[2] for row in rows)
+
+
+def test_paper_choices_are_called_so():
+    assert "the paper's own choices" in str(create_card(make_config(**PAPER)))
+    assert "the paper's own choices" not in str(create_card(make_config()))
+
+
+def test_bit_equality_is_promised_only_where_it_holds():
+    promise = "Batches without images give logits bit-equal"
+    assert promise in str(create_card(make_config()))
+    assert promise in str(create_card(make_config(extended_layers={}, **PAPER)))
+    assert promise not in str(create_card(make_config(**PAPER)))
+    assert "text without images may differ" in str(create_card(make_config(**PAPER)))
+
+
+def test_projector_only_has_no_expert_sections():
+    text = str(create_card(make_config(extended_layers={})))
+    assert "## Extended layers" not in text
+    assert "## Routing" not in text
+    assert "| new experts |" not in text
+    assert "a projector that brings images in for" in text
+
+
+@pytest.mark.parametrize("values, extra", [(VISION, "AutoProcessor"), (TEXT, "AutoTokenizer")])
+def test_code_to_load_it_parses_and_names_the_repository(values, extra):
+    blocks = re.findall(r"```python\n(.*?)```", str(create_card(make_config(values), repo_id="me/eyes")), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        ast.parse(block)
+    assert 'AutoModelForCausalLM.from_pretrained("me/eyes", trust_remote_code=True)' in blocks[0]
+    assert f'{extra}.from_pretrained("me/eyes", trust_remote_code=True)' in blocks[0]
+    assert ("encoder=" in blocks[1]) == (values is VISION)
+
+
+def test_text_adapter_does_not_speak_of_images():
+    body = str(create_card(make_config(TEXT, **PAPER), repo_id="me/law")).split("---\n")[2]
+    for word in ("encoder", "projector", "images", "Images"):
+        assert word not in body
+
+
+def test_results_table_joins_columns_in_order_of_appearance():
+    results = [{"benchmark": "a|b", "accuracy": 0.91234567}, {"benchmark": "text", "perplexity": 45.0, "n": 1710}]
+    card = create_card(make_config(), results=results)
+    assert table(card, "Results") == [
+        ["benchmark", "accuracy", "perplexity", "n"],
+        ["a\\|b", "0.912346", "", ""],
+        ["text", "", "45", "1710"],
+    ]
+
+
+def test_training_settings_without_a_value_are_left_out():
+    card = create_card(
+        make_config(), training={"stage": "finetune", "learning_rate": 1.5e-3, "seed": 0, "notes": None}
+    )
+    assert table(card, "Training")[1:] == [["stage", "finetune"], ["learning_rate", "0.0015"], ["seed", "0"]]
+
+
+def test_sections_without_data_are_left_out():
+    text = str(create_card(make_config(TEXT, base_model_name_or_path=None, base_model_revision=None)))
+    for absent in (
+        "## Training",
+        "## Results",
+        "| base |",
+        "revision `",
+        "![",
+        "None",
+        "Undefined",
+        "\n\n\n",
+        "{{",
+        "{%",
+    ):
+        assert absent not in text
+    for present in ("## Use", "## What is guaranteed", "disable_adapter()", "2024.acl-srw.8"):
+        assert present in text
+
+
+def test_local_paths_are_shown_by_name_only(tmp_path):
+    base = tmp_path / "secret" / "tiny-moe"
+    base.mkdir(parents=True)
+    config = make_config(base_model_name_or_path=str(base), encoder_name_or_path=str(tmp_path / "gone" / "tiny-clip"))
+    card = create_card(config, datasets=str(tmp_path / "questions.json"))
+    assert {"base_model", "base_model_relation", "datasets"}.isdisjoint(metadata(card))
+    assert str(tmp_path) not in str(card)
+    for name in ("`tiny-moe` (local)", "`tiny-clip` (local)", "`questions.json` (local)"):
+        assert name in str(card)
+
+
+def test_figures_lie_in_the_repository():
+    assert "![router shift](plots/shift.png)" in str(
+        create_card(make_config(), figures={"router shift": "plots/shift.png"})
+    )
+    for outside in ("/tmp/shift.png", "../shift.png"):
+        with pytest.raises(ValueError, match="relative to the repository"):
+            create_card(make_config(), figures={"router shift": outside})
+
+
+def test_missing_jinja_names_the_extra(monkeypatch):
+    monkeypatch.setattr(card_module, "is_jinja_available", lambda: False)
+    with pytest.raises(ImportError, match=r"pip install 'moextend\[train\]'"):
+        create_card(make_config())
+
+
+def test_card_survives_saving(tmp_path):
+    card = create_card(make_config(), repo_id="me/eyes")
+    card.save(tmp_path / "README.md")
+    loaded = card_module.ModelCard.load(tmp_path / "README.md")
+    assert loaded.data.to_dict() == card.data.to_dict()
+    assert loaded.text == card.text
+
+
+def test_template_is_the_one_at_the_root(pytestconfig):
+    assert read_template() == (pytestconfig.rootpath / "model_card_template.md").read_text(encoding="utf-8")
