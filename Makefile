@@ -17,6 +17,10 @@ READY_TO_TEST := $(VENV)/.installed-dev
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
+# Small expert loops run best on one thread; glibc would hand every large activation back to the kernel after each step.
+quickstart: export OMP_NUM_THREADS = 1
+quickstart: export MALLOC_MMAP_THRESHOLD_ = 1000000000
+quickstart: export MALLOC_TRIM_THRESHOLD_ = 2000000000
 quickstart: $(READY_TO_RUN) ## set up, then run examples/quickstart.py (options: ARGS="...")
 	$(BIN)/python examples/quickstart.py $(ARGS)
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from pathlib import Path
 
 import torch
@@ -62,13 +63,18 @@ def owned_parameters(module):
 
 
 def same_fingerprint(one, other):
-    """Whether two fingerprints can be of one checkpoint: equal within the rounding of the coarser of their dtypes."""
+    """Whether two fingerprints can be of one checkpoint.
+
+    Two loads in one dtype give the same values. Loads in two dtypes differ by half a step of the coarser one (and by a
+    rounding of the finer one before it); fp16 has a smallest step besides, 6e-8.
+    """
     one, other = decode_fingerprint(one), decode_fingerprint(other)
     both = ~(one.isnan() | other.isnan())
     if not both.any():
         return True
-    tolerance = max(rounding(one[both]), rounding(other[both]))
-    return torch.allclose(one[both], other[both], rtol=tolerance, atol=1e-7 if tolerance > 1e-6 else 0.0)
+    steps = rounding(one[both]), rounding(other[both])
+    relative = 0.0 if steps[0] == steps[1] else 0.6 * max(steps)
+    return torch.allclose(one[both], other[both], rtol=relative, atol=6e-8 if max(steps) > 1e-6 else 0.0)
 
 
 def decode_fingerprint(text):
@@ -120,7 +126,9 @@ def write_adapter(folder, tensors, config, max_shard_size="50GB"):
     split = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=max_shard_size)
     if split.is_sharded:
         for name, keys in split.filename_to_tensors.items():
-            replace_file(folder / name, lambda path, keys=keys: save_file({k: tensors[k] for k in keys}, path, metadata))
+            replace_file(
+                folder / name, lambda path, keys=keys: save_file({k: tensors[k] for k in keys}, path, metadata)
+            )
         index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
         write_text(folder / INDEX, json.dumps(index, indent=2))
         new = {*split.filename_to_tensors, INDEX}
@@ -132,7 +140,7 @@ def write_adapter(folder, tensors, config, max_shard_size="50GB"):
 
 
 def header(config, tensors):
-    """Header metadata; every value a string. `checksum` covers all tensors and the config."""
+    """Header metadata; every value a string. `checksum` covers the tensors, `header_checksum` everything else here."""
     metadata = {
         "format": "pt",
         "moextend_format": str(FORMAT),
@@ -140,12 +148,19 @@ def header(config, tensors):
         "base_fingerprint": config.base_fingerprint or "",
         "encoder_fingerprint": config.encoder_fingerprint or "",
     }
-    return metadata | {"checksum": checksum(metadata["config"], tensors)}
+    metadata["checksum"] = checksum(tensors)
+    return metadata | {"header_checksum": header_checksum(metadata)}
 
 
-def checksum(config_text, tensors):
-    """sha256 over config, names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256(config_text.encode())
+def header_checksum(metadata):
+    """sha256 over all other entries of the header."""
+    entries = sorted(item for item in metadata.items() if item[0] != "header_checksum")
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def checksum(tensors):
+    """sha256 over names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor_bytes(tensor))
@@ -153,8 +168,9 @@ def checksum(config_text, tensors):
 
 
 def existing_files(folder):
-    """Names of adapter files already in `folder`, unfinished ones of a killed process included."""
-    return {path.name for path in folder.glob("moextend_adapter*")}
+    """Names of adapter files already in `folder`, and of what a killed process left unfinished."""
+    patterns = ("moextend_adapter*", "config.json.*.tmp", "*_moextend.py.*.tmp")
+    return {path.name for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
 
 
 def replace_file(path, write):
@@ -167,6 +183,11 @@ def replace_file(path, write):
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def copy_file(source, target):
+    """Copies a file of the shipped code."""
+    replace_file(Path(target), lambda unfinished: shutil.copyfile(source, unfinished))
 
 
 def write_text(path, text):
@@ -212,8 +233,13 @@ def find_files(name_or_path, hub_kwargs):
         return [single]
     try:
         shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
-        raise ValueError(f"{index} is damaged ({error!r}). Nothing was loaded; fetch or save the adapter again.") from error
+        strange = [shard for shard in shards if not shard.startswith("moextend_adapter") or Path(shard).name != shard]
+        if strange:
+            raise ValueError(f"no names of adapter files: {strange}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is damaged ({error!r}). Nothing was loaded; fetch or save the adapter again."
+        ) from error
     paths = {shard: cached_file(name_or_path, shard, **optional) for shard in shards}
     missing = [shard for shard, path in paths.items() if path is None]
     if missing:
@@ -222,12 +248,17 @@ def find_files(name_or_path, hub_kwargs):
 
 
 def check_format(path, metadata):
-    """Refuses what is no adapter, or one written by a later version."""
-    if not str(metadata.get("moextend_format", "")).isdigit() or "config" not in metadata:
+    """Refuses what is no adapter, one written by a later version, and a damaged header."""
+    if not str(metadata.get("moextend_format", "")).isdecimal() or "config" not in metadata:
         raise ValueError(f"{path} is damaged or no MoExtend adapter: its header lacks moextend_format or config.")
     if int(metadata["moextend_format"]) > FORMAT:
         raise ValueError(
-            f"{path} has moextend_format {metadata['moextend_format']}; this version reads up to {FORMAT}. Update moextend."
+            f"{path} has moextend_format {metadata['moextend_format']}; this version reads up to {FORMAT}. "
+            "Update moextend."
+        )
+    if metadata.get("header_checksum") not in (None, header_checksum(metadata)):
+        raise ValueError(
+            f"{path} is damaged: its header does not match the header's own checksum. Nothing was loaded."
         )
 
 
@@ -247,8 +278,8 @@ def check_tensors(expected, given, metadata):
     if problems:
         lines = "\n  ".join(problems)
         raise ValueError(f"The adapter does not fit the model; nothing was loaded.\n  {lines}")
-    if metadata.get("checksum") not in (None, checksum(metadata["config"], given)):
+    if metadata.get("checksum") not in (None, checksum(given)):
         raise ValueError(
-            "The adapter is damaged: its tensors or its config do not match the checksum in its header. Nothing was "
-            "loaded; fetch or save the adapter again."
+            "The adapter is damaged: its tensors do not match the checksum in its header. Nothing was loaded; fetch "
+            "or save the adapter again."
         )

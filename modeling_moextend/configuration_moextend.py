@@ -2,7 +2,7 @@
 
 import copy
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 SCOPES = ("all", "modality")
 SELECTIONS = ("compete", "exclusive")
@@ -99,12 +99,7 @@ class MoExtendConfig(PreTrainedConfig):
 
     def to_dict(self):
         """As JSON-ready `dict`: layer indices as strings, the view of `text_config` left out."""
-        view = self.__dict__.pop("_text_view", None)
-        try:
-            output = super().to_dict()
-        finally:
-            if view is not None:
-                self.__dict__["_text_view"] = view
+        output = super().to_dict()
         output.pop("_text_view", None)
         output["extended_layers"] = {str(layer): list(sources) for layer, sources in self.extended_layers.items()}
         return output
@@ -114,11 +109,16 @@ class MoExtendConfig(PreTrainedConfig):
         return self.to_dict()
 
 
+class UnknownConfig(PreTrainedConfig):
+    """Stands for the config of a base with code of its own, until that base is loaded and brings its class."""
+
+
 def as_config(config):
     """A config object from a config object, a `dict` with `model_type`, or `None`."""
     if isinstance(config, dict):
         config = dict(config)
-        return AutoConfig.for_model(config.pop("model_type"), **config)
+        model_type = config.pop("model_type")
+        return AutoConfig.for_model(model_type, **config) if model_type in CONFIG_MAPPING else UnknownConfig(**config)
     return config
 
 
@@ -141,7 +141,8 @@ def normalise_plan(plan):
         plan = {int(layer): [int(source) for source in sources] for layer, sources in plan.items()}
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"extended_layers must map a layer index to a list of source experts, like {{2: [1], 5: [3, 0]}}; got {plan!r}."
+            "extended_layers must map a layer index to a list of source experts, like {2: [1], 5: [3, 0]}; "
+            f"got {plan!r}."
         ) from error
     empty = [layer for layer, sources in plan.items() if not sources]
     if empty:
@@ -159,11 +160,13 @@ def check_routing_choices(config):
     choices["encoder_select_feature"] = SELECT_FEATURES
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
-            raise ValueError(f"{name}={getattr(config, name)!r} is not known; allowed: {', '.join(map(repr, allowed))}.")
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} is not known; allowed: {', '.join(map(repr, allowed))}."
+            )
     if config.selection == "exclusive" and config.calibration != "none":
         raise ValueError(
-            f"selection='exclusive' with calibration={config.calibration!r} has no meaning: the weights of new experts "
-            "already sum to what the base's own weights sum to. Use calibration='none'."
+            f"selection='exclusive' with calibration={config.calibration!r} has no meaning: the weights of new "
+            "experts already sum to what the base's own weights sum to. Use calibration='none'."
         )
     if config.scope == "modality" and config.encoder_name_or_path is None and config.encoder_config is None:
         raise ValueError("scope='modality' needs an encoder: without images no token would ever use a new expert.")

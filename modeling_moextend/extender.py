@@ -14,10 +14,10 @@ import os
 import tempfile
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch import nn
@@ -115,7 +115,7 @@ class RouterShift:
             "interval": self.layers[1::2],
         }
         if name not in named:
-            raise ValueError(f"layers={name!r} is unknown; it must be a list or one of {', '.join(map(repr, CHOICES))}.")
+            raise ValueError(f"layers={name!r} is unknown; give a list or one of {', '.join(map(repr, CHOICES))}.")
         return list(named[name])
 
     def _checked(self, layers):
@@ -182,17 +182,17 @@ class RouterShift:
         except ImportError as error:
             raise ImportError("plot needs matplotlib: `pip install matplotlib`.") from error
         chosen = self.select() if plan is None and len(self.layers) > 1 else plan or {}
-        before, after = shares(self.counts_before), shares(self.counts_after)
+        before, after = shares(self.counts_before).numpy(), shares(self.counts_after).numpy()
         # A Figure of its own draws without pyplot, whose backend is global and may want a display.
         figure = Figure(figsize=(11, 2.4 + 0.16 * len(self.layers)), layout="constrained")
         maps = figure.subplots(1, 3, sharey=True)
-        highest = max(before.max().item(), after.max().item())
+        highest = max(before.max(), after.max())
         for axes, values, title in zip(maps, (before, after), ("before", "after"), strict=False):
             image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=highest, interpolation="nearest")
             axes.set(title=f"share of selections, {title}", xlabel="expert")
         figure.colorbar(image, ax=maps[:2], shrink=0.8)
         colours = ["tab:blue" if layer in chosen else "lightgrey" for layer in self.layers]
-        maps[2].barh(range(len(self.layers)), self.per_layer, color=colours)
+        maps[2].barh(range(len(self.layers)), self.per_layer.numpy(), color=colours)
         maps[2].set(title="router shift $d_j$ (blue: extended)", xlabel="standard deviation of the change")
         maps[0].set_yticks(range(len(self.layers)), self.layers)
         maps[0].set_ylabel("decoder layer")
@@ -205,7 +205,7 @@ def shares(counts):
 
 
 class RouterDelta(nn.Module):
-    """`weight + delta` for one router tensor: delta [as weight] starts at zero, in float32 (bf16 would swallow steps)."""
+    """`weight + delta` for one router tensor; delta [as weight] starts at zero, in float32: bf16 swallows steps."""
 
     def __init__(self, weight):
         super().__init__()
@@ -273,6 +273,7 @@ def probe_config(output_dir, **overrides):
         "warmup_steps": 0.03,  # below 1: a share of all steps
         "weight_decay": 0.0,
         "report_to": "none",
+        "use_cpu": not torch.accelerator.is_available(),
     }
     return SFTConfig(output_dir=output_dir, **{**settings, **overrides})
 
@@ -282,8 +283,8 @@ def quiet(args):
     args = copy.copy(args)
     args.save_strategy = SaveStrategy.NO
     args.load_best_model_at_end = args.push_to_hub = False
-    if args.router_aux_loss_coef is None:
-        args.router_aux_loss_coef = 0.0  # it pulls every layer to an even use of experts, which is not the data's doing
+    if args.router_aux_loss_coef is None:  # it pulls every layer to an even use of experts: not the data's doing
+        args.router_aux_loss_coef = 0.0
     return args
 
 
@@ -336,7 +337,7 @@ def one_delta(module, name):
 
 
 def router_tensors(layer):
-    """(module, name) of every tensor with one row an expert in a layer's router: weight, and bias where there is one."""
+    """(module, name) of every tensor with one row an expert in a layer's router: weight, and bias if there is one."""
     for path, module in layer.router.named_modules():
         if path.split(".")[0] == "moextend":
             continue  # rows of new experts, which sit out
@@ -348,7 +349,7 @@ def router_tensors(layer):
 
 @contextlib.contextmanager
 def new_experts_off(layers):
-    """Leaves the new experts of a MoExtend model out, and them alone: `disable_adapter` would refuse images as well."""
+    """Leaves the new experts of a MoExtend model out, and only them: `disable_adapter` would refuse images as well."""
     extensions = [layer.router.moextend for layer in layers.values() if "moextend" in layer.router._modules]
     numbers = [extension.num_new for extension in extensions]
     for extension in extensions:
@@ -379,6 +380,8 @@ def unchanged(model):
         for parameter, requires_grad in frozen:
             parameter.requires_grad_(requires_grad)
         for module, values in modes:
+            for name in MODES:  # where the class has a default, the instance may have had none of its own
+                module.__dict__.pop(name, None)
             module.__dict__.update(values)
 
 
@@ -396,23 +399,23 @@ def count_selections(trainer, layers, title):
     Counted is what the routers really answer. Each process counts its own share of the samples.
     """
     model, accelerator = trainer.model, trainer.accelerator
-    counts = torch.zeros(len(layers), next(iter(layers.values())).num_experts, dtype=torch.int64, device=accelerator.device)
-    selected = {}  # place of the layer -> [T, K]
-    hooks = [
-        layer.router.register_forward_hook(lambda _, __, answer, place=place: selected.__setitem__(place, answer))
-        for place, layer in enumerate(layers.values())
-    ]
+    num_experts = next(iter(layers.values())).num_experts
+    counts = torch.zeros(len(layers), num_experts, dtype=torch.int64, device=accelerator.device)
+    inputs = {}  # the current batch
+
+    def count(place, _, __, answer):
+        counts[place] += count_answer(answer, inputs.get("attention_mask"), num_experts).to(counts.device)
+
+    routers = [layer.router for layer in layers.values()]
+    hooks = [router.register_forward_hook(partial(count, place)) for place, router in enumerate(routers)]
     was_training = model.training
     model.eval()
     try:
-        for inputs in tqdm(held_out_batches(trainer), desc=title, disable=not PartialState().is_main_process):
-            inputs = trainer._prepare_inputs(inputs)
-            mask = inputs.get("attention_mask")
+        for batch in tqdm(held_out_batches(trainer), desc=title, disable=not accelerator.is_main_process):
+            inputs = trainer._prepare_inputs(batch)
             with torch.no_grad(), accelerator.autocast():
                 # The body alone: nobody needs logits over the vocabulary.
                 model.base_model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
-            for place, answer in selected.items():
-                counts[place] += count_answer(answer, mask, counts.shape[1]).to(counts.device)
     finally:
         model.train(was_training)
         for hook in hooks:
@@ -431,7 +434,7 @@ def held_out_batches(trainer):
 
 
 def count_answer(answer, attention_mask, num_experts):
-    """[E] int64: selections in one router's answer by the tokens that `attention_mask` [B, S] lets count (None: all)."""
+    """[E] int64: selections in one router's answer, by the tokens `attention_mask` [B, S] marks (`None`: all)."""
     index = next(part for part in reversed(answer) if torch.is_tensor(part) and not part.is_floating_point())
     if attention_mask is not None:
         index = index[attention_mask.reshape(-1).bool().to(index.device)]

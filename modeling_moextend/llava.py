@@ -94,7 +94,9 @@ def _read_lines(file, json_path):
 
 def _read_list(file, json_path):
     decoder, size, index, problem = json.JSONDecoder(), CHUNK, 0, "nothing follows"
-    buffer = file.read(size).lstrip()
+    while (buffer := file.read(size)) and buffer.isspace():
+        pass
+    buffer = buffer.lstrip()
     if not buffer.startswith("["):
         raise ValueError(
             f"{json_path} must hold a list of entries, [{{...}}, ...]; one entry a line is a .jsonl file."

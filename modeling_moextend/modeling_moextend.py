@@ -7,26 +7,61 @@ routing). Attention, norms, head, caches and generation are the base's own code.
 
 import contextlib
 import copy
-import shutil
+import importlib
+import tempfile
 from functools import partial
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi
+from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
-from .adapter_moextend import check_tensors, fingerprint, read_adapter, same_fingerprint, write_adapter, write_text
-from .configuration_moextend import MoExtendConfig, normalise_plan
+from .adapter_moextend import (
+    check_tensors,
+    copy_file,
+    fingerprint,
+    read_adapter,
+    same_fingerprint,
+    write_adapter,
+    write_text,
+)
+from .configuration_moextend import MoExtendConfig, UnknownConfig, normalise_plan
 from .layers_moextend import RoutingState, add_experts, attach, detach, find_moe_layers, find_rule
 from .routing_moextend import Rule, balance_loss
 from .scope_moextend import remember, token_scope
-from .vision_moextend import Projector, encode_images, expand_images, load_encoder, merge_images, select_images
+from .vision_moextend import (
+    Projector,
+    encode_images,
+    expand_images,
+    load_encoder,
+    merge_images,
+    select_images,
+    vision_tower,
+)
 
 logger = logging.get_logger(__name__)
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 SHARED_HUB_KWARGS = ("cache_dir", "local_files_only", "token")
+ENCODER_KWARGS = ("dtype", "use_safetensors", *SHARED_HUB_KWARGS)
+PUBLISHED = [  # patterns of the files that make a published adapter
+    "config.json",
+    "moextend_adapter*.safetensors",
+    "moextend_adapter*.safetensors.index.json",
+    "*_moextend.py",
+    "README.md",
+    "*processor_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+]
 PAPER = {"scope": "all", "selection": "compete", "calibration": "all"}
 
 
@@ -118,10 +153,13 @@ class MoExtendPreTrainedModel(PreTrainedModel):
         return merge_images(input_ids, self.get_input_embeddings(), self.config.image_token_id, features)
 
     @contextlib.contextmanager
-    def record_routing(self):
-        """Yields a `dict` that every forward pass inside fills: decoder layer -> `RoutingRecord`, all MoE layers."""
+    def record_routing(self, wanted=True):
+        """Yields a `dict` that every forward pass inside fills: decoder layer -> `RoutingRecord`, all MoE layers.
+
+        Unless `wanted`, it stays empty, and whoever listened before goes on listening.
+        """
         records = {}
-        with self.routing.using(records=records):
+        with self.routing.using(records=records if wanted else self.routing.records):
             yield records
 
     def balance_loss(self, records, attention_mask=None):
@@ -182,10 +220,9 @@ class MoExtendPreTrainedModel(PreTrainedModel):
         check_base(base, cls.auto_base_class)
         check_plan(find_moe_layers(base.get_decoder()), plan)
         if encoder is not None and not isinstance(encoder, PreTrainedModel):
-            encoder = load_encoder(encoder, **{key: kwargs[key] for key in ("dtype", *SHARED_HUB_KWARGS) if key in kwargs})
+            encoder = load_encoder(encoder, **{key: kwargs[key] for key in ENCODER_KWARGS if key in kwargs})
         if encoder is not None:
-            encoder = getattr(encoder, "vision_model", encoder) if hasattr(encoder.config, "vision_config") else encoder
-            encoder = encoder.to(base.get_input_embeddings().weight.device)
+            encoder = vision_tower(encoder).to(base.get_input_embeddings().weight.device)
         choices = PAPER if paper else {"scope": scope, "selection": selection, "calibration": calibration}
         config = cls.config_class(
             base_model_name_or_path=base.config._name_or_path or None,
@@ -322,10 +359,14 @@ class MoExtendPreTrainedModel(PreTrainedModel):
             adapter_dtype: dtype or its name for the new tensors in the file; default: the base's.
             max_shard_size: above it the file is split, with the usual index.
             push_to_hub, **kwargs: as in transformers (`repo_id`, `token`, `private`, `commit_message`, ...).
+
+        Raises:
+            ValueError: the folder is the base's or the encoder's, which would lose its config.json.
         """
         if not kwargs.pop("is_main_process", True):
             return
         folder = Path(save_directory)
+        check_folder(folder, self.config)
         folder.mkdir(parents=True, exist_ok=True)
         dtype = getattr(torch, adapter_dtype) if isinstance(adapter_dtype, str) else adapter_dtype or self.base.dtype
         for source in Path(__file__).parent.glob("*_moextend.py"):
@@ -339,8 +380,9 @@ class MoExtendPreTrainedModel(PreTrainedModel):
             self._upload(folder, repo_id, **kwargs)
 
     def published_config(self):
-        """The config as it is saved: with the auto classes that load it, and every path as it is."""
+        """The config as it is saved: with the auto classes that load it, and without the place it was loaded from."""
         config = copy.deepcopy(self.config)
+        config.name_or_path = ""
         config.architectures = ["MoExtendForCausalLM"]
         config.auto_map = {
             "AutoConfig": "configuration_moextend.MoExtendConfig",
@@ -350,28 +392,56 @@ class MoExtendPreTrainedModel(PreTrainedModel):
         }
         return config
 
-    def _upload(self, folder, repo_id, *, token=None, private=None, commit_message="Upload MoExtend adapter", **kwargs):
-        from huggingface_hub import HfApi
+    def push_to_hub(self, repo_id, *, adapter_dtype=None, max_shard_size="50GB", **kwargs):
+        """Saves the adapter to a temporary folder and uploads it as one commit, with a model card if there is none yet."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, adapter_dtype=adapter_dtype, max_shard_size=max_shard_size)
+            return self._upload(Path(folder), repo_id, with_card=True, **kwargs)
 
+    def _upload(
+        self,
+        folder,
+        repo_id,
+        *,
+        token=None,
+        private=None,
+        revision=None,
+        create_pr=False,
+        commit_message="Upload MoExtend adapter",
+        commit_description=None,
+        with_card=False,
+    ):
+        """One commit of the adapter's files, and of nothing else that lies in the folder."""
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        patterns = ["config.json", "moextend_adapter*", "*_moextend.py", "README.md", "*token*", "*processor*", "*.jinja"]
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        if with_card and not api.file_exists(repo_id, "README.md", revision=revision):
+            self._write_card(folder, repo_id)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
+            revision=revision,
+            create_pr=create_pr,
             commit_message=commit_message,
-            allow_patterns=patterns,
+            commit_description=commit_description,
+            allow_patterns=PUBLISHED,
+            ignore_patterns="*/*",
             delete_patterns="moextend_adapter*",
-            **{key: kwargs[key] for key in ("revision", "create_pr", "commit_description") if key in kwargs},
         )
 
-    def push_to_hub(self, repo_id, *, adapter_dtype=None, max_shard_size="50GB", **kwargs):
-        """Saves the adapter to a temporary folder and uploads it as one commit."""
-        import tempfile
-
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, adapter_dtype=adapter_dtype, max_shard_size=max_shard_size)
-            return self._upload(folder, repo_id, **kwargs)
+    def _write_card(self, folder, repo_id):
+        """README.md, where `card.py` and its template language are at hand: neither comes with the shipped code."""
+        try:
+            card = importlib.import_module(".card", __package__).create_card(
+                self.config,
+                repo_id=repo_id,
+                adapter_bytes=sum(file.stat().st_size for file in folder.glob("moextend_adapter*.safetensors")),
+                num_parameters=sum(tensor.numel() for tensor in self.adapter_tensors().values()),
+            )
+        except ImportError:
+            return
+        card.save(folder / "README.md")
 
     @classmethod
     def from_pretrained(
@@ -401,19 +471,31 @@ class MoExtendPreTrainedModel(PreTrainedModel):
             if value is not None and name not in kwargs:
                 kwargs[name] = value
         if stored.encoder_config is not None and not isinstance(encoder, PreTrainedModel):
-            encoder = load_stored("encoder", encoder, stored, load_encoder, dtype=kwargs.get("dtype", "auto"), **shared)
+            options = {key: kwargs[key] for key in ENCODER_KWARGS if key in kwargs}
+            encoder = load_stored("encoder", encoder, stored, load_encoder, **options, **shared)
         if not isinstance(base, PreTrainedModel):
             revision = {"revision": stored.base_model_revision} if base is None and stored.base_model_revision else {}
             loader = lambda path, **options: load_base(path, cls.auto_base_class, **options)  # noqa: E731
             base = load_stored("base", base, stored, loader, **revision, **shared, **kwargs)
+        check_not_extended(base)
+        if isinstance(stored.text_config, UnknownConfig):
+            stored.text_config = copy.deepcopy(base.config)
         if encoder is not None:
-            encoder = encoder.to(base.get_input_embeddings().weight.device)
+            encoder = vision_tower(encoder).to(base.get_input_embeddings().weight.device)
         for role, module in (("base", base.get_decoder()), ("encoder", encoder)):
             if module is not None and check_base:
                 check_fingerprint(role, getattr(stored, f"{role}_fingerprint"), module)
+        check_plan(find_moe_layers(base.get_decoder()), stored.extended_layers)
         stored.name_or_path = str(pretrained_model_name_or_path)
-        model = cls(stored, base=base, encoder=encoder)
-        model.put_tensors(tensors, metadata, dtype=None)
+        trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
+        try:
+            model = cls(stored, base=base, encoder=encoder)
+            model.put_tensors(tensors, metadata, dtype=None)
+        except Exception:  # a base that the caller passed in stays as it was
+            detach(base.get_decoder())
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            raise
         for tensor in model.adapter_tensors().values():
             tensor.requires_grad_(tensor.is_floating_point() and isinstance(tensor, torch.nn.Parameter))
         return model.eval()
@@ -427,12 +509,16 @@ class MoExtendPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def put_tensors(self, tensors, metadata, dtype):
-        """Checks names and shapes, then copies; `dtype=None` takes the file's dtype, `"keep"` the model's."""
+        """Checks names and shapes, then copies.
+
+        `dtype=None` takes the file's dtype or the base's, whichever is wider; `"keep"` the model's own.
+        """
         live = self.adapter_tensors()
         check_tensors(live, tensors, metadata)
         for name, tensor in tensors.items():
             if dtype is None:
-                live[name].data = tensor.to(live[name].device)
+                wide = torch.promote_types(tensor.dtype, self.base.dtype)
+                live[name].data = tensor.to(live[name].device, wide, copy=True)  # out of the file's map, and aligned
             else:
                 live[name].copy_(tensor)
 
@@ -494,8 +580,7 @@ class MoExtendModel(MoExtendPreTrainedModel):
     ):
         """See `MoExtendForCausalLM.forward`."""
         kwargs |= {"attention_mask": attention_mask, "use_cache": use_cache}
-        recording = self.record_routing() if output_router_logits else contextlib.nullcontext({})
-        with recording as records:
+        with self.record_routing(bool(output_router_logits)) as records:
             outputs = self.run_base(input_ids, position_ids, past_key_values, inputs_embeds, pixel_values, **kwargs)
         return MoeModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
@@ -569,8 +654,7 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, GenerationMixin):
             kwargs["labels"] = labels.masked_fill(labels == self.config.image_token_id, -100)
         if output_router_logits is None:
             output_router_logits = self.config.get_text_config().output_router_logits
-        recording = self.record_routing() if output_router_logits else contextlib.nullcontext({})
-        with recording as records:
+        with self.record_routing(bool(output_router_logits)) as records:
             outputs = self.run_base(
                 input_ids,
                 position_ids,
@@ -609,7 +693,7 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, GenerationMixin):
                 pixel_values, input_ids, cut, self.config.image_token_id, self.config.num_image_tokens
             )
         elif not kwargs.get("is_first_iteration"):
-            # A lookup decoder may propose an image token it has seen in the prompt; the base's head has no such token.
+            # An assistant gets the image tokens of the prompt, but generate hands it no images: it drafts without them.
             is_image = inputs["input_ids"] == self.config.image_token_id
             inputs["input_ids"] = inputs["input_ids"].masked_fill(is_image, 0)
         return inputs
@@ -629,30 +713,61 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, GenerationMixin):
         return input_ids, model_kwargs
 
     def _get_logits_processor(self, *args, **kwargs):
-        """The usual processors, which never see an id past the head: a repetition penalty indexes scores by ids."""
-        return InVocabulary(super()._get_logits_processor(*args, **kwargs))
+        """The usual processors, which index scores by ids: image tokens may lie past the head."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        return processors if self.encoder is None else WithImageColumn(self.config.image_token_id, processors)
+
+    def _get_candidate_generator(self, *args, **kwargs):
+        """The usual one, which never proposes an image token."""
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        if self.encoder is None:
+            return generator
+        if isinstance(generator, PromptLookupCandidateGenerator):
+            generator.logits_processor = None  # it would look up the score of an image token; proposals are verified
+        generator.get_candidates = partial(text_candidates, generator.get_candidates, self.config.image_token_id)
+        return generator
 
 
-class InVocabulary(LogitsProcessorList):
-    """Logits processors on `input_ids` in which image tokens past the head are replaced by the row's last token."""
+class WithImageColumn(LogitsProcessorList):
+    """Logits processors that see one more column of scores, the image token's: processors index scores by ids."""
+
+    def __init__(self, image_token_id, processors):
+        super().__init__(processors)
+        self.image_token_id = image_token_id
 
     def __call__(self, input_ids, scores, **kwargs):
-        known = torch.where(input_ids < scores.shape[-1], input_ids, input_ids[:, -1:].clamp(max=scores.shape[-1] - 1))
-        return super().__call__(known, scores, **kwargs)
+        is_image, vocab_size = input_ids == self.image_token_id, scores.shape[-1]
+        if 0 <= self.image_token_id < vocab_size or not is_image.any():
+            return super().__call__(input_ids, scores, **kwargs)
+        scores = F.pad(scores, (0, 1), value=-torch.inf)
+        return super().__call__(input_ids.masked_fill(is_image, vocab_size), scores, **kwargs)[:, :vocab_size]
+
+
+def text_candidates(get_candidates, image_token_id, input_ids, **kwargs):
+    """Candidates of assisted generation up to the first image token among them."""
+    candidates, logits = get_candidates(input_ids, **kwargs)
+    length = input_ids.shape[1]
+    is_image = (candidates[0, length:] == image_token_id).nonzero()
+    kept = int(is_image[0]) if len(is_image) else candidates.shape[1] - length
+    return candidates[:, : length + kept], None if logits is None else logits[:, :kept]
 
 
 # ---------------------------------------------------------------- loading and checking
 
 
 def load_base(name_or_path, auto_class, **kwargs):
-    """A base from its checkpoint; safetensors unless the call says otherwise."""
-    kwargs.setdefault("use_safetensors", True)
+    """A base from its checkpoint; from safetensors only, unless `use_safetensors=False` allows pickled weights as well."""
+    kwargs["use_safetensors"] = kwargs.get("use_safetensors", True) or None  # False would refuse safetensors
     try:
-        return auto_class.from_pretrained(name_or_path, **kwargs)
+        base, loading = auto_class.from_pretrained(name_or_path, **{**kwargs, "output_loading_info": True})
     except ValueError as error:
         if "Unrecognized configuration class" in str(error):
             raise ValueError(f"base={name_or_path!r} is no causal LM: transformers has no causal head for it.") from error
         raise
+    missing = sorted(loading["missing_keys"])
+    if missing:  # transformers would go on with random values in their place
+        raise ValueError(f"base={name_or_path!r} is incomplete or no causal LM: it lacks {', '.join(missing[:8])}.")
+    return base
 
 
 def load_stored(role, given, config, loader, **kwargs):
@@ -663,18 +778,28 @@ def load_stored(role, given, config, loader, **kwargs):
     try:
         return loader(path, **kwargs)
     except OSError as error:
-        raise OSError(f"The adapter's {role} {path!r} can't be loaded: pass {role}=<folder or Hub id>. ({error})") from error
+        raise OSError(
+            f"The adapter's {role} {path!r} can't be loaded: pass {role}=<folder or Hub id> if it lies elsewhere, or "
+            f"use_safetensors=False if it has only pickled weights and you trust them. ({error})"
+        ) from error
 
 
 def check_base(base, auto_class):
-    """Refuses what is no causal LM, or already extended."""
+    """Refuses what is no causal LM, or extended already."""
     name = type(base).__name__
-    if base.config.model_type == "moextend":
-        raise ValueError(f"{name} is extended already: use model.extend(plan), or pass model.detach().")
+    check_not_extended(base)
     if auto_class is AutoModelForCausalLM and (
         base.config.is_encoder_decoder or base.get_output_embeddings() is None or not base.can_generate()
     ):
         raise ValueError(f"{name} is no causal LM (it has no language-model head of its own): pass the ...ForCausalLM.")
+
+
+def check_not_extended(base):
+    """Refuses a base that carries an adapter: one attached twice would answer for both."""
+    if base.config.model_type == "moextend" or any(hasattr(module, "moextend") for module in base.modules()):
+        raise ValueError(
+            f"{type(base).__name__} is extended already: use model.extend(plan), or pass what model.detach() returns."
+        )
 
 
 def check_plan(layers, plan):
@@ -694,6 +819,14 @@ def check_plan(layers, plan):
             )
 
 
+def check_folder(folder, config):
+    """Refuses to write over the config.json of a base or encoder."""
+    for role in ("base_model", "encoder"):
+        place = getattr(config, f"{role}_name_or_path")
+        if place is not None and Path(place).is_dir() and folder.resolve() == Path(place).resolve():
+            raise ValueError(f"{folder} is the folder of the adapter's {role.split('_')[0]}: save the adapter elsewhere.")
+
+
 def check_fingerprint(role, stored, module):
     """Refuses a base or encoder that is not the one the adapter was made on."""
     found = fingerprint(module) if stored else None
@@ -702,10 +835,3 @@ def check_fingerprint(role, stored, module):
             f"This is a different {role} than the adapter was made on: its weights do not match the adapter's "
             f"{role} fingerprint. Pass {role}=<the right one>; check_base=False loads it all the same."
         )
-
-
-def copy_file(source, target):
-    """Copies by rename, so that a killed process leaves no half of a code file."""
-    unfinished = target.with_name(target.name + ".tmp")
-    shutil.copyfile(source, unfinished)
-    unfinished.replace(target)

@@ -2,8 +2,8 @@
 
 Letters: T tokens, E base experts, N new experts of a layer, K experts a token selects, H hidden size.
 
-A base router answers (logits [T, E], weights [T, K], index [T, K]). `route` extends that answer by N new rows and keeps
-the base's own answer, bit for bit, for every token that selects no new expert.
+A base router answers (logits [T, E], weights [T, K], index [T, K]). `route` extends that answer by N new rows and
+keeps the base's own answer, bit for bit, for every token that selects no new expert.
 """
 
 from typing import NamedTuple
@@ -105,19 +105,26 @@ def rule_weights(scores, index, rule):
     return weights * rule.scale
 
 
+def explains(rule, answer):
+    """Whether `rule` makes the weights of a base router's answer (logits [T, E], weights [T, K], index [T, K])."""
+    logits, weights, index = answer
+    expected = rule_weights(SCORES[rule.score](logits.float()), index, rule)
+    return torch.allclose(expected, weights.float(), rtol=1e-4, atol=1e-6)
+
+
 def probe_rule(answer):
     """Finds the rule that explains a base router's answer, or `None`.
 
     Args:
         answer: (logits [T, E], weights [T, K], index [T, K]) of a float32 copy of the router on random tokens.
     """
-    logits, weights, index = (part.detach() for part in answer)
+    logits, weights, index = answer
     for score in SCORES:
         for renormalise in (True, False):
             plain = rule_weights(SCORES[score](logits.float()), index, Rule(score, renormalise))
-            scale = (weights.float() / plain).median().item()
-            if torch.allclose(plain * scale, weights.float(), rtol=1e-4, atol=1e-6):
-                return Rule(score, renormalise, round(scale, 6))
+            rule = Rule(score, renormalise, round((weights.float() / plain).median().item(), 6))
+            if explains(rule, answer):
+                return rule
     return None
 
 
@@ -183,10 +190,10 @@ def exclusive(logits, base_answer, rule, calibration, correction):
 
 
 def balance_loss(records, rule, selection, attention_mask=None):
-    """Load-balancing loss: mean over MoE layers of E_l * sum_i f_i * P_i (Switch Transformer, arXiv 2101.03961, Eq. 4).
+    """Load-balancing loss: mean over MoE layers of E_l * sum_i f_i * P_i (Switch Transformer, 2101.03961, Eq. 4).
 
-    f_i is the share of all selections that fell on expert i, P_i its mean score; 1 when perfectly even. Layers may have
-    different widths. With exclusive selection, tokens in scope count over the new experts only.
+    f_i is the share of all selections that fell on expert i, P_i its mean score; 1 when perfectly even. Layers may
+    have different widths. With exclusive selection, tokens in scope count over the new experts only.
 
     Args:
         records: layer index -> `RoutingRecord`.
@@ -214,7 +221,7 @@ def layer_balance(record, rule, selection, attention_mask):
 
 
 def group_balance(logits, index, tokens, rule):
-    """E * sum_i f_i * P_i over `tokens` [T] and the experts of `logits` [T, E]; `index` outside 0 ... E - 1 is no one's."""
+    """E * sum_i f_i * P_i over `tokens` [T] and the E experts of `logits` [T, E]; any other `index` is no one's."""
     num_experts = logits.shape[-1]
     weight = tokens.to(logits.dtype)
     scores = SCORES[rule.score](logits)

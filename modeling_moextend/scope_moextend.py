@@ -6,6 +6,8 @@ row, the place of that first image token, so that a cropped cache forgets an ima
 (beams) carry their own. Another scope is another branch in `token_scope`.
 """
 
+import functools
+
 import torch
 
 NEVER = torch.iinfo(torch.long).max  # place of the first image token in a row that has none
@@ -73,7 +75,7 @@ def sequence_starts(is_image, position_ids, places):
 
 
 def cached_first(cache, batch_size, past_length, device):
-    """[B]: the state of `cache`, without images that a crop has cut off; `NEVER` where there is no cache or state yet."""
+    """[B]: the state of `cache`, without images that a crop has cut off; `NEVER` where there is none yet."""
     state = getattr(cache, STATE, None)
     if state is None:
         return torch.full((batch_size,), NEVER, device=device)
@@ -92,24 +94,43 @@ ROW_METHODS = {  # cache methods that move rows -> what they do to a tensor with
 def follow_rows(cache):
     """Makes `cache` move its state whenever it moves its rows, and returns it.
 
-    Row moves are methods of the cache's own class, of which there are many; a subclass made on the spot serves them
-    all, keeps `isinstance` true and survives `deepcopy`, which a patched instance method would not.
+    Row moves are methods of the cache's own class, of which there are many; a subclass serves them all, keeps
+    `isinstance` true and survives `deepcopy` and pickling, which a patched instance method would not.
     """
     if not hasattr(type(cache), "moextend_follows"):
-        methods = {name: following(name, move) for name, move in ROW_METHODS.items() if hasattr(cache, name)}
-        cache.__class__ = type(type(cache).__name__, (type(cache),), {"moextend_follows": True, **methods})
+        cache.__class__ = following_class(type(cache))
     return cache
 
 
-def following(name, move):
-    """The cache method `name`, with the state moved along."""
+@functools.cache
+def following_class(cache_class):
+    """`cache_class`, with the state moved along. No import finds it, so pickling makes it anew."""
 
-    def method(self, *args, **kwargs):
-        result = getattr(super(type(self), self), name)(*args, **kwargs)
+    def reduce(cache, protocol):
+        return following_instance, (cache_class,), cache.__dict__
+
+    moves = {
+        name: following(getattr(cache_class, name), ROW_METHODS[name])
+        for name in ROW_METHODS.keys() & dir(cache_class)
+    }
+    return type(cache_class.__name__, (cache_class,), {"moextend_follows": True, "__reduce_ex__": reduce, **moves})
+
+
+def following_instance(cache_class):
+    """An empty instance, which unpickling and `deepcopy` fill."""
+    follows = following_class(cache_class)
+    return follows.__new__(follows)
+
+
+def following(method, move):
+    """The cache method `method`, with the state moved along."""
+
+    @functools.wraps(method)
+    def moved(self, *args, **kwargs):
+        result = method(self, *args, **kwargs)
         state = getattr(self, STATE, None)
         if state is not None:
             setattr(self, STATE, move(state, *args, *kwargs.values()))
         return result
 
-    method.__name__ = name
-    return method
+    return moved

@@ -72,6 +72,6 @@ class MoExtendSFTConfig(SFTConfig):
             )
         if self.stage == "align" and self.train_projector is False:
             raise ValueError(
-                "stage='align' trains the projector and nothing else, so train_projector=False leaves nothing to train. "
-                "Leave train_projector unset, or use stage='finetune'."
+                "stage='align' trains the projector and nothing else, so train_projector=False leaves nothing to "
+                "train: leave it unset, or use stage='finetune'."
             )

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 from trl import SFTTrainer
@@ -38,7 +39,7 @@ CARD_SETTINGS = (
 
 @dataclass
 class MaskImageLabels:
-    """A collator around another one: ids that stand for image features, or that the head has no row for, are no labels.
+    """A collator around another one: ids that stand for image features, or have no row in the head, are no labels.
 
     Done here and not with the loss, because Trainer counts labels for its mean before the loss is computed.
 
@@ -106,6 +107,15 @@ class MoExtendSFTTrainer(SFTTrainer):
         self._in_checkpoint = False
         self.add_callback(AdapterReport(self))
 
+    def _get_train_sampler(self, train_dataset=None):
+        """Gives grouping by length random numbers of its own, per epoch: a resumed run would group otherwise."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler.generator = torch.Generator()
+            sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(seed + epoch)
+        return sampler
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Adds the load-balancing loss, which TRL cannot compute over layers of uneven width, and logs the routing."""
         mode = "train" if self.model.training else "eval"
@@ -115,7 +125,7 @@ class MoExtendSFTTrainer(SFTTrainer):
         with core.record_routing() as records:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
-        # With num_items_in_batch, the micro-batches of a step sum up to its loss; else Trainer divides by their number.
+        # With num_items_in_batch, the micro-batches of a step sum up to its loss; else Trainer averages them.
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         parts = {"task_loss": loss.detach() * steps}
         if self.router_aux_loss_coef:
@@ -128,8 +138,8 @@ class MoExtendSFTTrainer(SFTTrainer):
     def _log_parts(self, mode, parts, records, attention_mask):
         """Hands losses (mean over processes) and shares of new experts to TRL's metrics; returns the token count."""
         counts, tokens = new_expert_counts(records, attention_mask)
-        totals = torch.stack([*(part.double() for part in parts.values()), *counts.values(), tokens]).to(self.args.device)
-        totals = self.accelerator.reduce(totals, reduction="sum").tolist()
+        totals = [value.float().to(self.args.device) for value in (*parts.values(), *counts.values(), tokens)]
+        totals = self.accelerator.reduce(torch.stack(totals), reduction="sum").tolist()
         metrics, tokens = self._metrics[mode], totals.pop()
         for name in parts:
             metrics[name].append(totals.pop(0) / self.accelerator.num_processes)
@@ -178,20 +188,25 @@ class MoExtendSFTTrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Reads the adapter: Trainer looks for standard weight names only, and would not notice a missing tensor."""
-        if not os.path.isfile(os.path.join(resume_from_checkpoint, TRAINER_STATE)):
+        state_file = os.path.join(resume_from_checkpoint, TRAINER_STATE)
+        if not os.path.isfile(state_file):
             raise ValueError(
-                f"{resume_from_checkpoint} is not a complete checkpoint: it has no {TRAINER_STATE}, which is written last. "
-                "Resume from an earlier checkpoint; for weights alone, load the folder with "
+                f"{resume_from_checkpoint} is not a complete checkpoint: it has no {TRAINER_STATE}, which is written "
+                "last. Resume from an earlier checkpoint; for weights alone, load the folder with "
                 "MoExtendForCausalLM.from_pretrained."
             )
-        self.accelerator.unwrap_model(self.model if model is None else model).load_adapter_tensors(resume_from_checkpoint)
+        core = self.accelerator.unwrap_model(self.model if model is None else model)
+        core.load_adapter_tensors(resume_from_checkpoint)
+        # TRL's running count of tokens is in no state; the last one logged is where it goes on.
+        history = TrainerState.load_from_json(state_file).log_history
+        self._total_train_tokens = next((log["num_tokens"] for log in reversed(history) if "num_tokens" in log), 0)
 
     def _load_best_model(self):
         """Reads the best checkpoint's adapter, for the same reason."""
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        """Pushes the adapter as `save_model` writes it: Trainer would copy standard weight names only, and a pickle."""
+        """Pushes the adapter as `save_model` writes it; Trainer would copy standard weight names and a pickle."""
         if self.args.hub_strategy == HubStrategy.END:
             return
         running = getattr(self, "push_in_progress", None)
@@ -244,7 +259,7 @@ def new_expert_counts(records, attention_mask):
         attention_mask: [B, S], 0 for padding; `None` where every token is real (padding-free batches).
 
     Returns:
-        (layer index -> count, number of non-padding tokens), all float64 scalars.
+        (layer index -> count, number of non-padding tokens), all int64 scalars.
     """
     index = next(iter(records.values())).index
     real = torch.ones(len(index), dtype=torch.bool, device=index.device)
@@ -254,8 +269,8 @@ def new_expert_counts(records, attention_mask):
     for layer, record in records.items():
         if record.num_new:
             selects_new = (record.index >= record.num_base).any(dim=-1)
-            counts[layer] = (selects_new & real.to(selects_new.device)).sum().double().to(real.device)
-    return counts, real.sum().double()
+            counts[layer] = (selects_new & real.to(selects_new.device)).sum()
+    return counts, real.sum()
 
 
 def training_summary(model, trainable, args):
@@ -326,11 +341,11 @@ def check_options(args, coefficient, kwargs):
         raise ValueError("peft_config would train the base, which MoExtend never changes. Leave it out.")
     if coefficient and (args.label_smoothing_factor or kwargs.get("compute_loss_func") is not None):
         raise ValueError(
-            "label_smoothing_factor and compute_loss_func run the model twice a step, and the load-balancing loss would "
-            "lose its gradient. Leave them out, or set router_aux_loss_coef=0.0."
+            "label_smoothing_factor and compute_loss_func run the model twice a step, and the load-balancing loss "
+            "would lose its gradient. Leave them out, or set router_aux_loss_coef=0.0."
         )
     if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         raise ValueError(
-            f"hub_strategy={args.hub_strategy.value!r} pushes optimiser states and pickled arguments. Use 'every_save' or "
-            "'end', which push the adapter."
+            f"hub_strategy={args.hub_strategy.value!r} pushes optimiser states and pickled arguments. Use "
+            "'every_save' or 'end', which push the adapter."
         )

@@ -31,18 +31,42 @@ def load_encoder(name_or_path, **kwargs):
     """The vision tower of a CLIP or SigLIP checkpoint (vision-only or whole), from safetensors, frozen.
 
     Raises:
-        ValueError: the checkpoint is of another kind.
+        ValueError: the checkpoint is of another kind, or lacks tensors.
     """
-    config_kwargs = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+    config_kwargs = {
+        key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs
+    }
     config = AutoConfig.from_pretrained(name_or_path, **config_kwargs)
     config = getattr(config, "vision_config", config)
+    check_encoder(name_or_path, config)
+    kwargs["use_safetensors"] = kwargs.get("use_safetensors", True) or None  # None: pickled if there is nothing else
+    encoder, loading = AutoModel.from_pretrained(name_or_path, config=config, output_loading_info=True, **kwargs)
+    missing = sorted(loading["missing_keys"])
+    if missing:  # transformers would go on with random values in their place
+        raise ValueError(f"encoder={str(name_or_path)!r} is incomplete: it lacks {', '.join(missing[:8])}.")
+    return encoder.requires_grad_(False).eval()
+
+
+def vision_tower(model):
+    """The vision tower of a loaded CLIP or SigLIP model (vision-only or whole).
+
+    Raises:
+        ValueError: the model is of another kind.
+    """
+    tower = model.vision_model if hasattr(model.config, "vision_config") and hasattr(model, "vision_model") else model
+    check_encoder(type(model).__name__, tower.config)
+    if tower is not model:
+        tower.config.name_or_path = model.config.name_or_path  # a part does not know where the whole lies
+    return tower
+
+
+def check_encoder(given, config):
+    """Refuses what is no CLIP or SigLIP vision model."""
     if config.model_type not in VISION_MODEL_TYPES:
         raise ValueError(
-            f"encoder={name_or_path!r} is a {config.model_type!r} checkpoint; an encoder must be a CLIP or SigLIP vision "
-            f"model ({', '.join(VISION_MODEL_TYPES)})."
+            f"encoder={given!r} is a {config.model_type!r} model; an encoder must be a CLIP or SigLIP vision model "
+            f"({', '.join(VISION_MODEL_TYPES)}, or a whole model that has one)."
         )
-    kwargs.setdefault("use_safetensors", True)
-    return AutoModel.from_pretrained(name_or_path, config=config, **kwargs).requires_grad_(False).eval()
 
 
 def encode_images(encoder, projector, pixel_values, select_layer, select_feature):
@@ -69,8 +93,8 @@ def merge_images(input_ids, embedding, image_token_id, features):
     if num_tokens != num_features:
         raise ValueError(
             f"Image features and image tokens do not match: {num_features} features"
-            f"{'' if features is None else f' ({features.shape[0]} images of {features.shape[1]})'}, {num_tokens} image "
-            f"tokens (id {image_token_id}) in input_ids. Were tokens cut off by max_length, or images left out?"
+            f"{'' if features is None else f' ({features.shape[0]} images of {features.shape[1]})'}, {num_tokens} "
+            f"image tokens (id {image_token_id}) in input_ids. Were tokens cut off by max_length, or images left out?"
         )
     embeds = embedding(input_ids.masked_fill(is_image, 0))
     if features is None:
@@ -96,8 +120,8 @@ def select_images(pixel_values, input_ids, past_length, image_token_id, num_imag
         return pixel_values
     if len(pixel_values) != int(total.sum()):
         raise ValueError(
-            f"{len(pixel_values)} images were given; the conversation has {int(total.sum())}, of which {int(new.sum())} "
-            "are not in the cache yet. Give all of them, or just the new ones."
+            f"{len(pixel_values)} images were given; the conversation has {int(total.sum())}, of which "
+            f"{int(new.sum())} are not in the cache yet. Give all of them, or just the new ones."
         )
     rows = pixel_values.split(total.tolist())
     kept = [images[len(images) - count :] for images, count in zip(rows, new.tolist(), strict=True)]

@@ -1,0 +1,67 @@
+"""Writes easy-VQA (pip package `easy-vqa`, 64x64 images of one coloured shape) as LLaVA JSON files.
+
+    python examples/easy_vqa_data.py outputs/easy-vqa
+
+captions.json: one caption an image, from the training split's own answers. train.json: questions of the training
+split, as many yes/no questions as open ones. test.json: the test split, on other images.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import easy_vqa
+
+
+def questions(split):
+    """[(image path, question, answer)] of `split` ("train" or "test")."""
+    texts, answers, images = getattr(easy_vqa, f"get_{split}_questions")()
+    paths = getattr(easy_vqa, f"get_{split}_image_paths")()
+    return [(paths[image], text, answer) for text, answer, image in zip(texts, answers, images, strict=True)]
+
+
+def entry(number, image, question, answer):
+    """One LLaVA entry."""
+    turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    return {"id": str(number), "image": image, "conversations": turns}
+
+
+def captions(rows):
+    """[(image, "a red circle")] of the images whose colour and shape their own questions tell."""
+    facts = {}
+    for image, question, answer in rows:
+        if answer not in ("yes", "no"):
+            facts.setdefault(image, {})["colour" if "color" in question else "shape"] = answer
+    return [(image, f"a {f['colour']} {f['shape']}") for image, f in sorted(facts.items()) if len(f) == 2]
+
+
+def balanced(rows, seed=0):
+    """All open questions and as many yes/no ones, shuffled."""
+    kinds = [[row for row in rows if (row[2] in ("yes", "no")) == closed] for closed in (False, True)]
+    generator = random.Random(seed)
+    chosen = kinds[0] + generator.sample(kinds[1], min(len(kinds[0]), len(kinds[1])))
+    generator.shuffle(chosen)
+    return chosen
+
+
+def write(folder):
+    """Writes the three files into `folder`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    train, test = questions("train"), questions("test")
+    files = {
+        "captions.json": [(image, "What is in the image?", caption) for image, caption in captions(train)],
+        "train.json": balanced(train),
+        "test.json": test,
+    }
+    for name, rows in files.items():
+        entries = [entry(number, *row) for number, row in enumerate(rows)]
+        (folder / name).write_text(json.dumps(entries), encoding="utf-8")
+    return folder
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="where to write captions.json, train.json and test.json")
+    print(f"Wrote {write(parser.parse_args().folder)}")

@@ -1,0 +1,27 @@
+"""Runs the stages of MoExtend: align (projector), extend (which layers, which experts), finetune (new experts).
+
+    python examples/train.py --config configuration/recipes/easy_vqa.yaml
+    python examples/train.py --config configuration/recipes/easy_vqa.yaml --stages finetune --adapter outputs/aligned \
+        --plan outputs/easy-vqa/adapter/extend/plan.json
+    accelerate launch --config_file configuration/accelerate/fsdp2.yaml examples/train.py --config ...
+
+Options on the command line win over the recipe; unknown ones are an error.
+"""
+
+from trl import TrlParser
+
+from modeling_moextend.sft_config import MoExtendSFTConfig
+from modeling_moextend.stages import StagesConfig, run_stages
+
+
+def main():
+    config, args = TrlParser((StagesConfig, MoExtendSFTConfig)).parse_args_and_config()
+    model = run_stages(config, args)
+    model.print_trainable_parameters()
+    if args.push_to_hub:
+        model.push_to_hub(args.hub_model_id)
+    print(f"Adapter in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""`MoExtendConfig` survives JSON and copies, keeps the base's config as it was, and refuses what has no meaning."""
+
+import copy
+import json
+
+import pytest
+from conftest import make_base, make_encoder
+from transformers import AutoConfig, CLIPVisionConfig, MixtralConfig, SiglipVisionConfig
+
+from modeling_moextend import MoExtendConfig, MoExtendForCausalLM
+
+ENCODER = {
+    "model_type": "clip_vision_model",
+    "image_size": 16,
+    "patch_size": 8,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+}
+VALUES = {
+    "base_model_name_or_path": "someone/base",
+    "base_model_revision": "0123456789abcdef",
+    "base_fingerprint": "AAAA",
+    "text_config": {"model_type": "mixtral", "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 96},
+    "encoder_name_or_path": "someone/encoder",
+    "encoder_config": ENCODER,
+    "encoder_fingerprint": "BBBB",
+    "encoder_select_layer": -1,
+    "encoder_select_feature": "full",
+    "projector_hidden_act": "relu",
+    "image_token_id": 96,
+    "extended_layers": {"5": [3, 0], "2": [1]},
+    "scope": "modality",
+    "selection": "exclusive",
+    "calibration": "none",
+    "calibration_hidden_size": 8,
+    "routing_rule": {"score": "softmax", "renormalise": True, "scale": 1.0},
+}
+
+
+def test_every_value_survives_a_json_round_trip():
+    config = MoExtendConfig(**VALUES)
+    again = MoExtendConfig.from_dict(json.loads(config.to_json_string(use_diff=False)))
+    assert again.to_dict() == config.to_dict()
+    assert MoExtendConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    for name, value in VALUES.items():
+        if name not in ("text_config", "encoder_config", "extended_layers"):
+            assert getattr(again, name) == value, name
+    assert isinstance(again.text_config, MixtralConfig) and again.text_config.vocab_size == 96
+    assert isinstance(again.encoder_config, CLIPVisionConfig) and again.encoder_config.hidden_size == 16
+
+
+def test_layer_indices_are_sorted_integers_in_python_and_strings_in_json():
+    config = MoExtendConfig(extended_layers={"10": (1,), 2: [0, 3]})
+    assert config.extended_layers == {2: [0, 3], 10: [1]}
+    assert list(config.extended_layers) == [2, 10]
+    assert config.to_dict()["extended_layers"] == {"2": [0, 3], "10": [1]}
+    assert MoExtendConfig.from_dict(config.to_dict()).extended_layers == {2: [0, 3], 10: [1]}
+
+
+def test_the_saved_config_depends_on_no_default():
+    saved = json.loads(MoExtendConfig().to_json_string())
+    assert {"scope", "selection", "calibration", "calibration_hidden_size", "encoder_select_layer"} <= saved.keys()
+
+
+def test_deepcopy_is_equal_and_apart():
+    config = MoExtendConfig(**VALUES)
+    config.get_text_config().num_experts = 9
+    twin = copy.deepcopy(config)
+    assert twin.to_dict() == config.to_dict()
+    twin.extended_layers[7] = [0]
+    twin.text_config.hidden_size = 8
+    assert 7 not in config.extended_layers and config.text_config.hidden_size == 32
+
+
+def test_what_a_trainer_writes_stays_in_its_view():
+    base = make_base()
+    before = base.config.to_dict()
+    model = MoExtendForCausalLM.from_base(base, {1: [0]})
+    view = model.config.get_text_config()
+    view.num_experts, view.router_aux_loss_coef, view.use_cache, view.output_router_logits = 99, 0.5, False, True
+    assert model.config.get_text_config() is view, "what was written must be found again"
+    assert model.config.text_config.to_dict() == before
+    assert model.base.config.to_dict() == before
+    saved = model.config.to_dict()
+    assert saved["text_config"] == {k: v for k, v in before.items() if k != "transformers_version"}
+    assert not any("view" in name for name in saved)
+    assert model.config.get_text_config() is view, "saving must not lose the view"
+
+
+@pytest.mark.parametrize("model_type", ["dict", "config"])
+def test_text_config_is_taken_as_dict_or_config(model_type):
+    text = MixtralConfig(hidden_size=32, num_attention_heads=4)
+    config = MoExtendConfig(text_config=text.to_dict() if model_type == "dict" else text)
+    assert isinstance(config.text_config, MixtralConfig) and config.get_text_config().hidden_size == 32
+
+
+def test_auto_config_round_trip(tmp_path):
+    config = MoExtendConfig(**VALUES)
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert type(again) is MoExtendConfig and again.model_type == "moextend"
+    ours, theirs = config.to_dict(), again.to_dict()
+    for values in (ours, theirs):
+        values.pop("_name_or_path", None)
+    assert theirs == ours
+
+
+@pytest.mark.parametrize(
+    ("encoder", "feature", "expected"),
+    [
+        (None, "patch", 0),
+        (CLIPVisionConfig(image_size=336, patch_size=14), "patch", 576),
+        (CLIPVisionConfig(image_size=336, patch_size=14), "full", 577),
+        (SiglipVisionConfig(image_size=224, patch_size=16), "patch", 196),
+        (SiglipVisionConfig(image_size=224, patch_size=16), "full", 196),  # has no class token
+    ],
+)
+def test_number_of_image_tokens(encoder, feature, expected):
+    assert MoExtendConfig(encoder_config=encoder, encoder_select_feature=feature).num_image_tokens == expected
+
+
+def test_paper_sets_the_papers_three_choices():
+    model = MoExtendForCausalLM.from_base(
+        make_base(), {1: [0]}, paper=True, scope="modality", selection="exclusive", calibration="none"
+    )
+    assert (model.config.scope, model.config.selection, model.config.calibration) == ("all", "compete", "all")
+
+
+REFUSED = [
+    ({"scope": "some"}, "scope='some' is not known; allowed: 'all', 'modality'"),
+    ({"selection": "both"}, "selection='both' is not known; allowed: 'compete', 'exclusive'"),
+    ({"calibration": None}, "calibration=None is not known; allowed: 'all', 'routed', 'none'"),
+    ({"encoder_select_feature": "cls"}, "encoder_select_feature='cls' is not known; allowed: 'patch', 'full'"),
+    ({"selection": "exclusive"}, "selection='exclusive' with calibration='all' has no meaning.*calibration='none'"),
+    (
+        {"selection": "exclusive", "calibration": "routed"},
+        "selection='exclusive' with calibration='routed' has no meaning.*calibration='none'",
+    ),
+    ({"scope": "modality"}, "scope='modality' needs an encoder"),
+    ({"extended_layers": [1, 2]}, r"must map layers to source experts, like \{2: \[1\]\}, not \[1, 2\]"),
+    ({"extended_layers": {"first": [1]}}, r"must map a layer index to a list of source experts.*got \{'first'"),
+    ({"extended_layers": {1: 2}}, r"must map a layer index to a list of source experts.*got \{1: 2\}"),
+    ({"extended_layers": {1: ["a"]}}, "must map a layer index to a list of source experts"),
+    ({"extended_layers": {1: [0], 3: []}}, r"names no source expert for layers \[3\]: leave these layers out"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), REFUSED)
+def test_refused_values(values, message):
+    with pytest.raises(ValueError, match=message):
+        MoExtendConfig(**values)
+
+
+@pytest.mark.parametrize(("values", "message"), REFUSED[:7])
+def test_refused_choices_name_the_way_out_in_from_base(values, message):
+    with pytest.raises(ValueError, match=message):
+        MoExtendForCausalLM.from_base(make_base(), {1: [0]}, **values)
+
+
+def test_text_config_of_an_attached_model_is_the_bases_own():
+    base = make_base("qwen3_moe")
+    before = base.config.to_dict()
+    model = MoExtendForCausalLM.from_base(base, {0: [1], 3: [2, 2]}, encoder=make_encoder())
+    assert model.config.text_config.to_dict() == before
+    assert model.config.encoder_config.to_dict() == model.encoder.config.to_dict()
+    assert model.config.image_token_id == 96, "the first id past the embedding"
+    assert model.config.num_image_tokens == 4

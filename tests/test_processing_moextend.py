@@ -1,0 +1,380 @@
+"""MoExtendProcessor: image tokens, counts, chat templates, assistant masks, saving and loading."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AddedToken,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+)
+from trl.chat_template_utils import is_chat_template_stop_token_trained
+
+from modeling_moextend.processing_moextend import (
+    MoExtendProcessor,
+    count_image_tokens,
+    default_chat_template,
+    to_rgb,
+    with_image_parts,
+)
+
+# The instruct format of a base that knows text only.
+TEXT_ONLY = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+def build_tokenizer(chat_template=None, **kwargs):
+    """One token a character, but " a" is one token: 3 special tokens, 256 bytes, 1 merge, so 260 in all."""
+    symbols = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġa"]
+    vocab = {symbol: index for index, symbol in enumerate(symbols)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("Ġ", "a")], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, **special, **kwargs)
+
+
+def build_processor(chat_template=None, image_token="<image>"):
+    """4 image tokens an image: 32 pixels, patches of 16."""
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    return MoExtendProcessor.from_encoder(
+        build_tokenizer(),
+        CLIPImageProcessorPil(**size),
+        CLIPVisionConfig(image_size=32, patch_size=16),
+        image_token=image_token,
+        chat_template=chat_template,
+    )
+
+
+def picture(color=RED):
+    return Image.new("RGB", (40, 50), color)
+
+
+def channels(pixel_values):
+    """Which channel is the brightest, image by image."""
+    return pixel_values.mean(dim=(2, 3)).argmax(dim=1).tolist()
+
+
+def conversation(text, answer, image=None):
+    parts = [{"type": "text", "text": text}]
+    if image is not None:
+        parts.insert(0, {"type": "image", "image": image, "text": None})  # as TRL hands it on from an Arrow table
+    return [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+
+
+# Image tokens
+
+
+@pytest.mark.parametrize(
+    "config, select_feature, expected",
+    [
+        (CLIPVisionConfig(image_size=336, patch_size=14), "patch", 576),  # LLaVA-1.5: 24 x 24
+        (CLIPVisionConfig(image_size=336, patch_size=14), "full", 577),
+        (SiglipVisionConfig(image_size=32, patch_size=16), "full", 4),  # has no class token
+        (CLIPConfig(vision_config={"image_size": 30, "patch_size": 16}), "patch", 1),  # the rest is cut off
+    ],
+)
+def test_features_of_an_image(config, select_feature, expected):
+    assert count_image_tokens(config, select_feature) == expected
+
+
+def test_unknown_select_feature_is_refused():
+    with pytest.raises(ValueError, match="select_feature='cls' is unknown; it must be 'patch' or 'full'"):
+        count_image_tokens(CLIPVisionConfig(), "cls")
+
+
+def test_image_token_is_added_once_behind_the_vocabulary():
+    tokenizer = build_tokenizer()
+    assert len(tokenizer) == 260
+    first = MoExtendProcessor(CLIPImageProcessorPil(), tokenizer, num_image_tokens=4)
+    again = MoExtendProcessor(CLIPImageProcessorPil(), tokenizer, num_image_tokens=4)
+    assert (first.image_token_id, again.image_token_id, len(tokenizer)) == (260, 260, 261)
+    assert tokenizer("a<image>b")["input_ids"][1] == 260
+    assert tokenizer.decode([260], skip_special_tokens=True) == ""
+
+
+def test_a_tokenizers_own_image_token_is_kept():
+    tokenizer = build_tokenizer(extra_special_tokens=[AddedToken("<pic>", lstrip=True)])
+    processor = MoExtendProcessor(CLIPImageProcessorPil(), tokenizer, image_token="<pic>", num_image_tokens=2)
+    assert (processor.image_token_id, len(tokenizer)) == (260, 261)
+    assert processor.apply_chat_template(conversation("Hi", "Yo", picture())) == ("<s>USER: <pic>Hi ASSISTANT: Yo</s>")
+    assert processor(images=picture(), text="  <pic>")["input_ids"] == [[260, 260]]  # lstrip is kept, too
+
+
+@pytest.mark.parametrize("number", [None, 0, "4"])
+def test_number_of_image_tokens_is_needed(number):
+    with pytest.raises(ValueError, match=f"num_image_tokens={number!r} must be the number of features.*from_encoder"):
+        MoExtendProcessor(CLIPImageProcessorPil(), build_tokenizer(), num_image_tokens=number)
+
+
+def test_image_processor_of_another_size_is_refused():
+    with pytest.raises(ValueError, match="makes images of 224x224 pixels, the encoder takes 336x336"):
+        MoExtendProcessor.from_encoder(
+            build_tokenizer(), CLIPImageProcessorPil(), CLIPVisionConfig(image_size=336, patch_size=14)
+        )
+
+
+# Calls
+
+
+def test_each_placeholder_becomes_the_images_tokens():
+    processor = build_processor()
+    images = [[picture(RED)], [], [picture(GREEN), picture(BLUE)]]
+    batch = processor(images=images, text=["x<image>y", "z", "<image><image>"], padding=True, return_tensors="pt")
+    x, y, z = processor.tokenizer.convert_tokens_to_ids(["x", "y", "z"])
+    assert batch["input_ids"].tolist() == [
+        [x, 260, 260, 260, 260, y, 0, 0],
+        [z, 0, 0, 0, 0, 0, 0, 0],
+        [260] * 8,
+    ]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [6, 1, 8]
+    assert batch["pixel_values"].shape == (3, 3, 32, 32)
+    assert channels(batch["pixel_values"]) == [0, 1, 2]
+    assert set(batch) == {"input_ids", "attention_mask", "pixel_values"}
+
+
+@pytest.mark.parametrize(
+    "images, text",
+    [
+        (picture(GREEN), "<image>"),
+        ([picture(GREEN)], ["<image>"]),
+        ([[picture(GREEN)]], ["<image>"]),
+        (np.asarray(picture(GREEN)), "<image>"),
+        (torch.tensor(np.asarray(picture(GREEN))).permute(2, 0, 1), "<image>"),
+        ([[], [picture(GREEN)]], ["x", "<image>"]),
+        ([picture(GREEN)], ["x", "<image>"]),  # flat: in reading order of the whole batch
+    ],
+)
+def test_every_form_of_images(images, text):
+    batch = build_processor()(images=images, text=text, padding=True, return_tensors="pt")
+    assert channels(batch["pixel_values"]) == [1]
+    assert (batch["input_ids"][-1] == 260).sum() == 4
+
+
+@pytest.mark.parametrize("images", [None, [], [[], []]])
+def test_without_images_there_are_no_pixel_values(images):
+    batch = build_processor()(images=images, text=["x", "yz"], padding=True, return_tensors="pt")
+    assert set(batch) == {"input_ids", "attention_mask"}
+
+
+def test_token_type_ids_are_left_out():
+    tokenizer = build_tokenizer(model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+    assert "token_type_ids" in tokenizer("x")
+    processor = MoExtendProcessor(CLIPImageProcessorPil(), tokenizer, num_image_tokens=4)
+    assert set(processor(text="x")) == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize(
+    "images, text, message",
+    [
+        ([[picture()], []], ["<image>", "<image>"], "Sample 1 has 0 images but 1 '<image>' in its text"),
+        # the totals agree, but each image would land in the other's sample
+        ([[picture()], [picture()]], ["<image><image>", "x"], "Sample 0 has 1 images but 2 '<image>'"),
+        (None, ["x", "<image>"], "Sample 1 has 0 images but 1 '<image>' in its text"),
+        ([picture()], ["x", "y"], r"1 images were given but the text has 0 '<image>' \(by sample: \[0, 0\]\)"),
+        ([[picture()]], ["<image>", "x"], "images holds 1 lists, but text has 2 samples"),
+    ],
+)
+def test_images_and_placeholders_must_agree(images, text, message):
+    with pytest.raises(ValueError, match=message):
+        build_processor()(images=images, text=text)
+
+
+def test_truncation_never_cuts_image_tokens_silently():
+    processor = build_processor()
+    batch = processor(images=picture(), text="<image>xyz", truncation=True, max_length=5)
+    assert batch["input_ids"] == [[260] * 4 + processor.tokenizer.convert_tokens_to_ids(["x"])]
+    with pytest.raises(ValueError, match=r"Mismatch in `image` token count.*ids=\[3\] and text=\[4\].*max_length"):
+        processor(images=picture(), text="<image>xyz", truncation=True, max_length=3)
+
+
+@pytest.mark.parametrize(
+    "image, expected",
+    [
+        (Image.new("L", (2, 2), 7), (7, 7, 7)),
+        (Image.new("1", (2, 2), 1), (255, 255, 255)),
+        (Image.new("RGBA", (2, 2), (1, 2, 3, 0)), (1, 2, 3)),
+        (Image.new("LA", (2, 2), (9, 0)), (9, 9, 9)),
+        (Image.new("CMYK", (2, 2), (0, 255, 255, 0)), RED),
+        (picture(BLUE).convert("P"), BLUE),
+        (Image.fromarray(np.full((2, 2), 0x4000, dtype=np.uint16)), (64, 64, 64)),  # of 65,536: a quarter of white
+    ],
+    ids=lambda value: getattr(value, "mode", None),
+)
+def test_any_mode_becomes_rgb(image, expected):
+    assert to_rgb(image).mode == "RGB"
+    assert to_rgb(image).getpixel((0, 0)) == expected
+    batch = build_processor()(images=[[image]], text=["<image>"], return_tensors="pt")
+    assert batch["pixel_values"].shape == (1, 3, 32, 32)
+
+
+def test_a_palette_with_alpha_is_converted_without_a_warning():
+    image = picture(BLUE).convert("P")
+    image.info["transparency"] = bytes(256)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert to_rgb(image).getpixel((0, 0)) == BLUE
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_modes_without_a_range_are_refused(mode):
+    with pytest.raises(ValueError, match=f"mode '{mode}' has no fixed range of values"):
+        to_rgb(Image.new(mode, (2, 2)))
+
+
+# Chat templates
+
+
+def test_default_template():
+    processor = build_processor()
+    messages = [{"role": "system", "content": "Be kind."}, *conversation("\nWhat?", "A dog", picture())]
+    assert processor.apply_chat_template(messages) == "<s>Be kind. USER: <image>\nWhat? ASSISTANT: A dog</s>"
+    prompt = processor.apply_chat_template(messages[1:2], add_generation_prompt=True)
+    assert prompt == "<s>USER: <image>\nWhat? ASSISTANT:"
+    assert is_chat_template_stop_token_trained(processor)
+
+
+def test_default_template_names_what_it_does_not_know():
+    with pytest.raises(Exception, match="Unknown content type: video"):
+        build_processor().apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
+    with pytest.raises(Exception, match="Unknown role: tool"):
+        build_processor().apply_chat_template([{"role": "tool", "content": "4"}])
+
+
+def test_a_template_that_takes_images_is_kept():
+    own = with_image_parts(TEXT_ONLY)
+    processor = MoExtendProcessor(CLIPImageProcessorPil(), build_tokenizer(chat_template=own), num_image_tokens=4)
+    assert processor.chat_template == own
+
+
+@pytest.mark.parametrize(
+    "template, problem",
+    [
+        (TEXT_ONLY, "TypeError"),  # text + list
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", r"it gives .*type"),  # the list as Python text
+        ("{% for m in messages %}{{ m['content'][1]['text'] }}{% endfor %}", "it gives 'What is this.'"),  # no image
+    ],
+)
+def test_a_template_without_images_is_refused_with_the_ways_out(template, problem):
+    message = f"cannot render a message with an image as '<image>': {problem}.*with_image_parts.*default_chat_template"
+    with pytest.raises(ValueError, match=message):
+        MoExtendProcessor(CLIPImageProcessorPil(), build_tokenizer(chat_template=template), num_image_tokens=4)
+
+
+def test_with_image_parts_keeps_the_bases_format():
+    processor = build_processor(chat_template=with_image_parts("\n" + TEXT_ONLY))
+    text = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    rendered = processor.apply_chat_template(text)
+    assert rendered == processor.tokenizer.apply_chat_template(text, chat_template="\n" + TEXT_ONLY, tokenize=False)
+    messages = conversation("\nWhat?", "A dog", picture())
+    assert processor.apply_chat_template(messages) == "\n<s>[INST] <image>\nWhat? [/INST]A dog</s>"
+
+
+# Assistant masks
+
+
+def masked_text(processor, batch):
+    """The text of the tokens marked as the assistant's, sample by sample."""
+    masks = batch["assistant_masks"].bool()
+    return [processor.decode(ids[mask]) for ids, mask in zip(batch["input_ids"], masks, strict=True)]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_assistant_mask_is_right_behind_expanded_images(side):
+    processor = build_processor()
+    several = conversation("What?", "a dog", picture()) + conversation("And", "a", picture())
+    batch = processor.apply_chat_template(
+        [several, conversation("Hi", "Yo"), conversation("Hey", "b", picture())],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+        processor_kwargs={"padding": True, "padding_side": side, "add_special_tokens": False},
+    )
+    assert masked_text(processor, batch) == [" a dog</s> a</s>", " Yo</s>", " b</s>"]
+    # "Ġa", " ", "d", "o", "g", "</s>" and "Ġa", "</s>"; one token a character otherwise
+    assert batch["assistant_masks"].sum(dim=1).tolist() == [6 + 2, 4, 3]
+    assert (batch["input_ids"] == 260).sum(dim=1).tolist() == [8, 0, 4]
+    assert batch["pixel_values"].shape[0] == 3
+
+
+def test_assistant_mask_with_truncation():
+    processor = build_processor()
+    batch = processor.apply_chat_template(
+        [conversation("What?", "a dog", picture())],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+        # <s>, "USER:", " ", 4 of the image, "What?", " ", "ASSISTANT:" make 1 + 5 + 1 + 4 + 5 + 1 + 9 + 1 = 27
+        processor_kwargs={"truncation": True, "max_length": 27 + 4, "add_special_tokens": False},
+    )
+    assert masked_text(processor, batch) == [" a do"]
+
+
+# Saving and loading
+
+FRESH = """
+import sys
+sys.modules["modeling_moextend"] = None  # even where the package is installed
+from PIL import Image
+from transformers import AutoProcessor
+folder, again = sys.argv[1:]
+try:
+    AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+except ValueError as error:
+    assert "trust_remote_code" in str(error), error
+else:
+    raise AssertionError("code ran without trust_remote_code")
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+assert type(processor).__module__.startswith("transformers_modules"), type(processor).__module__
+batch = processor(images=Image.new("RGB", (40, 50), (255, 0, 0)), text="x<image>")
+print(batch["input_ids"], processor.image_token_id, batch["pixel_values"][0].shape)
+processor.save_pretrained(again)
+"""
+
+
+def test_loads_in_a_process_without_the_package(tmp_path):
+    folder, again = tmp_path / "adapter", tmp_path / "again"
+    processor = build_processor()
+    processor.save_pretrained(folder)
+    assert (folder / "processing_moextend.py").exists()
+    assert json.loads((folder / "processor_config.json").read_text())["auto_map"] == {
+        "AutoProcessor": "processing_moextend.MoExtendProcessor"
+    }
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", FRESH, str(folder), str(again)]
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (x,) = processor.tokenizer.convert_tokens_to_ids(["x"])
+    assert run.stdout.strip() == f"[[{x}, 260, 260, 260, 260]] 260 (3, 32, 32)"
+    assert sorted(path.name for path in again.iterdir()) == sorted(path.name for path in folder.iterdir())
+    assert (again / "processor_config.json").read_text() == (folder / "processor_config.json").read_text()
+
+
+def test_loads_as_it_was_saved(tmp_path):
+    processor = build_processor(chat_template=default_chat_template() + "{# my own #}")
+    processor.save_pretrained(tmp_path)
+    loaded = MoExtendProcessor.from_pretrained(tmp_path)
+    assert loaded.chat_template == processor.chat_template
+    assert (loaded.image_token, loaded.image_token_id, loaded.num_image_tokens) == ("<image>", 260, 4)
+    assert len(loaded.tokenizer) == 261
+    given = {"images": [[picture(BLUE)]], "text": ["x<image>"], "return_tensors": "pt"}
+    before, after = processor(**given), loaded(**given)
+    assert all(torch.equal(before[key], after[key]) for key in before)

@@ -1,0 +1,323 @@
+"""A published adapter loads with transformers alone: in processes that cannot import the package."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, make_base, shake
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_processing_moextend import build_processor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
+
+from modeling_moextend import MoExtendForCausalLM, MoExtendModel
+from modeling_moextend.adapter_moextend import FILE
+
+PLAN = {1: [0], 3: [2, 5]}
+PROMPT = "USER: <image> what? ASSISTANT:"
+
+START = """
+import importlib.util, json, os, sys
+import torch
+from pathlib import Path
+root = Path(sys.argv[1])
+assert importlib.util.find_spec("modeling_moextend") is None, "the package must not be importable here"
+"""
+
+LOAD = """
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoTokenizer, is_torch_available
+from transformers.utils import is_peft_available
+folder, trust, places = str(root / "adapter"), {"trust_remote_code": True}, {}
+inputs = load_file(root / "inputs.safetensors")
+found = {"peft": is_peft_available(), "model_type": AutoConfig.from_pretrained(folder, **trust).model_type}
+model = AutoModelForCausalLM.from_pretrained(folder, **trust)
+found["class"] = [type(model).__module__.split(".")[0], type(model).__name__]
+outputs = {"logits": model(**inputs).logits}
+outputs["generated"] = model.generate(**inputs, max_new_tokens=4, pad_token_id=0)
+found["trainable"] = model.num_parameters(only_trainable=True)
+model.save_pretrained(root / "again")
+"""
+
+MORE = """
+moved = {"base": str(root / "moved_base"), "encoder": str(root / "moved_encoder")}
+text_to_text = AutoModelForImageTextToText.from_pretrained(folder, **trust, **moved)
+outputs["moved"] = text_to_text(**inputs).logits
+body = AutoModel.from_pretrained(folder, **trust)
+outputs["hidden"] = body(**inputs).last_hidden_state
+again = AutoModelForCausalLM.from_pretrained(str(root / "again"), **trust)
+outputs["again"] = again(**inputs).logits
+text_to_text.save_pretrained(root / "third")  # of code that came from a folder that remote code had saved
+tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
+found["text"] = tokenizer.decode(tokenizer("what? a", add_special_tokens=False).input_ids)
+processor = AutoProcessor.from_pretrained(folder, **trust)
+processed = processor(images=Image.open(root / "picture.png"), text=sys.argv[2], return_tensors="pt")
+outputs["processed"] = processed["input_ids"]
+outputs["seen"] = model(**processed).logits
+"""
+
+END = """
+save_file({name: tensor.detach().contiguous() for name, tensor in outputs.items()}, root / "outputs.safetensors")
+(root / "found.json").write_text(json.dumps(found))
+"""
+
+WITHOUT_PEFT = """
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *args: None if name.split(".")[0] == "peft" else find_spec(name, *args)
+"""
+
+
+def run(root, *parts, arguments=()):
+    """Runs the parts in a fresh process in `root`, offline, with modules cached below `root`."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(root / "modules"), "HF_HOME": str(root / "home")}
+    command = [sys.executable, "-P", "-c", "".join(parts), str(root), *arguments]
+    return subprocess.run(
+        command, env=environment, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Folders of a base, an encoder and an adapter with its processor, and the model that was saved."""
+    root = tmp_path_factory.mktemp("published")
+    torch.manual_seed(0)
+    config = copy.deepcopy(make_base("qwen3_moe").config)
+    config.vocab_size = 260  # the tokenizer's, so that <image> is the first id past the embedding
+    base = AutoModelForCausalLM.from_config(config)
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    encoder = CLIPVisionModel(CLIPVisionConfig(**vision, image_size=32, patch_size=16))
+    for name, model in (("base", base), ("encoder", encoder)):
+        model.save_pretrained(root / name)
+        (root / f"moved_{name}").symlink_to(root / name)
+    model = MoExtendForCausalLM.from_base(
+        str(root / "base"), PLAN, encoder=str(root / "encoder"), scope="modality", calibration="routed"
+    )
+    shake(model).eval().save_pretrained(root / "adapter")
+    build_processor().save_pretrained(root / "adapter")
+    Image.new("RGB", (40, 50), (200, 30, 90)).save(root / "picture.png")
+    ids = torch.arange(3, 17).repeat(2, 1)
+    ids[0, 2:6] = 260
+    inputs = {"input_ids": ids, "pixel_values": torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)}
+    save_file(inputs, root / "inputs.safetensors")
+    return root, model, inputs
+
+
+def check(root, model, inputs):
+    """What the child found, compared with this process; returns it for further checks."""
+    found, outputs = json.loads((root / "found.json").read_text()), load_file(root / "outputs.safetensors")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    assert torch.equal(outputs["logits"], expected)
+    assert torch.equal(outputs["generated"], model.generate(**inputs, max_new_tokens=4, pad_token_id=0))
+    assert found["model_type"] == "moextend"
+    assert found["class"] == ["transformers_modules", "MoExtendForCausalLM"]
+    size = sum(tensor.numel() for tensor in load_file(root / "adapter" / FILE).values())
+    assert found["trainable"] == size
+    ours, theirs = load_file(root / "adapter" / FILE), load_file(root / "again" / FILE)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return found, outputs, expected
+
+
+def test_everything_loads_with_transformers_alone(published):
+    root, model, inputs = published
+    child = run(root, START, LOAD, MORE, END, arguments=[PROMPT])
+    assert child.returncode == 0, child.stderr[-3000:]
+    found, outputs, expected = check(root, model, inputs)
+    assert torch.equal(outputs["moved"], expected) and torch.equal(outputs["again"], expected)
+    body = MoExtendModel.from_pretrained(root / "adapter")
+    assert torch.equal(outputs["hidden"], body(**inputs).last_hidden_state)
+    assert found["text"] == "what? a"
+    processed = build_processor()(images=Image.open(root / "picture.png"), text=PROMPT, return_tensors="pt")
+    assert torch.equal(outputs["processed"], processed["input_ids"])
+    assert torch.equal(outputs["seen"], model(**processed).logits)
+    code = {path.name for path in (root / "adapter").glob("*_moextend.py")}
+    assert code - {path.name for path in (root / "third").glob("*_moextend.py")} <= {"processing_moextend.py"}
+    again = MoExtendForCausalLM.from_pretrained(root / "third")  # and back into this process
+    assert torch.equal(again(**inputs).logits, expected)
+
+
+def test_without_peft_nothing_is_different(published):
+    root, model, inputs = published
+    child = run(root, START, WITHOUT_PEFT, LOAD, END)
+    assert child.returncode == 0, child.stderr[-3000:]
+    found, *_ = check(root, model, inputs)
+    assert found["peft"] is False
+
+
+def test_no_code_runs_without_trust(published):
+    root, _, _ = published
+    script = """
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+for loader in (AutoModelForCausalLM, AutoModel, AutoConfig):
+    for trust in ({}, {"trust_remote_code": False}):
+        try:
+            loader.from_pretrained(str(root / "adapter"), **trust)
+        except ValueError as error:
+            assert "trust_remote_code=True" in str(error), error
+        else:
+            raise AssertionError(f"{loader.__name__} ran code")
+assert not any("moextend" in name for name in sys.modules)
+assert not list(root.rglob("untrusted/**/*_moextend.py"))
+"""
+    child = run(root, START, 'os.environ["HF_MODULES_CACHE"] = str(root / "untrusted")\n', script)
+    assert child.returncode == 0, child.stderr[-3000:]
+
+
+# ---------------------------------------------------------------- what reaches the base
+
+
+def test_options_given_to_auto_classes_reach_the_base(published):
+    root, model, inputs = published
+    for auto, dtype, attention, experts in (
+        (AutoModelForCausalLM, torch.bfloat16, "eager", "batched_mm"),
+        (AutoModel, torch.float32, "sdpa", "eager"),
+    ):
+        loaded = auto.from_pretrained(
+            root / "adapter", dtype=dtype, attn_implementation=attention, experts_implementation=experts
+        )
+        assert loaded.base.dtype == dtype and loaded.encoder.dtype == dtype
+        assert loaded.base.config._attn_implementation == attention
+        assert loaded.base.config._experts_implementation == experts
+    loaded = AutoModelForCausalLM.from_pretrained(root / "adapter")
+    assert loaded.base.config._attn_implementation == model.base.config._attn_implementation == "sdpa"
+    assert loaded.base.config._experts_implementation == model.base.config._experts_implementation
+
+
+def test_device_map_reaches_the_base(published, monkeypatch):
+    root, model, inputs = published
+    given = []
+    load = AutoModelForCausalLM.from_pretrained
+
+    def record(path, *args, **kwargs):
+        given.append((str(path), kwargs.get("device_map")))
+        return load(path, *args, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", record)
+    loaded = AutoModelForCausalLM.from_pretrained(str(root / "adapter"), device_map="auto")
+    assert given == [(str(root / "adapter"), "auto"), (str(root / "base"), "auto")]
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.fixture
+def code_cache(tmp_path, monkeypatch):
+    """Remote code loaded by this process lies in a folder of its own."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+TRAP = """
+from pathlib import Path
+from transformers import MixtralForCausalLM
+Path({marker!r}).touch()
+class Trap(MixtralForCausalLM):
+    pass
+"""
+
+
+@pytest.fixture
+def trapped(tmp_path):
+    """An adapter on a base that comes with code of its own, and the file that the code would make."""
+    marker = tmp_path / "the base's code ran"
+    base = make_base()
+    base.config.auto_map = {"AutoModelForCausalLM": "modeling_trap.Trap", "AutoModel": "modeling_trap.Trap"}
+    base.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "modeling_trap.py").write_text(TRAP.format(marker=str(marker)))
+    model = shake(MoExtendForCausalLM.from_base(str(tmp_path / "base"), PLAN))
+    model.save_pretrained(tmp_path / "adapter")
+    assert not marker.exists()
+    return tmp_path / "adapter", marker
+
+
+def test_the_bases_code_does_not_run_unless_the_call_trusts_it(trapped, code_cache):
+    folder, marker = trapped
+    MoExtendForCausalLM.from_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(folder)
+    MoExtendForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    assert not marker.exists()
+    MoExtendForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert marker.exists(), "else the checks before say nothing"
+
+
+OWN_CONFIG = """
+from transformers import MixtralConfig
+class OwnConfig(MixtralConfig):
+    model_type = "a_family_of_its_own"
+"""
+OWN_MODEL = """
+from transformers import MixtralForCausalLM
+from .configuration_own import OwnConfig
+class OwnForCausalLM(MixtralForCausalLM):
+    config_class = OwnConfig
+    config: OwnConfig
+"""
+
+
+def test_a_base_with_code_of_its_own_works_where_the_call_trusts_it(tmp_path, code_cache):
+    folder, base = tmp_path / "base", make_base()
+    folder.mkdir()
+    (folder / "configuration_own.py").write_text(OWN_CONFIG)
+    (folder / "modeling_own.py").write_text(OWN_MODEL)
+    auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config = base.config.to_dict() | {"model_type": "a_family_of_its_own", "auto_map": auto_map}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(dict(base.state_dict()), folder / "model.safetensors", {"format": "pt"})
+    model = shake(MoExtendForCausalLM.from_base(str(folder), PLAN, trust_remote_code=True)).eval()
+    inputs = {"input_ids": torch.arange(3, 13)[None]}
+    for place in (tmp_path / "adapter", tmp_path / "again"):
+        model.save_pretrained(place)
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            MoExtendForCausalLM.from_pretrained(place, trust_remote_code=False)
+        again = MoExtendForCausalLM.from_pretrained(place, trust_remote_code=True)
+        assert type(again.config.text_config).__name__ == "OwnConfig"
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+        model = again
+
+
+@pytest.mark.parametrize("value", [None, False, True])
+def test_trust_remote_code_is_handed_on_as_given(published, value, monkeypatch):
+    root, _, _ = published
+    given = {}
+
+    def record(auto, load=AutoModel.from_pretrained.__func__):
+        def from_pretrained(path, *args, **kwargs):
+            given[Path(path).name] = kwargs.get("trust_remote_code")
+            return load(auto, path, *args, **kwargs)
+
+        return from_pretrained
+
+    for auto in (AutoModel, AutoModelForCausalLM):
+        monkeypatch.setattr(auto, "from_pretrained", record(auto))
+    options = {} if value is None else {"trust_remote_code": value}
+    MoExtendForCausalLM.from_pretrained(root / "adapter", **options)
+    assert given == {"base": value, "encoder": None}, "an encoder is CLIP or SigLIP: it has no code of its own"
+
+
+def test_every_shipped_file_is_saved_and_nothing_else_is_imported(published):
+    root, _, _ = published
+    package = Path(sys.modules["modeling_moextend"].__file__).parent
+    names = {path.name for path in package.glob("*_moextend.py")}
+    assert {path.name for path in (root / "adapter").glob("*.py")} == names
+    for name in names:
+        assert (root / "adapter" / name).read_text() == (package / name).read_text()
+
+
+def test_the_config_names_the_classes_that_load_it(published):
+    root, _, _ = published
+    config = json.loads((root / "adapter" / "config.json").read_text())
+    assert config["model_type"] == "moextend" and config["architectures"] == ["MoExtendForCausalLM"]
+    for auto, reference in config["auto_map"].items():
+        module, name = reference.split(".")
+        assert f"class {name}(" in (root / "adapter" / f"{module}.py").read_text(), auto
+    assert type(AutoConfig.from_pretrained(root / "adapter")).__name__ == "MoExtendConfig"
+    assert not (root / "adapter" / "adapter_config.json").exists(), "transformers would call PEFT"
+    assert "qwen3_moe" in FAMILIES

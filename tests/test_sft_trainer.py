@@ -1,0 +1,599 @@
+"""The trainer: what trains, what is logged, what is saved, exact resumption, and the base that never changes."""
+
+import os
+import re
+import socket
+import types
+
+import pytest
+import torch
+from conftest import make_base, make_encoder, shake
+from datasets import Dataset
+from PIL import Image
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast, TrainerCallback
+from trl import SFTConfig
+
+from modeling_moextend import MoExtendForCausalLM, MoExtendProcessor
+from modeling_moextend.sft_config import MoExtendSFTConfig
+from modeling_moextend.sft_trainer import MaskImageLabels, MoExtendSFTTrainer, optimizer_bytes
+
+PLAN = {1: [0], 2: [3, 1]}  # layers 0 and 3 stay as they are: widths 6, 7, 8, 6
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz", "USER:", "ASSISTANT:"]
+ADAPTER = "moextend_adapter.safetensors"
+
+torch.set_num_threads(1)  # on models this small, threads wait for each other more than they compute
+
+
+def make_tokenizer():
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    core.pre_tokenizer = Split(" ", behavior="removed")
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+def make_processor():
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return MoExtendProcessor.from_encoder(make_tokenizer(), image_processor, make_encoder().config)
+
+
+def make_texts(number=20):
+    return [" ".join(WORDS[4 + (i * 7 + j * (3 + i % 4)) % 26] for j in range(4 + i % 6)) for i in range(number)]
+
+
+def text_data(number=20):
+    return Dataset.from_dict({"text": make_texts(number)})
+
+
+def image_data(number=20):
+    """Every third sample has no image."""
+    rows = []
+    for i, text in enumerate(make_texts(number)):
+        images = [] if i % 3 == 2 else [Image.new("RGB", (20, 20), ((i * 40) % 256, (i * 90) % 256, 60))]
+        question = [{"role": "user", "content": text[:5]}, {"role": "assistant", "content": text[4:]}]
+        rows.append({"messages": question, "images": images})
+    return Dataset.from_list(rows)
+
+
+def make_model(plan=PLAN, encoder=False, family="mixtral", **kwargs):
+    torch.manual_seed(7)  # the projector and the calibration start at random
+    base = make_base(family)
+    if encoder:
+        kwargs |= {"encoder": make_encoder(), "image_token_id": len(WORDS)}
+    return MoExtendForCausalLM.from_base(base, extended_layers=plan, **kwargs)
+
+
+def config(folder, **overrides):
+    settings = {
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "max_length": 64,
+        "bf16": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "gradient_checkpointing": False,
+    }
+    return MoExtendSFTConfig(output_dir=str(folder), **{**settings, **overrides})
+
+
+def make_trainer(folder, model=None, images=False, train=None, **overrides):
+    keys = ("eval_dataset", "callbacks", "data_collator", "peft_config", "compute_loss_func")
+    given = {key: overrides.pop(key) for key in keys if key in overrides}
+    return MoExtendSFTTrainer(
+        model=model if model is not None else make_model(encoder=images),
+        args=config(folder, **overrides),
+        train_dataset=train if train is not None else (image_data() if images else text_data()),
+        processing_class=make_processor() if images else make_tokenizer(),
+        **given,
+    )
+
+
+def tensors(model):
+    return {name: tensor.detach().clone() for name, tensor in model.adapter_tensors().items()}
+
+
+def frozen_tensors(model):
+    """Base and encoder, by name."""
+    frozen = {name: t.clone() for name, t in model.base.state_dict().items() if ".moextend." not in name}
+    encoder = model.encoder.state_dict() if model.encoder is not None else {}
+    return frozen | {f"encoder.{name}": t.clone() for name, t in encoder.items()}
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+# ------------------------------------------------------------------ what trains
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_training_moves_every_new_tensor_and_no_other(tmp_path, images):
+    trainer = make_trainer(tmp_path, images=images, max_steps=3)
+    model = trainer.model
+    before, frozen = tensors(model), frozen_tensors(model)
+    trainer.train()
+    assert_equal(frozen, frozen_tensors(model))
+    after = tensors(model)
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+
+
+def test_stage_align_trains_the_projector_only(tmp_path):
+    trainer = make_trainer(tmp_path, images=True, stage="align")
+    before = tensors(trainer.model)
+    trainer.train()
+    after = tensors(trainer.model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if name.startswith("projector.")}
+
+
+def test_the_projector_can_be_left_alone(tmp_path):
+    trainer = make_trainer(tmp_path, images=True, train_projector=False)
+    before = tensors(trainer.model)
+    trainer.train()
+    after = tensors(trainer.model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if not name.startswith("projector.")}
+
+
+def test_what_trains_is_float32_over_a_bf16_base(tmp_path):
+    model = MoExtendForCausalLM.from_base(make_base(dtype=torch.bfloat16), extended_layers=PLAN)
+    trainer = make_trainer(tmp_path, model, bf16=True)
+    assert {p.dtype for p in trainer.trainable.values()} == {torch.float32}
+    frozen = frozen_tensors(model)
+    trainer.train()
+    assert_equal(frozen, frozen_tensors(model))
+    assert all(torch.isfinite(torch.tensor(losses(trainer))))
+
+
+def test_the_summary_says_what_it_costs(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, adapter_dtype="bfloat16", max_steps=1)
+    number = sum(p.numel() for p in trainer.trainable.values())
+    trainer.train()
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("MoExtend, stage finetune"))
+    assert f"{number:,} trainable parameters" in line
+    assert f"adapter {2 * number / 2**20:,.1f} MiB" in line
+    state = sum(t.nbytes for s in trainer.optimizer.state.values() for k, t in s.items() if k != "step")
+    assert optimizer_bytes(trainer.args.optim, trainer.trainable.values()) == state
+
+
+# ------------------------------------------------------------------ losses and logs
+
+
+def test_logged_losses_add_up_with_gradient_accumulation(tmp_path):
+    trainer = make_trainer(tmp_path, gradient_accumulation_steps=2, router_aux_loss_coef=0.1, max_steps=3)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 3
+    for entry in entries:
+        assert entry["balance_loss"] >= 0.9
+        assert entry["loss"] == pytest.approx(entry["task_loss"] + 0.1 * entry["balance_loss"], rel=1e-4)
+
+
+def test_task_loss_is_the_models_own_over_all_tokens_of_a_step(tmp_path):
+    """Micro-batches of different numbers of tokens weigh by tokens."""
+    model = shake(make_model())
+    trainer = make_trainer(
+        tmp_path, model, train=text_data(4), gradient_accumulation_steps=2, router_aux_loss_coef=0.0, max_steps=1
+    )
+    total = count = 0
+    for text in make_texts(4):
+        ids = torch.tensor([[*trainer.processing_class(text)["input_ids"], 2]])
+        with torch.no_grad():
+            total += model(ids, labels=ids).loss * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["task_loss"] == pytest.approx((total / count).item(), rel=1e-5)
+    assert entry["loss"] == pytest.approx(entry["task_loss"])
+    assert "balance_loss" not in entry
+
+
+def test_the_coefficient_is_the_bases_own_unless_given(tmp_path):
+    own = make_model().router_aux_loss_coef
+    assert own > 0
+    assert make_trainer(tmp_path).router_aux_loss_coef == own
+    trainer = make_trainer(tmp_path, router_aux_loss_coef=0.25)
+    assert trainer.router_aux_loss_coef == trainer.args.router_aux_loss_coef == 0.25
+    assert trainer.model.config.text_config.router_aux_loss_coef == own
+
+
+def test_the_balance_loss_gives_gradients_to_the_new_rows(tmp_path):
+    """Without learning from the task (every label masked), only the balance loss is left to move the rows."""
+    model = shake(make_model(calibration="none"))
+    trainer = make_trainer(tmp_path, model, router_aux_loss_coef=1.0)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    trainer.compute_loss(model, inputs).backward()
+    assert model.adapter_tensors()["layers.1.router.weight"].grad.abs().sum() > 0
+
+
+def test_share_of_new_experts_counts_real_tokens(tmp_path):
+    model = shake(make_model())
+    trainer = make_trainer(tmp_path, model, train=text_data(2), learning_rate=0.0, max_steps=1)
+    selected, real = {1: 0, 2: 0}, 0
+    for text in make_texts(2):
+        ids = torch.tensor([[*trainer.processing_class(text)["input_ids"], 2]])
+        real += ids.numel()
+        with torch.no_grad(), model.record_routing() as records:
+            model(ids)
+        for layer in selected:
+            selected[layer] += int((records[layer].index >= 6).any(dim=-1).sum())
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    shares = [selected[layer] / real for layer in (1, 2)]
+    assert 0 < shares[0] < 1
+    assert [entry["new_expert_share/layer_1"], entry["new_expert_share/layer_2"]] == pytest.approx(shares)
+    assert entry["new_expert_share"] == pytest.approx(sum(shares) / 2)
+    assert entry["tokens_per_second"] > 0
+    assert "new_expert_share/layer_0" not in entry
+
+
+def test_evaluation_logs_the_same_names(tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset=text_data(6), eval_strategy="steps", eval_steps=1, max_steps=1)
+    trainer.train()
+    names = {"task_loss", "balance_loss", "new_expert_share", "new_expert_share/layer_2", "tokens_per_second"}
+    entry = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert {f"eval_{name}" for name in names} <= entry.keys()
+    assert names <= trainer.state.log_history[0].keys()
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "qwen3_moe"])
+def test_other_families_train(tmp_path, family):
+    trainer = make_trainer(tmp_path, make_model(family=family), router_aux_loss_coef=0.01)
+    trainer.train()
+    assert len(losses(trainer)) == 2
+
+
+# ------------------------------------------------------------------ images
+
+
+def test_image_tokens_and_ids_past_the_head_are_no_labels():
+    labels = torch.tensor([[5, 40, 7, 96, -100]])
+    collate = MaskImageLabels(lambda examples: {"labels": labels.clone()}, image_token_id=40, vocab_size=96)
+    assert collate([])["labels"].tolist() == [[5, -100, 7, -100, -100]]
+
+
+def test_image_batches_reach_the_model_with_masked_labels(tmp_path):
+    trainer = make_trainer(tmp_path, images=True, train_sampling_strategy="sequential")
+    inputs = next(iter(trainer.get_train_dataloader()))
+    image = trainer.model.config.image_token_id
+    assert (inputs["input_ids"] == image).any()
+    assert not (inputs["labels"] == image).any()
+    assert (inputs["labels"] != -100).any()
+
+
+def test_assistant_only_loss_with_images(tmp_path):
+    trainer = make_trainer(tmp_path, images=True, assistant_only_loss=True)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    user = WORDS.index("USER:")
+    assert user in inputs["input_ids"] and user not in inputs["labels"]
+    trainer.train()
+    assert len(losses(trainer)) == 2
+
+
+# ------------------------------------------------------------------ gradient checkpointing, packing
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, images):
+    scope = {"scope": "modality"} if images else {}
+    runs = []
+    for checkpointing in (False, True):
+        model = make_model(encoder=images, **scope)
+        trainer = make_trainer(
+            tmp_path, model, images, gradient_checkpointing=checkpointing, router_aux_loss_coef=0.1, max_steps=3
+        )
+        trainer.train()
+        assert model.is_activation_checkpointing == checkpointing
+        runs.append((losses(trainer), tensors(model)))
+    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-6)
+    for name, tensor in runs[0][1].items():
+        torch.testing.assert_close(tensor, runs[1][1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_packed_rows_train_like_single_ones(tmp_path):
+    """The first step's task loss is the mean over all tokens, however they are laid out."""
+    first = {}
+    for packing in (False, True):
+        trainer = make_trainer(
+            tmp_path,
+            shake(make_model()),
+            train=text_data(8),
+            packing=packing,
+            max_length=16,
+            per_device_train_batch_size=8,
+            router_aux_loss_coef=0.01,
+            max_steps=2,
+        )
+        inputs = next(iter(trainer.get_train_dataloader()))
+        assert ("position_ids" in inputs) == packing
+        trainer.train()
+        first[packing] = trainer.state.log_history[0]
+    assert first[True]["task_loss"] == pytest.approx(first[False]["task_loss"], rel=1e-4)
+    assert first[True]["new_expert_share"] == pytest.approx(first[False]["new_expert_share"])
+    assert first[True]["balance_loss"] == pytest.approx(first[False]["balance_loss"], rel=1e-4)
+
+
+# ------------------------------------------------------------------ saving
+
+
+def test_checkpoints_hold_the_adapter_in_float32_and_what_resuming_needs(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2, adapter_dtype="bfloat16")
+    trainer.train()
+    folder = tmp_path / "checkpoint-2"
+    assert_equal(load_file(folder / ADAPTER), tensors(trainer.model))
+    names = {file.name for file in folder.iterdir()}
+    kept = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin"}
+    assert kept | {"config.json", "tokenizer.json"} <= names
+    assert not names & {"model.safetensors", "adapter_config.json", "pytorch_model.bin"}
+    weights = sum(tensor.nbytes for tensor in tensors(trainer.model).values())
+    assert (folder / ADAPTER).stat().st_size < weights + 20_000
+    assert (folder / "optimizer.pt").stat().st_size < 2 * weights + 40_000
+
+
+def test_save_model_writes_the_adapter_in_its_dtype_and_nothing_pickled(tmp_path):
+    trainer = make_trainer(tmp_path / "out", adapter_dtype="bfloat16")
+    trainer.save_model()
+    saved = load_file(tmp_path / "out" / ADAPTER)
+    assert_equal(saved, {name: tensor.bfloat16() for name, tensor in tensors(trainer.model).items()})
+    assert not list((tmp_path / "out").glob("*.bin"))
+    trainer.args.adapter_dtype = None
+    trainer.save_model(str(tmp_path / "own"))
+    assert load_file(tmp_path / "own" / ADAPTER)["layers.1.router.weight"].dtype == torch.float32
+
+
+def test_a_saved_adapter_loads_on_the_base(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    trainer.save_model()
+    loaded = MoExtendForCausalLM.from_pretrained(tmp_path, base=make_base())
+    assert_equal(tensors(loaded), tensors(trainer.model))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    trainer.model.eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, trainer.model(ids).logits)
+
+
+def test_the_card_is_moextends(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    card = (tmp_path / "README.md").read_text()
+    assert "trust_remote_code=True" in card and "pipeline(" not in card
+    assert "learning_rate" in card
+
+
+def test_pushing_leaves_pickles_at_home(tmp_path, monkeypatch):
+    """Neither a push while training nor the last one sends training_args.bin or optimiser states."""
+    uploads = []
+
+    class Hub:
+        def create_repo(self, *args, **kwargs):
+            return types.SimpleNamespace(repo_id="me/adapter")
+
+        def upload_folder(self, folder_path, ignore_patterns, **kwargs):
+            names = sorted(name for name in os.listdir(folder_path) if not name.startswith("checkpoint-"))
+            uploads.append((names, kwargs["commit_message"]))
+            return types.SimpleNamespace(done=lambda: True, result=lambda: None, is_done=lambda: True)
+
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda *args, **kwargs: Hub())
+    trainer = make_trainer(
+        tmp_path, save_strategy="steps", save_steps=1, push_to_hub=True, hub_model_id="me/adapter", max_steps=2
+    )
+    trainer.train()
+    trainer.push_to_hub("the end")
+    assert [message for _, message in uploads] == [
+        "Training in progress, step 1",
+        "Training in progress, step 2",
+        "the end",
+    ]
+    for names, _ in uploads:
+        assert {"config.json", ADAPTER, "README.md", "modeling_moextend.py", "tokenizer.json"} <= set(names)
+        assert not [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+    assert load_file(tmp_path / "checkpoint-2" / ADAPTER)["layers.1.router.weight"].dtype == torch.float32
+
+
+# ------------------------------------------------------------------ resuming
+
+
+@pytest.mark.parametrize(
+    ("images", "stop", "order"),
+    [
+        (False, 3, "random"),
+        (False, 5, "random"),
+        (False, 6, "random"),
+        (False, 6, "group_by_length"),
+        (True, 3, "random"),
+    ],
+)
+def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, images, stop, order):
+    """20 samples, 2 a batch, 2 batches a step: step 3 is in mid-epoch, 5 at an epoch's end, 6 in the second epoch."""
+    settings = {
+        "max_steps": 7,
+        "gradient_accumulation_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "train_sampling_strategy": order,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "router_aux_loss_coef": 0.02,
+    }
+
+    def start():
+        model = make_model(encoder=images, scope="modality" if images else "all")
+        model.base.config.attention_dropout = 0.1  # draws random numbers at every step
+        for layer in model.base.model.layers:
+            layer.self_attn.attention_dropout = 0.1
+        return make_trainer(tmp_path, model, images, **settings)
+
+    whole = start()
+    whole.train()
+    resumed = start()
+    assert_equal(tensors(start().model), tensors(resumed.model))
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    assert resumed.state.global_step == 7
+    history = [[e for e in t.state.log_history if "loss" in e] for t in (whole, resumed)]
+    for one, other in zip(*history, strict=True):
+        for key in ("loss", "task_loss", "balance_loss", "grad_norm", "learning_rate", "new_expert_share", "num_tokens"):
+            assert one[key] == other[key], (key, one["step"])
+    assert_equal(tensors(whole.model), tensors(resumed.model))
+    states = [t.optimizer.state_dict()["state"] for t in (whole, resumed)]
+    assert all(torch.equal(states[0][i]["exp_avg_sq"], states[1][i]["exp_avg_sq"]) for i in states[0])
+
+
+def test_dropout_matters_in_the_test_above(tmp_path):
+    """The comparison above would not notice random numbers that nothing depends on."""
+    first = []
+    for seed in (1, 2):
+        model = make_model()
+        for layer in model.base.model.layers:
+            layer.self_attn.attention_dropout = 0.1
+        trainer = make_trainer(tmp_path, model, max_steps=1, seed=seed, data_seed=0)
+        trainer.train()
+        first.append(losses(trainer)[0])
+    assert first[0] != first[1]
+
+
+def test_an_unfinished_checkpoint_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=1)
+    trainer.train()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match="checkpoint-2 is not a complete checkpoint.*earlier checkpoint"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_another_plan_is_refused(tmp_path):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=2).train()
+    other = make_trainer(tmp_path, make_model({1: [0], 3: [2]}))
+    before = tensors(other.model)
+    with pytest.raises(ValueError, match="(?s)missing: layers.3.*unexpected: layers.2"):
+        other.train(resume_from_checkpoint=True)
+    assert_equal(before, tensors(other.model))
+
+
+def test_the_best_checkpoint_comes_back_at_the_end(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        eval_dataset=text_data(6),
+        max_steps=3,
+        greater_is_better=True,  # the loss falls at every step: the first checkpoint has the most
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert not best.endswith("checkpoint-3")
+    assert_equal(tensors(trainer.model), load_file(os.path.join(best, ADAPTER)))
+
+
+# ------------------------------------------------------------------ the base never changes
+
+
+class Tamper(TrainerCallback):
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def on_step_end(self, args, state, control, **kwargs):
+        with torch.no_grad():
+            self.tensor.view(-1)[3] += 1e-6
+
+
+@pytest.mark.parametrize("part", ["base.model.layers.0.mlp.experts.down_proj", "encoder.*patch_embedding.weight"])
+def test_verify_base_names_a_changed_tensor(tmp_path, part):
+    model = make_model(encoder=True)
+    tensor = next(p for name, p in model.named_parameters() if re.fullmatch(part, name))
+    trainer = make_trainer(tmp_path, model, True, verify_base=True, callbacks=[Tamper(tensor)])
+    with pytest.raises(RuntimeError, match=f"changed 1 tensors that must never change: {part}"):
+        trainer.train()
+
+
+def test_verify_base_passes_an_honest_run(tmp_path):
+    make_trainer(tmp_path, images=True, verify_base=True).train()
+
+
+# ------------------------------------------------------------------ refusals
+
+
+def test_other_models_are_refused(tmp_path):
+    for model in (make_base(), "me/adapter"):
+        with pytest.raises(ValueError, match=r"adapter of a MoExtend model, but got .*from_base"):
+            make_trainer(tmp_path, model)
+
+
+def test_options_that_would_train_something_else_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="peft_config would train the base"):
+        make_trainer(tmp_path, peft_config=object())
+    with pytest.raises(ValueError, match="load-balancing loss would lose its gradient"):
+        make_trainer(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="hub_strategy='checkpoint' pushes optimiser states"):
+        make_trainer(tmp_path, push_to_hub=True, hub_strategy="checkpoint")
+    with pytest.raises(ValueError, match="must be a MoExtendSFTConfig, not SFTConfig"):
+        args = SFTConfig(str(tmp_path), bf16=False, use_cpu=True)
+        MoExtendSFTTrainer(make_model(), args, train_dataset=text_data(), processing_class=make_tokenizer())
+    with pytest.raises(ValueError, match="nothing to train"):
+        make_trainer(tmp_path, stage="align")
+
+
+def test_wrong_settings_say_what_is_allowed(tmp_path):
+    with pytest.raises(ValueError, match="stage must be one of .*, not 'extend'.*measure_router_shift"):
+        config(tmp_path, stage="extend")
+    with pytest.raises(ValueError, match="stage must be one of 'align', 'finetune', not 'sft'.$"):
+        config(tmp_path, stage="sft")
+    with pytest.raises(ValueError, match="adapter_dtype must be one of 'float32', 'bfloat16', 'float16' or None"):
+        config(tmp_path, adapter_dtype="int8")
+    with pytest.raises(ValueError, match="leaves nothing to train"):
+        config(tmp_path, stage="align", train_projector=False)
+
+
+# ------------------------------------------------------------------ several processes
+
+
+def start_rank(folder, **overrides):
+    """Samples in order, one a process: process 1 sees images in some steps, and none in others."""
+    model = shake(make_model(encoder=True, scope="modality"))
+    settings = {"max_steps": 4, "train_sampling_strategy": "sequential", "router_aux_loss_coef": 1e-4}
+    return make_trainer(folder, model, True, **{**settings, **overrides})
+
+
+def train_rank(rank, port, folder):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    # False: a parameter without a gradient on one process is an error.
+    trainer = start_rank(folder, per_device_train_batch_size=1, ddp_find_unused_parameters=False, ddp_timeout=60)
+    trainer.train()
+    torch.save((tensors(trainer.model), trainer.state.log_history), f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_same_adapter(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(train_rank, (port, str(tmp_path)), nprocs=2)
+    (first, history), (second, _) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert_equal(first, second)
+    alone = start_rank(tmp_path / "alone", per_device_train_batch_size=2)
+    alone.train()
+    # Two processes see what one sees in a batch of twice the size; only the balance loss is a mean over processes.
+    for one, other in zip(history[:4], alone.state.log_history, strict=False):
+        assert one["task_loss"] == pytest.approx(other["task_loss"], rel=1e-3)
+    assert history[0]["new_expert_share"] == pytest.approx(alone.state.log_history[0]["new_expert_share"])

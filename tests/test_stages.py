@@ -1,0 +1,163 @@
+"""The recipes, and the stages in a row on tiny models."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from trl import TrlParser
+
+from conftest import make_base, make_encoder
+from modeling_moextend import MoExtendForCausalLM
+from modeling_moextend.sft_config import MoExtendSFTConfig
+from modeling_moextend.stages import StagesConfig, read_plan, run_stages
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(ROOT.glob("configuration/recipes/*.yaml"))
+WORDS = "what is in the image ? a red blue circle square USER: ASSISTANT: <image>".split()
+
+
+def parse(*arguments):
+    return TrlParser((StagesConfig, MoExtendSFTConfig)).parse_args_and_config(list(arguments))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses_and_is_flat(recipe):
+    values = yaml.safe_load(recipe.read_text())
+    assert len(values) < 30
+    assert not any(isinstance(value, dict) for value in values.values())
+    config, args = parse("--config", str(recipe), "--use_cpu", "true", "--bf16", "false")
+    assert config.base == values["base"] and args.learning_rate == values["learning_rate"]
+
+
+def test_an_unknown_key_in_a_recipe_fails(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPES[0].read_text() + "\nnew_expert: 2\n")
+    with pytest.raises(ValueError, match="new_expert"):
+        parse("--config", str(recipe))
+
+
+def test_the_command_line_wins_over_the_recipe():
+    config, args = parse("--config", str(RECIPES[0]), "--scope", "all", "--learning_rate", "0.5")
+    assert config.scope == "all" and args.learning_rate == 0.5
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stages": ["extend", "align"]}, "in this order"),
+        ({"stages": ["align"]}, "needs --encoder and --align_data"),
+        ({"stages": ["finetune"]}, "needs --plan"),
+    ],
+)
+def test_stages_that_cannot_run_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        StagesConfig(base="base", data="data.json", **values)
+
+
+def test_the_papers_recipe_builds_mixtral_on_the_meta_device():
+    recipe = yaml.safe_load((ROOT / "configuration/recipes/mixtral_8x7b_clip_l.yaml").read_text())
+    text_config = AutoConfig.for_model("mixtral")  # its defaults are Mixtral-8x7B's
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(text_config, dtype=torch.bfloat16)
+        layers = round(recipe["fraction"] * text_config.num_hidden_layers)
+        model = MoExtendForCausalLM.from_base(base, {layer: [0] * recipe["new_experts"] for layer in range(layers)})
+    experts = sum(t.numel() for name, t in model.adapter_tensors().items() if ".experts." in name)
+    assert experts == 16 * 3 * 4096 * 14336  # 2.82B, the paper's trained LLM parameters
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """A tiny base with tokenizer, an encoder with image processor, captions and questions, all on disk."""
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS[:-1]])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path / "base")
+    make_base().save_pretrained(tmp_path / "base")
+    make_encoder().save_pretrained(tmp_path / "encoder")
+    size = {"height": 16, "width": 16}
+    CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False).save_pretrained(tmp_path / "encoder")
+    entries = []
+    for number in range(24):
+        colour = ("red", "blue")[number % 2]
+        Image.new("RGB", (16, 16), colour).save(tmp_path / f"{number}.png")
+        turns = [
+            {"from": "human", "value": "<image> what is in the image ?"},
+            {"from": "gpt", "value": f"a {colour} square"},
+        ]
+        entries.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    return tmp_path
+
+
+def options(folders, **values):
+    """Arguments of a few-step run."""
+    defaults = {
+        "base": folders / "base",
+        "data": folders / "data.json",
+        "output_dir": folders / "out",
+        "max_steps": 3,
+        "align_max_steps": 2,
+        "probe_max_steps": 2,
+        "learning_rate": 0.01,
+        "per_device_train_batch_size": 4,
+        "assistant_only_loss": "true",
+        "max_length": 64,
+        "use_cpu": "true",
+        "bf16": "false",
+        "save_strategy": "no",
+        "report_to": "none",
+        "verify_base": "true",
+    }
+    return [part for name, value in (defaults | values).items() for part in (f"--{name}", str(value))]
+
+
+def test_three_stages_in_a_row_give_an_adapter_that_loads(folders):
+    encoder = {"encoder": folders / "encoder", "align_data": folders / "data.json"}
+    routing = {"scope": "modality", "selection": "exclusive", "calibration": "none", "new_experts": 2}
+    model = run_stages(*parse(*options(folders, **encoder, **routing)))
+    plan = json.loads((folders / "out/extend/plan.json").read_text())
+    assert len(plan) == 2 and all(len(sources) == 2 for sources in plan.values())  # half of 4 layers, 2 experts each
+    assert (folders / "out/extend/shift.png").stat().st_size > 1000
+    loaded = MoExtendForCausalLM.from_pretrained(folders / "out")
+    for name, tensor in loaded.adapter_tensors().items():
+        assert torch.equal(tensor, model.adapter_tensors()[name].to(tensor.dtype)), name
+    aligned = MoExtendForCausalLM.from_pretrained(folders / "out/align")
+    assert not aligned.config.extended_layers and aligned.projector is not None
+
+
+def test_a_later_stage_goes_on_from_an_earlier_one(folders):
+    encoder = {"encoder": folders / "encoder", "align_data": folders / "data.json"}
+    arguments = options(folders, **encoder, output_dir=folders / "one")
+    run_stages(*parse(*arguments, "--stages", "align", "extend"))
+    arguments = options(folders, **encoder, adapter=folders / "one", output_dir=folders / "two")
+    model = run_stages(*parse(*arguments, "--stages", "finetune"))
+    plan = {int(k): v for k, v in json.loads((folders / "one/extend/plan.json").read_text()).items()}
+    assert model.config.extended_layers == plan
+
+
+def test_a_text_only_extension_needs_no_encoder(folders):
+    entries = json.loads((folders / "data.json").read_text())
+    for entry in entries:
+        del entry["image"]
+        entry["conversations"][0]["value"] = "what is in the image ?"
+    (folders / "text.json").write_text(json.dumps(entries))
+    arguments = options(folders, data=folders / "text.json", layers="all", assistant_only_loss="false")
+    (folders / "base/chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    model = run_stages(*parse(*arguments, "--stages", "extend", "finetune"))
+    assert sorted(model.config.extended_layers) == [0, 1, 2, 3] and model.encoder is None
+
+
+def test_a_plan_is_read_from_a_file_or_from_the_command_line(tmp_path):
+    (tmp_path / "plan.json").write_text('{"3": [1], "0": [2, 2]}')
+    given = [
+        StagesConfig(base="b", data="d", plan=plan, stages=["finetune"])
+        for plan in (str(tmp_path / "plan.json"), '{"1": [0]}')
+    ]
+    assert [read_plan(config) for config in given] == [{0: [2, 2], 3: [1]}, {1: [0]}]
