@@ -10,7 +10,8 @@ import json
 import random
 import sys
 
-sys.modules["modeling_moextend"] = None  # an installed package can't help: the folders and transformers must do
+if __name__ == "__main__":
+    sys.modules["modeling_moextend"] = None  # an installed package can't help: the folders and transformers must do
 
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402

@@ -279,9 +279,9 @@ def find_rule(model_type, layer):
         try:
             answer = sibling(router, rows, buffers).eval()(tokens)
             logits, weights, index = answer
+            found = probe_rule(answer)
         except Exception as cause:
             raise error from cause
-        found = probe_rule(answer)
         expected = F.linear(tokens, rows["weight"], rows.get("bias"))
     if found is None or not torch.allclose(logits, expected, rtol=1e-4, atol=1e-5):
         raise error

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -143,7 +144,9 @@ class MoExtendPreTrainedModel(PreTrainedModel):
                 "image tokens, or switch the adapter on."
             )
         if inputs_embeds is not None or input_ids is None:
-            raise ValueError("Give images with input_ids, not with inputs_embeds: features go where image tokens stand.")
+            raise ValueError(
+                "Give images with input_ids, not with inputs_embeds: features go where image tokens stand."
+            )
         features = None
         if pixel_values is not None:
             config = self.config
@@ -213,8 +216,8 @@ class MoExtendPreTrainedModel(PreTrainedModel):
         plan = normalise_plan(extended_layers)
         if not plan and encoder is None:
             raise ValueError(
-                "Nothing to add: extended_layers is empty and there is no encoder. Name layers and source experts, like "
-                "extended_layers={2: [1]}, or pass encoder=... to begin with a projector."
+                "Nothing to add: extended_layers is empty and there is no encoder. Name layers and source experts, "
+                "like extended_layers={2: [1]}, or pass encoder=... to begin with a projector."
             )
         base = load_base(base, cls.auto_base_class, **kwargs) if not isinstance(base, PreTrainedModel) else base
         check_base(base, cls.auto_base_class)
@@ -328,8 +331,8 @@ class MoExtendPreTrainedModel(PreTrainedModel):
                 trained[name] = tensor
         if not trained:
             raise ValueError(
-                f"stage={stage!r} has nothing to train: align needs an encoder (from_base(..., encoder=...)), finetune "
-                "needs new experts (extended_layers, or model.extend(plan))."
+                f"stage={stage!r} has nothing to train: align needs an encoder (from_base(..., encoder=...)), "
+                "finetune needs new experts (extended_layers, or model.extend(plan))."
             )
         return trained
 
@@ -352,7 +355,9 @@ class MoExtendPreTrainedModel(PreTrainedModel):
 
     # ------------------------------------------------------------ saving and loading
 
-    def save_pretrained(self, save_directory, *, adapter_dtype=None, max_shard_size="50GB", push_to_hub=False, **kwargs):
+    def save_pretrained(
+        self, save_directory, *, adapter_dtype=None, max_shard_size="50GB", push_to_hub=False, **kwargs
+    ):
         """Writes the adapter: config.json, moextend_adapter.safetensors, the shipped code. Never a base tensor.
 
         Args:
@@ -393,7 +398,7 @@ class MoExtendPreTrainedModel(PreTrainedModel):
         return config
 
     def push_to_hub(self, repo_id, *, adapter_dtype=None, max_shard_size="50GB", **kwargs):
-        """Saves the adapter to a temporary folder and uploads it as one commit, with a model card if there is none yet."""
+        """Saves the adapter to a temporary folder and uploads it as one commit, with a model card if none is there."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, adapter_dtype=adapter_dtype, max_shard_size=max_shard_size)
             return self._upload(Path(folder), repo_id, with_card=True, **kwargs)
@@ -445,7 +450,14 @@ class MoExtendPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path, *model_args, config=None, base=None, encoder=None, check_base=True, **kwargs
+        cls,
+        pretrained_model_name_or_path,
+        *model_args,
+        config=None,
+        base=None,
+        encoder=None,
+        check_base=True,
+        **kwargs,
     ):
         """Loads base and encoder (from safetensors) and puts the adapter on top.
 
@@ -465,7 +477,9 @@ class MoExtendPreTrainedModel(PreTrainedModel):
         values, tensors, metadata = read_adapter(pretrained_model_name_or_path, **hub)
         stored = cls.config_class.from_dict(values)  # the header's config wins over config.json
         shared = {key: hub[key] for key in SHARED_HUB_KWARGS if key in hub}
-        chosen = config if isinstance(config, MoExtendConfig) or getattr(config, "model_type", "") == "moextend" else None
+        chosen = (
+            config if isinstance(config, MoExtendConfig) or getattr(config, "model_type", "") == "moextend" else None
+        )
         for name in ("attn_implementation", "experts_implementation"):  # AutoModel has moved these into the config
             value = getattr(chosen, f"_{name}", None)
             if value is not None and name not in kwargs:
@@ -504,7 +518,9 @@ class MoExtendPreTrainedModel(PreTrainedModel):
         """Replaces the new tensors by a saved adapter's; nothing changes unless all of them fit."""
         values, tensors, metadata = read_adapter(name_or_path, **hub_kwargs)
         if normalise_plan(values["extended_layers"]) != self.config.extended_layers:
-            logger.warning(f"{name_or_path} extends {values['extended_layers']}, the model {self.config.extended_layers}.")
+            logger.warning(
+                f"{name_or_path} extends {values['extended_layers']}, the model {self.config.extended_layers}."
+            )
         self.put_tensors(tensors, metadata, dtype="keep")
 
     @torch.no_grad()
@@ -547,17 +563,19 @@ class MoExtendPreTrainedModel(PreTrainedModel):
         """Nothing: transformers calls this for reentrant checkpointing; it would bring back backward work below the
         lowest extended layer."""
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, **kwargs):
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
         """As in transformers, but the recomputation sees the routing state of its own forward pass.
+
+        Every public way to switch checkpointing on comes through here, in all supported versions.
 
         Raises:
             ValueError: `use_reentrant=True`, which can't restore that state and needs input gradients.
         """
-        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-        if options["use_reentrant"]:
+        options = {"use_reentrant": False, **getattr(gradient_checkpointing_func, "keywords", {})}
+        if enable and options["use_reentrant"]:
             raise ValueError("use_reentrant=True is not supported: use {'use_reentrant': False}, the default.")
-        options["context_fn"] = partial(self.routing.checkpoint_contexts, options.pop("context_fn", None))
-        super()._activation_checkpointing_enable(options, **kwargs)
+        options["context_fn"] = partial(self.routing.checkpoint_contexts, options.get("context_fn"))
+        super()._set_gradient_checkpointing(enable, partial(gradient_checkpointing_func, **options), **kwargs)
 
 
 class MoExtendModel(MoExtendPreTrainedModel):
@@ -647,13 +665,13 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, GenerationMixin):
             `MoeCausalLMOutputWithPast`.
 
         Raises:
-            ValueError: numbers of image tokens and features differ; images while the adapter is off or without encoder.
+            ValueError: numbers of image tokens and features differ; images while the adapter is off or no encoder.
         """
         kwargs |= {"attention_mask": attention_mask, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
         if labels is not None:
             kwargs["labels"] = labels.masked_fill(labels == self.config.image_token_id, -100)
         if output_router_logits is None:
-            output_router_logits = self.config.get_text_config().output_router_logits
+            output_router_logits = getattr(self.config.get_text_config(), "output_router_logits", False)
         with self.record_routing(bool(output_router_logits)) as records:
             outputs = self.run_base(
                 input_ids,
@@ -693,7 +711,7 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, GenerationMixin):
                 pixel_values, input_ids, cut, self.config.image_token_id, self.config.num_image_tokens
             )
         elif not kwargs.get("is_first_iteration"):
-            # An assistant gets the image tokens of the prompt, but generate hands it no images: it drafts without them.
+            # An assistant gets the image tokens of the prompt, but generate hands it no images: it drafts without.
             is_image = inputs["input_ids"] == self.config.image_token_id
             inputs["input_ids"] = inputs["input_ids"].masked_fill(is_image, 0)
         return inputs
@@ -756,13 +774,15 @@ def text_candidates(get_candidates, image_token_id, input_ids, **kwargs):
 
 
 def load_base(name_or_path, auto_class, **kwargs):
-    """A base from its checkpoint; from safetensors only, unless `use_safetensors=False` allows pickled weights as well."""
+    """A base from its checkpoint; from safetensors only, unless `use_safetensors=False` allows pickled weights."""
     kwargs["use_safetensors"] = kwargs.get("use_safetensors", True) or None  # False would refuse safetensors
     try:
         base, loading = auto_class.from_pretrained(name_or_path, **{**kwargs, "output_loading_info": True})
     except ValueError as error:
         if "Unrecognized configuration class" in str(error):
-            raise ValueError(f"base={name_or_path!r} is no causal LM: transformers has no causal head for it.") from error
+            raise ValueError(
+                f"base={name_or_path!r} is no causal LM: transformers has no causal head for it."
+            ) from error
         raise
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers would go on with random values in their place
@@ -791,7 +811,9 @@ def check_base(base, auto_class):
     if auto_class is AutoModelForCausalLM and (
         base.config.is_encoder_decoder or base.get_output_embeddings() is None or not base.can_generate()
     ):
-        raise ValueError(f"{name} is no causal LM (it has no language-model head of its own): pass the ...ForCausalLM.")
+        raise ValueError(
+            f"{name} is no causal LM (it has no language-model head of its own): pass the ...ForCausalLM."
+        )
 
 
 def check_not_extended(base):
@@ -815,7 +837,8 @@ def check_plan(layers, plan):
         bad = [source for source in sources if not 0 <= source < layers[layer].num_experts]
         if bad:
             raise ValueError(
-                f"Source experts {bad} of layer {layer} are out of range: it has experts 0 to {layers[layer].num_experts - 1}."
+                f"Source experts {bad} of layer {layer} are out of range: "
+                f"it has experts 0 to {layers[layer].num_experts - 1}."
             )
 
 
@@ -824,7 +847,9 @@ def check_folder(folder, config):
     for role in ("base_model", "encoder"):
         place = getattr(config, f"{role}_name_or_path")
         if place is not None and Path(place).is_dir() and folder.resolve() == Path(place).resolve():
-            raise ValueError(f"{folder} is the folder of the adapter's {role.split('_')[0]}: save the adapter elsewhere.")
+            raise ValueError(
+                f"{folder} is the folder of the adapter's {role.split('_')[0]}: save the adapter elsewhere."
+            )
 
 
 def check_fingerprint(role, stored, module):

@@ -68,9 +68,10 @@ class MoExtendSFTTrainer(SFTTrainer):
     Trains the adapter of a [`MoExtendForCausalLM`] (stages align and finetune of the paper); the base stays as it is.
 
     Takes what [`trl.SFTTrainer`] takes, except `peft_config`. Logs beside TRL's metrics, for training and (with the
-    prefix `eval_`) for evaluation: `task_loss` and `balance_loss` (nats; the loss is task + coefficient * balance),
-    `new_expert_share/layer_{i}` (share of non-padding tokens that select at least one new expert of layer i, 0 to 1),
-    `new_expert_share` (its mean over extended layers) and `tokens_per_second` (non-padding tokens of all processes).
+    prefix `eval_`) for evaluation: `task_loss` (nats a token) and `balance_loss` (1 when even; the loss is
+    task + coefficient * balance), `new_expert_share/layer_{i}` (share of non-padding tokens that select at least one
+    new expert of layer i, 0 to 1), `new_expert_share` (its mean over extended layers) and `tokens_per_second`
+    (non-padding tokens of all processes).
 
     Checkpoints hold the adapter in float32 beside optimiser, scheduler and random states; `save_model` writes the
     adapter in `args.adapter_dtype`. Neither holds the base. A resumed run continues exactly, as long as the collator
@@ -227,7 +228,7 @@ class MoExtendSFTTrainer(SFTTrainer):
             repo_id=self.hub_model_id,
             adapter_bytes=core.adapter_bytes(torch_dtype(self.args.adapter_dtype)),
             num_parameters=sum(tensor.numel() for tensor in core.adapter_tensors().values()),
-            training={name: getattr(self.args, name) for name in CARD_SETTINGS},
+            training={name: plain(getattr(self.args, name)) for name in CARD_SETTINGS},
             datasets=dataset_name,
         )
         card.save(os.path.join(self.args.output_dir, "README.md"))
@@ -279,19 +280,24 @@ def training_summary(model, trainable, args):
     return (
         f"MoExtend, stage {args.stage}: {sum(p.numel() for p in trainable.values()):,} trainable parameters; "
         f"adapter {model.adapter_bytes(torch_dtype(args.adapter_dtype)) / 2**20:,.1f} MiB; "
-        f"optimiser {'unknown' if optimizer is None else f'{optimizer / 2**20:,.1f} MiB'} ({args.optim})"
+        f"optimiser {'unknown' if optimizer is None else f'{optimizer / 2**20:,.1f} MiB'} ({plain(args.optim)})"
     )
 
 
 def optimizer_bytes(name, parameters):
     """Bytes of optimiser state: two moments a parameter for the Adam family, none for plain SGD, else `None`."""
-    name = str(getattr(name, "value", name))
+    name = plain(name)
     if name == "sgd":
         return 0
     if not name.startswith(("adamw", "paged_adamw", "adam")):
         return None
-    per_moment = 1 if "8bit" in name else None
-    return sum(2 * p.numel() * (per_moment or p.element_size()) for p in parameters)
+    return sum(2 * p.numel() * (1 if "8bit" in name else p.element_size()) for p in parameters)
+
+
+def plain(setting):
+    """A setting as people write it: the value of an enum, `None` for "not set" (-1 steps)."""
+    setting = getattr(setting, "value", setting)
+    return None if setting == -1 else setting
 
 
 def torch_dtype(name):

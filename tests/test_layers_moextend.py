@@ -1,12 +1,12 @@
 """Extended layers against the base's own modules and against the paper's formula in plain torch, in every family."""
 
+import contextlib
 import copy
 import io
 
 import pytest
 import torch
 from conftest import FAMILIES, batch, make_base, make_encoder, shake
-from torch import nn
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -513,16 +513,17 @@ def test_rebinding_reaches_the_forward_that_an_accelerate_hook_kept():
     assert torch.equal(model.detach()(**batch()).logits, logits)
 
 
-def test_jitter_and_meta_weights_do_not_hinder_attaching():
+@pytest.mark.parametrize("context", [contextlib.nullcontext(), torch.device("meta")], ids=["outside", "inside"])
+def test_a_base_on_the_meta_device_can_be_extended_and_sized(context):
     with torch.device("meta"):
-        base = MixtralForCausalLM(MixtralConfig(num_hidden_layers=32))
+        base = MixtralForCausalLM(MixtralConfig(num_hidden_layers=32))  # its defaults are Mixtral-8x7B's
+    with context:
         model = MoExtendForCausalLM.from_base(base, {layer: [0] for layer in range(16)}, paper=True)
     experts = sum(t.numel() for name, t in model.adapter_tensors().items() if ".experts." in name)
     assert experts == 16 * 3 * 4096 * 14336  # the paper's 2.82B
     rows_and_calibration = 16 * (4096 + 2 * 16 * 9)
     assert model.adapter_bytes(torch.bfloat16) == 2 * (experts + rows_and_calibration)
     assert all(tensor.is_meta for tensor in model.adapter_tensors().values())
-    assert isinstance(moe_layer(model).router.moextend, nn.Module)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -388,9 +388,13 @@ def test_no_backward_work_is_done_below_the_lowest_extended_layer(checkpointing)
     assert last_layer.count < all_layers.count / 2.5
 
 
-def test_reentrant_checkpointing_is_refused():
+def test_reentrant_checkpointing_is_refused_and_other_options_keep_the_default():
+    model = extended()
     with pytest.raises(ValueError, match="use_reentrant=True is not supported: use {'use_reentrant': False}"):
-        extended().gradient_checkpointing_enable({"use_reentrant": True})
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.gradient_checkpointing_enable({"preserve_rng_state": False})
+    options = model.base.model.layers[1]._gradient_checkpointing_func.keywords
+    assert (options["use_reentrant"], options["preserve_rng_state"]) == (False, False)
 
 
 # ---------------------------------------------------------------- copies, compilation, dtypes, devices

@@ -372,7 +372,7 @@ def test_the_card_is_moextends(tmp_path):
     trainer.train()
     card = (tmp_path / "README.md").read_text()
     assert "trust_remote_code=True" in card and "pipeline(" not in card
-    assert "learning_rate" in card
+    assert "| learning_rate | 0.01 |" in card and "| lr_scheduler_type | linear |" in card
 
 
 def test_pushing_leaves_pickles_at_home(tmp_path, monkeypatch):
@@ -449,7 +449,15 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, images, stop, ord
     assert resumed.state.global_step == 7
     history = [[e for e in t.state.log_history if "loss" in e] for t in (whole, resumed)]
     for one, other in zip(*history, strict=True):
-        for key in ("loss", "task_loss", "balance_loss", "grad_norm", "learning_rate", "new_expert_share", "num_tokens"):
+        for key in (
+            "loss",
+            "task_loss",
+            "balance_loss",
+            "grad_norm",
+            "learning_rate",
+            "new_expert_share",
+            "num_tokens",
+        ):
             assert one[key] == other[key], (key, one["step"])
     assert_equal(tensors(whole.model), tensors(resumed.model))
     states = [t.optimizer.state_dict()["state"] for t in (whole, resumed)]
