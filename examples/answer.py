@@ -13,10 +13,10 @@ import sys
 if __name__ == "__main__":
     sys.modules["modeling_moextend"] = None  # an installed package can't help: the folders and transformers must do
 
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoProcessor  # noqa: E402
+import torch
+from PIL import Image
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoProcessor
 
 
 def parse():

@@ -10,13 +10,9 @@ states, pickled arguments) is uploaded.
 import argparse
 from pathlib import Path
 
-from huggingface_hub import HfApi
-
-from modeling_moextend import MoExtendConfig, create_card
+from modeling_moextend import MoExtendConfig
 from modeling_moextend.adapter_moextend import check_tensors, read_adapter
-
-PUBLISHED = ["config.json", "moextend_adapter*", "*_moextend.py", "README.md", "*.png"]
-PUBLISHED += ["tokenizer*", "special_tokens_map.json", "*processor_config.json", "chat_template*", "*.jinja"]
+from modeling_moextend.hub_moextend import PUBLISHED, upload, write_card
 
 
 def main():
@@ -30,25 +26,13 @@ def main():
 
     values, tensors, metadata = read_adapter(args.adapter)
     check_tensors(tensors, tensors, metadata)
-    card = Path(args.adapter, "README.md")
-    if not card.exists():
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        create_card(MoExtendConfig.from_dict(values), repo_id=args.repo_id, adapter_bytes=size).save(card)
-    files = sorted({path.name for pattern in PUBLISHED for path in Path(args.adapter).glob(pattern)})
-    print("\n".join(files))
-    if args.dry_run:
-        return
-    api = HfApi()
-    repo_id = api.create_repo(args.repo_id, private=args.private, exist_ok=True).repo_id
-    commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=args.adapter,
-        allow_patterns=files,
-        delete_patterns="moextend_adapter*",
-        commit_message="Upload MoExtend adapter",
-        revision=args.revision,
-    )
-    print(f"Published: {commit}")
+    folder = Path(args.adapter)
+    if not (folder / "README.md").exists():
+        config, size = MoExtendConfig.from_dict(values), sum(tensor.numel() for tensor in tensors.values())
+        write_card(folder, config, args.repo_id, size)
+    print("\n".join(sorted({path.name for pattern in PUBLISHED for path in folder.glob(pattern)})))
+    if not args.dry_run:
+        print(f"Published: {upload(folder, args.repo_id, private=args.private or None, revision=args.revision)}")
 
 
 if __name__ == "__main__":

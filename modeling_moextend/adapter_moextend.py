@@ -176,8 +176,11 @@ def existing_files(folder):
 def replace_file(path, write):
     """Writes beside `path` and renames over it, so that `path` is never half a file."""
     unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    unfinished.touch()
+    mode = unfinished.stat().st_mode  # the user's own default: safetensors would let nobody else read the file
     try:
         write(unfinished)
+        unfinished.chmod(mode)
         with open(unfinished, "rb") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)

@@ -140,7 +140,7 @@ class ExtendedExperts:
         num_base = self.num_experts
         new_pairs = (index >= num_base).reshape(-1).nonzero().squeeze(-1)
         if len(new_pairs) == 0:
-            return zero_tie(super().forward(hidden_states, index, weights), self.moextend)
+            return zero_tie(super().forward(hidden_states, index, weights), self.moextend.parameters(recurse=False))
         base_pairs = ((index >= 0) & (index < num_base)).reshape(-1).nonzero().squeeze(-1)
         pairs = hidden_states.new_zeros(index.numel(), hidden_states.shape[-1])
         for experts, chosen, first in ((super().forward, base_pairs, 0), (self.moextend, new_pairs, num_base)):
@@ -161,16 +161,16 @@ def run_pairs(experts, hidden_states, index, weights, chosen, first):
     return experts(rows.to(dtype), expert, weights.reshape(-1)[chosen].unsqueeze(-1))
 
 
-def zero_tie(output, experts):
-    """`output`, tied to the experts' parameters with gradient zero.
+def zero_tie(output, parameters):
+    """`output`, tied to those of `parameters` that train with gradient zero.
 
-    A step in which no token selects a new expert would leave its gradient `None` on this process and not on another:
-    distributed training hangs or steps differently.
+    A step that does not use them would leave their gradient `None` on this process and not on another: distributed
+    training hangs or steps differently.
     """
-    trained = [p for p in experts.parameters(recurse=False) if p.requires_grad]
-    if not (trained and torch.is_grad_enabled()):
+    trained = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []
+    if not trained:
         return output
-    return output + sum(p.reshape(-1)[0] * 0 for p in trained).to(output.dtype)
+    return output + sum(p.reshape(-1)[0] * 0 for p in trained).to(output.device, output.dtype)
 
 
 @cache

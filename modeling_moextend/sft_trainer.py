@@ -97,6 +97,7 @@ class MoExtendSFTTrainer(SFTTrainer):
             super().__init__(model, args, **kwargs)
         finally:
             args.router_aux_loss_coef = given
+        check_image_token(self.model, self.processing_class)
         self.router_aux_loss_coef = coefficient
         self.trainable = self.model.set_trainable(stage=args.stage, train_projector=args.train_projector)
         if not isinstance(self.data_collator, DataCollatorForLanguageModeling):  # that one has no images
@@ -332,6 +333,20 @@ def check_model(model):
             f"MoExtendSFTTrainer trains the adapter of a MoExtend model, but got {given}. Make one with "
             "MoExtendForCausalLM.from_base(base, extended_layers=...), or load one with "
             "MoExtendForCausalLM.from_pretrained(folder)."
+        )
+
+
+def check_image_token(model, processing_class):
+    """Refuses a processor that writes another image token than the model looks for.
+
+    Raises:
+        ValueError: names both ids.
+    """
+    given, wanted = getattr(processing_class, "image_token_id", None), model.config.image_token_id
+    if model.encoder is not None and given is not None and given != wanted:
+        raise ValueError(
+            f"The processor's image token has id {given}, the model looks for {wanted}: build the model with "
+            "from_base(..., image_token_id=processor.image_token_id)."
         )
 
 

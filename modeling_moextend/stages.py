@@ -103,9 +103,7 @@ def build_processor(config, assistant_only_loss=False):
         return tokenizer
     template = tokenizer.chat_template
     if template and assistant_only_loss and not re.search(r"{%-?\s*generation", template):
-        print(
-            "The base's chat template does not mark the assistant's text; using LLaVA's format (USER: ... ASSISTANT: ...)."
-        )
+        print("The base's chat template does not mark the assistant's text: using LLaVA's (USER: ... ASSISTANT: ...).")
         template = default_chat_template()
     elif template and "image" not in template:
         template = with_image_parts(template)

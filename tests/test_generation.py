@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 from modeling_moextend import MoExtendForCausalLM
-from modeling_moextend.modeling_moextend import WithImageColumn
+from modeling_moextend.generation_moextend import WithImageColumn
 
 IMAGE = 96  # the first id past the vocabulary; an image has four features
 NEW = 10

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import make_base, make_encoder
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from trl import TrlParser
 
-from conftest import make_base, make_encoder
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.sft_config import MoExtendSFTConfig
 from modeling_moextend.stages import StagesConfig, read_plan, run_stages

@@ -1,0 +1,85 @@
+"""Generation with images: the base's own code, told which images belong to which pass, row and score column."""
+
+from functools import partial
+
+import torch
+from torch.nn import functional as F
+from transformers import GenerationMixin, LogitsProcessorList
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
+
+from .vision_moextend import expand_images, select_images
+
+
+class ImageGenerationMixin(GenerationMixin):
+    """transformers' `generate` for prompts that hold image tokens."""
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, pixel_values=None, **kwargs):
+        """The base's own preparation; images go with the pass that has their tokens, and with no other."""
+        inputs = self.base.prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, pixel_values=pixel_values, **kwargs
+        )
+        if inputs.get("input_ids") is None or self.encoder is None:
+            return inputs
+        if inputs.get("pixel_values") is not None:
+            cut = input_ids.shape[1] - inputs["input_ids"].shape[1]
+            inputs["pixel_values"] = select_images(
+                pixel_values, input_ids, cut, self.config.image_token_id, self.config.num_image_tokens
+            )
+        elif not kwargs.get("is_first_iteration"):
+            # An assistant gets the image tokens of the prompt, but generate hands it no images: it drafts without.
+            is_image = inputs["input_ids"] == self.config.image_token_id
+            inputs["input_ids"] = inputs["input_ids"].masked_fill(is_image, 0)
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Repeats rows for beams; images are per image, not per row, and are repeated with their row."""
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        if pixel_values is not None and expand_size > 1:
+            pixel_values = expand_images(
+                pixel_values, input_ids, expand_size, self.config.image_token_id, self.config.num_image_tokens
+            )
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if pixel_values is not None:
+            model_kwargs["pixel_values"] = pixel_values
+        return input_ids, model_kwargs
+
+    def _get_logits_processor(self, *args, **kwargs):
+        """The usual processors, which index scores by ids: image tokens may lie past the head."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        return processors if self.encoder is None else WithImageColumn(self.config.image_token_id, processors)
+
+    def _get_candidate_generator(self, *args, **kwargs):
+        """The usual one, which never proposes an image token."""
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        if self.encoder is None:
+            return generator
+        if isinstance(generator, PromptLookupCandidateGenerator):
+            generator.logits_processor = None  # it would look up the score of an image token; proposals are verified
+        generator.get_candidates = partial(text_candidates, generator.get_candidates, self.config.image_token_id)
+        return generator
+
+
+class WithImageColumn(LogitsProcessorList):
+    """Logits processors that see one more column of scores, the image token's: processors index scores by ids."""
+
+    def __init__(self, image_token_id, processors):
+        super().__init__(processors)
+        self.image_token_id = image_token_id
+
+    def __call__(self, input_ids, scores, **kwargs):
+        is_image, vocab_size = input_ids == self.image_token_id, scores.shape[-1]
+        if 0 <= self.image_token_id < vocab_size or not is_image.any():
+            return super().__call__(input_ids, scores, **kwargs)
+        scores = F.pad(scores, (0, 1), value=-torch.inf)
+        return super().__call__(input_ids.masked_fill(is_image, vocab_size), scores, **kwargs)[:, :vocab_size]
+
+
+def text_candidates(get_candidates, image_token_id, input_ids, **kwargs):
+    """Candidates of assisted generation up to the first image token among them."""
+    candidates, logits = get_candidates(input_ids, **kwargs)
+    length = input_ids.shape[1]
+    is_image = (candidates[0, length:] == image_token_id).nonzero()
+    kept = int(is_image[0]) if len(is_image) else candidates.shape[1] - length
+    return candidates[:, : length + kept], None if logits is None else logits[:, :kept]

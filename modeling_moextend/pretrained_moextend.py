@@ -1,0 +1,491 @@
+"""MoExtendPreTrainedModel: what body and causal LM share, from attaching to saving and loading."""
+
+import contextlib
+import copy
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel, PreTrainedModel
+from transformers.utils import logging
+
+from .adapter_moextend import check_tensors, copy_file, fingerprint, read_adapter, write_adapter, write_text
+from .configuration_moextend import MoExtendConfig, normalise_plan
+from .hub_moextend import upload, write_card
+from .layers_moextend import RoutingState, add_experts, attach, detach, find_moe_layers, find_rule, zero_tie
+from .loading_moextend import (
+    ENCODER_KWARGS,
+    HUB_KWARGS,
+    SHARED_HUB_KWARGS,
+    check_causal_lm,
+    check_folder,
+    check_plan,
+    load_base,
+    load_parts,
+)
+from .routing_moextend import Rule, balance_loss
+from .scope_moextend import remember, token_scope
+from .vision_moextend import Projector, encode_images, load_encoder, merge_images, vision_tower
+
+logger = logging.get_logger(__name__)
+
+PAPER = {"scope": "all", "selection": "compete", "calibration": "all"}
+
+
+class MoExtendPreTrainedModel(PreTrainedModel):
+    """What both models share: the base and its extensions, the encoder and projector, loading and saving."""
+
+    config_class = MoExtendConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    auto_base_class = None  # AutoModelForCausalLM or AutoModel: what a stored base is loaded with
+
+    def __init__(self, config, base=None, encoder=None):
+        """`base` and `encoder` are loaded models; without them, random ones are made from the config."""
+        super().__init__(config)
+        self.base = base if base is not None else self.auto_base_class.from_config(config.text_config)
+        if encoder is None and config.encoder_config is not None:
+            encoder = AutoModel.from_config(config.encoder_config)
+        self.encoder, self.projector = encoder, None
+        self.routing = RoutingState()
+        self.base_trainable = [parameter for parameter in self.base.parameters() if parameter.requires_grad]
+        self.base.requires_grad_(False)
+        layers = find_moe_layers(self.get_decoder())
+        attach(self.get_decoder(), config, self.routing, self.find_rule(layers))
+        for layer, sources in config.extended_layers.items():
+            add_experts(layers[layer], sources, config)
+        if encoder is not None:
+            encoder.requires_grad_(False)
+            self.projector = Projector(
+                config.encoder_config.hidden_size,
+                config.get_text_config().hidden_size,
+                config.projector_hidden_act,
+                device=self.get_input_embeddings().weight.device,
+            )
+        self.post_init()
+        self.train(self.base.training)
+
+    def init_weights(self):
+        """Nothing: base and encoder come with their weights, new tensors with theirs (`start_values`)."""
+
+    def find_rule(self, layers):
+        """The base's routing rule, as kept in the config or found on its first MoE layer."""
+        if self.config.routing_rule is None:
+            rule = find_rule(self.base.config.model_type, next(iter(layers.values())))
+            self.config.routing_rule = rule._asdict()
+        return Rule(**self.config.routing_rule)
+
+    # ------------------------------------------------------------ the pass
+
+    def run_base(self, input_ids, position_ids, past_key_values, inputs_embeds, pixel_values, **kwargs):
+        """Embeds images, marks the tokens in scope, runs the base. Arguments and outputs are the base's."""
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        scope = state = None
+        if self.routing.enabled and self.config.extended_layers:
+            scope, state = token_scope(self.config, input_ids, position_ids, past_key_values, past_length)
+        if pixel_values is not None or self.has_image_tokens(input_ids):
+            inputs_embeds, input_ids = self.embed_images(input_ids, inputs_embeds, pixel_values), None
+        if inputs_embeds is not None:
+            kwargs["inputs_embeds"] = inputs_embeds
+        with self.routing.using(scope=None if scope is None else scope.reshape(-1)):
+            outputs = self.base(
+                input_ids=input_ids, position_ids=position_ids, past_key_values=past_key_values, **kwargs
+            )
+        remember(getattr(outputs, "past_key_values", None), state)
+        if pixel_values is None and self.projector is not None:
+            for name in ("last_hidden_state", "logits"):  # a batch without images still gives the projector gradients
+                if outputs.get(name) is not None:
+                    outputs[name] = zero_tie(outputs[name], self.projector.parameters())
+        return outputs
+
+    def has_image_tokens(self, input_ids):
+        if self.encoder is None or input_ids is None:
+            return False
+        return bool((input_ids == self.config.image_token_id).any())
+
+    def embed_images(self, input_ids, inputs_embeds, pixel_values):
+        """[B, S, H]: token embeddings with image features in place of image tokens."""
+        if self.encoder is None:
+            raise ValueError("pixel_values was given, but this model has no encoder. Extend the base with encoder=...")
+        if not self.routing.enabled:
+            raise ValueError(
+                "Images were given while the adapter is off: the base alone can't see. Leave out pixel_values and the "
+                "image tokens, or switch the adapter on."
+            )
+        if inputs_embeds is not None or input_ids is None:
+            raise ValueError(
+                "Give images with input_ids, not with inputs_embeds: features go where image tokens stand."
+            )
+        features = None
+        if pixel_values is not None:
+            config = self.config
+            features = encode_images(
+                self.encoder, self.projector, pixel_values, config.encoder_select_layer, config.encoder_select_feature
+            )
+        return merge_images(input_ids, self.get_input_embeddings(), self.config.image_token_id, features)
+
+    @contextlib.contextmanager
+    def record_routing(self, wanted=True):
+        """Yields a `dict` that every forward pass inside fills: decoder layer -> `RoutingRecord`, all MoE layers.
+
+        Unless `wanted`, it stays empty, and whoever listened before goes on listening.
+        """
+        records = {}
+        with self.routing.using(records=records if wanted else self.routing.records):
+            yield records
+
+    def balance_loss(self, records, attention_mask=None):
+        """Load-balancing loss (scalar) of recorded routing; see `routing_moextend.balance_loss`."""
+        if attention_mask is not None and attention_mask.dim() != 2:
+            attention_mask = None
+        if attention_mask is not None and records:
+            width = len(next(iter(records.values())).logits) // len(attention_mask)
+            attention_mask = attention_mask[:, -width:]  # a cache's part of the mask has no tokens in this pass
+        return balance_loss(records, Rule(**self.config.routing_rule), self.config.selection, attention_mask)
+
+    @property
+    def router_aux_loss_coef(self):
+        """The base's own coefficient of the load-balancing loss; 0 where the base has none."""
+        return float(getattr(self.config.text_config, "router_aux_loss_coef", 0.0) or 0.0)
+
+    # ------------------------------------------------------------ attach and switch
+
+    @classmethod
+    def from_base(
+        cls,
+        base,
+        extended_layers=None,
+        *,
+        scope="all",
+        selection="compete",
+        calibration="all",
+        paper=False,
+        encoder=None,
+        image_token_id=None,
+        encoder_select_layer=-2,
+        encoder_select_feature="patch",
+        projector_hidden_act="gelu",
+        calibration_hidden_size=16,
+        **kwargs,
+    ):
+        """Attaches new experts, and eyes, to a pretrained MoE causal LM.
+
+        Args:
+            base: Hub id, folder, or a loaded model (which is extended in place; its own tensors never change).
+            extended_layers: decoder layer index -> source experts; one new expert for each.
+            scope, selection, calibration: see DESIGN; `paper=True` sets all three to the paper's.
+            encoder: CLIP or SigLIP vision checkpoint or model; `None` for text only.
+            image_token_id: stands for image features in `input_ids`; default: the first id past the embedding.
+            **kwargs: to the base's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
+
+        Raises:
+            ValueError: no MoE layers; a family without the interface; a layer that is no MoE layer; a source out of
+                range; nothing to add; no causal LM; routing choices without meaning.
+        """
+        plan = normalise_plan(extended_layers)
+        if not plan and encoder is None:
+            raise ValueError(
+                "Nothing to add: extended_layers is empty and there is no encoder. Name layers and source experts, "
+                "like extended_layers={2: [1]}, or pass encoder=... to begin with a projector."
+            )
+        base = load_base(base, cls.auto_base_class, **kwargs) if not isinstance(base, PreTrainedModel) else base
+        check_causal_lm(base, cls.auto_base_class)
+        check_plan(find_moe_layers(base.get_decoder()), plan)
+        if encoder is not None and not isinstance(encoder, PreTrainedModel):
+            encoder = load_encoder(encoder, **{key: kwargs[key] for key in ENCODER_KWARGS if key in kwargs})
+        if encoder is not None:
+            encoder = vision_tower(encoder).to(base.get_input_embeddings().weight.device)
+        choices = PAPER if paper else {"scope": scope, "selection": selection, "calibration": calibration}
+        config = cls.config_class(
+            base_model_name_or_path=base.config._name_or_path or None,
+            base_model_revision=getattr(base.config, "_commit_hash", None),
+            base_fingerprint=fingerprint(base.get_decoder()),
+            text_config=copy.deepcopy(base.config),
+            encoder_name_or_path=None if encoder is None else encoder.config._name_or_path or None,
+            encoder_config=None if encoder is None else copy.deepcopy(encoder.config),
+            encoder_fingerprint=None if encoder is None else fingerprint(encoder),
+            encoder_select_layer=encoder_select_layer,
+            encoder_select_feature=encoder_select_feature,
+            projector_hidden_act=projector_hidden_act,
+            image_token_id=base.get_input_embeddings().weight.shape[0] if image_token_id is None else image_token_id,
+            extended_layers=plan,
+            calibration_hidden_size=calibration_hidden_size,
+            dtype=base.dtype,
+            **choices,
+        )
+        return cls(config, base=base, encoder=encoder)
+
+    def extend(self, plan):
+        """Adds new experts in place, {decoder layer: [source experts]}, and keeps the projector: stage finetune.
+
+        Raises:
+            ValueError: a layer that is no MoE layer or has new experts already, a source out of range, an empty plan.
+        """
+        plan = normalise_plan(plan)
+        if not plan:
+            raise ValueError("The plan is empty: name layers and source experts, like {2: [1]}.")
+        layers = find_moe_layers(self.get_decoder())
+        check_plan(layers, plan)
+        again = sorted(plan.keys() & self.config.extended_layers.keys())
+        if again:
+            raise ValueError(f"Layers {again} have new experts already; a layer is extended once.")
+        for layer, sources in plan.items():
+            add_experts(layers[layer], sources, self.config)
+        self.config.extended_layers = normalise_plan({**self.config.extended_layers, **plan})
+
+    def detach(self):
+        """Takes the adapter off and returns the base, bit for bit what it was."""
+        detach(self.get_decoder())
+        for parameter in self.base_trainable:
+            parameter.requires_grad_(True)
+        return self.base
+
+    @contextlib.contextmanager
+    def disable_adapter(self):
+        """Inside the block the model is the base, bit for bit; images are refused."""
+        with self.routing.using(enabled=False):
+            yield
+
+    def disable_adapters(self):
+        """Switches the adapter off until `enable_adapters`."""
+        self.routing.enabled = False
+
+    def enable_adapters(self):
+        self.routing.enabled = True
+
+    def active_adapters(self):
+        """Names of the adapters that take part: `["default"]`, or `[]` while switched off."""
+        return ["default"] if self.routing.enabled else []
+
+    def load_adapter(self, *args, **kwargs):
+        raise NotImplementedError(
+            "A MoExtend model holds one adapter for now. To replace its tensors use load_adapter_tensors(folder)."
+        )
+
+    set_adapter = delete_adapter = add_adapter = load_adapter
+
+    # ------------------------------------------------------------ the new tensors
+
+    def adapter_tensors(self):
+        """Every new tensor by role, in file order: what is saved, counted, frozen and trained is chosen from these."""
+        tensors = {}
+        for layer in self.config.extended_layers:
+            router, experts, _ = find_moe_layers(self.get_decoder())[layer]
+            for part, module in (("experts", experts.moextend), ("router", router.moextend)):
+                own = {**module._parameters, **module._buffers}
+                tensors |= {f"layers.{layer}.{part}.{name}": own[name] for name in own if own[name] is not None}
+            if router.moextend.calibration is not None:
+                calibration = router.moextend.calibration.named_parameters()
+                tensors |= {f"layers.{layer}.calibration.{name}": tensor for name, tensor in calibration}
+        if self.projector is not None:
+            tensors |= {f"projector.{name}": tensor for name, tensor in self.projector.named_parameters()}
+        return tensors
+
+    def set_trainable(self, stage="finetune", train_projector=None):
+        """Freezes and unfreezes for a stage, and returns what trains (name -> parameter), in float32.
+
+        One bf16 AdamW step at 2e-5 would leave most weights as they were. With exclusive selection a layer's only new
+        expert has a fixed weight, so its row has no gradient and stays frozen.
+
+        Raises:
+            ValueError: a stage with nothing to train.
+        """
+        if stage not in ("align", "finetune"):
+            raise ValueError(f"stage={stage!r} is not known; allowed: 'align', 'finetune'.")
+        with_projector = stage == "align" or (True if train_projector is None else train_projector)
+        trained = {}
+        for name, tensor in self.adapter_tensors().items():
+            chosen = with_projector if name.startswith("projector.") else stage == "finetune" and self.learns(name)
+            tensor.requires_grad_(chosen)
+            if chosen:
+                tensor.data = tensor.data.float()
+                trained[name] = tensor
+        if not trained:
+            raise ValueError(
+                f"stage={stage!r} has nothing to train: align needs an encoder (from_base(..., encoder=...)), "
+                "finetune needs new experts (extended_layers, or model.extend(plan))."
+            )
+        return trained
+
+    def learns(self, name):
+        """Whether a gradient can reach this tensor of an extended layer."""
+        if name.endswith("correction_bias"):
+            return False
+        only_one = name.startswith("layers.") and len(self.config.extended_layers[int(name.split(".")[1])]) == 1
+        return not (".router." in name and only_one and self.config.selection == "exclusive")
+
+    def adapter_bytes(self, dtype=None):
+        """Bytes of the adapter's tensors in `dtype` (default: the base's)."""
+        dtype = dtype or self.base.dtype
+        return sum(tensor.numel() for tensor in self.adapter_tensors().values()) * dtype.itemsize
+
+    def print_trainable_parameters(self):
+        """Trainable and all parameters, in PEFT's words."""
+        trainable, total = self.num_parameters(only_trainable=True), self.num_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    # ------------------------------------------------------------ saving and loading
+
+    def save_pretrained(
+        self, save_directory, *, adapter_dtype=None, max_shard_size="50GB", push_to_hub=False, **kwargs
+    ):
+        """Writes the adapter: config.json, moextend_adapter.safetensors, the shipped code. Never a base tensor.
+
+        Args:
+            adapter_dtype: dtype or its name for the new tensors in the file; default: the base's.
+            max_shard_size: above it the file is split, with the usual index.
+            push_to_hub, **kwargs: as in transformers (`repo_id`, `token`, `private`, `commit_message`, ...).
+
+        Raises:
+            ValueError: the folder is the base's or the encoder's, which would lose its config.json.
+        """
+        if not kwargs.pop("is_main_process", True):
+            return
+        folder = Path(save_directory)
+        check_folder(folder, self.config)
+        folder.mkdir(parents=True, exist_ok=True)
+        dtype = getattr(torch, adapter_dtype) if isinstance(adapter_dtype, str) else adapter_dtype or self.base.dtype
+        for source in Path(__file__).parent.glob("*_moextend.py"):
+            if not (folder / source.name).exists() or not source.samefile(folder / source.name):
+                copy_file(source, folder / source.name)
+        config = self.published_config()
+        write_adapter(folder, {k: v.to(dtype) for k, v in self.adapter_tensors().items()}, config, max_shard_size)
+        write_text(folder / "config.json", config.to_json_string(use_diff=False))
+        if push_to_hub:
+            upload(folder, kwargs.pop("repo_id", folder.name), **kwargs)
+
+    def published_config(self):
+        """The config as it is saved: with the auto classes that load it, and without the place it was loaded from."""
+        config = copy.deepcopy(self.config)
+        config.name_or_path = ""
+        config.architectures = ["MoExtendForCausalLM"]
+        config.auto_map = {
+            "AutoConfig": "configuration_moextend.MoExtendConfig",
+            "AutoModel": "modeling_moextend.MoExtendModel",
+            "AutoModelForCausalLM": "modeling_moextend.MoExtendForCausalLM",
+            "AutoModelForImageTextToText": "modeling_moextend.MoExtendForCausalLM",
+        }
+        return config
+
+    def push_to_hub(self, repo_id, *, adapter_dtype=None, max_shard_size="50GB", **kwargs):
+        """Saves the adapter to a temporary folder and uploads it as one commit, with a model card if none is there."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, adapter_dtype=adapter_dtype, max_shard_size=max_shard_size)
+            parameters = sum(tensor.numel() for tensor in self.adapter_tensors().values())
+            make_card = partial(write_card, Path(folder), self.config, repo_id, parameters)
+            return upload(Path(folder), repo_id, make_card=make_card, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *model_args,
+        config=None,
+        base=None,
+        encoder=None,
+        check_base=True,
+        **kwargs,
+    ):
+        """Loads base and encoder (from safetensors) and puts the adapter on top.
+
+        Args:
+            pretrained_model_name_or_path: the adapter's folder or Hub id.
+            base, encoder: where they lie, if elsewhere than the config says; or loaded models.
+            check_base: `False` loads onto another base than the adapter was made on (its fingerprint differs).
+            **kwargs: to the base's `from_pretrained`.
+
+        Raises:
+            OSError: no adapter there, or the base or encoder can't be found.
+            ValueError: a damaged file, missing, unexpected or misshapen tensors (all named), or another base.
+        """
+        hub = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
+        hub = {key: value for key, value in hub.items() if value is not None}
+        values, tensors, metadata = read_adapter(pretrained_model_name_or_path, **hub)
+        stored = cls.config_class.from_dict(values)  # the header's config wins over config.json
+        options = {key: value for key, value in kwargs.items() if key not in ("_from_auto", "adapter_kwargs")}
+        options |= {key: hub[key] for key in SHARED_HUB_KWARGS if key in hub}
+        for name in ("attn_implementation", "experts_implementation"):  # AutoModel has moved these into the config
+            value = getattr(config, f"_{name}", None)
+            if value is not None:
+                options.setdefault(name, value)
+        base, encoder = load_parts(stored, base, encoder, cls.auto_base_class, check_base, options)
+        stored.name_or_path = str(pretrained_model_name_or_path)
+        trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
+        try:
+            model = cls(stored, base=base, encoder=encoder)
+            model.put_tensors(tensors, metadata, dtype=None)
+        except Exception:  # a base that the caller passed in stays as it was
+            detach(base.get_decoder())
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            raise
+        for tensor in model.adapter_tensors().values():
+            tensor.requires_grad_(tensor.is_floating_point() and isinstance(tensor, torch.nn.Parameter))
+        return model.eval()
+
+    def load_adapter_tensors(self, name_or_path, **hub_kwargs):
+        """Replaces the new tensors by a saved adapter's; nothing changes unless all of them fit."""
+        values, tensors, metadata = read_adapter(name_or_path, **hub_kwargs)
+        if normalise_plan(values["extended_layers"]) != self.config.extended_layers:
+            logger.warning(
+                f"{name_or_path} extends {values['extended_layers']}, the model {self.config.extended_layers}."
+            )
+        self.put_tensors(tensors, metadata, dtype="keep")
+
+    @torch.no_grad()
+    def put_tensors(self, tensors, metadata, dtype):
+        """Checks names and shapes, then copies.
+
+        `dtype=None` takes the file's dtype or the base's, whichever is wider; `"keep"` the model's own.
+        """
+        live = self.adapter_tensors()
+        check_tensors(live, tensors, metadata)
+        for name, tensor in tensors.items():
+            if dtype is None:
+                wide = torch.promote_types(tensor.dtype, self.base.dtype)
+                live[name].data = tensor.to(live[name].device, wide, copy=True)  # out of the file's map, and aligned
+            else:
+                live[name].copy_(tensor)
+
+    # ------------------------------------------------------------ what transformers asks of a model
+
+    def get_decoder(self):
+        return self.base.get_decoder()
+
+    def get_input_embeddings(self):
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return self.base.get_output_embeddings()
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise ValueError("The base's vocabulary stays as it is; the image token's id may lie past the embedding.")
+
+    def train(self, mode=True):
+        """The frozen encoder stays in evaluation mode."""
+        super().train(mode)
+        if self.encoder is not None:
+            self.encoder.eval()
+        return self
+
+    def enable_input_require_grads(self):
+        """Nothing: transformers calls this for reentrant checkpointing; it would bring back backward work below the
+        lowest extended layer."""
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+        """As in transformers, but the recomputation sees the routing state of its own forward pass.
+
+        Every public way to switch checkpointing on comes through here, in all supported versions.
+
+        Raises:
+            ValueError: `use_reentrant=True`, which can't restore that state and needs input gradients.
+        """
+        options = {"use_reentrant": False, **getattr(gradient_checkpointing_func, "keywords", {})}
+        if enable and options["use_reentrant"]:
+            raise ValueError("use_reentrant=True is not supported: use {'use_reentrant': False}, the default.")
+        options["context_fn"] = partial(self.routing.checkpoint_contexts, options.get("context_fn"))
+        super()._set_gradient_checkpointing(enable, partial(gradient_checkpointing_func, **options), **kwargs)
