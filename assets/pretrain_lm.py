@@ -288,7 +288,7 @@ class Bigram:
     """Interpolated Kneser-Ney bigram over token ids, its discount estimated from the counts (Chen & Goodman 1998)."""
 
     def __init__(self, documents: list[list[int]], vocab_size: int):
-        self.pairs = Counter(pair for row in documents for pair in zip(row, row[1:]))
+        self.pairs = Counter(pair for row in documents for pair in zip(row, row[1:], strict=False))
         self.context, self.followers, self.preceding = Counter(), Counter(), Counter()
         for (left, right), count in self.pairs.items():
             self.context[left] += count
@@ -311,7 +311,7 @@ class Bigram:
         return found + spared * self.lower(right)
 
     def perplexity(self, documents: list[list[int]]) -> float:
-        logs = [math.log(self.probability(*pair)) for row in documents for pair in zip(row, row[1:])]
+        logs = [math.log(self.probability(*pair)) for row in documents for pair in zip(row, row[1:], strict=False)]
         return math.exp(-sum(logs) / len(logs))
 
 

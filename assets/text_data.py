@@ -152,7 +152,7 @@ def define(node: ast.AST, module: str, doc: str) -> Definition:
         return Definition(node.name, module, doc, bases=[ast.unparse(base) for base in node.bases])
     positional = [arg.arg for arg in node.args.posonlyargs + node.args.args]
     values = [ast.unparse(value) for value in node.args.defaults]
-    defaults = dict(zip(positional[len(positional) - len(values) :], values))
+    defaults = dict(zip(positional[len(positional) - len(values) :], values, strict=False))
     arguments = [name for name in positional if name not in ("self", "cls")]
     shown = ", ".join(f"{name}={defaults[name]}" if name in defaults else name for name in arguments)
     return Definition(node.name, module, doc, f"{node.name}({shown})", arguments, defaults)
