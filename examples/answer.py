@@ -1,19 +1,19 @@
 """Answers questions about images with a saved adapter: only transformers (and pillow), no MoExtend package.
 
-    python examples/answer.py --adapter outputs/quickstart --questions outputs/easy-vqa/test.json
+    python examples/answer.py --adapter outputs/easy-vqa/adapter --questions outputs/easy-vqa/test.json
 
-The questions are a LLaVA JSON file. Prints one JSON object: accuracy by kind of question (exact match), their numbers.
+The questions are a LLaVA JSON file. Prints one JSON object: exact-match accuracy by kind of question.
 """
 
 import argparse
 import json
-import random
 import sys
 
 if __name__ == "__main__":
     sys.modules["modeling_moextend"] = None  # an installed package can't help: the folders and transformers must do
 
 import torch
+from measure import accuracy, read_questions
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoProcessor
@@ -25,36 +25,21 @@ def parse():
     parser.add_argument("--base", help="where the base lies, if elsewhere than the adapter says")
     parser.add_argument("--encoder", help="where the encoder lies, if elsewhere than the adapter says")
     parser.add_argument("--questions", required=True, help="LLaVA JSON file, one question and answer an entry")
-    parser.add_argument(
-        "--zero_images", action="store_true", help="put black pixels in place of every image's features"
-    )
+    parser.add_argument("--image_folder", help="what image paths start from; default: the folder of --questions")
+    parser.add_argument("--zero_images", action="store_true", help="answer with every pixel value set to zero")
     parser.add_argument("--max_questions", type=int, help="a random sample of so many (seed 0), half of them open")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--output", help="also write every answer to this JSON file")
+    parser.add_argument("--batch_size", type=int, default=64, help="questions answered at once")
+    parser.add_argument("--output", help="also write every question with the answer given to this JSON file")
     return parser.parse_args()
-
-
-def read_questions(path, number):
-    """[{image, question, answer, kind}]; with `number`, a sample with as many open as yes/no questions."""
-    rows = []
-    for entry in json.load(open(path, encoding="utf-8")):
-        question, answer = (turn["value"] for turn in entry["conversations"][:2])
-        kind = "yes/no" if answer in ("yes", "no") else "open"
-        rows.append({"image": entry["image"], "question": question, "answer": answer, "kind": kind})
-    if number is None:
-        return rows
-    generator = random.Random(0)
-    kinds = [[row for row in rows if row["kind"] == kind] for kind in ("open", "yes/no")]
-    return [row for kind in kinds for row in generator.sample(kind, min(number // 2, len(kind)))]
 
 
 @torch.inference_mode()
 def answer(model, processor, rows, zero_images):
     """The model's answers (greedy, at most 8 tokens) to one batch of rows."""
-    text = [row["question"].replace("<image>", processor.image_token) for row in rows]
+    prompts = [row["question"].replace("<image>", processor.image_token) for row in rows]
     prompts = [
-        processor.apply_chat_template([{"role": "user", "content": t}], tokenize=False, add_generation_prompt=True)
-        for t in text
+        processor.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        for text in prompts
     ]
     images = [[Image.open(row["image"])] for row in rows]
     options = {"add_special_tokens": False, "padding": True, "padding_side": "left", "return_tensors": "pt"}
@@ -70,18 +55,14 @@ def main():
     places = {key: value for key in ("base", "encoder") if (value := getattr(args, key)) is not None}
     model = AutoModelForCausalLM.from_pretrained(args.adapter, trust_remote_code=True, **places)
     processor = AutoProcessor.from_pretrained(args.adapter, trust_remote_code=True)
-    rows = read_questions(args.questions, args.max_questions)
+    rows = read_questions(args.questions, args.image_folder, args.max_questions)
+    given = []
     for start in tqdm(range(0, len(rows), args.batch_size), desc="answering", file=sys.stderr):
-        batch = rows[start : start + args.batch_size]
-        for row, given in zip(batch, answer(model, processor, batch, args.zero_images), strict=True):
-            row["given"] = given.strip().lower()
-    result = {}
-    for kind in ("open", "yes/no"):
-        hits = [row["given"] == row["answer"] for row in rows if row["kind"] == kind]
-        result[kind] = {"accuracy": sum(hits) / max(len(hits), 1), "questions": len(hits)}
+        given += answer(model, processor, rows[start : start + args.batch_size], args.zero_images)
     if args.output:
-        json.dump(rows, open(args.output, "w", encoding="utf-8"))
-    print(json.dumps(result))
+        answered = [{**row, "given": text} for row, text in zip(rows, given, strict=True)]
+        json.dump(answered, open(args.output, "w", encoding="utf-8"))
+    print(json.dumps(accuracy(rows, given)))
 
 
 if __name__ == "__main__":

@@ -1,167 +1,156 @@
 """Gives a small pretrained MoE eyes: easy-VQA -> align -> extend -> finetune -> save -> answer in a fresh process.
 
     make quickstart                                   # scope="modality", selection="exclusive"
-    make quickstart ARGS="--paper"                    # the paper's routing
+    make quickstart ARGS="--paper true"               # the paper's routing, one new expert a layer
     python examples/quickstart.py --base mistralai/Mixtral-8x7B-Instruct-v0.1 \
-        --encoder openai/clip-vit-large-patch14-336 --data train.json --align_data captions.json --test test.json
+        --encoder openai/clip-vit-large-patch14-336 --dtype bfloat16 \
+        --data train.json --align_data captions.json --test test.json --image_folder images
 
-Every option of configuration/recipes/easy_vqa.yaml can be given. Writes the adapter, the picture of stage extend,
-results.json and a model card to --output_dir, and prints the table.
+The options are those of configuration/recipes/easy_vqa.yaml (another recipe: --config), and the few below. Writes the
+adapter, the picture of stage extend, results.json and a model card to --output_dir, and prints the table.
 """
 
 import json
 import subprocess
 import sys
 import time
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import easy_vqa_data
-import torch
+from measure import base_on_text, blind_readers, read_questions
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+from transformers import AutoTokenizer, logging
 from trl import TrlParser
 
 from modeling_moextend import MoExtendForCausalLM, create_card
+from modeling_moextend.adapter_moextend import base_tensors_hash
+from modeling_moextend.processing_moextend import MoExtendProcessor
 from modeling_moextend.sft_config import MoExtendSFTConfig
-from modeling_moextend.stages import StagesConfig, run_stages
+from modeling_moextend.stages import STAGES, StagesConfig, run_stages
 
 HERE = Path(__file__).resolve().parent
-RECIPE = HERE.parent / "configuration/recipes/easy_vqa.yaml"
+EASY_VQA = Path("outputs/easy-vqa")
 
 
 @dataclass
 class QuickstartConfig:
     """What the quickstart itself needs."""
 
-    test: str = field(default="outputs/easy-vqa/test.json", metadata={"help": "LLaVA JSON with held-out questions."})
+    test: str = field(default=str(EASY_VQA / "test.json"), metadata={"help": "LLaVA JSON with held-out questions."})
     held_out_text: str | None = field(
-        default=None, metadata={"help": "JSON lines {domain, text} for base perplexity."}
+        default=None,
+        metadata={"help": "JSON lines {domain, text} for base perplexity; default: <base>/held_out.jsonl."},
     )
-    max_questions: int = field(default=2000, metadata={"help": "Held-out questions to answer, half of them open."})
-    paper: bool = field(
-        default=False, metadata={"help": "The paper's routing: one new expert, all tokens, one top-k."}
-    )
+    max_questions: int = field(default=4000, metadata={"help": "Held-out questions to answer, half of them open."})
+    paper: bool = field(default=False, metadata={"help": "The paper's routing, one new expert a layer."})
+
+
+def parse():
+    """(quick, config, args) from recipe and command line, checked before anything is trained."""
+    given = sys.argv[1:] if any(a.startswith("--config") for a in sys.argv) else ["--config", recipe(), *sys.argv[1:]]
+    given = [part for a in given for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    quick, config, args = TrlParser((QuickstartConfig, StagesConfig, MoExtendSFTConfig)).parse_args_and_config(given)
+    if config.encoder is None or config.stages != list(STAGES):
+        raise ValueError("The quickstart runs all three stages with an encoder; for others use examples/train.py.")
+    if quick.paper:
+        config = replace(config, scope="all", selection="compete", calibration="all", new_experts=1)
+        args.output_dir += "-paper"
+    own = [Path(p) for p in (config.data, config.align_data, quick.test) if Path(p).parent != EASY_VQA]
+    if len(own) in (1, 2):
+        raise ValueError("Replace --data, --align_data and --test together: they are the parts of one data set.")
+    missing = [str(path) for path in own if not path.exists()]
+    if missing:
+        raise ValueError(f"No such file: {', '.join(missing)}.")
+    return quick, replace(config, base=place(config.base), encoder=place(config.encoder)), args
+
+
+def recipe():
+    return str(HERE.parent / "configuration/recipes/easy_vqa.yaml")
+
+
+def place(name):
+    """A folder of this repository, from wherever the script is run; anything else as it is."""
+    inside = HERE.parent / name
+    return str(inside) if name.startswith("assets/") and not Path(name).exists() and inside.exists() else name
 
 
 def answer(folder, config, quick, *flags):
     """Accuracies of a saved adapter, by `answer.py` in a process that has only the three folders and transformers."""
-    command = [sys.executable, str(HERE / "answer.py"), "--adapter", folder, "--questions", quick.test]
-    command += [
-        "--base",
-        config.base,
-        "--encoder",
-        config.encoder,
-        "--max_questions",
-        str(quick.max_questions),
-        *flags,
-    ]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return {kind: part["accuracy"] for kind, part in json.loads(output.splitlines()[-1]).items()}
+    options = {"adapter": folder, "questions": quick.test, "base": config.base, "encoder": config.encoder}
+    options |= {"max_questions": quick.max_questions, "image_folder": config.image_folder}
+    command = [sys.executable, str(HERE / "answer.py"), *flags]
+    command += [f"--{name}={value}" for name, value in options.items() if value is not None]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
-def blind_readers(train, test, number):
-    """Accuracies without seeing: always the commonest answer of a kind, and the commonest answer to each question."""
-    from answer import read_questions
-
-    known, asked = read_questions(train, None), read_questions(test, number)
-    by_kind = {kind: Counter(r["answer"] for r in known if r["kind"] == kind) for kind in ("open", "yes/no")}
-    by_question = {}
-    for row in known:
-        by_question.setdefault(row["question"], Counter())[row["answer"]] += 1
-    result = {"majority answer": {}, "question-only reader": {}}
-    for kind, counts in by_kind.items():
-        rows = [row for row in asked if row["kind"] == kind]
-        best = [by_question.get(row["question"], counts).most_common(1)[0][0] for row in rows]
-        result["majority answer"][kind] = sum(r["answer"] == counts.most_common(1)[0][0] for r in rows) / len(rows)
-        result["question-only reader"][kind] = sum(r["answer"] == b for r, b in zip(rows, best, strict=True)) / len(
-            rows
-        )
-    return result
+def save_untrained(model, config, args):
+    """The adapter as it was before stage finetune: aligned, new experts still copies of their sources."""
+    folder = f"{args.output_dir}/untrained"
+    untrained = MoExtendForCausalLM.from_pretrained(
+        f"{args.output_dir}/align", base=config.base, encoder=config.encoder, dtype=config.dtype
+    )
+    untrained.extend(model.config.extended_layers)
+    untrained.save_pretrained(folder)
+    MoExtendProcessor.from_pretrained(args.output_dir).save_pretrained(folder)
+    return folder
 
 
-@torch.inference_mode()
-def text_losses(model, tokenizer, path):
-    """(perplexity per domain, all logits) on held-out text: exp of nats a token, first 256 tokens a document."""
-    sums, logits = {}, []
-    for row in map(json.loads, Path(path).read_text(encoding="utf-8").splitlines()):
-        ids = tokenizer(row["text"], return_tensors="pt", truncation=True, max_length=256).input_ids
-        output = model(input_ids=ids, labels=ids)
-        loss, tokens = sums.get(row["domain"], (0.0, 0))
-        sums[row["domain"]] = (loss + output.loss.item() * (ids.shape[1] - 1), tokens + ids.shape[1] - 1)
-        logits.append(output.logits)
-    return {domain: torch.tensor(loss / tokens).exp().item() for domain, (loss, tokens) in sums.items()}, logits
+def main():
+    quick, config, args = parse()
+    start = time.time()
+    logging.set_verbosity_error()
+    if Path(config.data).parent == EASY_VQA:
+        easy_vqa_data.write(EASY_VQA)
+    before = base_tensors_hash(MoExtendForCausalLM.from_base(config.base, encoder=config.encoder, dtype=config.dtype))
+    model = run_stages(config, args).eval()
+    results = {"training_seconds": time.time() - start, "tensors": len(model.adapter_tensors())}
+    results["base_and_encoder_bit_equal"] = base_tensors_hash(model) == before
+    results["adapter_bytes"] = Path(args.output_dir, "moextend_adapter.safetensors").stat().st_size
+    known = read_questions(config.data, config.image_folder)
+    asked = read_questions(quick.test, config.image_folder, quick.max_questions)
+    results["accuracy"] = {
+        **blind_readers(known, asked),
+        "untrained extension": answer(save_untrained(model, config, args), config, quick),
+        "trained, images zeroed": answer(args.output_dir, config, quick, "--zero_images"),
+        "trained": answer(args.output_dir, config, quick),
+    }
+    text = Path(quick.held_out_text or f"{config.base}/held_out.jsonl")
+    if text.exists():
+        results["base_text"] = base_on_text(model, AutoTokenizer.from_pretrained(config.base), text)
+    results["seconds"] = time.time() - start
+    Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    rows = [{"": name, **{k: percent(v) for k, v in part.items()}} for name, part in results["accuracy"].items()]
+    create_card(model.config, results=rows, adapter_bytes=results["adapter_bytes"]).save(
+        f"{args.output_dir}/README.md"
+    )
+    show(results, text)
 
 
-def base_on_text(model, config, path):
-    """Base perplexity before and after (geometric mean of the domains), and whether all logits are bit-equal."""
-    tokenizer = AutoTokenizer.from_pretrained(config.base)
-    base = AutoModelForCausalLM.from_pretrained(config.base, dtype=config.dtype).eval()
-    (before, one), (after, other) = (text_losses(m, tokenizer, path) for m in (base, model.eval()))
-    mean = [torch.tensor(list(part.values())).log().mean().exp().item() for part in (before, after)]
-    equal = all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    return {"before": mean[0], "after": mean[1], "bit_equal": equal, "per_domain": {"before": before, "after": after}}
+def percent(value):
+    return "-" if value is None else f"{100 * value:.1f}%"
 
 
-def show(results):
+def show(results, text):
     """The table on the terminal."""
     table = Table(title="Held-out questions about held-out images (exact match)")
     for heading in ("", "open questions", "yes/no"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, part in results["accuracy"].items():
-        table.add_row(name, *(f"{100 * part[kind]:.1f}%" for kind in ("open", "yes/no")))
-    console, text = Console(), results.get("base_text")
+        table.add_row(name, *map(percent, part.values()))
+    console = Console(width=100)
     console.print(table)
-    if text:
-        same = "every logit bit-equal" if text["bit_equal"] else "logits differ"
-        console.print(f"Base perplexity on held-out text: {text['before']:.2f} -> {text['after']:.2f} ({same})")
-    console.print(
-        f"Adapter: {results['adapter_bytes'] / 2**20:.2f} MiB, {results['tensors']} tensors trained or stored"
-    )
-    console.print("Base and encoder tensors after training: bit-equal (every one hashed before and after)")
-    console.print(f"Time: {results['seconds']:.0f} s, of which training stages {results['training_seconds']:.0f} s")
-
-
-def main():
-    arguments = sys.argv[1:] if "--config" in sys.argv else ["--config", str(RECIPE), *sys.argv[1:]]
-    if "--paper" in arguments:
-        arguments += "--scope all --selection compete --calibration all --new_experts 1".split()
-    parser = TrlParser((QuickstartConfig, StagesConfig, MoExtendSFTConfig))
-    quick, config, args = parser.parse_args_and_config(arguments)
-    args.verify_base, start = True, time.time()
-    logging.set_verbosity_error()
-    if config.data.startswith("outputs/easy-vqa/"):
-        easy_vqa_data.write(Path(config.data).parent)
-    model = run_stages(config, args)
-    training_seconds = time.time() - start
-    untrained = MoExtendForCausalLM.from_pretrained(
-        f"{args.output_dir}/align", base=config.base, encoder=config.encoder
-    )
-    untrained.extend(model.config.extended_layers)
-    untrained.save_pretrained(f"{args.output_dir}/untrained")
-    for file in ("processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        Path(args.output_dir, "untrained", file).write_bytes(Path(args.output_dir, file).read_bytes())
-    accuracy = blind_readers(config.data, quick.test, quick.max_questions)
-    accuracy["untrained extension"] = answer(f"{args.output_dir}/untrained", config, quick)
-    accuracy["trained, images zeroed"] = answer(args.output_dir, config, quick, "--zero_images")
-    accuracy["trained"] = answer(args.output_dir, config, quick)
-    results = {
-        "accuracy": accuracy,
-        "adapter_bytes": Path(args.output_dir, "moextend_adapter.safetensors").stat().st_size,
-    }
-    text = quick.held_out_text or f"{config.base}/held_out.jsonl"
-    if Path(text).exists():
-        results["base_text"] = base_on_text(model, config, text)
-    results |= {"tensors": len(model.adapter_tensors()), "training_seconds": training_seconds}
-    results["seconds"] = time.time() - start
-    Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-    rows = [{"": name, **{k: f"{100 * v:.1f}%" for k, v in part.items()}} for name, part in accuracy.items()]
-    create_card(model.config, results=rows, adapter_bytes=results["adapter_bytes"]).save(
-        f"{args.output_dir}/README.md"
-    )
-    show(results)
+    if "base_text" in results:
+        one, other = (results["base_text"][name]["geometric mean"] for name in ("before", "after"))
+        same = "every logit bit-equal" if results["base_text"]["bit_equal"] else "logits differ"
+        console.print(f"Base perplexity on held-out text: {one:.2f} -> {other:.2f} ({same})")
+    else:
+        console.print(f"Base perplexity: not measured, there is no {text} (see --held_out_text)")
+    same = "bit-equal, every one hashed" if results["base_and_encoder_bit_equal"] else "CHANGED"
+    console.print(f"Base and encoder tensors before and after: {same}")
+    console.print(f"Adapter: {results['adapter_bytes'] / 2**20:.2f} MiB, {results['tensors']} tensors")
+    console.print(f"Time: {results['seconds']:.0f} s, of which the three stages {results['training_seconds']:.0f} s")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,18 @@
 Letters: B samples, S tokens, I images in the batch, P image tokens an image.
 """
 
-from transformers import ProcessorMixin
+import os
+import re
+
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
 from transformers.tokenization_utils_base import AddedToken
+from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .configuration_moextend import as_config, has_class_token
+
+logger = logging.get_logger(__name__)
 
 IMAGE_TOKEN = "<image>"
 
@@ -207,6 +213,36 @@ class MoExtendProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs, image_idx, **kwargs):
         return self.image_token * self.num_image_tokens
+
+
+def load_processor(name_or_path, encoder=None, assistant_only_loss=False):
+    """What a trainer needs for a base, with or without an encoder; or what an adapter's folder holds.
+
+    Args:
+        name_or_path: the base, or an adapter saved with its processor.
+        encoder: CLIP or SigLIP vision checkpoint; `None`: the tokenizer alone.
+        assistant_only_loss: whether the chat template must mark the assistant's text. A base's own that does not gives
+            way to LLaVA's format, and this is said; else the base's own is kept.
+
+    Returns:
+        `MoExtendProcessor`, or the base's tokenizer.
+    """
+    if os.path.exists(os.path.join(name_or_path, "processor_config.json")):
+        return MoExtendProcessor.from_pretrained(name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if encoder is None:
+        return tokenizer
+    template = tokenizer.chat_template
+    if template and assistant_only_loss and not re.search(r"{%-?\s*generation\s*-?%}", template):
+        logger.warning("The base's chat template does not mark the assistant's text: using LLaVA's, USER: ASSISTANT:.")
+        template = default_chat_template()
+    elif template and "image" not in template:
+        template = with_image_parts(template)
+    image_processor = AutoImageProcessor.from_pretrained(encoder, backend="pil")
+    encoder_config = AutoConfig.from_pretrained(encoder)
+    return MoExtendProcessor.from_encoder(tokenizer, image_processor, encoder_config, chat_template=template)
 
 
 def _add_image_token(tokenizer, image_token):

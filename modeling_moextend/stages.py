@@ -7,16 +7,36 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
-from .configuration_moextend import normalise_plan
-from .extender import measure_router_shift, probe_config
+from .configuration_moextend import check_routing_choices, normalise_plan
+from .extender import CHOICES, measure_router_shift, probe_config
+from .layers_moextend import find_moe_layers
 from .llava import load_llava
+from .loading_moextend import check_plan
 from .modeling_moextend import MoExtendForCausalLM
-from .processing_moextend import MoExtendProcessor, default_chat_template, with_image_parts
+from .processing_moextend import load_processor
 from .sft_trainer import MoExtendSFTTrainer
 
 STAGES = ("align", "extend", "finetune")
+ROUTING = ("scope", "selection", "calibration")
+SAME_IN_PROBE = (  # the trainer's options that stage extend shares with stage finetune
+    "assistant_only_loss",
+    "bf16",
+    "disable_tqdm",
+    "fp16",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "logging_steps",
+    "max_length",
+    "per_device_eval_batch_size",
+    "per_device_train_batch_size",
+    "report_to",
+    "seed",
+    "use_cpu",
+)
 
 
 @dataclass
@@ -24,44 +44,84 @@ class StagesConfig:
     """What to build and which stages to run; the trainer's own options (those of stage finetune) stand beside it."""
 
     base: str = field(metadata={"help": "Pretrained MoE causal LM: Hub id or folder. It is never changed."})
-    data: str = field(metadata={"help": "LLaVA JSON or JSONL file, or a dataset (Hub id or folder) in TRL's format."})
+    data: str | None = field(
+        default=None, metadata={"help": "LLaVA JSON or JSONL file, or a dataset (Hub id or folder) in TRL's format."}
+    )
     encoder: str | None = field(default=None, metadata={"help": "CLIP or SigLIP vision checkpoint; none: text only."})
-    align_data: str | None = field(
-        default=None, metadata={"help": "Image-caption pairs for stage align, like --data."}
+    align_data: str | None = field(default=None, metadata={"help": "Image-caption pairs for stage align; see --data."})
+    eval_data: str | None = field(
+        default=None, metadata={"help": "Samples to evaluate on while finetuning, like --data."}
     )
     image_folder: str | None = field(default=None, metadata={"help": "What image paths in a LLaVA JSON start from."})
+    on_error: str = field(
+        default="raise", metadata={"help": "A missing or broken image: 'raise', or 'skip' it and count at the end."}
+    )
     streaming: bool = field(
-        default=False, metadata={"help": "Read the data as it goes, for files larger than memory."}
+        default=False, metadata={"help": "Read the data as it goes; then the first --probe_samples are held out."}
     )
     adapter: str | None = field(default=None, metadata={"help": "Start from this adapter, e.g. one already aligned."})
-    stages: list[str] = field(default_factory=lambda: list(STAGES), metadata={"help": "Which to run, in this order."})
-    scope: str = field(default="all", metadata={"help": "Tokens that may use new experts: 'all' or 'modality'."})
-    selection: str = field(default="compete", metadata={"help": "'compete' (the paper's) or 'exclusive'."})
-    calibration: str = field(default="all", metadata={"help": "'all' (the paper's), 'routed' or 'none'."})
+    stages: list[str] = field(
+        default_factory=lambda: list(STAGES), metadata={"help": "Which to run: align extend finetune, in this order."}
+    )
+    scope: str | None = field(default=None, metadata={"help": "'all' (the paper's; default) or 'modality'."})
+    selection: str | None = field(default=None, metadata={"help": "'compete' (the paper's; default) or 'exclusive'."})
+    calibration: str | None = field(
+        default=None, metadata={"help": "'all' (the paper's; default), 'routed' or 'none'."}
+    )
     new_experts: int = field(default=1, metadata={"help": "New experts a layer."})
     fraction: float = field(default=0.5, metadata={"help": "Share of MoE layers to extend: those that shift most."})
     layers: str | None = field(
-        default=None,
-        metadata={"help": "Instead of --fraction: 'all', 'first-half', 'second-half', 'interval', or '0,2,5'."},
+        default=None, metadata={"help": f"Instead of --fraction: {', '.join(CHOICES)}, or layers like '0,2,5'."}
     )
-    plan: str | None = field(default=None, metadata={"help": "plan.json of an earlier stage extend, or JSON itself."})
+    plan: str | None = field(
+        default=None, metadata={"help": "In place of stage extend: its plan.json, or JSON like '{\"2\": [1]}'."}
+    )
     align_max_steps: int = field(default=-1, metadata={"help": "Steps of stage align; -1: one epoch."})
     align_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of stage align."})
-    align_gradient_accumulation_steps: int = field(default=1, metadata={"help": "As in stage align's own trainer."})
+    align_gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Micro-batches a step in stage align, in place of --gradient_accumulation_steps."}
+    )
+    align_max_length: int | None = field(default=1024, metadata={"help": "Longest sample of stage align, in tokens."})
     probe_max_steps: int = field(default=1000, metadata={"help": "Steps of stage extend's router probe."})
     probe_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the router probe."})
-    probe_samples: int = field(default=10_000, metadata={"help": "Samples held out, on which experts are counted."})
+    probe_samples: int = field(
+        default=10_000,
+        metadata={"help": "Samples of --data held out for counting experts (at most a tenth), never trained on."},
+    )
     dtype: str = field(default="auto", metadata={"help": "The base's dtype; new tensors always train in float32."})
     device_map: str | None = field(default=None, metadata={"help": "The base's device map, e.g. 'auto'."})
 
     def __post_init__(self):
         wrong = [stage for stage in self.stages if stage not in STAGES]
-        if wrong or self.stages != sorted(self.stages, key=STAGES.index) or not self.stages:
+        if wrong or self.stages != sorted(set(self.stages), key=STAGES.index) or not self.stages:
             raise ValueError(f"stages={self.stages} must be some of {list(STAGES)}, in this order.")
         if "align" in self.stages and (self.encoder is None or self.align_data is None):
             raise ValueError("Stage align needs --encoder and --align_data (image-caption pairs); or leave it out.")
-        if self.stages == ["finetune"] and self.plan is None and self.adapter is None:
-            raise ValueError("Stage finetune alone needs --plan, or an --adapter that has new experts.")
+        if self.stages != ["align"] and self.data is None:
+            raise ValueError(f"Stages {self.stages} need --data.")
+        if "finetune" in self.stages and "extend" not in self.stages and not (self.plan or self.adapter):
+            raise ValueError("Stage finetune without extend needs --plan, or an --adapter that has new experts.")
+        if "extend" in self.stages and self.plan is not None:
+            raise ValueError("--plan takes the place of stage extend: leave out one of the two.")
+        if self.encoder and not self.adapter and "align" not in self.stages:
+            raise ValueError("Without stage align the projector is random: run it first, or start from its --adapter.")
+
+    def chosen_layers(self):
+        """What `RouterShift.select` takes: (fraction, layers).
+
+        Raises:
+            ValueError: `layers` is neither a known name nor a list of numbers.
+        """
+        if self.layers is None:
+            return self.fraction, None
+        if self.layers in CHOICES:
+            return None, self.layers
+        if not re.fullmatch(r"\d+(,\d+)*", self.layers):
+            raise ValueError(f"layers={self.layers!r} must be one of {', '.join(CHOICES)}, or layers like '0,2,5'.")
+        return None, [int(layer) for layer in self.layers.split(",")]
+
+
+# ---------------------------------------------------------------- what the stages work on
 
 
 def load_data(name, config):
@@ -71,7 +131,7 @@ def load_data(name, config):
         ValueError: a LLaVA sample with an image, and no encoder to see it.
     """
     if name.endswith((".json", ".jsonl")):
-        data = load_llava(name, config.image_folder, streaming=config.streaming)
+        data = load_llava(name, config.image_folder, streaming=config.streaming, on_error=config.on_error)
         if config.encoder is not None:
             return data
         return (data if config.streaming else data.with_format(None)).map(plain_text, remove_columns=["images", "id"])
@@ -82,144 +142,192 @@ def plain_text(sample):
     """A sample without images: its messages' parts as strings, which text-only chat templates know."""
     if sample["images"]:
         raise ValueError(f"Sample {sample['id']} has an image, but there is no encoder: pass --encoder.")
-    text = [
-        {**message, "content": "".join(part["text"] for part in message["content"])} for message in sample["messages"]
-    ]
-    return {"messages": text}
+    messages = sample["messages"]
+    return {"messages": [{**m, "content": "".join(part["text"] for part in m["content"])} for m in messages]}
 
 
-def build_processor(config, assistant_only_loss=False):
-    """The base's tokenizer, or with an encoder a `MoExtendProcessor`.
-
-    The base's own chat format is kept, except where `assistant_only_loss` needs generation markers that it lacks: then
-    LLaVA's format takes its place, and this is said.
-    """
-    if config.adapter is not None and config.encoder is not None:
-        return MoExtendProcessor.from_pretrained(config.adapter)
-    tokenizer = AutoTokenizer.from_pretrained(config.base)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if config.encoder is None:
-        return tokenizer
-    template = tokenizer.chat_template
-    if template and assistant_only_loss and not re.search(r"{%-?\s*generation", template):
-        print("The base's chat template does not mark the assistant's text: using LLaVA's (USER: ... ASSISTANT: ...).")
-        template = default_chat_template()
-    elif template and "image" not in template:
-        template = with_image_parts(template)
-    encoder_config = AutoConfig.from_pretrained(config.encoder)
-    image_processor = AutoImageProcessor.from_pretrained(config.encoder, backend="pil")
-    return MoExtendProcessor.from_encoder(tokenizer, image_processor, encoder_config, chat_template=template)
+def split(data, config):
+    """(S_t, S_e): samples to train on, and those held out for counting; the same ones in every stage and run."""
+    if config.streaming:
+        return data.skip(config.probe_samples), data.take(config.probe_samples)
+    held_out = min(config.probe_samples, len(data) // 10)
+    if held_out == 0:
+        return data, None
+    parts = data.train_test_split(test_size=held_out, seed=0)
+    return parts["train"], parts["test"]
 
 
 def build_model(config, processor):
     """The adapter to go on with; or the base with eyes; or, for a text-only extension, the base as it is."""
     options = {"dtype": config.dtype, "device_map": config.device_map}
+    routing = {name: value for name in ROUTING if (value := getattr(config, name)) is not None}
     if config.adapter is not None:
-        return MoExtendForCausalLM.from_pretrained(config.adapter, base=config.base, encoder=config.encoder, **options)
-    if config.encoder is None:
-        return AutoModelForCausalLM.from_pretrained(config.base, **options)
-    return MoExtendForCausalLM.from_base(
-        config.base, encoder=config.encoder, image_token_id=processor.image_token_id, **routing(config), **options
-    )
+        model = MoExtendForCausalLM.from_pretrained(
+            config.adapter, base=config.base, encoder=config.encoder, **options
+        )
+        change_routing(model, routing)
+    elif config.encoder is None:
+        model = AutoModelForCausalLM.from_pretrained(config.base, **options)
+    else:
+        eyes = {"encoder": config.encoder, "image_token_id": processor.image_token_id}
+        model = MoExtendForCausalLM.from_base(config.base, **eyes, **routing, **options)
+    return model
 
 
-def routing(config):
-    """The routing choices, as `from_base` takes them."""
-    return {name: getattr(config, name) for name in ("scope", "selection", "calibration")}
+def change_routing(model, routing):
+    """Other routing choices for an adapter that has no new experts yet, as after stage align.
+
+    Raises:
+        ValueError: it has new experts, which were trained for the routing they have.
+    """
+    changed = {name: value for name, value in routing.items() if value != getattr(model.config, name)}
+    if changed and model.config.extended_layers:
+        has = {name: getattr(model.config, name) for name in changed}
+        raise ValueError(f"The adapter's new experts were made for {has}, not for {changed}: leave these options out.")
+    for name, value in changed.items():
+        setattr(model.config, name, value)
+    check_routing_choices(model.config)
 
 
 def with_experts(model, plan, config):
     """`model` with the plan's new experts."""
-    if model.config.model_type != "moextend":
-        return MoExtendForCausalLM.from_base(model, plan, **routing(config))
-    model.extend(plan)
-    return model
+    if model.config.model_type == "moextend":
+        model.extend(plan)
+        return model
+    routing = {name: value for name in ROUTING if (value := getattr(config, name)) is not None}
+    return MoExtendForCausalLM.from_base(model, plan, **routing)
 
 
 def read_plan(config):
-    """`config.plan` (a file or JSON) as {layer: [source experts]}."""
+    """`config.plan` (a file or JSON) as {layer: [source experts]}.
+
+    Raises:
+        ValueError: neither a file nor JSON.
+    """
+    if not os.path.exists(config.plan) and not config.plan.lstrip().startswith("{"):
+        raise ValueError(f"plan={config.plan!r} is no file, and no JSON like '{{\"2\": [1]}}'.")
     text = Path(config.plan).read_text(encoding="utf-8") if os.path.exists(config.plan) else config.plan
     return normalise_plan(json.loads(text))
 
 
-def stage_args(args, folder, **values):
-    """A copy of the trainer's options for another stage, writing to a folder of its own."""
-    return replace(args, output_dir=os.path.join(args.output_dir, folder), **values)
+# ---------------------------------------------------------------- the stages
 
 
-def align(model, processor, config, args):
-    """Stage 1: the projector learns from image-caption pairs."""
-    options = {
-        "stage": "align",
-        "learning_rate": config.align_learning_rate,
-        "max_steps": config.align_max_steps,
-        "num_train_epochs": 1,
-        "gradient_accumulation_steps": config.align_gradient_accumulation_steps,
-        "eval_strategy": "no",
-    }
-    args = stage_args(args, "align", **options)
-    data = load_data(config.align_data, config)
+def align(model, processor, data, config, args, checkpoint):
+    """Stage 1: the projector learns from image-caption pairs. Writes the aligned adapter to the folder `align`."""
+    args = replace(
+        args,
+        output_dir=os.path.join(args.output_dir, "align"),
+        stage="align",
+        train_projector=None,
+        learning_rate=config.align_learning_rate,
+        max_steps=config.align_max_steps,
+        num_train_epochs=1,
+        gradient_accumulation_steps=config.align_gradient_accumulation_steps,
+        max_length=config.align_max_length,
+        eval_strategy="no",
+        push_to_hub=False,
+    )
     trainer = MoExtendSFTTrainer(model=model, args=args, train_dataset=data, processing_class=processor)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(args.output_dir)
 
 
 def extend(model, processor, data, held_out, config, args):
     """Stage 2: finds the layers that react and the experts to copy; writes shift.json, shift.png and plan.json."""
     folder = Path(args.output_dir, "extend")
-    folder.mkdir(parents=True, exist_ok=True)
-    options = {
-        "max_steps": config.probe_max_steps,
-        "learning_rate": config.probe_learning_rate,
-        "assistant_only_loss": args.assistant_only_loss,
-    }
-    same = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length")
-    same += ("gradient_checkpointing", "logging_steps", "seed", "bf16", "fp16", "use_cpu", "disable_tqdm", "report_to")
-    options |= {name: getattr(args, name) for name in same}
+    options = {name: getattr(args, name) for name in SAME_IN_PROBE}
+    options |= {"max_steps": config.probe_max_steps, "learning_rate": config.probe_learning_rate}
     probe = probe_config(str(folder), **options)
     shift = measure_router_shift(model, data, held_out, args=probe, processing_class=processor)
-    named = config.layers if config.layers is None or not config.layers[:1].isdigit() else config.layers.split(",")
-    named = [int(layer) for layer in named] if isinstance(named, list) else named
-    plan = shift.select(None if named else config.fraction, layers=named, num_new=config.new_experts)
-    shift.save(folder / "shift.json")
-    shift.plot(folder / "shift.png", plan)
-    (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
-    print(f"Stage extend: new experts {plan} (layer: source experts); picture in {folder / 'shift.png'}")
+    plan = shift.select(*config.chosen_layers(), num_new=config.new_experts)
+    if PartialState().is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        shift.save(folder / "shift.json")
+        shift.plot(folder / "shift.png", plan)
+        (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+        print(f"Stage extend: new experts {plan} (layer: source experts); picture in {folder / 'shift.png'}")
+    PartialState().wait_for_everyone()
     return plan
 
 
-def split(data, config):
-    """(S_t, S_e): samples to train on, and those held out for counting; at most a tenth is held out."""
-    if config.streaming:
-        return data.skip(config.probe_samples), data.take(config.probe_samples)
-    held_out = max(1, min(config.probe_samples, len(data) // 10))
-    parts = data.train_test_split(test_size=held_out, seed=0)
-    return parts["train"], parts["test"]
+def find_checkpoint(args):
+    """(stage, folder) to resume, from `--resume_from_checkpoint`; (None, None) without it. "true": the last one there.
+
+    Raises:
+        ValueError: there is no checkpoint.
+    """
+    given, aligned = args.resume_from_checkpoint, os.path.join(args.output_dir, "align")
+    if not given:
+        return None, None
+    if str(given).lower() == "true":
+        folders = [folder for folder in (args.output_dir, aligned) if os.path.isdir(folder)]
+        given = next((found for folder in folders if (found := get_last_checkpoint(folder))), None)
+    if given is None or not os.path.isdir(given):
+        raise ValueError(f"resume_from_checkpoint={args.resume_from_checkpoint!r}: no checkpoint there.")
+    return ("align" if Path(given).resolve().parent == Path(aligned).resolve() else "finetune"), given
+
+
+def check_before(model, config, args, held_out):
+    """Refuses, before the first step of the first stage, what would only fail in a later one.
+
+    Raises:
+        ValueError: says which option.
+    """
+    decoder = model.base.get_decoder() if model.config.model_type == "moextend" else model.get_decoder()
+    layers, has_experts = find_moe_layers(decoder), bool(getattr(model.config, "extended_layers", None))
+    if config.plan is not None:
+        check_plan(layers, read_plan(config))
+    chosen = config.chosen_layers()[1]
+    if isinstance(chosen, list):
+        check_plan(layers, {layer: [0] for layer in chosen})
+    if "extend" in config.stages and has_experts:
+        raise ValueError(f"The adapter has new experts in layers {list(model.config.extended_layers)} already.")
+    if "extend" in config.stages and held_out is None:
+        raise ValueError("Stage extend counts on held-out samples: give more data, or --probe_samples above 0.")
+    if config.stages[-1] == "finetune" and not (has_experts or config.plan or "extend" in config.stages):
+        raise ValueError("Stage finetune has no new experts to train: run stage extend, or give --plan.")
+    if args.stage != "finetune":
+        raise ValueError(f"--stage {args.stage} is the trainer's own; to run one stage use --stages {args.stage}.")
+    if args.eval_strategy != "no" and config.eval_data is None:
+        raise ValueError("--eval_strategy needs --eval_data.")
+    if config.streaming and "align" in config.stages and config.align_max_steps < 0:
+        raise ValueError("With --streaming the length of an epoch is unknown: give --align_max_steps.")
+    if len(config.stages) > 1 and str(args.distributed_state.distributed_type).endswith(("FSDP", "DEEPSPEED")):
+        raise ValueError("Under FSDP and DeepSpeed run one stage a launch: --stages align, extend, finetune.")
 
 
 def run_stages(config, args):
     """Runs the stages named in `config` and saves the adapter with its processor to `args.output_dir`.
 
+    `args.resume_from_checkpoint` goes on in the stage that wrote the checkpoint; stages before it are not run again.
+
     Returns:
         the trained `MoExtendForCausalLM`, on its unchanged base.
     """
-    processor = build_processor(config, args.assistant_only_loss)
+    set_seed(args.seed)  # before the projector and the calibration draw their start values
+    resumed, checkpoint = find_checkpoint(args)
+    if resumed == "finetune":
+        config = replace(config, adapter=checkpoint, plan=None, stages=["finetune"])
+    processor = load_processor(config.adapter or config.base, config.encoder, args.assistant_only_loss)
     model = build_model(config, processor)
+    captions = load_data(config.align_data, config) if "align" in config.stages else None
+    data, held_out = split(load_data(config.data, config), config) if config.stages != ["align"] else (None, None)
+    eval_data = load_data(config.eval_data, config) if config.eval_data else None
+    check_before(model, config, args, held_out)
     if "align" in config.stages:
-        align(model, processor, config, args)
-    if config.stages != ["align"]:
-        data = load_data(config.data, config)
+        align(model, processor, captions, config, args, checkpoint if resumed == "align" else None)
     if "extend" in config.stages:
-        data, held_out = split(data, config)
         model = with_experts(model, extend(model, processor, data, held_out, config, args), config)
     elif config.plan is not None:
         model = with_experts(model, read_plan(config), config)
     if "finetune" in config.stages:
-        trainer = MoExtendSFTTrainer(model=model, args=args, train_dataset=data, processing_class=processor)
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        datasets_ = {"train_dataset": data, "eval_dataset": eval_data}
+        trainer = MoExtendSFTTrainer(model=model, args=args, processing_class=processor, **datasets_)
+        trainer.train(resume_from_checkpoint=checkpoint if resumed == "finetune" else None)
         trainer.save_model(args.output_dir)
-    else:
+    elif PartialState().is_main_process:
         model.save_pretrained(args.output_dir, adapter_dtype=args.adapter_dtype)
         processor.save_pretrained(args.output_dir)
+    PartialState().wait_for_everyone()
     return model

@@ -19,6 +19,7 @@ from modeling_moextend.stages import StagesConfig, read_plan, run_stages
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(ROOT.glob("configuration/recipes/*.yaml"))
+PAPER = ROOT / "configuration/recipes/mixtral_8x7b_clip_l.yaml"
 WORDS = "what is in the image ? a red blue circle square USER: ASSISTANT: <image>".split()
 
 
@@ -53,6 +54,8 @@ def test_the_command_line_wins_over_the_recipe():
         ({"stages": ["extend", "align"]}, "in this order"),
         ({"stages": ["align"]}, "needs --encoder and --align_data"),
         ({"stages": ["finetune"]}, "needs --plan"),
+        ({"stages": ["extend"], "plan": "{}"}, "takes the place of stage extend"),
+        ({"stages": ["extend"], "encoder": "clip"}, "the projector is random"),
     ],
 )
 def test_stages_that_cannot_run_are_refused(values, message):
@@ -60,8 +63,26 @@ def test_stages_that_cannot_run_are_refused(values, message):
         StagesConfig(base="base", data="data.json", **values)
 
 
+def test_the_papers_recipe_has_the_papers_settings():
+    config, args = parse("--config", str(PAPER), "--use_cpu", "true", "--bf16", "false")
+    devices = 8 * args.per_device_train_batch_size
+    assert devices * config.align_gradient_accumulation_steps == 256
+    assert devices * args.gradient_accumulation_steps == 128
+    assert (config.align_learning_rate, config.probe_learning_rate, args.learning_rate) == (1e-3, 1e-3, 2e-5)
+    assert (config.align_max_length, args.max_length) == (1024, 2048)
+    assert (config.probe_max_steps, config.probe_samples, config.fraction, config.new_experts) == (
+        1000,
+        10_000,
+        0.5,
+        1,
+    )
+    assert (args.lr_scheduler_type, args.warmup_steps, args.weight_decay) == ("cosine", 0.03, 0.0)
+    assert args.router_aux_loss_coef == 0.001
+    assert (config.scope, config.selection, config.calibration) == ("all", "compete", "all")
+
+
 def test_the_papers_recipe_builds_mixtral_on_the_meta_device():
-    recipe = yaml.safe_load((ROOT / "configuration/recipes/mixtral_8x7b_clip_l.yaml").read_text())
+    recipe = {"fraction": 0.5, **yaml.safe_load(PAPER.read_text())}
     text_config = AutoConfig.for_model("mixtral")  # its defaults are Mixtral-8x7B's
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(text_config, dtype=torch.bfloat16)
@@ -140,6 +161,61 @@ def test_a_later_stage_goes_on_from_an_earlier_one(folders):
     model = run_stages(*parse(*arguments, "--stages", "finetune"))
     plan = {int(k): v for k, v in json.loads((folders / "one/extend/plan.json").read_text()).items()}
     assert model.config.extended_layers == plan
+
+
+def test_two_runs_with_one_seed_are_equal(folders):
+    encoder = {"encoder": folders / "encoder", "align_data": folders / "data.json"}
+    models = [run_stages(*parse(*options(folders, **encoder, output_dir=folders / name))) for name in ("one", "two")]
+    one, two = (model.adapter_tensors() for model in models)
+    assert models[0].config.extended_layers == models[1].config.extended_layers
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("stage", ["align", "finetune"])
+def test_a_resumed_run_ends_as_one_that_ran_through_and_repeats_no_stage(folders, stage, capsys):
+    encoder = {"encoder": folders / "encoder", "align_data": folders / "data.json"}
+    steps = {"max_steps": 4, "align_max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    arguments = options(folders, **encoder, **steps)
+    through = run_stages(*parse(*arguments)).adapter_tensors()
+    through = {name: tensor.detach().clone() for name, tensor in through.items()}
+    capsys.readouterr()
+    checkpoint = folders / "out" / ("align/checkpoint-2" if stage == "align" else "checkpoint-2")
+    resumed = run_stages(*parse(*arguments, "--resume_from_checkpoint", str(checkpoint))).adapter_tensors()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in through.items())
+    printed = capsys.readouterr().out
+    assert ("stage align" in printed) == ("Stage extend" in printed) == (stage == "align")
+
+
+def test_other_routing_may_follow_an_alignment_but_not_new_experts(folders):
+    encoder = {"encoder": folders / "encoder", "align_data": folders / "data.json"}
+    run_stages(*parse(*options(folders, **encoder, output_dir=folders / "one"), "--stages", "align"))
+    routing = {"scope": "modality", "selection": "exclusive", "calibration": "none"}
+    later = options(folders, **encoder, **routing, adapter=folders / "one", output_dir=folders / "two")
+    model = run_stages(*parse(*later, "--stages", "finetune", "--plan", '{"1": [0, 2]}'))
+    assert (model.config.scope, model.config.selection) == ("modality", "exclusive")
+    assert not any("calibration" in name for name in model.adapter_tensors())
+    again = options(folders, **encoder, scope="all", adapter=folders / "two", output_dir=folders / "three")
+    with pytest.raises(ValueError, match="were made for {'scope': 'modality'}"):
+        run_stages(*parse(*again, "--stages", "finetune"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"layers": "0,9"}, r"\[9\] are not MoE layers"),
+        ({"layers": "some"}, "must be one of all, first-half"),
+        ({"eval_strategy": "steps", "eval_steps": 1}, "needs --eval_data"),
+        ({"stage": "align"}, "use --stages align"),
+        ({"probe_samples": 0}, "held-out samples"),
+        ({"data": "nowhere.json"}, "nowhere.json"),
+        ({"resume_from_checkpoint": "nowhere"}, "no checkpoint there"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_refused_before_the_first_step(folders, values, message, capsys):
+    encoder = {"encoder": folders / "encoder", "align_data": folders / "data.json"}
+    with pytest.raises((ValueError, OSError), match=message):
+        run_stages(*parse(*options(folders, **encoder, **values)))
+    assert "stage align" not in capsys.readouterr().out
 
 
 def test_a_text_only_extension_needs_no_encoder(folders):
