@@ -24,15 +24,23 @@ def main():
     parser.add_argument("--dry_run", action="store_true", help="say what would be uploaded, and stop")
     args = parser.parse_args()
 
-    values, tensors, metadata = read_adapter(args.adapter)
-    check_tensors(tensors, tensors, metadata)
     folder = Path(args.adapter)
+    if not folder.is_dir():
+        parser.error(f"--adapter {args.adapter}: no such folder")
+    values, tensors, metadata = read_adapter(args.adapter)
+    check_tensors(tensors, tensors, metadata)  # against its own header: is the file whole?
+    config = MoExtendConfig.from_dict(values)
+    for role in ("base_model", "encoder"):
+        where = getattr(config, f"{role}_name_or_path")
+        if where is not None and Path(where).exists():
+            print(f"Note: the {role.split('_')[0]} is {where}, a local folder; others need it too, or one on the Hub.")
+    files = {path.name for pattern in PUBLISHED for path in folder.glob(pattern)} | {"README.md"}
+    print("\n".join(sorted(files)))
+    if args.dry_run:
+        return
     if not (folder / "README.md").exists():
-        config, size = MoExtendConfig.from_dict(values), sum(tensor.numel() for tensor in tensors.values())
-        write_card(folder, config, args.repo_id, size)
-    print("\n".join(sorted({path.name for pattern in PUBLISHED for path in folder.glob(pattern)})))
-    if not args.dry_run:
-        print(f"Published: {upload(folder, args.repo_id, private=args.private or None, revision=args.revision)}")
+        write_card(folder, config, args.repo_id, sum(tensor.numel() for tensor in tensors.values()))
+    print(f"Published: {upload(folder, args.repo_id, private=args.private or None, revision=args.revision)}")
 
 
 if __name__ == "__main__":

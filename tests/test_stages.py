@@ -15,7 +15,8 @@ from trl import TrlParser
 
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.sft_config import MoExtendSFTConfig
-from modeling_moextend.stages import StagesConfig, read_plan, run_stages
+from modeling_moextend.sft_trainer import MoExtendSFTTrainer
+from modeling_moextend.stages import StagesConfig, load_data, read_plan, run_stages
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(ROOT.glob("configuration/recipes/*.yaml"))
@@ -237,3 +238,12 @@ def test_a_plan_is_read_from_a_file_or_from_the_command_line(tmp_path):
         for plan in (str(tmp_path / "plan.json"), '{"1": [0]}')
     ]
     assert [read_plan(config) for config in given] == [{0: [2, 2], 3: [1]}, {1: [0]}]
+
+
+def test_the_trainer_finds_tokenizer_and_image_processor_itself(folders):
+    config, args = parse(*options(folders, max_steps=1, encoder=folders / "encoder", align_data=folders / "data.json"))
+    model = MoExtendForCausalLM.from_base(folders / "base", {1: [0]}, encoder=folders / "encoder")
+    data = load_data(config.data, config)
+    trainer = MoExtendSFTTrainer(model=model, args=args, train_dataset=data)
+    assert trainer.processing_class.image_token_id == model.config.image_token_id
+    trainer.train()
