@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from .configuration_moextend import MoExtendConfig
 from .modeling_moextend import MoExtendForCausalLM, MoExtendModel
-from .processing_moextend import MoExtendProcessor
+from .processing_moextend import MoExtendProcessor, load_processor
 
 __version__ = "0.1.0"
 
@@ -19,7 +19,7 @@ LAZY = {  # these import trl, datasets or matplotlib, which the model itself doe
     "create_card": "card",
 }
 
-__all__ = ["MoExtendConfig", "MoExtendForCausalLM", "MoExtendModel", "MoExtendProcessor", *LAZY]
+__all__ = ["MoExtendConfig", "MoExtendForCausalLM", "MoExtendModel", "MoExtendProcessor", "load_processor", *LAZY]
 
 AutoConfig.register("moextend", MoExtendConfig)
 AutoModel.register(MoExtendConfig, MoExtendModel)

@@ -20,6 +20,12 @@ from transformers.utils import cached_file
 
 from .layers_moextend import materialised
 
+if torch.distributed.is_available():
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor, distribute_tensor
+else:
+    FSDPModule = DTensor = ()
+
 FILE = "moextend_adapter.safetensors"
 INDEX = FILE + ".index.json"
 FORMAT = 1
@@ -90,7 +96,11 @@ def rounding(values):
 
 
 def base_tensors_hash(model):
-    """name -> sha256 of every base and encoder tensor of a MoExtend model (new tensors and the projector left out)."""
+    """name -> sha256 of every base and encoder tensor of a MoExtend model (new tensors and the projector left out).
+
+    Where tensors are sharded, of this process's shards.
+    """
+    reshard(model)
     hashes = {}
     for part in ("base", "encoder"):
         module = getattr(model, part, None)
@@ -105,7 +115,45 @@ def base_tensors_hash(model):
 
 
 def tensor_bytes(tensor):
+    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+# ---------------------------------------------------------------- sharded tensors (FSDP2)
+
+
+def reshard(model):
+    """Puts shards back in the place of whole tensors.
+
+    After a forward pass FSDP2 leaves the root module's parameters whole: copies, in the dtype of the pass. What is
+    read from them may be rounded, and what is written to them is lost.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def gather(tensors, dtype, keep=True):
+    """name -> whole tensor in `dtype` on the CPU; empty where not `keep`.
+
+    Every process has to call this, for sharded tensors are made whole by all of them together.
+    """
+    whole = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        if isinstance(tensor, DTensor):
+            tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()  # from the CPU, where offloaded
+        if keep:
+            whole[name] = tensor.to("cpu", dtype)
+    return whole
+
+
+def laid_out(tensor, like):
+    """A whole tensor, the same on every process, sharded as `like` is."""
+    if not isinstance(like, DTensor):
+        return tensor
+    mesh = like.device_mesh
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, like.placements).to(like.device)
 
 
 # ---------------------------------------------------------------- writing
@@ -286,3 +334,18 @@ def check_tensors(expected, given, metadata):
             "The adapter is damaged: its tensors do not match the checksum in its header. Nothing was loaded; fetch "
             "or save the adapter again."
         )
+
+
+@torch.no_grad()
+def put_tensors(live, tensors, metadata, base_dtype=None):
+    """Copies tensors of a file into those of a model (name -> tensor), once all of them are checked.
+
+    They keep the model's dtype; with `base_dtype` they take the file's or that one, whichever is wider.
+    """
+    check_tensors(live, tensors, metadata)
+    for name, tensor in tensors.items():
+        if base_dtype is None:
+            live[name].copy_(laid_out(tensor, live[name]))
+        else:
+            wide = torch.promote_types(tensor.dtype, base_dtype)
+            live[name].data = tensor.to(live[name].device, wide, copy=True)  # out of the file's map, and aligned

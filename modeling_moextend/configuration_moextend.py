@@ -1,8 +1,10 @@
 """`MoExtendConfig`: which base, which layers got new experts, how tokens reach them, and where images come from."""
 
 import copy
+from operator import index
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 SCOPES = ("all", "modality")
 SELECTIONS = ("compete", "exclusive")
@@ -79,6 +81,7 @@ class MoExtendConfig(PreTrainedConfig):
         kwargs.setdefault("tie_word_embeddings", False)  # the base ties its own weights; nothing here is tied
         super().__init__(**kwargs)
         check_routing_choices(self)
+        check_vision_choices(self)
 
     @property
     def num_image_tokens(self):
@@ -107,6 +110,19 @@ class MoExtendConfig(PreTrainedConfig):
     def to_diff_dict(self):
         """The whole config: an adapter must not depend on a later version's defaults."""
         return self.to_dict()
+
+    def published(self):
+        """The config as it is saved: with the auto classes that load it, and without the place it was loaded from."""
+        config = copy.deepcopy(self)
+        config.name_or_path = ""
+        config.architectures = ["MoExtendForCausalLM"]
+        config.auto_map = {
+            "AutoConfig": "configuration_moextend.MoExtendConfig",
+            "AutoModel": "modeling_moextend.MoExtendModel",
+            "AutoModelForCausalLM": "modeling_moextend.MoExtendForCausalLM",
+            "AutoModelForImageTextToText": "modeling_moextend.MoExtendForCausalLM",
+        }
+        return config
 
 
 class UnknownConfig(PreTrainedConfig):
@@ -138,7 +154,12 @@ def normalise_plan(plan):
     if not hasattr(plan, "items"):
         raise ValueError(f"extended_layers must map layers to source experts, like {{2: [1]}}, not {plan!r}.")
     try:
-        plan = {int(layer): [int(source) for source in sources] for layer, sources in plan.items()}
+        if any(isinstance(source, bool) for sources in plan.values() for source in sources):
+            raise TypeError("True and False are no experts")
+        plan = {
+            int(layer) if isinstance(layer, str) else index(layer): [index(source) for source in sources]
+            for layer, sources in plan.items()
+        }
     except (TypeError, ValueError) as error:
         raise ValueError(
             "extended_layers must map a layer index to a list of source experts, like {2: [1], 5: [3, 0]}; "
@@ -170,3 +191,21 @@ def check_routing_choices(config):
         )
     if config.scope == "modality" and config.encoder_name_or_path is None and config.encoder_config is None:
         raise ValueError("scope='modality' needs an encoder: without images no token would ever use a new expert.")
+
+
+def check_vision_choices(config):
+    """Refuses a projector activation or an encoder layer that does not exist.
+
+    Raises:
+        ValueError: names the value and the allowed ones.
+    """
+    if config.projector_hidden_act not in ACT2FN:
+        raise ValueError(
+            f"projector_hidden_act={config.projector_hidden_act!r} is not known; allowed: {', '.join(sorted(ACT2FN))}."
+        )
+    depth = getattr(config.encoder_config, "num_hidden_layers", None)
+    if depth is not None and config.encoder_select_layer not in range(-depth - 1, depth + 1):
+        raise ValueError(
+            f"encoder_select_layer={config.encoder_select_layer} is out of range: an encoder of {depth} layers has "
+            f"hidden states {-depth - 1} to {depth} (0: the embeddings, -1: the last)."
+        )

@@ -13,6 +13,13 @@ from .vision_moextend import expand_images, select_images
 class ImageGenerationMixin(GenerationMixin):
     """transformers' `generate` for prompts that hold image tokens."""
 
+    def _supports_default_dynamic_cache(self):
+        return self.base._supports_default_dynamic_cache()
+
+    def _prepare_cache_for_generation(self, *args, **kwargs):
+        """The base's own cache: some families bring a class of theirs."""
+        return self.base._prepare_cache_for_generation(*args, **kwargs)
+
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, pixel_values=None, **kwargs):
         """The base's own preparation; images go with the pass that has their tokens, and with no other."""
         inputs = self.base.prepare_inputs_for_generation(
@@ -45,9 +52,17 @@ class ImageGenerationMixin(GenerationMixin):
             model_kwargs["pixel_values"] = pixel_values
         return input_ids, model_kwargs
 
-    def _get_logits_processor(self, *args, **kwargs):
-        """The usual processors, which index scores by ids: image tokens may lie past the head."""
-        processors = super()._get_logits_processor(*args, **kwargs)
+    def _get_logits_processor(self, generation_config, *args, **kwargs):
+        """The usual processors, which index scores by ids: image tokens may lie past the head.
+
+        Raises:
+            ValueError: a processor that cannot work with images, by name.
+        """
+        if self.has_image_tokens(kwargs.get("encoder_input_ids")):
+            head = self.get_output_embeddings().weight.shape[0]
+            past_head = not 0 <= self.config.image_token_id < head
+            check_processors(generation_config, kwargs.get("negative_prompt_ids"), past_head)
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
         return processors if self.encoder is None else WithImageColumn(self.config.image_token_id, processors)
 
     def _get_candidate_generator(self, *args, **kwargs):
@@ -59,6 +74,23 @@ class ImageGenerationMixin(GenerationMixin):
             generator.logits_processor = None  # it would look up the score of an image token; proposals are verified
         generator.get_candidates = partial(text_candidates, generator.get_candidates, self.config.image_token_id)
         return generator
+
+
+def check_processors(generation_config, negative_prompt_ids, past_head):
+    """Refuses, by name, what generates without the prompt's images, or looks image tokens up past the head."""
+    scale, penalty = generation_config.guidance_scale, generation_config.encoder_repetition_penalty
+    blind = {"guidance_scale": scale not in (None, 1), "negative_prompt_ids": negative_prompt_ids is not None}
+    out_of_range = {
+        "encoder_repetition_penalty": penalty not in (None, 1),
+        "encoder_no_repeat_ngram_size": bool(generation_config.encoder_no_repeat_ngram_size),
+    }
+    used = [name for name, given in (blind | (out_of_range if past_head else {})).items() if given]
+    if used:
+        raise ValueError(
+            f"{' and '.join(used)} cannot be used in generate with images: guidance runs the model without the "
+            "prompt's images, and encoder_... looks up the scores of the prompt's tokens, where an image token past "
+            "the vocabulary has none. Leave it out."
+        )
 
 
 class WithImageColumn(LogitsProcessorList):

@@ -22,6 +22,24 @@ PUBLISHED = [  # patterns of the files that make a published adapter
 ]
 
 
+PUSH_KWARGS = ("repo_id", "token", "private", "revision", "create_pr", "commit_message", "commit_description")
+IGNORED_KWARGS = (  # what transformers' own save_pretrained takes and an adapter has no use for
+    "state_dict",
+    "save_function",
+    "safe_serialization",
+    "variant",
+    "save_peft_format",
+    "save_original_format",
+)
+
+
+def check_save_kwargs(names):
+    """Refuses what `save_pretrained` does not know: a misspelled option would be lost without a word."""
+    unknown = sorted(set(names) - {*PUSH_KWARGS, *IGNORED_KWARGS})
+    if unknown:
+        raise TypeError(f"save_pretrained() got unexpected keyword arguments: {', '.join(unknown)}.")
+
+
 def upload(
     folder,
     repo_id,

@@ -9,7 +9,7 @@ state-dict key and hide the router from transformers' output recorder. Detaching
 
 import contextlib
 import re
-from dataclasses import dataclass, field
+import threading
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -21,6 +21,8 @@ from .routing_moextend import Calibration, RoutingRecord, explains, family_rule,
 
 EXPERTS_INTERFACE = ("_is_expert_parallel", "has_gate", "is_transposed", "down_proj")
 ROUTER_NAMES = ("gate", "router")
+CORRECTION = "e_score_correction_bias"
+GROUPS = ("num_group", "n_group")
 
 
 class MoELayer(NamedTuple):
@@ -31,37 +33,58 @@ class MoELayer(NamedTuple):
     num_experts: int
 
 
-@dataclass
-class RoutingState:
-    """What one forward pass tells every MoE layer; one object a model, shared by its layers.
+class PassState(threading.local):
+    """What the forward passes of one thread tell every MoE layer; each thread has values of its own.
 
     Attributes:
-        enabled: whether new experts take part at all.
+        enabled: whether new experts take part; `None`: as `RoutingState.switched_on` says.
         scope: [T] bool, tokens that may use new experts; `None` for every token.
         records: filled with a `RoutingRecord` a layer while someone listens.
     """
 
-    enabled: bool = True
-    scope: torch.Tensor | None = field(default=None, repr=False)
-    records: dict | None = field(default=None, repr=False)
+    enabled = None
+    scope = None
+    records = None
+
+
+class RoutingState:
+    """One object a model, shared by its MoE layers: the switch for all threads, and the pass of each thread."""
+
+    def __init__(self, switched_on=True):
+        self.switched_on, self.now = switched_on, PassState()
+
+    def __reduce__(self):
+        return RoutingState, (self.switched_on,)  # a pass under way is not copied or pickled along
+
+    @property
+    def enabled(self):
+        return self.switched_on if self.now.enabled is None else self.now.enabled
+
+    @property
+    def scope(self):
+        return self.now.scope
+
+    @property
+    def records(self):
+        return self.now.records
 
     @contextlib.contextmanager
     def using(self, **values):
-        """Sets attributes for the length of a `with` block."""
-        before = [(name, getattr(self, name)) for name in values]
+        """Sets attributes of this thread's `PassState` for the length of a `with` block."""
+        before = [(name, getattr(self.now, name)) for name in values]
         for name, value in values.items():  # one by one: torch.compile can't trace `__dict__.update`
-            setattr(self, name, value)
+            setattr(self.now, name, value)
         try:
             yield
         finally:
             for name, value in before:
-                setattr(self, name, value)
+                setattr(self.now, name, value)
 
     def checkpoint_contexts(self, other=None):
         """`context_fn` of `torch.utils.checkpoint`: the recomputation in backward sees what its forward saw.
 
         Without it a layer recomputed after the forward pass would route every token as if in scope. `other` is a
-        `context_fn` to run inside this one.
+        `context_fn` to run inside this one. The values are set in the thread that recomputes.
         """
         forward, recompute = other() if other else (contextlib.nullcontext(), contextlib.nullcontext())
         enabled, scope = self.enabled, self.scope
@@ -84,7 +107,7 @@ class RouterExtension(nn.Module):
         super().__init__()
         self.layer, self.num_base, self.rule, self.state = layer, num_base, rule, state
         self.num_new = 0
-        self.selection, self.calibrate = config.selection, config.calibration
+        self.config = config
         self.weight = self.bias = self.calibration = None
         self.register_buffer("correction_bias", None)
 
@@ -112,13 +135,13 @@ class RouterExtension(nn.Module):
         new_logits = F.linear(hidden_states.to(self.weight.dtype), self.weight, self.bias)
         correction = None
         if self.correction_bias is not None:
-            correction = torch.cat([router.e_score_correction_bias, self.correction_bias])
+            correction = torch.cat([correction_of(router), self.correction_bias])
         return route(
             answer,
             new_logits.float(),
             self.rule,
-            selection=self.selection,
-            calibrate=self.calibrate,
+            selection=self.config.selection,
+            calibrate=self.config.calibration,
             calibration=self.calibration,
             correction=correction,
             scope=self.scope(answer[0].device),
@@ -170,7 +193,8 @@ def zero_tie(output, parameters):
     trained = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []
     if not trained:
         return output
-    return output + sum(p.reshape(-1)[0] * 0 for p in trained).to(output.device, output.dtype)
+    nothing = sum(p.reshape(-1)[:0].sum() for p in trained)  # of no element: 0 * inf would be NaN
+    return output + nothing.to(output.device, output.dtype)
 
 
 @cache
@@ -182,6 +206,11 @@ def extended_class(mixin, base_class):
 
     name = f"{mixin.__name__}{base_class.__name__}"
     return type(name, (mixin, base_class), {"__module__": base_class.__module__, "__reduce_ex__": reduce})
+
+
+def base_class(extended):
+    """The class that `extended_class` was given: after the extended class itself and its mixin."""
+    return extended.__mro__[2]
 
 
 def extended_instance(mixin, base_class):
@@ -235,6 +264,25 @@ def materialised(module):
             hook.post_forward(module, torch.empty(0))
 
 
+def input_device(base):
+    """Where a base takes its token ids: offloaded embeddings lie elsewhere (on meta) between passes."""
+    embedding = base.get_input_embeddings()
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return torch.device(embedding.weight.device if device is None else device)
+
+
+def correction_of(router):
+    """The correction bias [E] of a router (DeepSeek-V3, Eq. 16), or `None`.
+
+    Families keep it in a buffer, in a parameter, or in a child module `moe_statics` (ernie4_5_moe).
+    """
+    owner = getattr(router, "moe_statics", router)
+    if getattr(owner, CORRECTION, None) is None:
+        return None
+    with contextlib.nullcontext() if owner is router else materialised(owner):
+        return getattr(owner, CORRECTION).detach().reshape(-1)
+
+
 def sibling(module, parameters, buffers=(), **attributes):
     """A module of the same class and settings with tensors of its own; `module` and its tensors stay untouched."""
     twin = type(module).__new__(type(module))
@@ -267,8 +315,8 @@ def find_rule(model_type, layer):
     hidden_size = router.weight.shape[-1] if getattr(router, "weight", None) is not None else 0
     error = ValueError(
         f"{type(router).__name__} ({model_type}) does not follow the router interface: logits = weight @ hidden state "
-        "(+ bias), and weights from them by a known rule (see FAMILIES in routing_moextend.py). This family can't be "
-        "extended without a rule of its own."
+        "(+ bias), the top k of their scores (+ correction bias), and weights by a known rule (see FAMILIES in "
+        "routing_moextend.py). This family can't be extended without a rule of its own."
     )
     if hidden_size == 0:
         raise error
@@ -276,17 +324,24 @@ def find_rule(model_type, layer):
         rows = {name: random(p.shape) / hidden_size**0.5 for name, p in router._parameters.items() if p is not None}
         buffers = {name: torch.zeros(b.shape) for name, b in router._buffers.items() if b is not None}
         tokens = random(64, hidden_size)
+        twin = sibling(router, rows, buffers).eval()
+        for name in twin._modules.keys() & {"moe_statics"}:
+            parameters = {key: random(p.shape) for key, p in twin.moe_statics._parameters.items()}
+            twin._modules[name] = sibling(twin.moe_statics, parameters)
+        correction = correction_of(twin)
+        if correction is not None:
+            correction.copy_(random(correction.shape) / 4)  # of the size of scores, so that both decide
+        choice = correction, next((getattr(router, name) for name in GROUPS if getattr(router, name, None)), 1)
         try:
-            answer = sibling(router, rows, buffers).eval()(tokens)
-            logits, weights, index = answer
-            found = probe_rule(answer)
+            answer = twin(tokens)
+            found = probe_rule(answer, *choice)
         except Exception as cause:
             raise error from cause
         expected = F.linear(tokens, rows["weight"], rows.get("bias"))
-    if found is None or not torch.allclose(logits, expected, rtol=1e-4, atol=1e-5):
+    if found is None or not torch.allclose(answer[0], expected, rtol=1e-4, atol=1e-5):
         raise error
     row = family_rule(model_type, router)
-    if row is not None and not explains(row, answer):  # several rules may explain one answer, as with K = 1
+    if row is not None and not explains(row, answer, *choice):  # several rules may explain one answer, as with K = 1
         raise ValueError(f"FAMILIES says {row} of {model_type}, but the router does {found}. Please report this.")
     return row or found
 
@@ -313,11 +368,12 @@ def add_experts(layer, sources, config):
         elif part == "calibration":
             extension.calibration = values
         else:
+            fixed = config.selection == "exclusive" and len(sources) == 1  # its weight is the base's sum: no gradient
             for name, value in values.items():
                 if name == "correction_bias":
                     extension.correction_bias = value
                 else:
-                    setattr(extension, name, nn.Parameter(value))
+                    setattr(extension, name, nn.Parameter(value, requires_grad=not fixed))
     extension.num_new = len(sources)
     swap_class(layer.experts, extended_class(ExtendedExperts, type(layer.experts)))
     layer.experts.moextend = experts
@@ -336,9 +392,13 @@ def start_values(layer, sources, config):
     with materialised(layer.experts), materialised(layer.router):
         values = {
             "experts": {name: copy_rows(p, sources) for name, p in layer.experts._parameters.items() if p is not None},
-            "router": {name: copy_rows(p, sources) for name, p in layer.router._parameters.items() if p is not None},
+            "router": {
+                name: copy_rows(p, sources)
+                for name, p in layer.router._parameters.items()
+                if p is not None and name != CORRECTION
+            },
         }
-        correction = layer.router._buffers.get("e_score_correction_bias")
+        correction = correction_of(layer.router)
         if correction is not None:
             values["router"]["correction_bias"] = copy_rows(correction, sources)
     if config.calibration != "none":
@@ -359,4 +419,4 @@ def detach(decoder):
     for module in decoder.modules():
         if "moextend" in module._modules:
             del module._modules["moextend"]
-            swap_class(module, type(module).__mro__[2])
+            swap_class(module, base_class(type(module)))

@@ -149,7 +149,10 @@ def _convert(entry, index, json_path, folder, prompt_completion):
 
 
 def _messages(turns):
-    """LLaVA turns as TRL messages: an optional system turn, then human and gpt in turn, gpt last."""
+    """LLaVA turns as TRL messages: an optional system turn, then human and gpt in turn, gpt last.
+
+    A gpt turn before the first human one is dropped, as LLaVA's own preprocessing does.
+    """
     if not isinstance(turns, list) or not turns:
         raise ValueError("'conversations' is missing or empty")
     for number, turn in enumerate(turns):
@@ -158,10 +161,13 @@ def _messages(turns):
         if turn.get("from") not in ROLES:
             raise ValueError(f"turn {number} is from {turn.get('from')!r}; allowed: {', '.join(map(repr, ROLES))}")
     first = 1 if turns[0]["from"] == "system" else 0
+    dropped = 1 if len(turns) > first + 1 and turns[first]["from"] == "gpt" else 0
+    turns = turns[:first] + turns[first + dropped :]
     for number, turn in enumerate(turns[first:]):
         expected = ("human", "gpt")[number % 2]
         if turn["from"] != expected:
-            raise ValueError(f"turn {number + first} is from {turn['from']!r}, but {expected!r} must come there")
+            number += first + dropped
+            raise ValueError(f"turn {number} is from {turn['from']!r}, but {expected!r} must come there")
     if turns[-1]["from"] != "gpt":
         raise ValueError(f"the last turn is from {turns[-1]['from']!r}; it must be from 'gpt', or there is no answer")
     return [{"role": ROLES[turn["from"]], "content": _parts(turn["value"])} for turn in turns]

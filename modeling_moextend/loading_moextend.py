@@ -1,18 +1,45 @@
 """Loading: base and encoder from their own checkpoints, and every check before anything is attached."""
 
+import contextlib
 import copy
+import math
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .adapter_moextend import fingerprint, same_fingerprint
 from .configuration_moextend import UnknownConfig
-from .layers_moextend import find_moe_layers
+from .layers_moextend import detach, find_moe_layers, find_rule, input_device
+from .routing_moextend import Rule
 from .vision_moextend import load_encoder, vision_tower
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 SHARED_HUB_KWARGS = ("cache_dir", "local_files_only", "token")
+UNLOADED = ("_from_auto", "adapter_kwargs", "output_loading_info")
+HOW_TO_READ = (  # entries of the config without which the tensors of an adapter mean something else
+    "extended_layers",
+    "scope",
+    "selection",
+    "calibration",
+    "encoder_select_layer",
+    "encoder_select_feature",
+    "projector_hidden_act",
+)
 ENCODER_KWARGS = ("dtype", "use_safetensors", *SHARED_HUB_KWARGS)
+
+
+def load_new_parts(base, encoder, plan, auto_class, options):
+    """Base and encoder of a new adapter, each loaded unless given as a model, and checked; see `from_base`.
+
+    Raises:
+        ValueError: no causal LM, no MoE layers, a plan that does not fit, an encoder of another kind.
+    """
+    base = load_base(base, auto_class, **options) if not isinstance(base, PreTrainedModel) else base
+    check_causal_lm(base, auto_class)
+    check_plan(find_moe_layers(base.get_decoder()), plan)
+    if encoder is not None and not isinstance(encoder, PreTrainedModel):
+        encoder = load_encoder(encoder, **{key: options[key] for key in ENCODER_KWARGS if key in options})
+    return base, None if encoder is None else vision_tower(encoder).to(input_device(base))
 
 
 def load_parts(stored, base, encoder, auto_class, check_base, options):
@@ -35,15 +62,67 @@ def load_parts(stored, base, encoder, auto_class, check_base, options):
         revision = {"revision": stored.base_model_revision} if base is None and stored.base_model_revision else {}
         base = load_stored("base", base, stored, load_base, auto_class=auto_class, **revision, **options)
     check_not_extended(base)
-    if isinstance(stored.text_config, UnknownConfig):
+    if isinstance(stored.text_config, UnknownConfig) or not check_base:
         stored.text_config = copy.deepcopy(base.config)
+    if not check_base:
+        stored.routing_rule = None  # the base's own will be found
     if encoder is not None:
-        encoder = vision_tower(encoder).to(base.get_input_embeddings().weight.device)
+        encoder = vision_tower(encoder).to(input_device(base))
     for role, module in (("base", base.get_decoder()), ("encoder", encoder)):
         if module is not None and check_base:
             check_fingerprint(role, getattr(stored, f"{role}_fingerprint"), module)
     check_plan(find_moe_layers(base.get_decoder()), stored.extended_layers)
     return base, encoder
+
+
+def base_rule(base, layers, config):
+    """The routing `Rule` that the base's first MoE layer goes by; kept in `config`.
+
+    Raises:
+        ValueError: no known rule, or another one than in the config of an adapter that was made before.
+    """
+    found = find_rule(base.config.model_type, next(iter(layers.values())))
+    if config.routing_rule is None:
+        config.routing_rule = found._asdict()
+    rule = Rule(**config.routing_rule)
+    if rule[:2] != found[:2] or not math.isclose(rule.scale, found.scale, rel_tol=1e-4):
+        raise ValueError(
+            f"The adapter was made on a base that routes by {rule}, but this one routes by {found}. Pass base=<the "
+            "right one>; check_base=False loads it all the same."
+        )
+    return rule
+
+
+@contextlib.contextmanager
+def undone_on_error(base, encoder):
+    """Leaves base and encoder as the caller gave them where the block, which attaches an adapter, fails."""
+    modules = [module for model in (base, encoder) if model is not None for module in model.modules()]
+    trained = [p for module in modules for p in module.parameters(recurse=False) if p.requires_grad]
+    modes = [module.training for module in modules]
+    try:
+        yield
+    except BaseException:
+        detach(base.get_decoder())
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+        raise
+
+
+def identity(base, encoder):
+    """The entries of a config that say which base and encoder these are."""
+    known = {
+        "base_model_name_or_path": base.config._name_or_path or None,
+        "base_model_revision": getattr(base.config, "_commit_hash", None),
+        "base_fingerprint": fingerprint(base.get_decoder()),
+        "text_config": copy.deepcopy(base.config),
+    }
+    if encoder is not None:
+        known["encoder_name_or_path"] = encoder.config._name_or_path or None
+        known["encoder_config"] = copy.deepcopy(encoder.config)
+        known["encoder_fingerprint"] = fingerprint(encoder)
+    return known
 
 
 def load_base(name_or_path, auto_class, **kwargs):
@@ -98,7 +177,7 @@ def check_not_extended(base):
 
 
 def check_plan(layers, plan):
-    """Refuses layers that are no MoE layers and source experts out of range.
+    """Refuses layers that are no MoE layers, source experts out of range, and experts spread over processes.
 
     Raises:
         ValueError: says which layers and experts there are.
@@ -106,6 +185,11 @@ def check_plan(layers, plan):
     wrong = sorted(plan.keys() - layers.keys())
     if wrong:
         raise ValueError(f"Layers {wrong} are not MoE layers of this base; its MoE layers are {sorted(layers)}.")
+    if any(layers[layer].experts._is_expert_parallel for layer in plan):
+        raise ValueError(
+            "The base's experts are spread over processes (expert parallel), so new experts have no sources to copy. "
+            "Load the base without expert parallelism."
+        )
     for layer, sources in plan.items():
         bad = [source for source in sources if not 0 <= source < layers[layer].num_experts]
         if bad:
@@ -123,6 +207,26 @@ def check_folder(folder, config):
             raise ValueError(
                 f"{folder} is the folder of the adapter's {role.split('_')[0]}: save the adapter elsewhere."
             )
+
+
+def check_same_kind(config, other, name, check_base):
+    """Refuses an adapter, with config `other`, that is no other state of the one that `config` describes.
+
+    Raises:
+        ValueError: one message with every difference.
+    """
+    problems = [
+        f"{entry}: the adapter's {getattr(other, entry)!r}, the model's {getattr(config, entry)!r}"
+        for entry in HOW_TO_READ
+        if getattr(other, entry) != getattr(config, entry)
+    ]
+    for role in ("base", "encoder") if check_base else ():
+        pair = [getattr(owner, f"{role}_fingerprint") for owner in (other, config)]
+        if all(pair) and not same_fingerprint(*pair):
+            problems.append(f"{role}_fingerprint: made on a different {role}; check_base=False loads it all the same")
+    if problems:
+        lines = "\n  ".join(problems)
+        raise ValueError(f"The adapter {name} does not belong to this model; nothing was loaded.\n  {lines}")
 
 
 def check_fingerprint(role, stored, module):

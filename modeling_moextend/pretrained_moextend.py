@@ -1,7 +1,6 @@
 """MoExtendPreTrainedModel: what body and causal LM share, from attaching to saving and loading."""
 
 import contextlib
-import copy
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -9,28 +8,46 @@ from pathlib import Path
 import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
-from transformers.utils import logging
 
-from .adapter_moextend import check_tensors, copy_file, fingerprint, read_adapter, write_adapter, write_text
+from .adapter_moextend import (
+    copy_file,
+    gather,
+    put_tensors,
+    read_adapter,
+    reshard,
+    write_adapter,
+    write_text,
+)
 from .configuration_moextend import MoExtendConfig, normalise_plan
-from .hub_moextend import upload, write_card
-from .layers_moextend import RoutingState, add_experts, attach, detach, find_moe_layers, find_rule, zero_tie
+from .hub_moextend import PUSH_KWARGS, check_save_kwargs, upload, write_card
+from .layers_moextend import (
+    RoutingState,
+    add_experts,
+    attach,
+    detach,
+    find_moe_layers,
+    input_device,
+    zero_tie,
+)
 from .loading_moextend import (
-    ENCODER_KWARGS,
     HUB_KWARGS,
     SHARED_HUB_KWARGS,
-    check_causal_lm,
+    UNLOADED,
+    base_rule,
     check_folder,
     check_plan,
-    load_base,
+    check_same_kind,
+    identity,
+    load_new_parts,
     load_parts,
+    undone_on_error,
 )
 from .routing_moextend import Rule, balance_loss
 from .scope_moextend import remember, token_scope
-from .vision_moextend import Projector, encode_images, load_encoder, merge_images, vision_tower
+from .vision_moextend import Projector, encode_images, merge_images, projector_tied
 
-logger = logging.get_logger(__name__)
-
+# What generate and set_attn_implementation ask; not _can_compile_fullgraph: new experts run on gathered tokens.
+BASE_FLAGS = ("_is_stateful", "_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn")
 PAPER = {"scope": "all", "selection": "compete", "calibration": "all"}
 
 
@@ -52,10 +69,12 @@ class MoExtendPreTrainedModel(PreTrainedModel):
             encoder = AutoModel.from_config(config.encoder_config)
         self.encoder, self.projector = encoder, None
         self.routing = RoutingState()
-        self.base_trainable = [parameter for parameter in self.base.parameters() if parameter.requires_grad]
-        self.base.requires_grad_(False)
+        # Names, not parameters: held here, each process would keep the whole of what FSDP2 shards.
+        self.base_trainable = [name for name, parameter in self.base.named_parameters() if parameter.requires_grad]
         layers = find_moe_layers(self.get_decoder())
-        attach(self.get_decoder(), config, self.routing, self.find_rule(layers))
+        rule = base_rule(self.base, layers, config)
+        self.base.requires_grad_(False)
+        attach(self.get_decoder(), config, self.routing, rule)
         for layer, sources in config.extended_layers.items():
             add_experts(layers[layer], sources, config)
         if encoder is not None:
@@ -64,20 +83,17 @@ class MoExtendPreTrainedModel(PreTrainedModel):
                 config.encoder_config.hidden_size,
                 config.get_text_config().hidden_size,
                 config.projector_hidden_act,
-                device=self.get_input_embeddings().weight.device,
+                device=input_device(self.base),
             )
         self.post_init()
+        # Not the encoder's: FSDP would gather its layers where the batch has images, and wait for the other processes.
+        self._no_split_modules = set(self.base._no_split_modules or [])
+        for flag in BASE_FLAGS:
+            setattr(self, flag, getattr(self.base, flag))
         self.train(self.base.training)
 
     def init_weights(self):
         """Nothing: base and encoder come with their weights, new tensors with theirs (`start_values`)."""
-
-    def find_rule(self, layers):
-        """The base's routing rule, as kept in the config or found on its first MoE layer."""
-        if self.config.routing_rule is None:
-            rule = find_rule(self.base.config.model_type, next(iter(layers.values())))
-            self.config.routing_rule = rule._asdict()
-        return Rule(**self.config.routing_rule)
 
     # ------------------------------------------------------------ the pass
 
@@ -86,20 +102,20 @@ class MoExtendPreTrainedModel(PreTrainedModel):
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         scope = state = None
         if self.routing.enabled and self.config.extended_layers:
-            scope, state = token_scope(self.config, input_ids, position_ids, past_key_values, past_length)
+            mask = kwargs.get("attention_mask")
+            scope, state = token_scope(self.config, input_ids, position_ids, mask, past_key_values, past_length)
         if pixel_values is not None or self.has_image_tokens(input_ids):
             inputs_embeds, input_ids = self.embed_images(input_ids, inputs_embeds, pixel_values), None
+        elif inputs_embeds is not None and self.projector is not None:
+            inputs_embeds = zero_tie(inputs_embeds, self.projector.parameters())
         if inputs_embeds is not None:
             kwargs["inputs_embeds"] = inputs_embeds
-        with self.routing.using(scope=None if scope is None else scope.reshape(-1)):
+        scope = None if scope is None else scope.reshape(-1)
+        with self.routing.using(scope=scope), projector_tied(self.get_input_embeddings(), self.projector):
             outputs = self.base(
                 input_ids=input_ids, position_ids=position_ids, past_key_values=past_key_values, **kwargs
             )
         remember(getattr(outputs, "past_key_values", None), state)
-        if pixel_values is None and self.projector is not None:
-            for name in ("last_hidden_state", "logits"):  # a batch without images still gives the projector gradients
-                if outputs.get(name) is not None:
-                    outputs[name] = zero_tie(outputs[name], self.projector.parameters())
         return outputs
 
     def has_image_tokens(self, input_ids):
@@ -149,7 +165,10 @@ class MoExtendPreTrainedModel(PreTrainedModel):
 
     @property
     def router_aux_loss_coef(self):
-        """The base's own coefficient of the load-balancing loss; 0 where the base has none."""
+        """The base's own coefficient of the load-balancing loss; 0 where the base has none.
+
+        f_i here is a share of all selections, so the loss is 1/K of transformers' own, which counts K a token.
+        """
         return float(getattr(self.config.text_config, "router_aux_loss_coef", 0.0) or 0.0)
 
     # ------------------------------------------------------------ attach and switch
@@ -177,37 +196,31 @@ class MoExtendPreTrainedModel(PreTrainedModel):
         Args:
             base: Hub id, folder, or a loaded model (which is extended in place; its own tensors never change).
             extended_layers: decoder layer index -> source experts; one new expert for each.
-            scope, selection, calibration: see DESIGN; `paper=True` sets all three to the paper's.
+            scope: `"all"` or `"modality"`: which tokens may use new experts.
+            selection: `"compete"` or `"exclusive"`: whether base experts and new ones share one top-k.
+            calibration: `"all"`, `"routed"` or `"none"`: whose weights are calibrated.
+            paper: says that all three are the paper's, which are the defaults; refuses others.
             encoder: CLIP or SigLIP vision checkpoint or model; `None` for text only.
-            image_token_id: stands for image features in `input_ids`; default: the first id past the embedding.
+            image_token_id: stands for image features in `input_ids`; default: the first id past the embedding. With a
+                processor: `processor.image_token_id`.
             **kwargs: to the base's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
 
         Raises:
             ValueError: no MoE layers; a family without the interface; a layer that is no MoE layer; a source out of
-                range; nothing to add; no causal LM; routing choices without meaning.
+                range; nothing to add; no causal LM; choices without meaning. A base given as a model stays as it was.
         """
         plan = normalise_plan(extended_layers)
+        choices = {"scope": scope, "selection": selection, "calibration": calibration}
+        if paper and choices != PAPER:
+            raise ValueError(f"paper=True means {PAPER}, but {choices} was given: leave out one or the other.")
         if not plan and encoder is None:
             raise ValueError(
                 "Nothing to add: extended_layers is empty and there is no encoder. Name layers and source experts, "
                 "like extended_layers={2: [1]}, or pass encoder=... to begin with a projector."
             )
-        base = load_base(base, cls.auto_base_class, **kwargs) if not isinstance(base, PreTrainedModel) else base
-        check_causal_lm(base, cls.auto_base_class)
-        check_plan(find_moe_layers(base.get_decoder()), plan)
-        if encoder is not None and not isinstance(encoder, PreTrainedModel):
-            encoder = load_encoder(encoder, **{key: kwargs[key] for key in ENCODER_KWARGS if key in kwargs})
-        if encoder is not None:
-            encoder = vision_tower(encoder).to(base.get_input_embeddings().weight.device)
-        choices = PAPER if paper else {"scope": scope, "selection": selection, "calibration": calibration}
+        base, encoder = load_new_parts(base, encoder, plan, cls.auto_base_class, kwargs)
         config = cls.config_class(
-            base_model_name_or_path=base.config._name_or_path or None,
-            base_model_revision=getattr(base.config, "_commit_hash", None),
-            base_fingerprint=fingerprint(base.get_decoder()),
-            text_config=copy.deepcopy(base.config),
-            encoder_name_or_path=None if encoder is None else encoder.config._name_or_path or None,
-            encoder_config=None if encoder is None else copy.deepcopy(encoder.config),
-            encoder_fingerprint=None if encoder is None else fingerprint(encoder),
+            **identity(base, encoder),
             encoder_select_layer=encoder_select_layer,
             encoder_select_feature=encoder_select_feature,
             projector_hidden_act=projector_hidden_act,
@@ -217,7 +230,8 @@ class MoExtendPreTrainedModel(PreTrainedModel):
             dtype=base.dtype,
             **choices,
         )
-        return cls(config, base=base, encoder=encoder)
+        with undone_on_error(base, encoder):
+            return cls(config, base=base, encoder=encoder)
 
     def extend(self, plan):
         """Adds new experts in place, {decoder layer: [source experts]}, and keeps the projector: stage finetune.
@@ -240,8 +254,8 @@ class MoExtendPreTrainedModel(PreTrainedModel):
     def detach(self):
         """Takes the adapter off and returns the base, bit for bit what it was."""
         detach(self.get_decoder())
-        for parameter in self.base_trainable:
-            parameter.requires_grad_(True)
+        for name in self.base_trainable:
+            self.base.get_parameter(name).requires_grad_(True)
         return self.base
 
     @contextlib.contextmanager
@@ -252,10 +266,10 @@ class MoExtendPreTrainedModel(PreTrainedModel):
 
     def disable_adapters(self):
         """Switches the adapter off until `enable_adapters`."""
-        self.routing.enabled = False
+        self.routing.switched_on = False
 
     def enable_adapters(self):
-        self.routing.enabled = True
+        self.routing.switched_on = True
 
     def active_adapters(self):
         """Names of the adapters that take part: `["default"]`, or `[]` while switched off."""
@@ -272,9 +286,11 @@ class MoExtendPreTrainedModel(PreTrainedModel):
 
     def adapter_tensors(self):
         """Every new tensor by role, in file order: what is saved, counted, frozen and trained is chosen from these."""
+        reshard(self)
         tensors = {}
+        layers = find_moe_layers(self.get_decoder())
         for layer in self.config.extended_layers:
-            router, experts, _ = find_moe_layers(self.get_decoder())[layer]
+            router, experts, _ = layers[layer]
             for part, module in (("experts", experts.moextend), ("router", router.moextend)):
                 own = {**module._parameters, **module._buffers}
                 tensors |= {f"layers.{layer}.{part}.{name}": own[name] for name in own if own[name] is not None}
@@ -335,41 +351,35 @@ class MoExtendPreTrainedModel(PreTrainedModel):
     ):
         """Writes the adapter: config.json, moextend_adapter.safetensors, the shipped code. Never a base tensor.
 
+        Where parameters are sharded (FSDP2), every process calls this, with `is_main_process` true on one of them.
+
         Args:
             adapter_dtype: dtype or its name for the new tensors in the file; default: the base's.
             max_shard_size: above it the file is split, with the usual index.
-            push_to_hub, **kwargs: as in transformers (`repo_id`, `token`, `private`, `commit_message`, ...).
+            push_to_hub, **kwargs: as in transformers (`repo_id`, `token`, `private`, `commit_message`, ...); its
+                `state_dict`, `safe_serialization` and the like change nothing: see `hub_moextend.IGNORED_KWARGS`.
 
         Raises:
             ValueError: the folder is the base's or the encoder's, which would lose its config.json.
+            TypeError: an unknown argument.
         """
-        if not kwargs.pop("is_main_process", True):
-            return
-        folder = Path(save_directory)
+        folder, writes = Path(save_directory), kwargs.pop("is_main_process", True)
+        check_save_kwargs(kwargs)
         check_folder(folder, self.config)
-        folder.mkdir(parents=True, exist_ok=True)
         dtype = getattr(torch, adapter_dtype) if isinstance(adapter_dtype, str) else adapter_dtype or self.base.dtype
+        tensors = gather(self.adapter_tensors(), dtype, keep=writes)
+        if not writes:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
         for source in Path(__file__).parent.glob("*_moextend.py"):
             if not (folder / source.name).exists() or not source.samefile(folder / source.name):
                 copy_file(source, folder / source.name)
-        config = self.published_config()
-        write_adapter(folder, {k: v.to(dtype) for k, v in self.adapter_tensors().items()}, config, max_shard_size)
+        config = self.config.published()
+        write_adapter(folder, tensors, config, max_shard_size)
         write_text(folder / "config.json", config.to_json_string(use_diff=False))
         if push_to_hub:
-            upload(folder, kwargs.pop("repo_id", folder.name), **kwargs)
-
-    def published_config(self):
-        """The config as it is saved: with the auto classes that load it, and without the place it was loaded from."""
-        config = copy.deepcopy(self.config)
-        config.name_or_path = ""
-        config.architectures = ["MoExtendForCausalLM"]
-        config.auto_map = {
-            "AutoConfig": "configuration_moextend.MoExtendConfig",
-            "AutoModel": "modeling_moextend.MoExtendModel",
-            "AutoModelForCausalLM": "modeling_moextend.MoExtendForCausalLM",
-            "AutoModelForImageTextToText": "modeling_moextend.MoExtendForCausalLM",
-        }
-        return config
+            push = {name: kwargs[name] for name in PUSH_KWARGS if name in kwargs}
+            upload(folder, push.pop("repo_id", folder.name), **push)
 
     def push_to_hub(self, repo_id, *, adapter_dtype=None, max_shard_size="50GB", **kwargs):
         """Saves the adapter to a temporary folder and uploads it as one commit, with a model card if none is there."""
@@ -406,7 +416,7 @@ class MoExtendPreTrainedModel(PreTrainedModel):
         hub = {key: value for key, value in hub.items() if value is not None}
         values, tensors, metadata = read_adapter(pretrained_model_name_or_path, **hub)
         stored = cls.config_class.from_dict(values)  # the header's config wins over config.json
-        options = {key: value for key, value in kwargs.items() if key not in ("_from_auto", "adapter_kwargs")}
+        options = {key: value for key, value in kwargs.items() if key not in UNLOADED}
         options |= {key: hub[key] for key in SHARED_HUB_KWARGS if key in hub}
         for name in ("attn_implementation", "experts_implementation"):  # AutoModel has moved these into the config
             value = getattr(config, f"_{name}", None)
@@ -414,42 +424,25 @@ class MoExtendPreTrainedModel(PreTrainedModel):
                 options.setdefault(name, value)
         base, encoder = load_parts(stored, base, encoder, cls.auto_base_class, check_base, options)
         stored.name_or_path = str(pretrained_model_name_or_path)
-        trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
-        try:
+        with undone_on_error(base, encoder):
             model = cls(stored, base=base, encoder=encoder)
-            model.put_tensors(tensors, metadata, dtype=None)
-        except Exception:  # a base that the caller passed in stays as it was
-            detach(base.get_decoder())
-            for parameter in trained:
-                parameter.requires_grad_(True)
-            raise
-        for tensor in model.adapter_tensors().values():
-            tensor.requires_grad_(tensor.is_floating_point() and isinstance(tensor, torch.nn.Parameter))
+            put_tensors(model.adapter_tensors(), tensors, metadata, base_dtype=base.dtype)
+        for name, tensor in model.adapter_tensors().items():
+            tensor.requires_grad_(name.startswith("projector.") or model.learns(name))
+        if kwargs.get("output_loading_info"):  # what is missing, unexpected or misshapen was refused
+            return model.eval(), {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         return model.eval()
 
-    def load_adapter_tensors(self, name_or_path, **hub_kwargs):
-        """Replaces the new tensors by a saved adapter's; nothing changes unless all of them fit."""
-        values, tensors, metadata = read_adapter(name_or_path, **hub_kwargs)
-        if normalise_plan(values["extended_layers"]) != self.config.extended_layers:
-            logger.warning(
-                f"{name_or_path} extends {values['extended_layers']}, the model {self.config.extended_layers}."
-            )
-        self.put_tensors(tensors, metadata, dtype="keep")
+    def load_adapter_tensors(self, name_or_path, *, check_base=True, **hub_kwargs):
+        """Replaces the new tensors by a saved adapter's; nothing changes unless all of them fit.
 
-    @torch.no_grad()
-    def put_tensors(self, tensors, metadata, dtype):
-        """Checks names and shapes, then copies.
-
-        `dtype=None` takes the file's dtype or the base's, whichever is wider; `"keep"` the model's own.
+        Raises:
+            ValueError: a damaged file, or an adapter of another plan, other choices or (unless `check_base=False`)
+                another base or encoder.
         """
-        live = self.adapter_tensors()
-        check_tensors(live, tensors, metadata)
-        for name, tensor in tensors.items():
-            if dtype is None:
-                wide = torch.promote_types(tensor.dtype, self.base.dtype)
-                live[name].data = tensor.to(live[name].device, wide, copy=True)  # out of the file's map, and aligned
-            else:
-                live[name].copy_(tensor)
+        values, tensors, metadata = read_adapter(name_or_path, **hub_kwargs)
+        check_same_kind(self.config, self.config_class.from_dict(values), name_or_path, check_base)
+        put_tensors(self.adapter_tensors(), tensors, metadata)
 
     # ------------------------------------------------------------ what transformers asks of a model
 
@@ -461,6 +454,14 @@ class MoExtendPreTrainedModel(PreTrainedModel):
 
     def get_output_embeddings(self):
         return self.base.get_output_embeddings()
+
+    def set_attn_implementation(self, attn_implementation, **kwargs):
+        """The base's; the encoder's is its own."""
+        self.base.set_attn_implementation(attn_implementation, **kwargs)
+
+    def set_experts_implementation(self, experts_implementation):
+        """The base's, which its new experts follow."""
+        self.base.set_experts_implementation(experts_implementation)
 
     def resize_token_embeddings(self, *args, **kwargs):
         raise ValueError("The base's vocabulary stays as it is; the image token's id may lie past the embedding.")

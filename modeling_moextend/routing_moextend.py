@@ -105,25 +105,37 @@ def rule_weights(scores, index, rule):
     return weights * rule.scale
 
 
-def explains(rule, answer):
-    """Whether `rule` makes the weights of a base router's answer (logits [T, E], weights [T, K], index [T, K])."""
+def explains(rule, answer, correction=None, num_groups=1):
+    """Whether `rule` makes the choice and the weights of a base router's answer; arguments as in `probe_rule`."""
     logits, weights, index = answer
-    expected = rule_weights(SCORES[rule.score](logits.float()), index, rule)
-    return torch.allclose(expected, weights.float(), rtol=1e-4, atol=1e-6)
+    scores = SCORES[rule.score](logits.float())
+    same_weights = torch.allclose(rule_weights(scores, index, rule), weights.float(), rtol=1e-4, atol=1e-6)
+    return same_weights and is_top_k(index, scores if correction is None else scores + correction, num_groups)
 
 
-def probe_rule(answer):
+def is_top_k(index, keys, num_groups):
+    """Whether `index` [T, K] holds the best of `keys` [T, E], among the experts of the groups chosen from."""
+    chosen = torch.zeros_like(keys, dtype=torch.bool).scatter(-1, index, True)
+    in_group = chosen.unflatten(-1, (num_groups, -1)).any(dim=-1, keepdim=True)
+    rivals = in_group.expand(-1, -1, keys.shape[-1] // num_groups).flatten(1) & ~chosen
+    worst_chosen = keys.masked_fill(~chosen, torch.inf).amin(dim=-1)
+    return bool((worst_chosen >= keys.masked_fill(~rivals, -torch.inf).amax(dim=-1) - 1e-6).all())
+
+
+def probe_rule(answer, correction=None, num_groups=1):
     """Finds the rule that explains a base router's answer, or `None`.
 
     Args:
         answer: (logits [T, E], weights [T, K], index [T, K]) of a float32 copy of the router on random tokens.
+        correction: that copy's correction bias [E], or `None`.
+        num_groups: groups of neighbouring experts that the router first chooses among.
     """
     logits, weights, index = answer
     for score in SCORES:
         for renormalise in (True, False):
             plain = rule_weights(SCORES[score](logits.float()), index, Rule(score, renormalise))
             rule = Rule(score, renormalise, round((weights.float() / plain).median().item(), 6))
-            if explains(rule, answer):
+            if explains(rule, answer, correction, num_groups):
                 return rule
     return None
 
@@ -132,7 +144,8 @@ def route(base_answer, new_logits, rule, *, selection, calibrate, calibration=No
     """Extends a base router's answer by the new rows.
 
     Candidates are the base's own K winners and the N new experts: whatever limited the base's choice (groups,
-    correction bias) stays in force, and the top K of these are the top K of all.
+    correction bias) stays in force, and the top K of these are the top K of all. New rows stand outside the base's
+    groups: a copy of an expert whose group a token did not choose can still win.
 
     Args:
         base_answer: (logits [T, E], weights [T, K], index [T, K]) as the base's router gives them.

@@ -14,13 +14,14 @@ NEVER = torch.iinfo(torch.long).max  # place of the first image token in a row t
 STATE = "moextend_first_image"  # attribute of a cache: [B] places, counted in cache slots
 
 
-def token_scope(config, input_ids, position_ids, cache, past_length):
+def token_scope(config, input_ids, position_ids, attention_mask, cache, past_length):
     """Which tokens of this forward pass may use new experts.
 
     Args:
         config: a `MoExtendConfig`.
         input_ids: [B, S], image tokens still in it; `None` where only embeddings were given.
         position_ids: [B, S] or `None`; where they fall back, a new sequence starts (packed rows).
+        attention_mask: [B, past + S], 0 for padding; another shape or `None`: nothing is known of padding.
         cache: the key-value cache or `None`; its state is read here and written by `remember`.
         past_length: number of tokens in the cache before this pass.
 
@@ -37,13 +38,24 @@ def token_scope(config, input_ids, position_ids, cache, past_length):
             "scope='modality' finds the image tokens in input_ids, but only inputs_embeds was given. Pass input_ids "
             "(with pixel_values), or use scope='all'."
         )
-    return modality_scope(input_ids == config.image_token_id, position_ids, cache, past_length)
+    is_real = real_tokens(attention_mask, input_ids.shape[1], past_length)
+    return modality_scope(input_ids == config.image_token_id, position_ids, cache, past_length, is_real)
 
 
-def modality_scope(is_image, position_ids, cache, past_length):
+def real_tokens(attention_mask, length, past_length):
+    """[B, S] bool: the tokens of this pass that are no padding; `None` where no 2-D mask says."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return None
+    if attention_mask.shape[1] < past_length + length:
+        return attention_mask[:, -length:].bool()
+    return attention_mask[:, past_length : past_length + length].bool()
+
+
+def modality_scope(is_image, position_ids, cache, past_length, is_real=None):
     """[B, S] bool: at or after the first image token of its own sequence. And [B]: the state after this pass."""
     places = past_length + torch.arange(is_image.shape[1], device=is_image.device).expand_as(is_image)
-    starts = sequence_starts(is_image, position_ids, places)
+    is_real = torch.ones_like(is_image) if is_real is None else is_real.to(is_image.device)
+    starts = sequence_starts(is_real, position_ids, places)
     # The newest image token so far, per token; one that lies before the token's own sequence does not count.
     newest = torch.where(is_image, places, -1).cummax(dim=1).values
     in_scope = (newest >= starts) & (newest >= 0)
@@ -59,19 +71,20 @@ def remember(cache, state):
         setattr(follow_rows(cache), STATE, state)
 
 
-def sequence_starts(is_image, position_ids, places):
+def sequence_starts(is_real, position_ids, places):
     """[B, S]: cache slot at which each token's sequence starts, -1 where it started before this pass or at its head.
 
-    A position that does not grow by one from its left neighbour starts a sequence; so does position 0 at the head of
-    a pass. Padding repeats a position and so starts sequences of its own, which hold no image.
+    A token starts a sequence whose position is not above that of the token before it, or is 0 where this pass has none
+    before it. Padding (not `is_real` [B, S]) is passed over: it starts nothing, whatever its positions say.
     """
     if position_ids is None:
         return torch.full_like(places, -1)
-    position_ids = position_ids.expand_as(is_image)
-    restart = torch.zeros_like(is_image)
-    restart[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]
-    restart[:, 0] = position_ids[:, 0] == 0
-    return torch.where(restart, places, -1).cummax(dim=1).values
+    position_ids = position_ids.expand_as(is_real)
+    columns = torch.arange(is_real.shape[1], device=is_real.device).expand_as(is_real)
+    latest = torch.where(is_real, columns, -1).cummax(dim=1).values
+    before = torch.cat([torch.full_like(latest[:, :1], -1), latest[:, :-1]], dim=1)  # -1: none in this pass
+    previous = position_ids.gather(1, before.clamp(min=0)).masked_fill(before < 0, 0)
+    return torch.where(is_real & (position_ids <= previous), places, -1).cummax(dim=1).values
 
 
 def cached_first(cache, batch_size, past_length, device):

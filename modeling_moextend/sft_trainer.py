@@ -5,9 +5,12 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list, save_fsdp_optimizer
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import HubStrategy
@@ -15,11 +18,13 @@ from transformers.utils import PushInProgress
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from .adapter_moextend import base_tensors_hash
+from .adapter_moextend import base_tensors_hash, reshard
 from .card import create_card
+from .processing_moextend import load_processor
 from .sft_config import MoExtendSFTConfig
 
 TRAINING_ARGS = "training_args.bin"
+SCHEDULER = "scheduler.pt"
 TRAINER_STATE = "trainer_state.json"  # the last file Trainer writes into a checkpoint
 CARD_SETTINGS = (
     "stage",
@@ -78,8 +83,12 @@ class MoExtendSFTTrainer(SFTTrainer):
     and the dataset's transforms draw no random numbers: Trainer fetches a resumed run's first batches before it
     restores the random state.
 
+    Runs under DDP, FSDP2 and DeepSpeed ZeRO-1 and 2 (see `configuration/accelerate`); call `save_model` and
+    `push_to_hub` on every process.
+
     Raises:
-        ValueError: a model that is no MoExtend model, or options that would train or push something else.
+        ValueError: a model that is no MoExtend model, options that would train or push something else, or a way of
+            sharding that is not supported.
     """
 
     _name = "MoExtend"
@@ -92,14 +101,19 @@ class MoExtendSFTTrainer(SFTTrainer):
             args = MoExtendSFTConfig("moextend-sft")
         coefficient = model.router_aux_loss_coef if args.router_aux_loss_coef is None else args.router_aux_loss_coef
         check_options(args, coefficient, kwargs)
+        if kwargs.get("processing_class") is None:
+            kwargs["processing_class"] = default_processor(model, args.assistant_only_loss)
         given, args.router_aux_loss_coef = args.router_aux_loss_coef, 0.0
         try:
             super().__init__(model, args, **kwargs)
         finally:
             args.router_aux_loss_coef = given
+        check_sharding(self.accelerator, self.model)
         check_image_token(self.model, self.processing_class)
         self.router_aux_loss_coef = coefficient
-        self.trainable = self.model.set_trainable(stage=args.stage, train_projector=args.train_projector)
+        self.model.set_trainable(stage=args.stage, train_projector=args.train_projector)
+        if self.is_deepspeed_enabled:
+            self.model.register_load_state_dict_post_hook(allow_missing_base)
         if not isinstance(self.data_collator, DataCollatorForLanguageModeling):  # that one has no images
             config = self.model.config
             self.data_collator = MaskImageLabels(
@@ -108,6 +122,12 @@ class MoExtendSFTTrainer(SFTTrainer):
         self._throughput = {}  # mode -> [tokens, start in seconds]
         self._in_checkpoint = False
         self.add_callback(AdapterReport(self))
+
+    @property
+    def trainable(self):
+        """What trains: name -> parameter. Asked of the model each time, for sharding replaces its parameters."""
+        tensors = self.accelerator.unwrap_model(self.model).adapter_tensors()
+        return {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
 
     def _get_train_sampler(self, train_dataset=None):
         """Gives grouping by length random numbers of its own, per epoch: a resumed run would group otherwise."""
@@ -176,17 +196,41 @@ class MoExtendSFTTrainer(SFTTrainer):
         finally:
             self._in_checkpoint = before
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Goes straight to `_save`: Trainer would gather the whole base first, or save nothing (sharded states)."""
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir=None, state_dict=None):
-        """Writes the adapter in place of the whole model, and the pickled arguments into checkpoints only."""
+        """Writes the adapter in place of the whole model, and the pickled arguments into checkpoints only.
+
+        Every process comes here: together they make sharded tensors whole, and one of them writes.
+        """
         output_dir = self.args.output_dir if output_dir is None else output_dir
+        dtype = torch.float32 if self._in_checkpoint else torch_dtype(self.args.adapter_dtype)
+        core = self.accelerator.unwrap_model(self.model)
+        core.save_pretrained(output_dir, adapter_dtype=dtype, is_main_process=self.args.should_save)
         if not self.args.should_save:
             return
-        dtype = torch.float32 if self._in_checkpoint else torch_dtype(self.args.adapter_dtype)
-        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, adapter_dtype=dtype)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         if self._in_checkpoint:
             torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS))
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        """Keeps the base out of what FSDP and DeepSpeed write beside the optimiser state."""
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            reshard(self.model)  # torch looks for the optimiser's parameters in the model, and those are the shards
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER))
+            return
+        if self.is_deepspeed_enabled:
+            engine = self.model_wrapped
+            engine.save_checkpoint = partial(type(engine).save_checkpoint, engine, exclude_frozen_parameters=True)
+        super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Reads the adapter: Trainer looks for standard weight names only, and would not notice a missing tensor."""
@@ -211,8 +255,9 @@ class MoExtendSFTTrainer(SFTTrainer):
         """Pushes the adapter as `save_model` writes it; Trainer would copy standard weight names and a pickle."""
         if self.args.hub_strategy == HubStrategy.END:
             return
-        running = getattr(self, "push_in_progress", None)
-        if running is not None and not running.is_done() and not self.args.hub_always_push:
+        running = getattr(self, "push_in_progress", None)  # known to one process; pushing takes all of them
+        busy = running is not None and not running.is_done() and not self.args.hub_always_push
+        if broadcast_object_list([busy])[0]:
             return
         with self._saving(checkpoint=False):
             push = self.push_to_hub(f"Training in progress, step {self.state.global_step}", blocking=False)
@@ -336,6 +381,20 @@ def check_model(model):
         )
 
 
+def default_processor(model, assistant_only_loss):
+    """The tokenizer of the model's base, or the processor for base and encoder: TRL would look beside the adapter.
+
+    Raises:
+        ValueError: the model does not know where its base lies.
+    """
+    base, encoder = model.config.base_model_name_or_path, model.config.encoder_name_or_path
+    if base is None or (encoder is None) != (model.encoder is None):
+        raise ValueError("Pass processing_class=: the model does not say where its base and encoder lie.")
+    processor = load_processor(base, encoder, assistant_only_loss)
+    model.config.image_token_id = getattr(processor, "image_token_id", model.config.image_token_id)
+    return processor
+
+
 def check_image_token(model, processing_class):
     """Refuses a processor that writes another image token than the model looks for.
 
@@ -348,6 +407,62 @@ def check_image_token(model, processing_class):
             f"The processor's image token has id {given}, the model looks for {wanted}: build the model with "
             "from_base(..., image_token_id=processor.image_token_id)."
         )
+
+
+def allow_missing_base(model, keys):
+    """Post-hook of `load_state_dict`: a checkpoint holds no frozen tensors, and DeepSpeed would miss them."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    keys.missing_keys[:] = [name for name in keys.missing_keys if name not in frozen]
+
+
+def check_sharding(accelerator, model):
+    """Refuses ways of spreading a model over processes under which the adapter would be lost or trained otherwise.
+
+    Raises:
+        ValueError: names the setting and what to set instead.
+    """
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    if deepspeed is not None and deepspeed.zero_stage == 3:
+        raise ValueError(
+            "DeepSpeed ZeRO-3 is not supported: it splits parameters in a way that the adapter can't be read from. "
+            "Use ZeRO-2 (configuration/accelerate/deepspeed_zero2.yaml), or FSDP2 (fsdp2.yaml) to shard the base."
+        )
+    if fsdp is not None and fsdp.fsdp_version != 2:
+        raise ValueError(
+            "FSDP1 is not supported: it flattens parameters, and shards would be saved as if they were whole. Set "
+            "fsdp_version: 2 (configuration/accelerate/fsdp2.yaml)."
+        )
+    if fsdp is not None and fsdp.activation_checkpointing:
+        raise ValueError(
+            "fsdp_activation_checkpointing is not supported: it would recompute layers without knowing which tokens "
+            "are in scope. Set it to false, and gradient_checkpointing=True in the training arguments."
+        )
+    if fsdp is not None and fsdp.cpu_ram_efficient_loading:
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading is not supported: all processes but one would copy their new experts from "
+            "empty weights. Set it to false."
+        )
+    if fsdp is not None and fsdp.ignored_modules:
+        raise ValueError(
+            "fsdp_ignored_modules is not supported: what trains there would differ between processes. Leave it out."
+        )
+    layers = set(model._no_split_modules)
+    if fsdp is not None and (
+        fsdp.auto_wrap_policy is size_based_auto_wrap_policy or set(fsdp.transformer_cls_names_to_wrap or ()) - layers
+    ):
+        raise ValueError(
+            "FSDP may only wrap decoder layers: anything smaller runs on some processes and not on others, which then "
+            "wait for ever. Set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, and fsdp_transformer_layer_cls_to_wrap "
+            f"to nothing or {', '.join(sorted(layers))}."
+        )
+    for kind in ("tp", "cp", "sp"):
+        if getattr(parallelism, f"{kind}_enabled", False):
+            raise ValueError(
+                f"parallelism_config with {kind}_size > 1 is not supported: new experts and the tokens in scope are "
+                "not split that way. Use data parallelism (dp_shard_size, dp_replicate_size) only."
+            )
 
 
 def check_options(args, coefficient, kwargs):

@@ -3,12 +3,15 @@
 Letters: B rows, S tokens, I images in the batch, P features an image, H hidden size of the base, D of the encoder.
 """
 
+import contextlib
+
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 from transformers.activations import ACT2FN
 
 from .configuration_moextend import has_class_token
+from .layers_moextend import zero_tie
 
 VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model")
 
@@ -25,6 +28,24 @@ class Projector(nn.Module):
     def forward(self, features):
         hidden = self.act(self.linear_1(features.to(self.linear_1.weight.dtype)))
         return self.linear_2(hidden)
+
+
+@contextlib.contextmanager
+def projector_tied(embedding, projector):
+    """Inside the block, token embeddings [B, S, H] are tied to a projector that trains, with gradient zero.
+
+    A batch without images so gives the projector gradients, through every layer, as one with images does on another
+    process: sharded layers are gathered again for backward by all processes or by none.
+    """
+    trained = [] if projector is None or not torch.is_grad_enabled() else list(projector.parameters())
+    if not any(parameter.requires_grad for parameter in trained):
+        yield
+        return
+    hook = embedding.register_forward_hook(lambda module, args, output: zero_tie(output, trained))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def load_encoder(name_or_path, **kwargs):
@@ -70,7 +91,17 @@ def check_encoder(given, config):
 
 
 def encode_images(encoder, projector, pixel_values, select_layer, select_feature):
-    """[I, 3, h, w] pixels -> [I, P, H] features: one hidden state of the frozen encoder, projected."""
+    """[I, 3, size, size] pixels -> [I, P, H] features: one hidden state of the frozen encoder, projected.
+
+    Raises:
+        ValueError: pixels of another shape.
+    """
+    size = encoder.config.image_size
+    if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (encoder.config.num_channels, size, size):
+        raise ValueError(
+            f"pixel_values must be [I, {encoder.config.num_channels}, {size}, {size}] (I images of the batch, in "
+            f"reading order, as the encoder's image processor makes them), not {list(pixel_values.shape)}."
+        )
     with torch.no_grad():
         pixel_values = pixel_values.to(encoder.device, encoder.dtype)
         hidden = encoder(pixel_values=pixel_values, output_hidden_states=True).hidden_states[select_layer]
@@ -94,7 +125,8 @@ def merge_images(input_ids, embedding, image_token_id, features):
         raise ValueError(
             f"Image features and image tokens do not match: {num_features} features"
             f"{'' if features is None else f' ({features.shape[0]} images of {features.shape[1]})'}, {num_tokens} "
-            f"image tokens (id {image_token_id}) in input_ids. Were tokens cut off by max_length, or images left out?"
+            f"image tokens (id {image_token_id}) in input_ids. Were tokens cut off by max_length, or images left out? "
+            "Or has the processor another image token: from_base(..., image_token_id=processor.image_token_id)?"
         )
     embeds = embedding(input_ids.masked_fill(is_image, 0))
     if features is None:

@@ -482,6 +482,73 @@ def test_a_different_encoder_is_refused_unless_asked_for(tmp_path):
     MoExtendForCausalLM.from_pretrained(tmp_path, base=make_base(), encoder=other, check_base=False)
 
 
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"plan": {2: [1]}}, r"extended_layers: the adapter's \{.*the model's \{2: \[1\]\}"),
+        ({"calibration": "routed"}, "calibration: the adapter's '.*', the model's 'routed'"),
+    ],
+)
+def test_live_tensors_are_replaced_only_by_those_of_the_same_kind(saved, choices, message):
+    _, folder = saved
+    live = extended(**choices)
+    own = state(live)
+    with pytest.raises(ValueError, match=f"(?s)does not belong to this model; nothing was loaded.*{message}"):
+        live.load_adapter_tensors(folder)
+    assert_equal(state(live), own)
+
+
+def test_live_tensors_of_another_base_are_replaced_only_if_asked_for(saved):
+    model, folder = saved
+    torch.manual_seed(11)
+    live = extended(base=type(make_base())(make_base().config).eval())
+    with pytest.raises(ValueError, match="(?s)does not belong.*base_fingerprint: .*check_base=False"):
+        live.load_adapter_tensors(folder)
+    live.load_adapter_tensors(folder, check_base=False)
+    assert_equal(state(live), state(model))
+
+
+def test_loading_info_is_given_where_asked_for(saved):
+    model, folder = saved
+    again, info = MoExtendForCausalLM.from_pretrained(folder, base=make_base(), output_loading_info=True)
+    assert torch.equal(logits(again), logits(model))
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_a_base_that_is_an_adapters_folder_is_refused(tmp_path):
+    make_base().save_pretrained(tmp_path / "base")
+    MoExtendForCausalLM.from_base(str(tmp_path / "base"), PLAN).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is extended already"):
+        MoExtendForCausalLM.from_base(str(tmp_path / "adapter"), PLAN)
+
+
+def test_unknown_arguments_of_save_pretrained_are_refused_by_name(tmp_path):
+    model = extended()
+    with pytest.raises(TypeError, match="unexpected keyword arguments: adapter_dtyp, bogus"):
+        model.save_pretrained(tmp_path, bogus=1, adapter_dtyp="float32")
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path, state_dict={}, safe_serialization=True, is_main_process=True, token=None)
+
+
+def test_a_base_of_another_family_brings_its_own_config_and_rule(tmp_path):
+    extended(family="qwen3_moe", calibration="none").save_pretrained(tmp_path)
+    base = make_base("olmoe")
+    with pytest.raises(ValueError, match="This is a different base"):
+        MoExtendForCausalLM.from_pretrained(tmp_path, base=make_base("olmoe"))
+    model = MoExtendForCausalLM.from_pretrained(tmp_path, base=base, check_base=False)
+    assert model.config.text_config.model_type == "olmoe" and not model.config.routing_rule["renormalise"]
+
+
+def test_the_stored_rule_is_compared_with_the_routers_own(tmp_path):
+    extended(family="qwen3_moe").save_pretrained(tmp_path)
+    base = make_base("qwen3_moe")
+    for layer in base.model.layers:
+        layer.mlp.gate.norm_topk_prob = False
+    with pytest.raises(ValueError, match="made on a base that routes by Rule.*renormalise=True.*but this one.*False"):
+        MoExtendForCausalLM.from_pretrained(tmp_path, base=base)
+    assert all(p.requires_grad for p in base.parameters())
+
+
 def test_a_base_with_fewer_layers_is_refused_by_name(saved):
     _, folder = saved
     config = copy.deepcopy(make_base().config)
@@ -765,9 +832,9 @@ def test_a_failing_save_leaves_the_old_adapter(saved, monkeypatch):
 
 def test_a_second_save_replaces_the_first_whole(tmp_path):
     one, two = extended(seed=1), extended(plan={2: [1]}, seed=2)
-    config = two.published_config()
+    config = two.config.published()
     for size in ("20KB", "50GB", "20KB", "20KB"):
-        write_adapter(tmp_path, state(one), one.published_config(), max_shard_size=size)
+        write_adapter(tmp_path, state(one), one.config.published(), max_shard_size=size)
         write_adapter(tmp_path, state(two), config, max_shard_size=size)
         assert which(tmp_path, one, two) == "new"
 

@@ -119,11 +119,31 @@ def test_number_of_image_tokens(encoder, feature, expected):
     assert MoExtendConfig(encoder_config=encoder, encoder_select_feature=feature).num_image_tokens == expected
 
 
-def test_paper_sets_the_papers_three_choices():
-    model = MoExtendForCausalLM.from_base(
-        make_base(), {1: [0]}, paper=True, scope="modality", selection="exclusive", calibration="none"
-    )
+def test_paper_is_the_papers_three_choices_and_refuses_others():
+    model = MoExtendForCausalLM.from_base(make_base(), {1: [0]}, paper=True)
     assert (model.config.scope, model.config.selection, model.config.calibration) == ("all", "compete", "all")
+    with pytest.raises(ValueError, match="paper=True means .*'calibration': 'none'} was given"):
+        MoExtendForCausalLM.from_base(make_base(), {1: [0]}, paper=True, calibration="none")
+
+
+@pytest.mark.parametrize("plan", [{1: [0.7]}, {1: [True]}, {0.5: [1]}])
+def test_a_plan_of_other_numbers_than_integers_is_refused(plan):
+    with pytest.raises(ValueError, match="must map a layer index to a list of source experts"):
+        MoExtendConfig(extended_layers=plan)
+
+
+@pytest.mark.parametrize("layer", [4, -5, -1.5])
+def test_an_encoder_layer_out_of_range_is_refused(layer):
+    encoder = make_encoder().config
+    with pytest.raises(ValueError, match=r"encoder_select_layer=.* has hidden states -4 to 3"):
+        MoExtendConfig(encoder_config=encoder, encoder_select_layer=layer)
+    MoExtendConfig(encoder_config=encoder, encoder_select_layer=3)
+    MoExtendConfig(encoder_config=encoder, encoder_select_layer=-4)
+
+
+def test_an_unknown_projector_activation_is_refused():
+    with pytest.raises(ValueError, match="projector_hidden_act='nope' is not known; allowed: .*gelu"):
+        MoExtendConfig(projector_hidden_act="nope")
 
 
 REFUSED = [

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from conftest import batch, make_base, make_encoder, shake
-from transformers import DynamicCache
+from conftest import COMMON, batch, make_base, make_encoder, shake
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.generation_moextend import WithImageColumn
+from modeling_moextend.pretrained_moextend import BASE_FLAGS
 
 IMAGE = 96  # the first id past the vocabulary; an image has four features
 NEW = 10
@@ -251,3 +252,67 @@ def test_images_without_their_tokens_and_tokens_without_images_are_refused(model
 def test_images_while_the_adapter_is_off_are_refused(model):
     with model.disable_adapter(), pytest.raises(ValueError, match="Images were given while the adapter is off"):
         generate(model, **PROMPT, pixel_values=pixels(1))
+
+
+# ---------------------------------------------------------------- families with caches or states of their own
+
+LINEAR = {"layer_types": ["linear_attention", "full_attention"] * 2, "head_dim": 8, "intermediate_size": 24}
+STATES = {
+    "minimax": {**LINEAR, "num_local_experts": 6, "block_size": 8},
+    "qwen3_next": {
+        **LINEAR,
+        "num_experts": 6,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("family", sorted(STATES))
+def test_generation_goes_by_the_bases_own_flags_and_cache(family):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **COMMON, **STATES[family])).eval()
+    base.generation_config.eos_token_id = None
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 5, 6, 7]])}
+    expected = generate(base, **inputs)
+    flags = {name: getattr(base, name) for name in BASE_FLAGS}
+    model = MoExtendForCausalLM.from_base(base, {3: [0]}, calibration="none")
+    assert {name: getattr(model, name) for name in BASE_FLAGS} == flags
+    assert torch.equal(generate(shake(model), **inputs), generate(model, **inputs, use_cache=False))
+    with model.disable_adapter():
+        assert torch.equal(generate(model, **inputs), expected)
+    if base._is_stateful:
+        with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+            generate(model, **inputs, prompt_lookup_num_tokens=2)
+
+
+# ---------------------------------------------------------------- processors that cannot work with images
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance_scale": 1.5}, "guidance_scale cannot"),
+        (
+            {"guidance_scale": 1.5, "negative_prompt_ids": torch.tensor([[5]])},
+            "guidance_scale and negative_prompt_ids cannot",
+        ),
+        ({"encoder_repetition_penalty": 1.2}, "encoder_repetition_penalty cannot"),
+        ({"encoder_no_repeat_ngram_size": 2}, "encoder_no_repeat_ngram_size cannot"),
+    ],
+)
+def test_processors_that_cannot_see_images_are_refused_by_name(options, message):
+    model = seeing()
+    with pytest.raises(ValueError, match=f"{message} be used in generate with images"):
+        generate(model, **PROMPT, pixel_values=pixels(1), **options)
+    generate(model, **ids([5, 6, 7]), **{k: v for k, v in options.items() if k != "negative_prompt_ids"})
+
+
+def test_an_image_token_inside_the_vocabulary_leaves_encoder_processors_alone():
+    model = MoExtendForCausalLM.from_base(make_base(), {1: [0]}, encoder=make_encoder(), image_token_id=95)
+    prompt = PROMPT["input_ids"].masked_fill(PROMPT["input_ids"] == IMAGE, 95)
+    generate(model, input_ids=prompt, pixel_values=pixels(1), encoder_repetition_penalty=1.2)

@@ -3,10 +3,11 @@
 import contextlib
 import copy
 import io
+import threading
 
 import pytest
 import torch
-from conftest import FAMILIES, batch, make_base, make_encoder, shake
+from conftest import COMMON, FAMILIES, batch, make_base, make_encoder, shake
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -18,7 +19,8 @@ from transformers import (
 )
 
 from modeling_moextend import MoExtendForCausalLM
-from modeling_moextend.layers_moextend import find_moe_layers
+from modeling_moextend.layers_moextend import find_moe_layers, zero_tie
+from modeling_moextend.routing_moextend import SCORES
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 PLAN = {0: [1], 2: [3, 0, 5]}
@@ -59,7 +61,7 @@ def assert_same_tensors(one, other):
 # ---------------------------------------------------------------- guarantee 1: the base's tensors never change
 
 
-@pytest.mark.parametrize("choices", [{"paper": True}, {"selection": "exclusive"}], ids=["paper", "exclusive"])
+@pytest.mark.parametrize("choices", [{"calibration": "all"}, {"selection": "exclusive"}], ids=["paper", "exclusive"])
 def test_base_tensors_are_bit_equal_through_attach_training_saving_and_detach(family, choices, tmp_path):
     base = make_base(family)
     before, classes = snapshot(base), {name: type(module) for name, module in base.named_modules()}
@@ -535,3 +537,109 @@ def test_bf16_routing_of_new_rows_is_done_in_float32(family):
     assert logits.dtype == torch.float32 and layer.router.moextend.weight.dtype == torch.float32
     expected = F.linear(x.float(), layer.router.moextend.weight, layer.router.moextend.bias)
     torch.testing.assert_close(logits[:, 6:], expected)
+
+
+# ---------------------------------------------------------------- correction biases, wherever a family keeps them
+
+CORRECTED = {
+    "ernie4_5_moe": {
+        "moe_num_experts": 6,
+        "moe_k": 2,
+        "moe_intermediate_size": 24,
+        "intermediate_size": 24,
+        "moe_layer_start_index": 0,
+        "moe_layer_end_index": 3,
+        "moe_num_shared_experts": 1,
+        "moe_layer_interval": 1,
+    },
+    "laguna": {
+        "num_experts": 6,
+        "moe_intermediate_size": 24,
+        "intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
+        "head_dim": 8,
+    },
+}
+
+
+def corrected(family):
+    """A base whose correction bias is no buffer of its router."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **COMMON, **CORRECTED[family])).eval()
+    with torch.no_grad():
+        for name, tensor in base.named_parameters():
+            if name.endswith(".gate.weight") or "correction_bias" in name:
+                tensor.normal_(std=0.5 if "weight" in name else 0.2)
+    return base
+
+
+@pytest.mark.parametrize("family", sorted(CORRECTED))
+def test_a_copy_wins_beside_its_source_wherever_the_correction_bias_lies(family):
+    base = corrected(family)
+    model = extended(family, plan={3: list(range(6))}, shaken=False, base=base)
+    router, x = moe_layer(model, 3).router, tokens(200)
+    with model.disable_adapter():
+        expected = router(x)[2]
+    found = router(x)[2] % 6
+    best = (torch.gather(find_scores(model, router, x), 1, expected)).argmax(dim=1, keepdim=True)
+    assert torch.equal(found, expected.gather(1, best).expand(-1, 2))  # the winner and its copy
+    row = model.adapter_tensors()["layers.3.router.correction_bias"]
+    assert row.shape == (6,) and not row.requires_grad and row.any()
+    assert "layers.3.router.correction_bias" not in model.set_trainable()
+
+
+def find_scores(model, router, x):
+    """score + correction bias [T, E], by the base's own bias; every row has a copy beside it."""
+    score = SCORES[model.config.routing_rule["score"]](F.linear(x, router.weight).repeat(1, 2))
+    return score[:, :6] + next(p for name, p in router.named_parameters() if "e_score" in name).reshape(-1)
+
+
+def test_a_router_that_chooses_by_something_else_than_its_scores_is_refused():
+    base = make_base()
+
+    class Worst(type(moe_layer(base).router)):
+        def forward(self, hidden_states):
+            logits = F.linear(hidden_states, self.weight)
+            index = (-logits).topk(2).indices
+            weights = logits.softmax(dim=-1).gather(-1, index)
+            return logits, weights / weights.sum(dim=-1, keepdim=True), index
+
+    for layer in find_moe_layers(base.get_decoder()).values():
+        layer.router.__class__ = Worst
+    with pytest.raises(ValueError, match="does not follow the router interface"):
+        MoExtendForCausalLM.from_base(base, {2: [0]})
+
+
+# ---------------------------------------------------------------- threads, ties
+
+
+def test_threads_do_not_see_each_others_passes():
+    model = extended()
+    inside, done = threading.Event(), threading.Event()
+
+    def switch_off():
+        with model.disable_adapter(), model.record_routing():
+            inside.set()
+            done.wait(10)
+
+    expected = model(**batch()).logits
+    other = threading.Thread(target=switch_off)
+    other.start()
+    inside.wait(10)
+    assert model.active_adapters() == ["default"] and model.routing.records is None
+    assert torch.equal(model(**batch()).logits, expected)
+    done.set()
+    other.join()
+    model.disable_adapters()
+    seen = []
+    other = threading.Thread(target=lambda: seen.append(model.active_adapters()))
+    other.start()
+    other.join()
+    assert seen == [[]] and copy.deepcopy(model).active_adapters() == []
+
+
+def test_a_tie_to_an_infinite_parameter_is_no_nan():
+    parameter = torch.nn.Parameter(torch.full((2, 2), torch.inf))
+    output = zero_tie(torch.ones(3), [parameter])
+    output.sum().backward()
+    assert torch.equal(output, torch.ones(3)) and torch.equal(parameter.grad, torch.zeros(2, 2))

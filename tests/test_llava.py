@@ -61,6 +61,16 @@ def write(folder, entries, name="data.json"):
 
 
 @STREAMING
+def test_an_answer_before_the_first_question_is_dropped(folder, streaming):
+    first, system = text_entry(), text_entry()
+    first["conversations"].insert(0, {"from": "gpt", "value": "Ask me."})
+    system["conversations"][:0] = [{"from": "system", "value": "Be kind."}, {"from": "gpt", "value": "Ask me."}]
+    rows = list(load_llava(write(folder, [text_entry(), first, system]), streaming=streaming))
+    assert rows[1]["messages"] == rows[0]["messages"]
+    assert rows[2]["messages"][1:] == rows[0]["messages"] and rows[2]["messages"][0]["role"] == "system"
+
+
+@STREAMING
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
 def test_samples(folder, streaming, name):
     several = entry(7, ["grey.png", "red.png"], "See <image> <image>.", "Yes", "<b>?", "No")
@@ -148,6 +158,11 @@ def test_map_style_survives_what_a_trainer_does_to_it(folder):
         (
             {"id": "x", "conversations": [*turns("Hi", "Yo"), {"from": "system", "value": "late"}]},
             "turn 2 is from 'system', but 'human' must come there",
+        ),
+        ({"id": "x", "conversations": [{"from": "gpt", "value": "Hi"}]}, "turn 0 is from 'gpt', but 'human' must"),
+        (
+            {"id": "x", "conversations": [{"from": "gpt", "value": ""}] * 2},
+            "turn 1 is from 'gpt', but 'human' must come there",
         ),
         ({"id": "x", "conversations": turns("Hi")}, "the last turn is from 'human'; it must be from 'gpt'"),
         ({"id": "x", "conversations": [{"from": "system", "value": ""}]}, "the last turn is from 'system'"),

@@ -1,6 +1,7 @@
 """The models as a whole: what `from_base` takes and refuses, what trains, and what transformers may do to them."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from modeling_moextend import MoExtendForCausalLM, MoExtendModel
+from modeling_moextend import MoExtendForCausalLM, MoExtendModel, pretrained_moextend
 from modeling_moextend.layers_moextend import find_moe_layers
-from modeling_moextend.routing_moextend import balance_loss
+from modeling_moextend.routing_moextend import Rule, balance_loss
 
 IMAGE = 96
 PLAN = {1: [0, 3], 2: [2]}
@@ -173,9 +174,73 @@ def test_a_base_by_path_passes_its_options_on(tmp_path):
     assert model(**batch(), output_attentions=True).attentions[0].shape == (3, 4, 10, 10)
 
 
-def test_paper_sets_the_papers_three_values():
-    config = extended(paper=True, scope="modality", calibration="none", selection="exclusive").config
-    assert (config.scope, config.selection, config.calibration) == ("all", "compete", "all")
+def test_a_refused_or_failed_from_base_leaves_the_models_as_they_were(monkeypatch):
+    base, encoder = make_base().train(), make_encoder().train()
+    base.model.layers[0].eval()
+    base.lm_head.weight.requires_grad_(False)
+
+    def shape(model):
+        modules = [(type(module), module.training, [*module._modules]) for module in model.modules()]
+        return modules, [(name, p.requires_grad) for name, p in model.named_parameters()]
+
+    before = shape(base), shape(encoder)
+
+    def fail(message, **choices):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            MoExtendForCausalLM.from_base(base, PLAN, encoder=encoder, **choices)
+        assert (shape(base), shape(encoder)) == before
+
+    fail("projector_hidden_act='nope' is not known", projector_hidden_act="nope")
+    fail("encoder_select_layer=9 is out of range", encoder_select_layer=9)
+    monkeypatch.setattr(pretrained_moextend, "Projector", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        MoExtendForCausalLM.from_base(base, PLAN, encoder=encoder)
+    assert (shape(base), shape(encoder)) == before
+    monkeypatch.undo()
+    router = type(base.model.layers[0].mlp.gate)
+    monkeypatch.setattr(router, "forward", lambda self, hidden: None)
+    fail("does not follow the router interface")
+    monkeypatch.undo()
+    MoExtendForCausalLM.from_base(base, PLAN, encoder=encoder)
+
+
+def test_experts_spread_over_processes_are_refused():
+    base = make_base()
+    base.model.layers[1].mlp.experts._is_expert_parallel = True
+    with pytest.raises(ValueError, match="experts are spread over processes"):
+        MoExtendForCausalLM.from_base(base, {1: [0]})
+
+
+def test_the_row_of_a_layers_only_exclusive_expert_is_frozen_from_the_start(tmp_path):
+    model = extended(**EXCLUSIVE)
+    model.save_pretrained(tmp_path)
+    for each in (model, MoExtendForCausalLM.from_pretrained(tmp_path, base=make_base(), encoder=make_encoder())):
+        frozen = [name for name, tensor in each.adapter_tensors().items() if not tensor.requires_grad]
+        assert frozen == ["layers.2.router.weight"]
+
+
+def test_implementations_are_the_bases():
+    model = extended(**MODALITY)
+    for name in ("batched_mm", "eager"):
+        model.set_experts_implementation(name)
+        model.set_attn_implementation("eager" if name == "eager" else "sdpa")
+        assert model.base.config._experts_implementation == name
+    assert model.base.config._attn_implementation == "eager"
+    assert model.base.model.layers[1].mlp.experts.moextend.config._experts_implementation == "eager"
+
+
+def test_text_reaches_the_base_as_ids_and_ties_only_a_projector_that_trains():
+    model = extended(**MODALITY)
+    seen = []
+    model.base.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    model.set_trainable("finetune", train_projector=False)
+    model(**batch(), labels=batch()["input_ids"]).loss.backward()
+    assert model.projector.linear_1.weight.grad is None
+    model.set_trainable("align")
+    model(**batch(), labels=batch()["input_ids"]).loss.backward()
+    assert not model.projector.linear_1.weight.grad.any()
+    assert all(inputs["input_ids"] is not None and "inputs_embeds" not in inputs for inputs in seen)
+    assert not model.get_input_embeddings()._forward_hooks
 
 
 def test_extending_later_gives_what_extending_at_once_gives():
@@ -288,7 +353,7 @@ def test_the_balance_loss_enters_the_loss_with_the_bases_coefficient():
     plain, both = model(**inputs), model(**inputs, output_router_logits=True)
     with model.record_routing() as records:
         model(**inputs)
-    expected = balance_loss(records, model.find_rule(None), "compete", inputs["attention_mask"])
+    expected = balance_loss(records, Rule(**model.config.routing_rule), "compete", inputs["attention_mask"])
     torch.testing.assert_close(both.aux_loss, expected)
     torch.testing.assert_close(both.loss, plain.loss + 0.25 * expected)
     assert plain.aux_loss is None and model.router_aux_loss_coef == 0.25
@@ -358,6 +423,19 @@ def test_checkpointing_gives_the_same_loss_and_gradients_over_several_passes(cho
         torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-8)
     model.gradient_checkpointing_disable()
     assert step()[0] == plain_loss
+
+
+def test_a_backward_pass_in_another_thread_recomputes_with_its_own_forwards_scope():
+    model = extended(**MODALITY).train()
+    trained = model.set_trainable()
+    model(**image_batch()).loss.backward()
+    expected = gradients(model, trained)
+    model.gradient_checkpointing_enable()
+    thread = threading.Thread(target=model(**image_batch()).loss.backward)
+    thread.start()
+    thread.join()
+    for name, gradient in gradients(model, trained).items():
+        torch.testing.assert_close(gradient, expected[name])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -443,6 +521,24 @@ def test_attention_implementations_agree(attention):
     expected = model(**image_batch()).logits
     model.base.set_attn_implementation(attention)
     torch.testing.assert_close(model(**image_batch()).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_encoder_goes_where_an_offloaded_embedding_takes_its_ids(tmp_path):
+    make_base().save_pretrained(tmp_path / "base")
+    names = ["model.layers", "model.norm", "lm_head", "model.rotary_emb"]
+    options = {"device_map": {**dict.fromkeys(names, "cpu"), "model.embed_tokens": "disk"}}
+    options["offload_folder"] = str(tmp_path / "off")
+    torch.manual_seed(5)
+    model = MoExtendForCausalLM.from_base(str(tmp_path / "base"), PLAN, encoder=make_encoder(), **options)
+    assert model.get_input_embeddings().weight.is_meta and not model.projector.linear_1.weight.is_meta
+    torch.manual_seed(5)
+    plain = MoExtendForCausalLM.from_base(str(tmp_path / "base"), PLAN, encoder=make_encoder())
+    assert torch.equal(model(**image_batch()).logits, plain(**image_batch()).logits)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = MoExtendForCausalLM.from_pretrained(
+        tmp_path / "adapter", base=str(tmp_path / "base"), encoder=make_encoder(), **options
+    )
+    assert torch.equal(loaded(**image_batch()).logits, plain(**image_batch()).logits)
 
 
 @pytest.mark.parametrize("place", ["auto", "disk", "cpu"])

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import importlib
 import os
 import re
 import shutil
@@ -246,3 +247,13 @@ def test_source_archive_builds_the_same_wheel(source_tree, tmp_path):
     (wheel,) = tmp_path.glob("moextend-*.whl")
     template = zipfile.ZipFile(wheel).read("modeling_moextend/model_card_template.md")
     assert template == (ROOT / "model_card_template.md").read_bytes()
+
+
+def test_the_readmes_python_names_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    imports = [node for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
+    assert len(imports) >= 3
+    for node in imports:
+        module = importlib.import_module(node.module)
+        assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)

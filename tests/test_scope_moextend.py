@@ -69,6 +69,38 @@ def test_scope_of_a_pass_after_four_cached_tokens(picture, positions, cached, sc
     assert found_state.tolist() == state
 
 
+@pytest.mark.parametrize(
+    ("picture", "mask", "positions", "scope", "state"),
+    [
+        ("..i...", "####..", [[0, 1, 2, 3, 0, 0]], "..####", [2]),  # right padding at 0, or at 1
+        ("..i...", "####..", [[0, 1, 2, 3, 1, 1]], "..####", [2]),
+        ("..i...", "####.#", [[0, 1, 2, 3, 9, 4]], "..####", [2]),  # a turn after it
+        ("..i...", "####.#", [[0, 1, 2, 3, 9, 0]], "..###.", [NEVER]),  # another sequence after it
+        ("...i..", "..####", [[1, 1, 0, 1, 2, 3]], "...###", [3]),
+    ],
+)
+def test_padding_starts_no_sequence(picture, mask, positions, scope, state):
+    found, found_state = modality_scope(parse(picture, "i"), torch.tensor(positions), None, 0, parse(mask, "#"))
+    assert torch.equal(found, parse(scope, "#"))
+    assert found_state.tolist() == state
+
+
+def test_right_padding_keeps_the_image_for_the_tokens_after_it():
+    model = seeing()
+    image, text = torch.tensor([[5, 96, 96, 96, 96, 7, 8]]), torch.tensor([[9, 10, 11]])
+    pixels, new = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([[9]])
+    alone = model(torch.cat([image, new], dim=1), pixel_values=pixels).logits[0, -1]
+    ids = torch.cat([torch.cat([image, image], dim=0), torch.cat([text * 0, text], dim=0)], dim=1)
+    mask = torch.ones_like(ids)
+    mask[0, 7:] = 0
+    positions = (mask.cumsum(dim=1) - 1).masked_fill(mask == 0, 0)
+    pixels = pixels.expand(2, -1, -1, -1)
+    cache = model(ids, attention_mask=mask, position_ids=positions, pixel_values=pixels).past_key_values
+    length, mask = mask.sum(dim=1, keepdim=True), torch.cat([mask, torch.ones(2, 1).long()], dim=1)
+    found = model(new.expand(2, 1), attention_mask=mask, position_ids=length, past_key_values=cache).logits[0, -1]
+    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+
+
 def test_scope_is_causal():
     """What a token may use never depends on what follows it."""
     is_image = torch.rand(20, 12, generator=torch.Generator().manual_seed(0)) < 0.1

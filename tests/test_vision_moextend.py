@@ -183,7 +183,7 @@ def test_the_image_token_never_reaches_the_embedding():
 )
 def test_a_mismatch_names_both_numbers(counts, number, message):
     model = seeing()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{message}.*image_token_id=processor.image_token_id"):
         model(input_ids=with_images(counts), pixel_values=pixels(number) if number else None)
 
 
@@ -300,3 +300,11 @@ def test_the_caller_keeps_its_tensors():
     before = copy.deepcopy((ids, images))
     model(input_ids=ids, pixel_values=images, labels=ids)
     assert torch.equal(ids, before[0]) and torch.equal(images, before[1])
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (1, 1, 3, 16, 16), (3, 16, 16), (1, 1, 16, 16)])
+def test_pixels_of_another_shape_are_refused_with_the_right_one(shape):
+    model = seeing()
+    ids = torch.tensor([[5, 96, 96, 96, 96, 7]])
+    with pytest.raises(ValueError, match=rf"must be \[I, 3, 16, 16\] .* not \[{', '.join(map(str, shape))}\]"):
+        model(ids, pixel_values=torch.zeros(shape))
