@@ -191,8 +191,8 @@ model.save_pretrained(folder, push_to_hub=True, repo_id=repo, revision="trained"
 """
 
 PULL = """
-import importlib.util
-assert importlib.util.find_spec("modeling_moextend") is None
+import sys
+sys.modules["modeling_moextend"] = None  # installed or not, importing the package fails here
 from transformers import AutoConfig, AutoModelForCausalLM
 assert AutoConfig.from_pretrained(repo, trust_remote_code=True).model_type == "moextend"
 model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True)
