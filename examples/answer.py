@@ -2,7 +2,8 @@
 
     python examples/answer.py --adapter outputs/easy-vqa/adapter --questions outputs/easy-vqa/test.json
 
-The questions are a LLaVA JSON file. Prints one JSON object: exact-match accuracy by kind of question.
+The questions are a LLaVA JSON file, or a dataset (Hub id or folder; that needs the datasets library). Prints one JSON
+object: exact-match accuracy by kind of question.
 """
 
 import argparse
@@ -24,7 +25,7 @@ def parse():
     parser.add_argument("--adapter", required=True, help="folder or Hub id of the adapter")
     parser.add_argument("--base", help="where the base lies, if elsewhere than the adapter says")
     parser.add_argument("--encoder", help="where the encoder lies, if elsewhere than the adapter says")
-    parser.add_argument("--questions", required=True, help="LLaVA JSON file, one question and answer an entry")
+    parser.add_argument("--questions", required=True, help="LLaVA JSON file, or dataset in TRL's format (split test)")
     parser.add_argument("--image_folder", help="what image paths start from; default: the folder of --questions")
     parser.add_argument("--zero_images", action="store_true", help="answer with every pixel value set to zero")
     parser.add_argument("--max_questions", type=int, help="a random sample of so many (seed 0), half of them open")
@@ -41,7 +42,7 @@ def answer(model, processor, rows, zero_images):
         processor.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
         for text in prompts
     ]
-    images = [[Image.open(row["image"])] for row in rows]
+    images = [[Image.open(row["image"]) if isinstance(row["image"], str) else row["image"]] for row in rows]
     options = {"add_special_tokens": False, "padding": True, "padding_side": "left", "return_tensors": "pt"}
     inputs = processor(images=images, text=prompts, **options).to(model.device)
     if zero_images:
@@ -60,7 +61,7 @@ def main():
     for start in tqdm(range(0, len(rows), args.batch_size), desc="answering", file=sys.stderr):
         given += answer(model, processor, rows[start : start + args.batch_size], args.zero_images)
     if args.output:
-        answered = [{**row, "given": text} for row, text in zip(rows, given, strict=True)]
+        answered = [{**row, "image": str(row["image"]), "given": text} for row, text in zip(rows, given, strict=True)]
         json.dump(answered, open(args.output, "w", encoding="utf-8"))
     print(json.dumps(accuracy(rows, given)))
 

@@ -14,32 +14,58 @@ from pathlib import Path
 KINDS = ("open", "yes/no")
 
 
-def read_questions(path, image_folder=None, number=None):
-    """[{image, question, answer, kind}] of a LLaVA JSON or JSONL file: first turns about one image.
+def read_questions(name, image_folder=None, number=None, split="test"):
+    """[{image, question, answer, kind}]: first turns about one image.
 
     Args:
-        image_folder: what image paths start from; default: the file's own folder.
+        name: LLaVA JSON or JSONL file (images come as paths), or a dataset in TRL's format (Hub id or folder).
+        image_folder: what image paths in a file start from; default: the file's own folder.
         number: a random sample of so many (seed 0), as many open as yes/no questions.
+        split: which one of a dataset.
 
     Raises:
-        ValueError: no such question in the file.
+        ValueError: no such question there.
     """
-    text = Path(path).read_text(encoding="utf-8")
-    entries = [json.loads(line) for line in text.splitlines() if line] if str(path).endswith("l") else json.loads(text)
-    rows = []
-    for entry in entries:
-        if isinstance(entry.get("image"), str):
-            question, answer = (turn["value"] for turn in entry["conversations"][:2])
-            kind = "yes/no" if answer.lower() in ("yes", "no") else "open"
-            image = str(Path(image_folder or Path(path).parent, entry["image"]))
-            rows.append({"image": image, "question": question, "answer": answer, "kind": kind})
+    is_file = str(name).endswith((".json", ".jsonl"))
+    rows = list(file_questions(name, image_folder) if is_file else dataset_questions(name, split))
     if not rows:
-        raise ValueError(f"{path} holds no question about an image.")
+        raise ValueError(f"{name} holds no question about an image.")
+    for row in rows:
+        row["kind"] = "yes/no" if row["answer"].strip().lower() in ("yes", "no") else "open"
     if number is None:
         return rows
     generator = random.Random(0)
     kinds = [[row for row in rows if row["kind"] == kind] for kind in KINDS]
     return [row for kind in kinds for row in generator.sample(kind, min(number // 2, len(kind)))]
+
+
+def file_questions(path, image_folder):
+    """Questions of a LLaVA file, `<image>` where the image stands."""
+    text = Path(path).read_text(encoding="utf-8")
+    entries = [json.loads(line) for line in text.splitlines() if line] if str(path).endswith("l") else json.loads(text)
+    for entry in entries:
+        if isinstance(entry.get("image"), str):
+            question, answer = (turn["value"] for turn in entry["conversations"][:2])
+            image = str(Path(image_folder or Path(path).parent, entry["image"]))
+            yield {"image": image, "question": question, "answer": answer}
+
+
+def dataset_questions(name, split):
+    """Questions of a dataset with `images` and `messages`, as TRL takes them."""
+    import datasets
+
+    for sample in datasets.load_dataset(name, split=split):
+        if len(sample["images"]) == 1:
+            question, answer = (as_text(message["content"]) for message in sample["messages"][:2])
+            question = question if "<image>" in question else f"<image>{question}"  # where TRL would put it
+            yield {"image": sample["images"][0], "question": question, "answer": answer}
+
+
+def as_text(content):
+    """A message's content as text, whether it is a string or a list of parts."""
+    if isinstance(content, str):
+        return content
+    return "".join("<image>" if part["type"] == "image" else part["text"] for part in content)
 
 
 def accuracy(rows, given):
@@ -102,4 +128,9 @@ if __name__ == "__main__":
     parser.add_argument("--train", required=True, help="LLaVA JSON file the readers know")
     parser.add_argument("--questions", required=True, help="LLaVA JSON file with what is asked")
     arguments = parser.parse_args()
-    print(json.dumps(blind_readers(read_questions(arguments.train), read_questions(arguments.questions)), indent=2))
+    print(
+        json.dumps(
+            blind_readers(read_questions(arguments.train, split="train"), read_questions(arguments.questions)),
+            indent=2,
+        )
+    )

@@ -38,7 +38,7 @@ EASY_VQA = Path("outputs/easy-vqa")
 class QuickstartConfig:
     """What the quickstart itself needs."""
 
-    test: str = field(default=str(EASY_VQA / "test.json"), metadata={"help": "LLaVA JSON with held-out questions."})
+    test: str = field(default=str(EASY_VQA / "test.json"), metadata={"help": "Held-out questions; see --data."})
     held_out_text: str | None = field(
         default=None,
         metadata={"help": "JSON lines {domain, text} for base perplexity; default: <base>/held_out.jsonl."},
@@ -60,7 +60,7 @@ def parse():
     own = [Path(p) for p in (config.data, config.align_data, quick.test) if Path(p).parent != EASY_VQA]
     if len(own) in (1, 2):
         raise ValueError("Replace --data, --align_data and --test together: they are the parts of one data set.")
-    missing = [str(path) for path in own if not path.exists()]
+    missing = [str(path) for path in own if path.suffix in (".json", ".jsonl") and not path.exists()]
     if missing:
         raise ValueError(f"No such file: {', '.join(missing)}.")
     return quick, replace(config, base=place(config.base), encoder=place(config.encoder)), args
@@ -108,7 +108,7 @@ def main():
     results = {"training_seconds": time.time() - start, "tensors": len(model.adapter_tensors())}
     results["base_and_encoder_bit_equal"] = base_tensors_hash(model) == before
     results["adapter_bytes"] = Path(args.output_dir, "moextend_adapter.safetensors").stat().st_size
-    known = read_questions(config.data, config.image_folder)
+    known = read_questions(config.data, config.image_folder, split="train")
     asked = read_questions(quick.test, config.image_folder, quick.max_questions)
     results["accuracy"] = {
         **blind_readers(known, asked),
