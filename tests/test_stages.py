@@ -9,7 +9,7 @@ import yaml
 from conftest import make_base, make_encoder
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from trl import TrlParser
 
@@ -85,12 +85,22 @@ def test_the_papers_recipe_has_the_papers_settings():
 def test_the_papers_recipe_builds_mixtral_on_the_meta_device():
     recipe = {"fraction": 0.5, **yaml.safe_load(PAPER.read_text())}
     text_config = AutoConfig.for_model("mixtral")  # its defaults are Mixtral-8x7B's
+    eyes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(text_config, dtype=torch.bfloat16)
-        layers = round(recipe["fraction"] * text_config.num_hidden_layers)
-        model = MoExtendForCausalLM.from_base(base, {layer: [0] * recipe["new_experts"] for layer in range(layers)})
-    experts = sum(t.numel() for name, t in model.adapter_tensors().items() if ".experts." in name)
+        encoder = CLIPVisionModel(CLIPVisionConfig(image_size=336, patch_size=14, **eyes))  # CLIP ViT-L/14-336
+        plan = {
+            j: [0] * recipe["new_experts"] for j in range(round(recipe["fraction"] * text_config.num_hidden_layers))
+        }
+        routing = {name: recipe[name] for name in ("scope", "selection", "calibration")}
+        model = MoExtendForCausalLM.from_base(base, plan, encoder=encoder, **routing)
+    sizes = {name: tensor.numel() for name, tensor in model.adapter_tensors().items()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
     assert experts == 16 * 3 * 4096 * 14336  # 2.82B, the paper's trained LLM parameters
+    assert sum(size for name, size in sizes.items() if ".router." in name) == 16 * 4096
+    assert sum(size for name, size in sizes.items() if ".calibration." in name) == 16 * 2 * 16 * 9
+    assert sum(size for name, size in sizes.items() if "projector" in name) == 1025 * 4096 + 4097 * 4096
+    assert model.config.num_image_tokens == 576
 
 
 @pytest.fixture
