@@ -88,8 +88,7 @@ class MoExtendConfig(PreTrainedConfig):
         """Features (and so image tokens) one image gives; 0 without an encoder."""
         if self.encoder_config is None:
             return 0
-        patches = (self.encoder_config.image_size // self.encoder_config.patch_size) ** 2
-        return patches + (1 if self.encoder_select_feature == "full" and has_class_token(self.encoder_config) else 0)
+        return count_image_tokens(self.encoder_config, self.encoder_select_feature)
 
     def get_text_config(self, decoder=None, encoder=None):
         """A view of `text_config`: trainers write to what they get here, and the base's own config must not change."""
@@ -141,6 +140,19 @@ def as_config(config):
 def has_class_token(encoder_config):
     """CLIP prepends a class token to its patches, SigLIP does not."""
     return "clip" in encoder_config.model_type and "siglip" not in encoder_config.model_type
+
+
+def count_image_tokens(encoder_config, select_feature="patch"):
+    """P, the features an image gives: (image_size // patch_size)^2, and the class token with "full".
+
+    Raises:
+        ValueError: an unknown `select_feature`.
+    """
+    config = getattr(encoder_config, "vision_config", encoder_config)
+    if select_feature not in SELECT_FEATURES:
+        raise ValueError(f"select_feature={select_feature!r} is unknown; it must be 'patch' or 'full'.")
+    patches = (config.image_size // config.patch_size) ** 2
+    return patches + (1 if select_feature == "full" and has_class_token(config) else 0)
 
 
 def normalise_plan(plan):

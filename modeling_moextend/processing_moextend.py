@@ -12,7 +12,7 @@ from transformers.tokenization_utils_base import AddedToken
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .configuration_moextend import as_config, has_class_token
+from .configuration_moextend import as_config, count_image_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -91,19 +91,6 @@ def to_rgb(image):
     if "transparency" in image.info:  # PIL warns when it drops a palette's alpha by itself
         image = image.convert("RGBA")
     return image.convert("RGB")
-
-
-def count_image_tokens(encoder_config, select_feature="patch"):
-    """P, the features an image gives: (image_size // patch_size)^2, and the class token with "full".
-
-    Raises:
-        ValueError: an unknown `select_feature`.
-    """
-    config = getattr(encoder_config, "vision_config", encoder_config)
-    if select_feature not in ("patch", "full"):
-        raise ValueError(f"select_feature={select_feature!r} is unknown; it must be 'patch' or 'full'.")
-    patches = (config.image_size // config.patch_size) ** 2
-    return patches + (1 if select_feature == "full" and has_class_token(config) else 0)
 
 
 class MoExtendProcessor(ProcessorMixin):
