@@ -1,12 +1,13 @@
 """`MoExtendConfig`: which base, which layers got new experts, how tokens reach them, and where images come from."""
 
 import copy
+import math
 from operator import index
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
-SCOPES = ("all", "modality")
+SCOPES = ("all", "modality", "gate")
 SELECTIONS = ("compete", "exclusive")
 CALIBRATIONS = ("all", "routed", "none")
 SELECT_FEATURES = ("patch", "full")
@@ -29,10 +30,14 @@ class MoExtendConfig(PreTrainedConfig):
         projector_hidden_act (`str`): activation between the projector's two linear layers.
         image_token_id (`int`, *optional*): id standing for an image feature; may lie past the embedding.
         extended_layers (`dict[int, list[int]]`): decoder layer index -> source expert of each new expert.
-        scope (`str`): tokens that may use new experts: `"all"`, or `"modality"` (from the first image token on).
+        scope (`str`): tokens that may use new experts: `"all"`, `"modality"` (from the first image token on), or
+            `"gate"` (those that a learned, causal gate lets through).
         selection (`str`): `"compete"` (one top-k over old and new rows, the paper) or `"exclusive"`.
         calibration (`str`): `"all"` (the paper), `"routed"` or `"none"`.
         calibration_hidden_size (`int`): inner width of the calibration.
+        gate_hidden_size (`int`): width D of the gate.
+        gate_threshold (`float`): the gate lets a token through when its routing margin is above this; the higher, the
+            fewer tokens. Can be changed after training (`model.gate_threshold = ...`).
         routing_rule (`dict`, *optional*): the base family's routing rule, found when the experts were attached.
 
     Raises:
@@ -60,6 +65,8 @@ class MoExtendConfig(PreTrainedConfig):
         selection="compete",
         calibration="all",
         calibration_hidden_size=16,
+        gate_hidden_size=64,
+        gate_threshold=0.0,
         routing_rule=None,
         **kwargs,
     ):
@@ -77,6 +84,7 @@ class MoExtendConfig(PreTrainedConfig):
         self.extended_layers = normalise_plan(extended_layers)
         self.scope, self.selection, self.calibration = scope, selection, calibration
         self.calibration_hidden_size = calibration_hidden_size
+        self.gate_hidden_size, self.gate_threshold = gate_hidden_size, gate_threshold
         self.routing_rule = routing_rule
         kwargs.setdefault("tie_word_embeddings", False)  # the base ties its own weights; nothing here is tied
         super().__init__(**kwargs)
@@ -201,8 +209,27 @@ def check_routing_choices(config):
             f"selection='exclusive' with calibration={config.calibration!r} has no meaning: the weights of new "
             "experts already sum to what the base's own weights sum to. Use calibration='none'."
         )
+    config.gate_threshold = check_threshold(config.gate_threshold)
     if config.scope == "modality" and config.encoder_name_or_path is None and config.encoder_config is None:
         raise ValueError("scope='modality' needs an encoder: without images no token would ever use a new expert.")
+
+
+def check_threshold(threshold):
+    """`threshold` as a float.
+
+    Raises:
+        ValueError: no finite number (a JSON file holds no other).
+    """
+    try:
+        value = float(threshold)
+    except (TypeError, ValueError):
+        value = math.nan
+    if isinstance(threshold, bool) or not math.isfinite(value):
+        raise ValueError(
+            f"gate_threshold={threshold!r} is no finite number. 0 is where the gate was trained to decide; 1e9 "
+            "lets no token through, -1e9 every one."
+        )
+    return value
 
 
 def check_vision_choices(config):

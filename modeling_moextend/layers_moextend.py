@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .gate_moextend import TokenGate
 from .routing_moextend import Calibration, RoutingRecord, explains, family_rule, probe_rule, route
 
 EXPERTS_INTERFACE = ("_is_expert_parallel", "has_gate", "is_transposed", "down_proj")
@@ -39,11 +40,13 @@ class PassState(threading.local):
     Attributes:
         enabled: whether new experts take part; `None`: as `RoutingState.switched_on` says.
         scope: [T] bool, tokens that may use new experts; `None` for every token.
+        gated: with `scope="gate"`, the `GatedPass` from which the gate makes `scope`.
         records: filled with a `RoutingRecord` a layer while someone listens.
     """
 
     enabled = None
     scope = None
+    gated = None
     records = None
 
 
@@ -63,6 +66,10 @@ class RoutingState:
     @property
     def scope(self):
         return self.now.scope
+
+    @property
+    def gated(self):
+        return self.now.gated
 
     @property
     def records(self):
@@ -87,11 +94,11 @@ class RoutingState:
         `context_fn` to run inside this one. The values are set in the thread that recomputes.
         """
         forward, recompute = other() if other else (contextlib.nullcontext(), contextlib.nullcontext())
-        enabled, scope = self.enabled, self.scope
+        seen = {"enabled": self.enabled, "scope": self.scope, "gated": self.gated, "records": None}
 
         @contextlib.contextmanager
         def replay():
-            with self.using(enabled=enabled, scope=scope, records=None), recompute:
+            with self.using(**seen), recompute:
                 yield
 
         return forward, replay()
@@ -100,7 +107,8 @@ class RoutingState:
 class RouterExtension(nn.Module):
     """New router rows [N, H] of one layer, with bias, correction bias [N] and calibration where there are any.
 
-    With N = 0 it only records what the base's router decides, so that every MoE layer is heard.
+    With N = 0 it only records what the base's router decides, so that every MoE layer is heard. With `scope="gate"`
+    the lowest extended layer also holds the `TokenGate` that decides for itself and every layer above.
     """
 
     def __init__(self, layer, num_base, rule, state, config):
@@ -108,22 +116,37 @@ class RouterExtension(nn.Module):
         self.layer, self.num_base, self.rule, self.state = layer, num_base, rule, state
         self.num_new = 0
         self.config = config
-        self.weight = self.bias = self.calibration = None
+        self.weight = self.bias = self.calibration = self.gate = None
         self.register_buffer("correction_bias", None)
 
     def forward(self, router, hidden_states, answer):
         """The base router's answer (logits [T, E], weights [T, K], index [T, K]), extended by the new rows."""
-        if self.num_new and self.state.enabled and self.in_use():
-            answer = self.extend(router, hidden_states.reshape(-1, hidden_states.shape[-1]), answer)
+        margins = None
+        if self.num_new and self.state.enabled:
+            if self.gate is not None and self.state.gated is not None:
+                margins = self.decide(hidden_states)
+            if self.in_use():
+                answer = self.extend(router, hidden_states.reshape(-1, hidden_states.shape[-1]), answer)
         if self.state.records is not None:
             num_new = answer[0].shape[-1] - self.num_base
             scope = self.scope(answer[0].device)
-            self.state.records[self.layer] = RoutingRecord(answer[0], answer[2], scope, self.num_base, num_new)
+            record = RoutingRecord(answer[0], answer[2], scope, self.num_base, num_new, margins)
+            self.state.records[self.layer] = record
         return answer
+
+    def decide(self, hidden_states):
+        """Lets the gate set the scope of this pass; returns its margins [T]."""
+        gated = self.state.gated
+        margins = self.gate(hidden_states.reshape(*gated.is_real.shape, -1), gated)
+        in_scope = (margins > self.config.gate_threshold) & gated.is_real.to(margins.device)
+        self.state.now.scope = in_scope.detach().reshape(-1)
+        return margins.reshape(-1)
 
     def in_use(self):
         """False where no token is in scope and nobody needs a gradient or the new logits: the base's answer stands."""
-        if self.state.scope is None or self.state.records is not None or torch.is_grad_enabled():
+        if self.state.scope is None:
+            return self.config.scope != "gate"  # a gate that was not asked lets no token through
+        if self.state.records is not None or torch.is_grad_enabled():
             return True
         return bool(self.state.scope.any())
 
@@ -379,6 +402,14 @@ def add_experts(layer, sources, config):
     layer.experts.moextend = experts
 
 
+def add_gate(layers, config):
+    """Puts a closed `TokenGate` into the lowest extended layer, unless it is there."""
+    extension = layers[min(config.extended_layers)].router.moextend
+    if extension.gate is None:
+        hidden_size = extension.weight.shape[-1]
+        extension.gate = TokenGate(hidden_size, config.gate_hidden_size, device=extension.weight.device)
+
+
 def start_values(layer, sources, config):
     """Where every new tensor of a layer starts, in float32: part -> name -> value; the calibration as a module.
 
@@ -388,6 +419,7 @@ def start_values(layer, sources, config):
     | router row, bias, correction bias | copy of its source's | Eq. 8: chosen where its source is |
     | calibration fc1 | uniform, 1/sqrt(E + N) (nn.Linear's) | something to learn from |
     | calibration fc2 | zero | identity at first |
+    | gate | `TokenGate`: last layer zero, bias -1 | closed: an untrained adapter is the base, bit for bit |
     """
     with materialised(layer.experts), materialised(layer.router):
         values = {

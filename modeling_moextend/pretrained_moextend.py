@@ -23,6 +23,7 @@ from .hub_moextend import PUSH_KWARGS, check_save_kwargs, upload, write_card
 from .layers_moextend import (
     RoutingState,
     add_experts,
+    add_gate,
     attach,
     detach,
     find_moe_layers,
@@ -44,6 +45,7 @@ from .loading_moextend import (
 )
 from .routing_moextend import Rule, balance_loss
 from .scope_moextend import remember, token_scope
+from .switch_moextend import AdapterSwitch
 from .vision_moextend import Projector, encode_images, merge_images, projector_tied
 
 # What generate and set_attn_implementation ask; not _can_compile_fullgraph: new experts run on gathered tokens.
@@ -51,7 +53,7 @@ BASE_FLAGS = ("_is_stateful", "_supports_sdpa", "_supports_flash_attn", "_suppor
 PAPER = {"scope": "all", "selection": "compete", "calibration": "all"}
 
 
-class MoExtendPreTrainedModel(PreTrainedModel):
+class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
     """What both models share: the base and its extensions, the encoder and projector, loading and saving."""
 
     config_class = MoExtendConfig
@@ -77,6 +79,8 @@ class MoExtendPreTrainedModel(PreTrainedModel):
         attach(self.get_decoder(), config, self.routing, rule)
         for layer, sources in config.extended_layers.items():
             add_experts(layers[layer], sources, config)
+        if config.scope == "gate" and config.extended_layers:
+            add_gate(layers, config)
         if encoder is not None:
             encoder.requires_grad_(False)
             self.projector = Projector(
@@ -103,15 +107,17 @@ class MoExtendPreTrainedModel(PreTrainedModel):
         scope = state = None
         if self.routing.enabled and self.config.extended_layers:
             mask = kwargs.get("attention_mask")
-            scope, state = token_scope(self.config, input_ids, position_ids, mask, past_key_values, past_length)
+            place = position_ids, mask, past_key_values, past_length
+            scope, state = token_scope(self.config, input_ids, *place, inputs_embeds)
         if pixel_values is not None or self.has_image_tokens(input_ids):
             inputs_embeds, input_ids = self.embed_images(input_ids, inputs_embeds, pixel_values), None
         elif inputs_embeds is not None and self.projector is not None:
             inputs_embeds = zero_tie(inputs_embeds, self.projector.parameters())
         if inputs_embeds is not None:
             kwargs["inputs_embeds"] = inputs_embeds
-        scope = None if scope is None else scope.reshape(-1)
-        with self.routing.using(scope=scope), projector_tied(self.get_input_embeddings(), self.projector):
+        passing = {"scope": None if scope is None else scope.reshape(-1)}
+        passing["gated"] = state if self.config.scope == "gate" else None
+        with self.routing.using(**passing), projector_tied(self.get_input_embeddings(), self.projector):
             outputs = self.base(
                 input_ids=input_ids, position_ids=position_ids, past_key_values=past_key_values, **kwargs
             )
@@ -189,6 +195,8 @@ class MoExtendPreTrainedModel(PreTrainedModel):
         encoder_select_feature="patch",
         projector_hidden_act="gelu",
         calibration_hidden_size=16,
+        gate_hidden_size=64,
+        gate_threshold=0.0,
         **kwargs,
     ):
         """Attaches new experts, and eyes, to a pretrained MoE causal LM.
@@ -196,7 +204,7 @@ class MoExtendPreTrainedModel(PreTrainedModel):
         Args:
             base: Hub id, folder, or a loaded model (which is extended in place; its own tensors never change).
             extended_layers: decoder layer index -> source experts; one new expert for each.
-            scope: `"all"` or `"modality"`: which tokens may use new experts.
+            scope: `"all"`, `"modality"` or `"gate"`: which tokens may use new experts.
             selection: `"compete"` or `"exclusive"`: whether base experts and new ones share one top-k.
             calibration: `"all"`, `"routed"` or `"none"`: whose weights are calibrated.
             paper: says that all three are the paper's, which are the defaults; refuses others.
@@ -227,6 +235,8 @@ class MoExtendPreTrainedModel(PreTrainedModel):
             image_token_id=base.get_input_embeddings().weight.shape[0] if image_token_id is None else image_token_id,
             extended_layers=plan,
             calibration_hidden_size=calibration_hidden_size,
+            gate_hidden_size=gate_hidden_size,
+            gate_threshold=gate_threshold,
             dtype=base.dtype,
             **choices,
         )
@@ -247,9 +257,16 @@ class MoExtendPreTrainedModel(PreTrainedModel):
         again = sorted(plan.keys() & self.config.extended_layers.keys())
         if again:
             raise ValueError(f"Layers {again} have new experts already; a layer is extended once.")
+        if self.gate is not None and min(plan) < min(self.config.extended_layers):
+            raise ValueError(
+                f"The gate reads the input of layer {min(self.config.extended_layers)}, so layer {min(plan)} below it "
+                "can't be added. Name all layers at once, or begin anew with from_base(...)."
+            )
         for layer, sources in plan.items():
             add_experts(layers[layer], sources, self.config)
         self.config.extended_layers = normalise_plan({**self.config.extended_layers, **plan})
+        if self.config.scope == "gate":
+            add_gate(layers, self.config)
 
     def detach(self):
         """Takes the adapter off and returns the base, bit for bit what it was."""
@@ -257,30 +274,6 @@ class MoExtendPreTrainedModel(PreTrainedModel):
         for name in self.base_trainable:
             self.base.get_parameter(name).requires_grad_(True)
         return self.base
-
-    @contextlib.contextmanager
-    def disable_adapter(self):
-        """Inside the block the model is the base, bit for bit; images are refused."""
-        with self.routing.using(enabled=False):
-            yield
-
-    def disable_adapters(self):
-        """Switches the adapter off until `enable_adapters`."""
-        self.routing.switched_on = False
-
-    def enable_adapters(self):
-        self.routing.switched_on = True
-
-    def active_adapters(self):
-        """Names of the adapters that take part: `["default"]`, or `[]` while switched off."""
-        return ["default"] if self.routing.enabled else []
-
-    def load_adapter(self, *args, **kwargs):
-        raise NotImplementedError(
-            "A MoExtend model holds one adapter for now. To replace its tensors use load_adapter_tensors(folder)."
-        )
-
-    set_adapter = delete_adapter = add_adapter = load_adapter
 
     # ------------------------------------------------------------ the new tensors
 
@@ -297,6 +290,8 @@ class MoExtendPreTrainedModel(PreTrainedModel):
             if router.moextend.calibration is not None:
                 calibration = router.moextend.calibration.named_parameters()
                 tensors |= {f"layers.{layer}.calibration.{name}": tensor for name, tensor in calibration}
+        if self.gate is not None:
+            tensors |= {f"gate.{name}": tensor for name, tensor in self.gate.named_parameters()}
         if self.projector is not None:
             tensors |= {f"projector.{name}": tensor for name, tensor in self.projector.named_parameters()}
         return tensors
@@ -328,8 +323,8 @@ class MoExtendPreTrainedModel(PreTrainedModel):
         return trained
 
     def learns(self, name):
-        """Whether a gradient can reach this tensor of an extended layer."""
-        if name.endswith("correction_bias"):
+        """Whether stage finetune moves this tensor: one that a gradient reaches. The gate is trained before it."""
+        if name.endswith("correction_bias") or name.startswith("gate."):
             return False
         only_one = name.startswith("layers.") and len(self.config.extended_layers[int(name.split(".")[1])]) == 1
         return not (".router." in name and only_one and self.config.selection == "exclusive")
@@ -443,6 +438,7 @@ class MoExtendPreTrainedModel(PreTrainedModel):
         values, tensors, metadata = read_adapter(name_or_path, **hub_kwargs)
         check_same_kind(self.config, self.config_class.from_dict(values), name_or_path, check_base)
         put_tensors(self.adapter_tensors(), tensors, metadata)
+        self.config.gate_threshold = values.get("gate_threshold", self.config.gate_threshold)
 
     # ------------------------------------------------------------ what transformers asks of a model
 

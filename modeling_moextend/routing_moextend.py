@@ -60,7 +60,8 @@ class RoutingRecord(NamedTuple):
     """What one MoE layer decided in one forward pass.
 
     logits [T, E + N] (base columns first), index [T, K] of the selected experts (`UNUSED` where a slot is empty),
-    scope [T] bool (`None`: every token), num_base E, num_new N.
+    scope [T] bool (`None`: every token), num_base E, num_new N, gate [T] the routing margins of `scope="gate"` in the
+    layer that decides for all (`None` elsewhere).
     """
 
     logits: torch.Tensor
@@ -68,6 +69,7 @@ class RoutingRecord(NamedTuple):
     scope: torch.Tensor | None
     num_base: int
     num_new: int
+    gate: torch.Tensor | None = None
 
 
 class Calibration(nn.Module):

@@ -3,18 +3,21 @@
 `scope="all"` needs nothing. `scope="modality"` starts at the first image token of a token's own sequence and lasts to
 that sequence's end: it is causal, so a cached prefix stays valid when an image comes later. Its state is, per cache
 row, the place of that first image token, so that a cropped cache forgets an image that was cut off, and reordered rows
-(beams) carry their own. Another scope is another branch in `token_scope`.
+(beams) carry their own. `scope="gate"` is decided inside the pass, by the gate of the lowest extended layer; its state
+is what the gate sums up, per row and cache slot, so that a cropped cache falls back to the sums of its last token.
 """
 
 import functools
 
 import torch
 
+from .gate_moextend import GatedPass
+
 NEVER = torch.iinfo(torch.long).max  # place of the first image token in a row that has none
-STATE = "moextend_first_image"  # attribute of a cache: [B] places, counted in cache slots
+STATE = "moextend_state"  # attribute of a cache; modality: [B] places in cache slots, gate: [B, L, 2 D] sums
 
 
-def token_scope(config, input_ids, position_ids, attention_mask, cache, past_length):
+def token_scope(config, input_ids, position_ids, attention_mask, cache, past_length, inputs_embeds=None):
     """Which tokens of this forward pass may use new experts.
 
     Args:
@@ -24,15 +27,20 @@ def token_scope(config, input_ids, position_ids, attention_mask, cache, past_len
         attention_mask: [B, past + S], 0 for padding; another shape or `None`: nothing is known of padding.
         cache: the key-value cache or `None`; its state is read here and written by `remember`.
         past_length: number of tokens in the cache before this pass.
+        inputs_embeds: [B, S, H] where there are no `input_ids`.
 
     Returns:
-        ([B, S] bool, new state of the cache); both `None` where every token may.
+        ([B, S] bool, new state of the cache); both `None` where every token may. With `scope="gate"` the first is
+        `None` and the second a `GatedPass`, which the gate fills.
 
     Raises:
         ValueError: `scope="modality"` and no `input_ids` to find the image tokens in.
     """
     if config.scope == "all":
         return None, None
+    if config.scope == "gate":
+        tokens = inputs_embeds[..., 0] if input_ids is None else input_ids
+        return None, gated_pass(tokens, position_ids, attention_mask, cache, past_length)
     if input_ids is None:
         raise ValueError(
             "scope='modality' finds the image tokens in input_ids, but only inputs_embeds was given. Pass input_ids "
@@ -51,6 +59,14 @@ def real_tokens(attention_mask, length, past_length):
     return attention_mask[:, past_length : past_length + length].bool()
 
 
+def gated_pass(tokens, position_ids, attention_mask, cache, past_length):
+    """The `GatedPass` of `tokens` [B, S]: what the gate has to know of this pass."""
+    is_real = real_tokens(attention_mask, tokens.shape[1], past_length)
+    is_real = torch.ones_like(tokens, dtype=torch.bool) if is_real is None else is_real.to(tokens.device)
+    columns = torch.arange(tokens.shape[1], device=tokens.device).expand_as(is_real)
+    return GatedPass(is_real, sequence_starts(is_real, position_ids, columns), cached_sums(cache, past_length))
+
+
 def modality_scope(is_image, position_ids, cache, past_length, is_real=None):
     """[B, S] bool: at or after the first image token of its own sequence. And [B]: the state after this pass."""
     places = past_length + torch.arange(is_image.shape[1], device=is_image.device).expand_as(is_image)
@@ -66,13 +82,14 @@ def modality_scope(is_image, position_ids, cache, past_length, is_real=None):
 
 
 def remember(cache, state):
-    """Keeps `state` [B] with `cache`, so that the next pass and every move of its rows find it."""
+    """Keeps `state` with `cache`, so that the next pass and every move of its rows find it."""
+    state = getattr(state, "sums", state)  # of a GatedPass
     if cache is not None and state is not None:
         setattr(follow_rows(cache), STATE, state)
 
 
 def sequence_starts(is_real, position_ids, places):
-    """[B, S]: cache slot at which each token's sequence starts, -1 where it started before this pass or at its head.
+    """[B, S]: the one of `places` [B, S] where each token's sequence starts, -1: before this pass or at its head.
 
     A token starts a sequence whose position is not above that of the token before it, or is 0 where this pass has none
     before it. Padding (not `is_real` [B, S]) is passed over: it starts nothing, whatever its positions say.
@@ -96,11 +113,24 @@ def cached_first(cache, batch_size, past_length, device):
     return torch.where(state < past_length, state, NEVER)
 
 
+def cached_sums(cache, past_length):
+    """[B, past_length, 2 D]: the gate's state in `cache`, without what a crop has cut off; `None` where there is none.
+
+    Tokens that the cache took in without the gate (adapter switched off) count for nothing.
+    """
+    state = getattr(cache, STATE, None)
+    if state is None:
+        return None
+    state = state[:, :past_length]
+    unseen = int(past_length) - state.shape[1]
+    return torch.cat([state, state[:, -1:].expand(-1, unseen, -1)], dim=1) if unseen and state.shape[1] else state
+
+
 ROW_METHODS = {  # cache methods that move rows -> what they do to a tensor with one entry a row
     "reorder_cache": lambda state, index: state.index_select(0, index.to(state.device)),
     "batch_select_indices": lambda state, index: state[index.to(state.device)],
     "batch_repeat_interleave": lambda state, repeats: state.repeat_interleave(repeats, dim=0),
-    "reset": lambda state: torch.full_like(state, NEVER),
+    "reset": lambda state: None,
 }
 
 

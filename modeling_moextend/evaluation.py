@@ -1,0 +1,406 @@
+"""What an adapter gained and what its base lost: one pass over texts the base knew, one over questions it did not.
+
+    rows = compare_with_base(model, tokenizer, read_documents("held_out.jsonl"))
+    base_retention(rows)["perplexity_ratio"]                          # 1.0: nothing forgotten
+    score(answer(model, tokenizer, prompts), references)              # share of right answers
+
+Any causal LM can be measured against another one (`base=`); a MoExtend model is measured against its own base.
+"""
+
+import contextlib
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .metrics import load_metric
+
+CHUNK = 256  # tokens whose distributions over the vocabulary are compared at once, in float32
+
+
+# ---------------------------------------------------------------- files
+
+
+def read_documents(path):
+    """[{"domain", "text"}] of JSON lines; a document may hold "messages" (a chat) in place of "text".
+
+    Raises:
+        ValueError: names the line that holds neither, or no domain; an empty file.
+    """
+    documents = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        if line.strip():
+            document = json.loads(line)
+            if not isinstance(document, dict) or "domain" not in document or not {"text", "messages"} & set(document):
+                raise ValueError(f'Line {number} of {path} must be {{"domain": ..., "text": ... or "messages": ...}}.')
+            documents.append(document)
+    if not documents:
+        raise ValueError(f"{path} holds no document.")
+    return documents
+
+
+def read_questions(path, image_folder=None, number=None):
+    """[{"prompt": messages, "answer": str, "images": [paths]}]: the last message is the answer, the others ask.
+
+    Args:
+        path: JSON or JSON lines, either with `messages` and, if need be, `images` (TRL's) or with `conversations` and
+            `image` (LLaVA's). With `messages`, `answers` may list what several people answered, for VQA accuracy.
+        image_folder: what image paths start from; default: the file's own folder.
+        number: a random sample of so many (seed 0); default: all.
+
+    Raises:
+        ValueError: an empty file; an entry whose last message is not the assistant's.
+    """
+    from .llava import load_llava, read_entries
+
+    entries, folder = [entry for _, entry in read_entries(path)], image_folder or Path(path).parent
+    if entries and "conversations" in entries[0]:
+        samples = load_llava(path, image_folder, prompt_completion=True).with_format(None)  # images stay files
+        rows = [{**sample, "messages": [*sample["prompt"], *sample["completion"]]} for sample in samples]
+    else:
+        rows = entries
+    if not rows:
+        raise ValueError(f"{path} holds no question.")
+    questions = [question(place, row, path, folder) for place, row in enumerate(rows)]
+    return questions if number is None else random.Random(0).sample(questions, min(number, len(questions)))
+
+
+def question(place, row, path, folder):
+    """One row with `messages` as {"prompt", "answer", "images"} and, where it has them, "answers".
+
+    Raises:
+        ValueError: names the row.
+    """
+    messages = row.get("messages") or []
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError(
+            f"Entry {place} of {path} must hold `messages` that end with the assistant's, the reference answer, or "
+            "LLaVA's `conversations`."
+        )
+    images = [image if isinstance(image, str) else image["path"] for image in row.get("images") or []]
+    found = {"prompt": messages[:-1], "answer": as_text(messages[-1]["content"])}
+    found["images"] = [str(Path(folder, image)) for image in images]
+    return found | ({"answers": row["answers"]} if row.get("answers") else {})
+
+
+def as_text(content):
+    """A message's content as text, whether it is a string or a list of parts."""
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def base_retention(rows):
+    """The metric `base_retention` of the rows of `compare_with_base`: see metrics/base_retention.py for its values."""
+    predictions = [
+        {
+            **{name: row[name] for name in ("nll", "kl", "top1")},
+            "captured": [{"layer": layer, "tokens": tokens} for layer, tokens in row.get("captured", {}).items()],
+        }
+        for row in rows
+    ]
+    references = [{"nll": row["base_nll"], "top1": row["base_top1"], "domain": row["domain"]} for row in rows]
+    return load_metric("base_retention").compute(predictions=predictions, references=references)
+
+
+def score(answers, references, metric="exact_match"):
+    """Share of right answers in [0, 1], by "exact_match" or "vqa_accuracy".
+
+    A reference is a text, or a list of them: what several people answered, for the latter.
+    """
+    if metric == "vqa_accuracy":
+        references = [[reference] if isinstance(reference, str) else reference for reference in references]
+    return load_metric(metric).compute(predictions=answers, references=references)[metric]
+
+
+# ---------------------------------------------------------------- the base's own text
+
+
+@torch.no_grad()
+def compare_with_base(model, tokenizer, documents, *, base=None, max_length=256, batch_size=16, progress=True):
+    """The adapted model beside its base, token by token.
+
+    Args:
+        model: a MoExtend model, or any causal LM with `base=`. Its mode (training or evaluation) is given back.
+        tokenizer: the base's, or a processor that holds it.
+        documents: [{"domain", "text"}] or [{"domain", "messages"}]; at least two tokens each.
+        base: the causal LM to compare with; default: `model` with its adapter off.
+        max_length: tokens of a document that count.
+        batch_size: documents at once, of similar length.
+        progress: show a bar.
+
+    Returns:
+        One row a document, in their order, with S tokens of which S - 1 are predicted: `domain`; `nll`, `base_nll`,
+        `kl` (nats, KL(base || model)), `top1`, `base_top1`: S - 1 values; `bit_equal`: every logit is the base's. Of a
+        MoExtend model also, by layer: `captured` (0 or 1 for each of S tokens: it selects a new expert), `experts`
+        (how often each of E + N experts is selected) and, with scope "gate", `gate` (margin z of each of S tokens).
+
+    Raises:
+        ValueError: no documents; one of less than two tokens; a plain model without `base`; unequal vocabularies.
+    """
+    if base is None and not is_moextend(model):
+        raise ValueError(
+            f"{type(model).__name__} is no MoExtend model: say what to compare it with, base=<causal LM>."
+        )
+    ids = document_ids(tokenizer, documents, max_length)
+    rows = [None] * len(ids)
+    models = [model] if base is None else [model, base]
+    with evaluation_mode(*models), bar(len(ids), "texts of the base", progress) as counter:
+        for chosen in batches([len(one) for one in ids], batch_size):
+            compared = compare_batch(model, base, [ids[place] for place in chosen], pad_id(tokenizer))
+            for place, row in zip(chosen, compared, strict=True):
+                rows[place] = {"domain": documents[place]["domain"], **row}
+            counter.update(len(chosen))
+    return rows
+
+
+def document_ids(tokenizer, documents, max_length):
+    """Token ids of each document, at most `max_length`.
+
+    Raises:
+        ValueError: no documents, or one of less than two tokens.
+    """
+    if not documents:
+        raise ValueError("There are no documents: retention is measured on texts that the base knew.")
+    ids = []
+    for number, document in enumerate(documents):
+        if "messages" in document:
+            text = tokenizer.apply_chat_template(document["messages"], tokenize=False)
+            found = text_tokenizer(tokenizer)(text, add_special_tokens=False, verbose=False).input_ids
+        else:
+            found = text_tokenizer(tokenizer)(document["text"], verbose=False).input_ids
+        if len(found) < 2 or max_length < 2:
+            raise ValueError(
+                f"Document {number} ({document['domain']!r}) has {min(len(found), max_length)} tokens; at least "
+                "two are needed, for the first one is not predicted."
+            )
+        ids.append(found[:max_length])
+    return ids
+
+
+def compare_batch(model, base, ids, pad):
+    """A row a document, see `compare_with_base`, without its domain. `ids`: lists of token ids."""
+    inputs = padded(ids, pad, "right")
+    recording = model.record_routing() if is_moextend(model) else contextlib.nullcontext({})
+    with recording as records:
+        logits = logits_of(model, inputs)
+    with model.disable_adapter() if base is None else contextlib.nullcontext():
+        base_logits = logits_of(model if base is None else base, inputs).to(logits.device)
+    if logits.shape != base_logits.shape:
+        raise ValueError(f"The model's vocabulary has {logits.shape[-1]} tokens, the base's {base_logits.shape[-1]}.")
+    rows = []
+    for number, one in enumerate(ids):
+        mine, other = logits[number, : len(one)], base_logits[number, : len(one)]
+        row = {**compare_tokens(mine, other, torch.tensor(one[1:])), "bit_equal": torch.equal(mine, other)}
+        rows.append({**row, **routing_of(records, number, len(one), logits.shape[1])})
+    return rows
+
+
+def logits_of(model, inputs):
+    """[B, S, vocabulary] of right-padded `inputs`."""
+    return model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}, use_cache=False).logits
+
+
+def compare_tokens(logits, base_logits, targets):
+    """Lists of S - 1 values from two [S, vocabulary] and the [S - 1] next tokens; see `compare_with_base`."""
+    values = {name: [] for name in ("nll", "base_nll", "kl", "top1", "base_top1")}
+    parts = (part[: len(targets)].split(CHUNK) for part in (logits, base_logits))
+    for mine, other, target in zip(*parts, targets.to(logits.device).split(CHUNK), strict=True):
+        mine, other = mine.float().log_softmax(-1), other.float().log_softmax(-1)
+        values["nll"] += (-mine.gather(-1, target[:, None])).squeeze(-1).tolist()
+        values["base_nll"] += (-other.gather(-1, target[:, None])).squeeze(-1).tolist()
+        values["kl"] += (other.exp() * (other - mine)).sum(-1).clamp(min=0).tolist()  # rounding may dip below 0
+        values["top1"] += mine.argmax(-1).tolist()
+        values["base_top1"] += other.argmax(-1).tolist()
+    return values
+
+
+def routing_of(records, row, length, width):
+    """`captured`, `experts` and `gate` by layer, of the first `length` tokens of one row of a [B, width] batch."""
+    if not records:
+        return {}
+    found = {"captured": {}, "experts": {}}
+    here = slice(row * width, row * width + length)
+    for layer, record in records.items():
+        index, total = record.index[here].cpu(), record.num_base + record.num_new
+        found["experts"][layer] = torch.bincount(index[index >= 0], minlength=total).tolist()
+        if record.num_new:
+            found["captured"][layer] = (index >= record.num_base).any(-1).int().tolist()
+        if getattr(record, "gate", None) is not None:
+            found.setdefault("gate", {})[layer] = record.gate.reshape(-1)[here].float().tolist()
+    return found
+
+
+def expert_use(rows):
+    """{domain: {layer: [share of the domain's selections that each of E + N experts gets]}}; each list sums to 1."""
+    counts = {}
+    for row in rows:
+        for layer, numbers in row.get("experts", {}).items():
+            total = counts.setdefault(row["domain"], {}).setdefault(layer, torch.zeros(len(numbers), dtype=torch.long))
+            total += torch.tensor(numbers)
+    return {
+        domain: {layer: (total.double() / max(int(total.sum()), 1)).tolist() for layer, total in layers.items()}
+        for domain, layers in sorted(counts.items())
+    }
+
+
+# ---------------------------------------------------------------- the new task
+
+
+@torch.no_grad()
+def answer(model, tokenizer, prompts, *, images=None, max_new_tokens=12, batch_size=64, progress=True):
+    """The model's greedy answers.
+
+    Args:
+        model: any causal LM; with images a MoExtend model with an encoder. Its mode is given back.
+        tokenizer: with a chat template; with images the processor.
+        prompts: lists of messages, each ending with what is asked.
+        images: for each prompt a list of images (PIL or paths), in reading order; default: none.
+        max_new_tokens: an answer is cut there, or at its end token.
+        batch_size: prompts at once, of similar length.
+        progress: show a bar.
+
+    Returns:
+        `list[str]`: an answer a prompt, without special tokens and white space around.
+    """
+    texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
+    images = [[] for _ in texts] if images is None else images
+    given = [None] * len(texts)
+    ends = generation_ends(model, tokenizer)
+    with evaluation_mode(model), bar(len(texts), "questions", progress) as counter:
+        for chosen in batches([len(text) for text in texts], batch_size):
+            inputs = encode(tokenizer, [texts[place] for place in chosen], [images[place] for place in chosen])
+            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, **ends)
+            output = text_tokenizer(tokenizer).batch_decode(
+                output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            )
+            for place, text in zip(chosen, output, strict=True):
+                given[place] = text.strip()
+            counter.update(len(chosen))
+    return given
+
+
+def encode(tokenizer, texts, images):
+    """Left-padded inputs of one batch; images go to the processor."""
+    if not any(images):
+        return padded(text_tokenizer(tokenizer)(texts, add_special_tokens=False).input_ids, pad_id(tokenizer), "left")
+    from PIL import Image
+
+    images = [[image if hasattr(image, "convert") else Image.open(image) for image in row] for row in images]
+    options = {"add_special_tokens": False, "padding": True, "padding_side": "left", "return_tensors": "pt"}
+    return dict(tokenizer(images=images, text=texts, **options))
+
+
+def generation_ends(model, tokenizer):
+    """Where `generate` stops: at the model's own end tokens and at the tokenizer's."""
+    own = model.generation_config.eos_token_id
+    own = {own} if isinstance(own, int) else set(own or ())
+    ends = sorted(own | ({text_tokenizer(tokenizer).eos_token_id} - {None}))
+    return {"pad_token_id": pad_id(tokenizer), "eos_token_id": ends or None}
+
+
+# ---------------------------------------------------------------- thresholds
+
+
+def threshold_curve(model, measure, thresholds, *, progress=True):
+    """What `measure()` finds at every threshold of the gate; the model's own threshold is given back, also on errors.
+
+    Every threshold is measured by passes of its own: the gate of a later layer sees what earlier layers made of the
+    tokens that they routed, so its margins depend on the threshold too.
+
+    Args:
+        model: a MoExtend model with `scope="gate"`.
+        measure: called without arguments at each threshold; returns a dict.
+        thresholds: values of `model.gate_threshold`; higher ones let fewer tokens use new experts.
+
+    Returns:
+        [{"threshold": float, **measure()}], in the order given.
+
+    Raises:
+        ValueError: a model with another scope.
+    """
+    check_gate(model)
+    before, curve = model.gate_threshold, []
+    try:
+        with bar(len(thresholds), "thresholds", progress) as counter:
+            for threshold in map(float, thresholds):
+                model.gate_threshold = threshold
+                curve.append({"threshold": threshold, **measure()})
+                counter.update(1)
+    finally:
+        model.gate_threshold = before
+    return curve
+
+
+def check_gate(model):
+    """Refuses a model whose tokens no gate chooses.
+
+    Raises:
+        ValueError: names its scope.
+    """
+    scope = getattr(model.config, "scope", None)
+    if scope != "gate":
+        raise ValueError(
+            f"A threshold curve needs a model with scope='gate', but this one's scope is {scope!r}: leave out the "
+            "thresholds."
+        )
+
+
+# ---------------------------------------------------------------- tools
+
+
+def is_moextend(model):
+    """Whether `model` can say what its routers do; a model loaded as remote code is no instance of our class."""
+    return getattr(getattr(model, "config", None), "model_type", None) == "moextend"
+
+
+def text_tokenizer(tokenizer):
+    """The tokenizer, of a processor as well."""
+    return getattr(tokenizer, "tokenizer", tokenizer)
+
+
+def pad_id(tokenizer):
+    """An id to fill rows with; the attention mask says that it is none of the text."""
+    tokenizer = text_tokenizer(tokenizer)
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def padded(ids, pad, side):
+    """Lists of ids as `input_ids` and `attention_mask`, [B, longest]."""
+    tensors = [torch.tensor(one) for one in ids]
+    fill = {"batch_first": True, "padding_side": side}
+    return {
+        "input_ids": torch.nn.utils.rnn.pad_sequence(tensors, padding_value=pad, **fill),
+        "attention_mask": torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tensors], **fill),
+    }
+
+
+def batches(lengths, size):
+    """Lists of places, longest first: what is too long for the memory shows at once, and little is padding."""
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def bar(total, title, progress):
+    return tqdm(total=total, desc=title, disable=not progress, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def evaluation_mode(*models):
+    """Inside, the models are in evaluation mode; afterwards every module is in the mode it was."""
+    modes = [(model, module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, module, training in modes:
+            if model is module:
+                model.train(training)  # some models keep parts that are no modules of theirs
+        for _, module, training in modes:
+            module.training = training

@@ -1,0 +1,90 @@
+"""The token gate of `scope="gate"`: which tokens look like the new task, judged from what came before them.
+
+Letters: B rows, S tokens of this pass, L tokens in the cache after it, T = B * S, H hidden size, D gate size.
+
+One gate serves all extended layers. It reads the router input of the lowest one, which no new expert has touched: what
+it sees is the base's own computation, so it can be trained once, on hidden states computed once, and no later training
+moves what it decides about the base's text.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+SCORE_LIMIT = 8.0  # scores are kept within e^-8 ... e^8, so that sums over a long context neither vanish nor overflow
+CLOSED = -1.0  # margin of an untrained gate, for every token
+
+
+class TokenGate(nn.Module):
+    """z_t = MLP([h_t, m_t]); m_t, per channel, is a mean of v(h_s) over s <= t with weights exp(k(h_s)).
+
+    The weighted mean is attention without queries (as in AFT, arXiv 2105.14103): two running sums give it in one pass
+    over a prompt and in one step a token. Weights let a single telling token (a turn marker, say) stand out in a long
+    context, where a plain running mean fades as 1/t.
+
+    key, value [D, H], fc1 [D, H + D], fc2 [1, D]. fc2 starts at zero with bias -1: an untrained gate is closed.
+    """
+
+    def __init__(self, hidden_size, gate_size, device=None):
+        super().__init__()
+        options = {"device": device, "dtype": torch.float32}
+        self.key = nn.Linear(hidden_size, gate_size, **options)
+        self.value = nn.Linear(hidden_size, gate_size, **options)
+        self.fc1 = nn.Linear(hidden_size + gate_size, gate_size, **options)
+        self.fc2 = nn.Linear(gate_size, 1, **options)
+        nn.init.zeros_(self.fc2.weight)
+        nn.init.constant_(self.fc2.bias, CLOSED)
+
+    def forward(self, hidden_states, gated):
+        """Routing margins z [B, S] of hidden states [B, S, H], in float32 whatever the base's dtype.
+
+        `gated` (a `GatedPass`) says where sequences start and what the cache holds; it gets the new sums.
+        """
+        with torch.autocast(hidden_states.device.type, enabled=False):  # the same decision in training and in use
+            hidden = hidden_states.detach().float()
+            weights = linear(self.key, hidden).clamp(-SCORE_LIMIT, SCORE_LIMIT).exp()
+            sums = gated.add(torch.cat([weights * linear(self.value, hidden), weights], dim=-1))
+            total, weight = sums.float().chunk(2, dim=-1)
+            context = total / weight.clamp_min(torch.finfo(torch.float32).tiny)
+            inner = F.gelu(linear(self.fc1, torch.cat([hidden, context], dim=-1)))
+            return linear(self.fc2, inner).squeeze(-1)
+
+
+def linear(layer, hidden):
+    """`layer`, computed in float32: an adapter saved in bf16 decides as its float32 copy does."""
+    return F.linear(hidden, layer.weight.float(), layer.bias.float())
+
+
+class GatedPass:
+    """One forward pass as the gate sees it.
+
+    Args:
+        is_real: [B, S] bool, no padding.
+        starts: [B, S] place in this pass at which each token's sequence starts, -1: before this pass.
+        cached: [B, past, 2 D] sums after every token in the cache; `None` where there is none.
+
+    Attributes:
+        sums: [B, L, 2 D] float64, the state of the cache after this pass; `None` until the gate has run.
+    """
+
+    def __init__(self, is_real, starts, cached=None):
+        self.is_real, self.starts, self.cached, self.sums = is_real, starts, cached, None
+
+    def add(self, terms):
+        """Sums [B, S, 2 D] of `terms` over each token's own sequence so far; padding adds nothing."""
+        wide = (
+            terms.dtype if terms.device.type == "mps" else torch.float64
+        )  # packed rows subtract one sum from another
+        terms = terms.to(wide).masked_fill(~self.is_real.to(terms.device).unsqueeze(-1), 0)
+        sums = terms.cumsum(dim=1)
+        starts = self.starts.to(terms.device).unsqueeze(-1)
+        before = F.pad(sums, (0, 0, 1, 0))[:, :-1]  # what came before each place
+        foreign = before.gather(1, starts.clamp(min=0).expand_as(sums)).masked_fill(starts < 0, 0)
+        sums = sums - foreign
+        cached = None if self.cached is None else self.cached.to(terms.device, wide)
+        if cached is not None and cached.shape[1]:
+            sums = sums + cached[:, -1:].masked_fill(starts >= 0, 0)
+            self.sums = torch.cat([cached, sums.detach()], dim=1)
+        else:
+            self.sums = sums.detach()
+        return sums

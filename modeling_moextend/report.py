@@ -1,0 +1,326 @@
+"""A report folder for an adapter: what it learned, what its base lost, in JSON, Markdown and pictures.
+
+    results = evaluate_adapter(model, tokenizer, documents, questions)
+    card = write_report("report", results, title="my adapter")
+    create_card(model.config, **card).save("adapter/README.md")
+
+In training: `MoExtendSFTTrainer(..., callbacks=[ReportCallback(documents, questions)])`.
+"""
+
+import contextlib
+import json
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from .evaluation import (
+    answer,
+    as_text,
+    base_retention,
+    check_gate,
+    compare_with_base,
+    expert_use,
+    is_moextend,
+    read_documents,
+    read_questions,
+    score,
+    threshold_curve,
+)
+from .figures import plot_captured, plot_expert_use, plot_frontier, plot_threshold_curve
+
+TASK = "new task"  # the domain that questions are counted under in tables of expert use
+SAMPLES = 10  # questions shown with their answers
+
+
+def evaluate_adapter(
+    model,
+    tokenizer,
+    documents,
+    questions=(),
+    *,
+    base=None,
+    thresholds=(),
+    metric="exact_match",
+    max_length=256,
+    batch_size=16,
+    max_new_tokens=12,
+    progress=True,
+):
+    """Everything a report holds.
+
+    Args:
+        model, tokenizer, documents, base, max_length, batch_size, progress: as `compare_with_base` takes them.
+        questions: rows of `read_questions`.
+        thresholds: with scope "gate", values of `gate_threshold` to measure both sides at; the model's own stays.
+        metric: what answers are scored by, "exact_match" or "vqa_accuracy".
+        max_new_tokens: as in `answer`.
+
+    Returns:
+        {"retention": the values of the metric base_retention, "bit_equal": share of documents, "accuracy",
+        "base_accuracy" (`None` without questions, the latter also with images), "metric", "questions": how many,
+        "samples": some of them with the answers, "expert_use": see there (with the questions, where they have no
+        images, as domain "new task"), "task_captured": {layer: share of the questions' tokens}, "new_experts": {layer:
+        N}, "scope", "gate_threshold", "threshold_curve": rows of `threshold_curve`}.
+    """
+    if thresholds:
+        check_gate(model)
+    options = {"base": base, "max_length": max_length, "batch_size": batch_size, "progress": progress}
+    rows = compare_with_base(model, tokenizer, documents, **options)
+    ask = {"max_new_tokens": max_new_tokens, "batch_size": 4 * batch_size, "progress": progress}
+    config = model.config if is_moextend(model) else None
+    results = {
+        "scope": getattr(config, "scope", None),
+        "gate_threshold": getattr(model, "gate_threshold", None),
+        "new_experts": {int(k): len(v) for k, v in getattr(config, "extended_layers", {}).items()},
+        "retention": base_retention(rows),
+        "bit_equal": sum(row["bit_equal"] for row in rows) / len(rows),
+        **evaluate_questions(model, tokenizer, questions, base, metric, **ask),
+    }
+    task = compare_with_base(model, tokenizer, task_documents(questions), **options) if text_only(questions) else []
+    results["task_captured"] = base_retention(task)["captured"] if task else {}
+    results["expert_use"] = {**expert_use(rows), **expert_use(task)}
+
+    def measure():
+        found = base_retention(compare_with_base(model, tokenizer, documents, **options))
+        found = {name: found[name] for name in ("perplexity_ratio", "kl", "top1_changed", "captured_mean")}
+        return {**found, "accuracy": accuracy(model, tokenizer, questions, metric, **ask)[0]}
+
+    results["threshold_curve"] = threshold_curve(model, measure, thresholds, progress=progress) if thresholds else []
+    return results
+
+
+def task_documents(questions):
+    """Questions with their answers as documents of the domain "new task"."""
+    return [
+        {"domain": TASK, "messages": [*row["prompt"], {"role": "assistant", "content": row["answer"]}]}
+        for row in questions
+    ]
+
+
+def text_only(questions):
+    """Whether there are questions, and none about images."""
+    return bool(questions) and not any(row.get("images") for row in questions)
+
+
+def evaluate_questions(model, tokenizer, questions, base, metric, **ask):
+    """The part of `evaluate_adapter` that questions bring: of the model, and of the base where there are no images."""
+    share, given = accuracy(model, tokenizer, questions, metric, **ask)
+    results = {"accuracy": share, "base_accuracy": None, "metric": metric, "questions": len(questions)}
+    if text_only(questions):
+        reference = model if base is None else base
+        with model.disable_adapter() if base is None else contextlib.nullcontext():
+            results["base_accuracy"] = accuracy(reference, tokenizer, questions, metric, **ask)[0]
+    results["samples"] = [
+        {"question": as_text(row["prompt"][-1]["content"]), "reference": row["answer"], "answer": text}
+        for row, text in zip(questions[:SAMPLES], given[:SAMPLES], strict=True)
+    ]
+    return results
+
+
+def accuracy(model, tokenizer, questions, metric, **ask):
+    """(share of right answers, the answers); (`None`, []) without questions."""
+    if not questions:
+        return None, []
+    prompts, images = [row["prompt"] for row in questions], [row.get("images") or [] for row in questions]
+    given = answer(model, tokenizer, prompts, images=images, **ask)
+    references = [row.get("answers") or row["answer"] for row in questions]
+    return score(given, references, metric), given
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def write_report(folder, results, *, title="MoExtend adapter", points=()):
+    """Writes report.json, report.md and the pictures.
+
+    Args:
+        folder: made where there is none.
+        results: of `evaluate_adapter`.
+        title: heading, and the adapter's name in the frontier.
+        points: others for the frontier, [{"name", "accuracy", "perplexity_ratio"}], e.g. of `read_point`.
+
+    Returns:
+        {"results": rows, "figures": {caption: file in `folder`}}, the part of `create_card` that was measured.
+
+    Raises:
+        ValueError: a result that is NaN or infinite.
+        ImportError: matplotlib is missing.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    own = point(title, results)
+    card = {"results": card_rows(results), "figures": draw(folder, results, [*([own] if own else []), *points])}
+    text = json.dumps({"title": title, **results, "card": card}, indent=2, allow_nan=False)
+    (folder / "report.json").write_text(text, encoding="utf-8")
+    (folder / "report.md").write_text(markdown(title, results, card), encoding="utf-8")
+    return card
+
+
+def point(name, results):
+    """A point of the frontier, or `None` where no questions were asked."""
+    if results["accuracy"] is None:
+        return None
+    ratio = results["retention"]["perplexity_ratio"]
+    return {"name": name, "accuracy": results["accuracy"], "perplexity_ratio": ratio}
+
+
+def read_point(path):
+    """The point of the frontier in a report folder, or in a report.json, of another adapter or method.
+
+    Raises:
+        ValueError: it was made without questions.
+    """
+    path = Path(path)
+    report = json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8"))
+    found = point(report["title"], report)
+    if found is None:
+        raise ValueError(f"{path} has no accuracy: write it again with questions to compare with it.")
+    return found
+
+
+def draw(folder, results, points):
+    """Draws the pictures that the results allow; returns {caption: file name}."""
+    figures = {}
+    if points:
+        if results["base_accuracy"] is not None:
+            points = [*points, {"name": "base alone", "accuracy": results["base_accuracy"], "perplexity_ratio": 1.0}]
+        plot_frontier(points, folder / "frontier.png")
+        figures["Accuracy on the new task against forgetting"] = "frontier.png"
+    if results["expert_use"]:
+        plot_expert_use(results["expert_use"], results["new_experts"], folder / "expert_use.png")
+        figures["Use of the experts, by domain and layer"] = "expert_use.png"
+    captured = {domain: values["captured"] for domain, values in results["retention"]["domains"].items()}
+    if any(captured.values()):
+        plot_captured(captured, folder / "captured.png", results["task_captured"])
+        figures["Tokens that select a new expert, by domain"] = "captured.png"
+    if results["threshold_curve"]:
+        plot_threshold_curve(results["threshold_curve"], folder / "threshold.png", results["gate_threshold"])
+        figures["What the threshold of the gate trades"] = "threshold.png"
+    return figures
+
+
+# ---------------------------------------------------------------- words
+
+
+def card_rows(results):
+    """Rows of the results table of report and model card: the base alone and with the adapter."""
+    rows, retention = [], results["retention"]
+    if results["accuracy"] is not None:
+        measure = f"{results['metric'].replace('_', ' ')}, {results['questions']:,} questions"
+        rows.append(row(measure, percent(results["base_accuracy"]), percent(results["accuracy"]), "higher"))
+    measure = f"perplexity of the base's own text, {retention['tokens']:,} tokens"
+    values = (f"{retention[name]:.2f}" for name in ("perplexity_before", "perplexity_after"))
+    rows.append(row(measure, *values, "lower"))
+    rows.append(row("the same, after / before", "", f"{retention['perplexity_ratio']:.4f}", "lower"))
+    rows.append(row("KL from the base, nats a token", "", f"{retention['kl']:.3g}", "lower"))
+    rows.append(row("likeliest next token changed", "", percent(retention["top1_changed"]), "lower"))
+    if retention["captured_mean"] is not None:
+        rows.append(row("its tokens that select a new expert", "", percent(retention["captured_mean"]), "lower"))
+    if results["task_captured"]:
+        share = sum(results["task_captured"].values()) / len(results["task_captured"])
+        rows.append(row("the questions' tokens that do", "", percent(share), ""))
+    return [*rows, row("texts with every logit bit-equal", "", percent(results["bit_equal"]), "higher")]
+
+
+def row(measure, base, adapter, better):
+    return {"measure": measure, "base": base, "with the adapter": adapter, "better": better}
+
+
+def percent(share):
+    """0.00034 -> "0.034%"; `None` -> ""."""
+    return "" if share is None else f"{100 * share:.3g}%"
+
+
+def markdown(title, results, card):
+    """The text of report.md."""
+    domains = [
+        {
+            "domain": domain,
+            "perplexity before": f"{values['perplexity_before']:.2f}",
+            "after": f"{values['perplexity_after']:.2f}",
+            "ratio": f"{values['perplexity_ratio']:.4f}",
+            "KL (nats a token)": f"{values['kl']:.3g}",
+            "top-1 changed": percent(values["top1_changed"]),
+            "captured": percent(values["captured_mean"]),
+            "texts": values["documents"],
+            "tokens": f"{values['tokens']:,}",
+        }
+        for domain, values in results["retention"]["domains"].items()
+    ]
+    parts = [f"# {title}", table(card["results"]), "## The base's own text, by domain", table(domains), MEANING]
+    if results["threshold_curve"]:
+        parts += ["## Threshold of the gate", table([curve_row(part) for part in results["threshold_curve"]])]
+    if results["samples"]:
+        parts += ["## Some answers", table(results["samples"])]
+    parts += [f"![{caption}]({file})" for caption, file in card["figures"].items()]
+    return "\n\n".join(parts) + "\n"
+
+
+MEANING = """\
+Perplexity: the number of equally likely tokens that the model chooses among; over domains the geometric mean. KL: how
+far the next-token distribution is from the base's, 0 where nothing changed. Captured: the share of tokens that select
+a new expert, mean over the extended layers."""
+
+
+def curve_row(part):
+    """A row of the threshold table."""
+    return {
+        "threshold": f"{part['threshold']:g}",
+        "accuracy": percent(part["accuracy"]),
+        "perplexity ratio": f"{part['perplexity_ratio']:.4f}",
+        "KL (nats a token)": f"{part['kl']:.3g}",
+        "captured": percent(part["captured_mean"]),
+    }
+
+
+def table(rows):
+    """A Markdown table of dicts with equal keys."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *[list(values.values()) for values in rows]]
+    return "\n".join(
+        "| " + " | ".join(" ".join(str(c).split()).replace("|", "\\|") for c in line) + " |" for line in lines
+    )
+
+
+# ---------------------------------------------------------------- in training
+
+
+class ReportCallback(TrainerCallback):
+    """Writes a report folder while a trainer runs: at every evaluation and at the end.
+
+    Adds `eval_base_perplexity_ratio` and, with questions, `eval_accuracy` to the evaluation's metrics, which
+    `metric_for_best_model` may name. Every process measures, for a sharded model needs them all; the first one writes.
+
+    Args:
+        documents: texts that the base knew, or the file that `read_documents` takes.
+        questions: the new task, or the file that `read_questions` takes; default: none.
+        folder: where reports go, `step-<number>` for each; default: `report` in the trainer's output folder.
+        every_evaluation: `False`: only at the end of training.
+        **options: to `evaluate_adapter`: `thresholds`, `metric`, `max_length`, `batch_size`, ...
+    """
+
+    def __init__(self, documents, questions=(), *, folder=None, every_evaluation=True, **options):
+        self.documents = read_documents(documents) if isinstance(documents, str | Path) else list(documents)
+        self.questions = read_questions(questions) if isinstance(questions, str | Path) else list(questions)
+        self.folder, self.every_evaluation, self.options = folder, every_evaluation, options
+        self.last_step = None
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if self.every_evaluation:
+            results = self.report(args, state, **kwargs)
+            if metrics is not None:
+                metrics["eval_base_perplexity_ratio"] = results["retention"]["perplexity_ratio"]
+                metrics |= {} if results["accuracy"] is None else {"eval_accuracy": results["accuracy"]}
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.last_step != state.global_step:
+            self.report(args, state, **kwargs)
+
+    def report(self, args, state, model, processing_class, **kwargs):
+        """Measures and writes; returns the results."""
+        options = {"progress": not args.disable_tqdm and state.is_world_process_zero, **self.options}
+        results = evaluate_adapter(model, processing_class, self.documents, self.questions, **options)
+        self.last_step = state.global_step
+        if state.is_world_process_zero:
+            folder = Path(self.folder or Path(args.output_dir, "report"), f"step-{state.global_step}")
+            write_report(folder, results, title=f"step {state.global_step}")
+        return results
