@@ -17,6 +17,12 @@ LAZY = {  # these import trl, datasets or matplotlib, which the model itself doe
     "measure_router_shift": "extender",
     "load_llava": "llava",
     "create_card": "card",
+    "compare_with_base": "evaluation",
+    "base_retention": "evaluation",
+    "threshold_curve": "evaluation",
+    "evaluate_adapter": "report",
+    "write_report": "report",
+    "ReportCallback": "report",
 }
 
 __all__ = ["MoExtendConfig", "MoExtendForCausalLM", "MoExtendModel", "MoExtendProcessor", "load_processor", *LAZY]

@@ -56,12 +56,11 @@ def read_questions(path, image_folder=None, number=None):
     """
     from .llava import load_llava, read_entries
 
-    entries, folder = [entry for _, entry in read_entries(path)], image_folder or Path(path).parent
-    if entries and "conversations" in entries[0]:
-        samples = load_llava(path, image_folder, prompt_completion=True).with_format(None)  # images stay files
+    rows, folder = [entry for _, entry in read_entries(path)], image_folder or Path(path).parent
+    if rows and "conversations" in rows[0]:
+        samples = load_llava(path, folder, prompt_completion=True).with_format(None)  # images stay files
         rows = [{**sample, "messages": [*sample["prompt"], *sample["completion"]]} for sample in samples]
-    else:
-        rows = entries
+        folder = ""  # is in the paths already
     if not rows:
         raise ValueError(f"{path} holds no question.")
     questions = [question(place, row, path, folder) for place, row in enumerate(rows)]
@@ -137,7 +136,8 @@ def compare_with_base(model, tokenizer, documents, *, base=None, max_length=256,
         One row a document, in their order, with S tokens of which S - 1 are predicted: `domain`; `nll`, `base_nll`,
         `kl` (nats, KL(base || model)), `top1`, `base_top1`: S - 1 values; `bit_equal`: every logit is the base's. Of a
         MoExtend model also, by layer: `captured` (0 or 1 for each of S tokens: it selects a new expert), `experts`
-        (how often each of E + N experts is selected) and, with scope "gate", `gate` (margin z of each of S tokens).
+        (how often each of E + N experts is selected) and, with scope "gate", `gate` (margin z of each of S tokens, of
+        the layer in which the gate stands).
 
     Raises:
         ValueError: no documents; one of less than two tokens; a plain model without `base`; unequal vocabularies.
@@ -310,8 +310,8 @@ def generation_ends(model, tokenizer):
 def threshold_curve(model, measure, thresholds, *, progress=True):
     """What `measure()` finds at every threshold of the gate; the model's own threshold is given back, also on errors.
 
-    Every threshold is measured by passes of its own: the gate of a later layer sees what earlier layers made of the
-    tokens that they routed, so its margins depend on the threshold too.
+    Every threshold is measured by passes of its own: what a token that is let through becomes, and with it every later
+    token, no pass at another threshold can tell.
 
     Args:
         model: a MoExtend model with `scope="gate"`.

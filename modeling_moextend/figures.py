@@ -75,7 +75,8 @@ def plot_expert_use(use, new_experts, path):
     highest = max(max(shares) for domain in use.values() for shares in domain.values())
     columns = min(len(use), 3)
     rows = -(-len(use) // columns)
-    figure = new_figure(0.6 + columns * max(2.4, 0.22 * width), 0.9 + rows * max(1.6, 0.6 + 0.2 * len(layers)))
+    panel = min(6, max(2.4, 0.22 * width)), min(4, max(1.6, 0.6 + 0.2 * len(layers)))
+    figure = new_figure(0.6 + columns * panel[0], 0.9 + rows * panel[1])
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     empty = float("nan")
     for axes, domain in zip(grid.flat, use, strict=False):
@@ -86,11 +87,11 @@ def plot_expert_use(use, new_experts, path):
         for row, values in enumerate(shares):
             for column, share in enumerate(values):
                 if share != share:  # no such expert in this layer
-                    axes.plot(column, row, marker="x", color="0.6", markersize=4)
+                    axes.plot(column, row, marker="x", color="0.6", markersize=min(4, 72 / width))
         if width > num_base:
             axes.axvline(num_base - 0.5, color="black", linewidth=2)
-        columns_shown = range(0, width, max(1, width // 12))
-        axes.set_xticks(columns_shown, [str(c) if c < num_base else f"n{c - num_base}" for c in columns_shown])
+        shown = [*range(0, num_base, max(1, width // 12)), *range(num_base, width, max(1, width // 12))]
+        axes.set_xticks(shown, [str(c) if c < num_base else f"n{c - num_base}" for c in shown])
         rows_shown = range(0, len(layers), max(1, len(layers) // 12))
         axes.set_yticks(rows_shown, [str(layers[row]) for row in rows_shown])
     for axes in grid.flat[len(use) :]:

@@ -44,7 +44,7 @@ class TokenGate(nn.Module):
             hidden = hidden_states.detach().float()
             weights = linear(self.key, hidden).clamp(-SCORE_LIMIT, SCORE_LIMIT).exp()
             sums = gated.add(torch.cat([weights * linear(self.value, hidden), weights], dim=-1))
-            total, weight = sums.float().chunk(2, dim=-1)
+            total, weight = sums.chunk(2, dim=-1)
             context = total / weight.clamp_min(torch.finfo(torch.float32).tiny)
             inner = F.gelu(linear(self.fc1, torch.cat([hidden, context], dim=-1)))
             return linear(self.fc2, inner).squeeze(-1)
@@ -64,27 +64,26 @@ class GatedPass:
         cached: [B, past, 2 D] sums after every token in the cache; `None` where there is none.
 
     Attributes:
-        sums: [B, L, 2 D] float64, the state of the cache after this pass; `None` until the gate has run.
+        sums: [B, L, 2 D] float32, the state of the cache after this pass; `None` until the gate has run.
     """
 
     def __init__(self, is_real, starts, cached=None):
         self.is_real, self.starts, self.cached, self.sums = is_real, starts, cached, None
+        self.packed = bool((starts >= 0).any())
 
     def add(self, terms):
         """Sums [B, S, 2 D] of `terms` over each token's own sequence so far; padding adds nothing."""
-        wide = (
-            terms.dtype if terms.device.type == "mps" else torch.float64
-        )  # packed rows subtract one sum from another
-        terms = terms.to(wide).masked_fill(~self.is_real.to(terms.device).unsqueeze(-1), 0)
-        sums = terms.cumsum(dim=1)
+        terms = terms.masked_fill(~self.is_real.to(terms.device).unsqueeze(-1), 0)
         starts = self.starts.to(terms.device).unsqueeze(-1)
-        before = F.pad(sums, (0, 0, 1, 0))[:, :-1]  # what came before each place
-        foreign = before.gather(1, starts.clamp(min=0).expand_as(sums)).masked_fill(starts < 0, 0)
-        sums = sums - foreign
-        cached = None if self.cached is None else self.cached.to(terms.device, wide)
-        if cached is not None and cached.shape[1]:
-            sums = sums + cached[:, -1:].masked_fill(starts >= 0, 0)
-            self.sums = torch.cat([cached, sums.detach()], dim=1)
-        else:
+        sums = terms.cumsum(dim=1)
+        if self.packed:  # one sum is taken from another, which float32 is too coarse for
+            sums = terms.to(torch.float64).cumsum(dim=1)
+            before = F.pad(sums, (0, 0, 1, 0))[:, :-1]  # what came before each place
+            sums = (sums - before.gather(1, starts.clamp(min=0).expand_as(sums)).masked_fill(starts < 0, 0)).float()
+        if self.cached is None or self.cached.shape[1] == 0:
             self.sums = sums.detach()
+            return sums
+        cached = self.cached.to(terms.device)
+        sums = sums + cached[:, -1:].masked_fill(starts >= 0, 0)
+        self.sums = torch.cat([cached, sums.detach()], dim=1)
         return sums

@@ -19,6 +19,7 @@ PUBLISHED = [  # patterns of the files that make a published adapter
     "vocab.*",
     "merges.txt",
     "*.jinja",
+    "*.png",  # figures of the card
 ]
 
 

@@ -70,7 +70,7 @@ def evaluate_adapter(
     config = model.config if is_moextend(model) else None
     results = {
         "scope": getattr(config, "scope", None),
-        "gate_threshold": getattr(model, "gate_threshold", None),
+        "gate_threshold": model.gate_threshold if getattr(config, "scope", None) == "gate" else None,
         "new_experts": {int(k): len(v) for k, v in getattr(config, "extended_layers", {}).items()},
         "retention": base_retention(rows),
         "bit_equal": sum(row["bit_equal"] for row in rows) / len(rows),
@@ -123,7 +123,8 @@ def accuracy(model, tokenizer, questions, metric, **ask):
         return None, []
     prompts, images = [row["prompt"] for row in questions], [row.get("images") or [] for row in questions]
     given = answer(model, tokenizer, prompts, images=images, **ask)
-    references = [row.get("answers") or row["answer"] for row in questions]
+    several = metric == "vqa_accuracy"  # the only one that hears several people
+    references = [several and row.get("answers") or row["answer"] for row in questions]
     return score(given, references, metric), given
 
 
@@ -183,7 +184,7 @@ def draw(folder, results, points):
     figures = {}
     if points:
         if results["base_accuracy"] is not None:
-            points = [*points, {"name": "base alone", "accuracy": results["base_accuracy"], "perplexity_ratio": 1.0}]
+            points = [{"name": "base alone", "accuracy": results["base_accuracy"], "perplexity_ratio": 1.0}, *points]
         plot_frontier(points, folder / "frontier.png")
         figures["Accuracy on the new task against forgetting"] = "frontier.png"
     if results["expert_use"]:

@@ -6,6 +6,15 @@ from trl import SFTConfig
 
 STAGES = ("align", "finetune")
 ADAPTER_DTYPES = ("float32", "bfloat16", "float16")
+RETENTIONS = ("self",)
+SMALLEST = {  # smallest allowed value
+    "retention_tokens": 1,
+    "retention_length": 8,
+    "gate_steps": 0,
+    "gate_learning_rate": 0.0,
+    "gate_task_weight": 0.0,
+    "gate_retention_weight": 0.0,
+}
 
 
 @dataclass
@@ -25,12 +34,30 @@ class MoExtendSFTConfig(SFTConfig):
         adapter_dtype (`str`, *optional*):
             Dtype of the adapter that `save_model` writes: `"float32"`, `"bfloat16"` or `"float16"`. Unset: the base's.
             Checkpoints always hold float32, so that a resumed run is exact.
+        retention (`str`, *optional*):
+            What the gate of `scope="gate"` learns to leave to the base, where no `retention_dataset` is given to the
+            trainer: `"self"`, text sampled from the base itself. Unset: the same, and the trainer says so.
+        retention_tokens (`int`, *optional*, defaults to `400000`):
+            At most so many tokens of retention text, and as many of the task, train the gate. Their hidden states are
+            kept in memory meanwhile; the trainer says how much that is.
+        retention_length (`int`, *optional*, defaults to `256`):
+            Tokens a sampled sequence; a longer one of `retention_dataset` is cut there.
+        retention_cache_dir (`str`, *optional*):
+            Where sampled text is kept for the next run. Unset: `moextend` in the Hugging Face home.
+        gate_steps (`int`, *optional*, defaults to `600`):
+            Steps that the gate trains before the first step of stage `"finetune"`; 0 leaves it as it is.
+        gate_learning_rate (`float`, *optional*, defaults to `3e-3`):
+            Peak learning rate of the gate.
+        gate_task_weight, gate_retention_weight (`float`, *optional*, default to `1.0` and `10.0`):
+            Weights of the gate's two losses: tokens of the task that it holds back, retention tokens that it lets
+            through. Where the two can't be told apart, the larger one decides.
         verify_base (`bool`, *optional*, defaults to `False`):
             Whether to hash every base and encoder tensor before the first and after the last step, and to fail if a
             single bit changed. Costs two passes over the weights (a minute or two for 47B parameters).
 
     Raises:
-        ValueError: an unknown `stage` or `adapter_dtype`, or `stage="align"` with `train_projector=False`.
+        ValueError: an unknown `stage`, `adapter_dtype` or `retention`, `stage="align"` with `train_projector=False`,
+            or a number out of range.
     """
 
     stage: str = field(
@@ -52,6 +79,35 @@ class MoExtendSFTConfig(SFTConfig):
             "choices": list(ADAPTER_DTYPES),
         },
     )
+    retention: str | None = field(
+        default=None,
+        metadata={
+            "help": "With scope 'gate' and no retention_dataset: 'self' samples retention text from the base itself "
+            "(also done where unset, with a word about it).",
+            "choices": list(RETENTIONS),
+        },
+    )
+    retention_tokens: int = field(
+        default=400_000,
+        metadata={"help": "At most so many tokens of retention text, and as many of the task, train the gate."},
+    )
+    retention_length: int = field(
+        default=256, metadata={"help": "Tokens a sampled retention sequence; longer given ones are cut there."}
+    )
+    retention_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where sampled retention text is kept. Unset: moextend in the Hugging Face home."},
+    )
+    gate_steps: int = field(
+        default=600, metadata={"help": "Steps that the gate trains before stage finetune; 0 leaves it as it is."}
+    )
+    gate_learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of the gate."})
+    gate_task_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the gate's loss on task tokens that it holds back."}
+    )
+    gate_retention_weight: float = field(
+        default=10.0, metadata={"help": "Weight of the gate's loss on retention tokens that it lets through."}
+    )
     verify_base: bool = field(
         default=False,
         metadata={
@@ -70,6 +126,14 @@ class MoExtendSFTConfig(SFTConfig):
                 f"adapter_dtype must be one of {', '.join(map(repr, ADAPTER_DTYPES))} or None (the base's dtype), not "
                 f"{self.adapter_dtype!r}."
             )
+        if self.retention is not None and self.retention not in RETENTIONS:
+            raise ValueError(
+                f"retention must be 'self' or None, not {self.retention!r}. Text of your own goes to the trainer: "
+                "MoExtendSFTTrainer(..., retention_dataset=...)."
+            )
+        for name, smallest in SMALLEST.items():
+            if not getattr(self, name) >= smallest:
+                raise ValueError(f"{name} must be at least {smallest}, not {getattr(self, name)!r}.")
         if self.stage == "align" and self.train_projector is False:
             raise ValueError(
                 "stage='align' trains the projector and nothing else, so train_projector=False leaves nothing to "

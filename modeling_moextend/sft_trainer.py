@@ -4,13 +4,14 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, save_fsdp_optimizer
-from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
+from accelerate.utils import broadcast, broadcast_object_list, save_fsdp_optimizer
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import HubStrategy
@@ -20,12 +21,23 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .adapter_moextend import base_tensors_hash, reshard
 from .card import create_card
-from .processing_moextend import load_processor
+from .gate_training import fit_gate, gate_inputs, shared_prefix
+from .retention import sample_retention
+from .sft_checks import (
+    allow_missing_base,
+    check_image_token,
+    check_model,
+    check_options,
+    check_retention,
+    check_sharding,
+    default_processor,
+)
 from .sft_config import MoExtendSFTConfig
 
 TRAINING_ARGS = "training_args.bin"
 SCHEDULER = "scheduler.pt"
 TRAINER_STATE = "trainer_state.json"  # the last file Trainer writes into a checkpoint
+FORWARD_KEYS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
 CARD_SETTINGS = (
     "stage",
     "learning_rate",
@@ -94,11 +106,12 @@ class MoExtendSFTTrainer(SFTTrainer):
     _name = "MoExtend"
     _tag_names = ["moextend", "trl", "sft"]
 
-    def __init__(self, model, args=None, **kwargs):
+    def __init__(self, model, args=None, *, retention_dataset=None, **kwargs):
         """Sets what trains, and takes the load-balancing loss out of TRL's hands: TRL's needs layers of one width."""
         check_model(model)
         if args is None:
             args = MoExtendSFTConfig("moextend-sft")
+        check_retention(model, args, retention_dataset)
         coefficient = model.router_aux_loss_coef if args.router_aux_loss_coef is None else args.router_aux_loss_coef
         check_options(args, coefficient, kwargs)
         if kwargs.get("processing_class") is None:
@@ -119,6 +132,7 @@ class MoExtendSFTTrainer(SFTTrainer):
             self.data_collator = MaskImageLabels(
                 self.data_collator, config.image_token_id, config.get_text_config().vocab_size
             )
+        self.retention_dataset, self.gate_report = retention_dataset, None
         self._throughput = {}  # mode -> [tokens, start in seconds]
         self._in_checkpoint = False
         self.add_callback(AdapterReport(self))
@@ -128,6 +142,90 @@ class MoExtendSFTTrainer(SFTTrainer):
         """What trains: name -> parameter. Asked of the model each time, for sharding replaces its parameters."""
         tensors = self.accelerator.unwrap_model(self.model).adapter_tensors()
         return {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """As in Trainer; with `scope="gate"`, stage finetune begins with the gate's own training (`train_gate`).
+
+        A resumed run has its gate in the checkpoint.
+        """
+        gate = self.accelerator.unwrap_model(self.model).gate
+        if gate is not None and self.args.stage == "finetune" and self.args.gate_steps and not resume_from_checkpoint:
+            self.train_gate()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def train_gate(self):
+        """Trains the gate on the base's hidden states of training data and retention text; -> `GateReport`.
+
+        One process does it, before anything is sharded, and hands the gate to the others.
+        """
+        model, args = self.accelerator.unwrap_model(self.model), self.args
+        if self.accelerator.is_main_process:
+            task = gate_inputs(model, self._gate_batches(self._task_rows(), self.data_collator))
+            retention = gate_inputs(model, self._gate_batches(self._retention_rows(), pad_rows))
+            size = sum(states.nbytes for _, states in task + retention)
+            tokens = [sum(len(ids) for ids, _ in rows) for rows in (task, retention)]
+            print(
+                f"MoExtend, gate: hidden states of {tokens[0]:,} task and {tokens[1]:,} retention tokens, "
+                f"{size / 2**20:,.1f} MiB in memory"
+            )
+            self.gate_report = fit_gate(
+                model.gate,
+                task,
+                retention,
+                prefix=shared_prefix(task, model.config.image_token_id),
+                steps=args.gate_steps,
+                learning_rate=args.gate_learning_rate,
+                task_weight=args.gate_task_weight,
+                retention_weight=args.gate_retention_weight,
+                threshold=model.gate_threshold,
+                seed=args.seed,
+                progress=not args.disable_tqdm,
+            )
+            print(gate_summary(self.gate_report))
+        broadcast(list(model.gate.parameters()))
+        self.gate_report = broadcast_object_list([self.gate_report])[0]
+        return self.gate_report
+
+    def _task_rows(self):
+        """Training samples, in an order of their own; a streamed dataset's in its own order."""
+        data = self.train_dataset
+        if not hasattr(data, "__len__"):
+            return data
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.args.seed))
+        return (data[index] for index in order.tolist())
+
+    def _retention_rows(self):
+        """Retention text as [{"input_ids"}]: the given dataset as TRL tokenises it, or sampled from the base."""
+        args, tokenizer = self.args, getattr(self.processing_class, "tokenizer", self.processing_class)
+        if self.retention_dataset is None:
+            if args.retention is None:
+                print("MoExtend, gate: no retention_dataset was given, so text is sampled from the base itself")
+            rows = sample_retention(
+                self.accelerator.unwrap_model(self.model),
+                tokenizer,
+                tokens=args.retention_tokens,
+                length=args.retention_length,
+                seed=args.seed,
+                cache_dir=args.retention_cache_dir,
+                progress=not args.disable_tqdm,
+            )
+            return [{"input_ids": row} for row in rows]
+        plain_args = copy(args)
+        plain_args.assistant_only_loss, plain_args.max_length = False, args.retention_length
+        data = self._prepare_dataset(self.retention_dataset, tokenizer, plain_args, False, None, "retention")
+        data = data.shuffle(seed=args.seed)
+        return ({"input_ids": row["input_ids"][: args.retention_length]} for row in data)
+
+    def _gate_batches(self, rows, collate):
+        """Batches of `rows` as a forward pass takes them, up to `args.retention_tokens` non-padding tokens."""
+        tokens, device, rows = 0, self.args.device, iter(rows)
+        while tokens < self.args.retention_tokens:
+            part = list(islice(rows, self.args.per_device_train_batch_size))
+            if not part:
+                return
+            batch = {key: value.to(device) for key, value in collate(part).items() if key in FORWARD_KEYS}
+            tokens += int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum())
+            yield batch
 
     def _get_train_sampler(self, train_dataset=None):
         """Gives grouping by length random numbers of its own, per epoch: a resumed run would group otherwise."""
@@ -298,6 +396,28 @@ class AdapterReport(TrainerCallback):
             check_unchanged(self.hashes, base_tensors_hash(self.trainer.model))
 
 
+def pad_rows(rows):
+    """[{"input_ids"}] -> `input_ids` and `attention_mask`, padded on the right."""
+    ids = [torch.as_tensor(row["input_ids"]) for row in rows]
+    masks = [torch.ones_like(row) for row in ids]
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    return {"input_ids": pad(ids), "attention_mask": pad(masks)}
+
+
+def gate_summary(report):
+    """One line: what the trained gate does on sequences that it was not trained on; and a warning where it fails."""
+    line = (
+        f"MoExtend, gate: lets {100 * report.routed:.1f}% of task tokens through (the {report.prefix} tokens that all "
+        f"samples begin with left out) and captures {100 * report.captured:.3f}% of retention tokens"
+    )
+    if report.routed < 0.5:
+        line += (
+            ". WARNING: most of the task stays with the base; it looks like the retention text. Train the gate longer "
+            "(gate_steps), or lower gate_retention_weight"
+        )
+    return line
+
+
 def new_expert_counts(records, attention_mask):
     """Tokens that select at least one new expert, per extended layer.
 
@@ -363,125 +483,4 @@ def check_unchanged(before, after):
             f"Training changed {len(changed)} tensors that must never change: {', '.join(changed)}. A callback or "
             "another optimiser wrote to the base or the encoder; the adapter just trained belongs to a base that no "
             "longer exists."
-        )
-
-
-def check_model(model):
-    """Refuses a model that has no adapter to train.
-
-    Raises:
-        ValueError: says what was given and how to make a MoExtend model.
-    """
-    if getattr(getattr(model, "config", None), "model_type", None) != "moextend":
-        given = repr(model) if isinstance(model, str) else type(model).__name__
-        raise ValueError(
-            f"MoExtendSFTTrainer trains the adapter of a MoExtend model, but got {given}. Make one with "
-            "MoExtendForCausalLM.from_base(base, extended_layers=...), or load one with "
-            "MoExtendForCausalLM.from_pretrained(folder)."
-        )
-
-
-def default_processor(model, assistant_only_loss):
-    """The tokenizer of the model's base, or the processor for base and encoder: TRL would look beside the adapter.
-
-    Raises:
-        ValueError: the model does not know where its base lies.
-    """
-    base, encoder = model.config.base_model_name_or_path, model.config.encoder_name_or_path
-    if base is None or (encoder is None) != (model.encoder is None):
-        raise ValueError("Pass processing_class=: the model does not say where its base and encoder lie.")
-    processor = load_processor(base, encoder, assistant_only_loss)
-    model.config.image_token_id = getattr(processor, "image_token_id", model.config.image_token_id)
-    return processor
-
-
-def check_image_token(model, processing_class):
-    """Refuses a processor that writes another image token than the model looks for.
-
-    Raises:
-        ValueError: names both ids.
-    """
-    given, wanted = getattr(processing_class, "image_token_id", None), model.config.image_token_id
-    if model.encoder is not None and given is not None and given != wanted:
-        raise ValueError(
-            f"The processor's image token has id {given}, the model looks for {wanted}: build the model with "
-            "from_base(..., image_token_id=processor.image_token_id)."
-        )
-
-
-def allow_missing_base(model, keys):
-    """Post-hook of `load_state_dict`: a checkpoint holds no frozen tensors, and DeepSpeed would miss them."""
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    keys.missing_keys[:] = [name for name in keys.missing_keys if name not in frozen]
-
-
-def check_sharding(accelerator, model):
-    """Refuses ways of spreading a model over processes under which the adapter would be lost or trained otherwise.
-
-    Raises:
-        ValueError: names the setting and what to set instead.
-    """
-    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
-    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
-    parallelism = getattr(accelerator, "parallelism_config", None)
-    if deepspeed is not None and deepspeed.zero_stage == 3:
-        raise ValueError(
-            "DeepSpeed ZeRO-3 is not supported: it splits parameters in a way that the adapter can't be read from. "
-            "Use ZeRO-2 (configuration/accelerate/deepspeed_zero2.yaml), or FSDP2 (fsdp2.yaml) to shard the base."
-        )
-    if fsdp is not None and fsdp.fsdp_version != 2:
-        raise ValueError(
-            "FSDP1 is not supported: it flattens parameters, and shards would be saved as if they were whole. Set "
-            "fsdp_version: 2 (configuration/accelerate/fsdp2.yaml)."
-        )
-    if fsdp is not None and fsdp.activation_checkpointing:
-        raise ValueError(
-            "fsdp_activation_checkpointing is not supported: it would recompute layers without knowing which tokens "
-            "are in scope. Set it to false, and gradient_checkpointing=True in the training arguments."
-        )
-    if fsdp is not None and fsdp.cpu_ram_efficient_loading:
-        raise ValueError(
-            "fsdp_cpu_ram_efficient_loading is not supported: all processes but one would copy their new experts from "
-            "empty weights. Set it to false."
-        )
-    if fsdp is not None and fsdp.ignored_modules:
-        raise ValueError(
-            "fsdp_ignored_modules is not supported: what trains there would differ between processes. Leave it out."
-        )
-    layers = set(model._no_split_modules)
-    if fsdp is not None and (
-        fsdp.auto_wrap_policy is size_based_auto_wrap_policy or set(fsdp.transformer_cls_names_to_wrap or ()) - layers
-    ):
-        raise ValueError(
-            "FSDP may only wrap decoder layers: anything smaller runs on some processes and not on others, which then "
-            "wait for ever. Set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, and fsdp_transformer_layer_cls_to_wrap "
-            f"to nothing or {', '.join(sorted(layers))}."
-        )
-    for kind in ("tp", "cp", "sp"):
-        if getattr(parallelism, f"{kind}_enabled", False):
-            raise ValueError(
-                f"parallelism_config with {kind}_size > 1 is not supported: new experts and the tokens in scope are "
-                "not split that way. Use data parallelism (dp_shard_size, dp_replicate_size) only."
-            )
-
-
-def check_options(args, coefficient, kwargs):
-    """Refuses options of TRL that would train, lose or push something else than the adapter.
-
-    Raises:
-        ValueError: names the option and the way out.
-    """
-    if not isinstance(args, MoExtendSFTConfig):
-        raise ValueError(f"args must be a MoExtendSFTConfig, not {type(args).__name__}: it says which stage trains.")
-    if kwargs.get("peft_config") is not None:
-        raise ValueError("peft_config would train the base, which MoExtend never changes. Leave it out.")
-    if coefficient and (args.label_smoothing_factor or kwargs.get("compute_loss_func") is not None):
-        raise ValueError(
-            "label_smoothing_factor and compute_loss_func run the model twice a step, and the load-balancing loss "
-            "would lose its gradient. Leave them out, or set router_aux_loss_coef=0.0."
-        )
-    if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-        raise ValueError(
-            f"hub_strategy={args.hub_strategy.value!r} pushes optimiser states and pickled arguments. Use "
-            "'every_save' or 'end', which push the adapter."
         )

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import COMMON, batch, make_base, make_encoder, shake
+from test_gate_moextend import open_gate
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
@@ -18,6 +19,7 @@ CHOICES = {
     "paper": {"paper": True},
     "modality": {"scope": "modality", "calibration": "none"},
     "exclusive": {"scope": "modality", "selection": "exclusive", "calibration": "none"},
+    "gate": {"scope": "gate", "selection": "exclusive", "calibration": "none"},
 }
 
 
@@ -26,7 +28,8 @@ def seeing(choice="modality", family="mixtral", seed=0):
     base = make_base(family)
     base.generation_config.eos_token_id = None
     model = MoExtendForCausalLM.from_base(base, {1: [0, 3], 3: [2]}, encoder=make_encoder(), **CHOICES[choice])
-    return shake(model, seed=seed)
+    shake(model, seed=seed)
+    return open_gate(model, seed) if choice == "gate" else model
 
 
 @pytest.fixture(params=sorted(CHOICES))
@@ -272,17 +275,21 @@ STATES = {
 }
 
 
+@pytest.mark.parametrize("scope", ["all", "gate"])
 @pytest.mark.parametrize("family", sorted(STATES))
-def test_generation_goes_by_the_bases_own_flags_and_cache(family):
+def test_generation_goes_by_the_bases_own_flags_and_cache(family, scope):
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **COMMON, **STATES[family])).eval()
     base.generation_config.eos_token_id = None
     inputs = {"input_ids": torch.tensor([[5, 6, 7, 5, 6, 7]])}
     expected = generate(base, **inputs)
     flags = {name: getattr(base, name) for name in BASE_FLAGS}
-    model = MoExtendForCausalLM.from_base(base, {3: [0]}, calibration="none")
+    model = MoExtendForCausalLM.from_base(base, {3: [0]}, scope=scope, calibration="none")
     assert {name: getattr(model, name) for name in BASE_FLAGS} == flags
-    assert torch.equal(generate(shake(model), **inputs), generate(model, **inputs, use_cache=False))
+    shake(model, std=1.0)
+    if scope == "gate":
+        open_gate(model)
+    assert torch.equal(generate(model, **inputs), generate(model, **inputs, use_cache=False))
     with model.disable_adapter():
         assert torch.equal(generate(model, **inputs), expected)
     if base._is_stateful:

@@ -223,7 +223,7 @@ def test_wheel_holds_the_modules_and_the_template(source_tree, new_python, tmp_p
     pip(sys.executable, "wheel", ".", "-w", tmp_path, cwd=source_tree)
     (wheel,) = tmp_path.glob("moextend-*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    modules = {f"modeling_moextend/{path.name}" for path in PACKAGE.glob("*.py")}
+    modules = {f"modeling_moextend/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.py")}
     assert names == modules | {"modeling_moextend/model_card_template.md"}
     assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
     pip(new_python, "install", "--ignore-installed", wheel, cwd=tmp_path)

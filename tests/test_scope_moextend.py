@@ -9,7 +9,7 @@ from conftest import make_base, make_encoder, shake
 from transformers import DynamicCache, StaticCache
 
 from modeling_moextend import MoExtendForCausalLM
-from modeling_moextend.scope_moextend import NEVER, STATE, modality_scope, remember
+from modeling_moextend.scope_moextend import NEVER, STATE, cached_first, modality_scope, remember
 
 IMAGE = 96
 TABLE = [  # name, tokens (i: image), position ids, scope, state
@@ -161,7 +161,7 @@ def test_the_state_moves_as_the_rows_do(move, rows):
 def test_a_reset_cache_has_seen_no_image():
     cache = filled_cache(4, NEVER, 1)
     cache.reset()
-    assert getattr(cache, STATE).tolist() == [NEVER] * 3
+    assert cached_first(cache, 3, 0, "cpu").tolist() == [NEVER] * 3
 
 
 def pickled(cache):

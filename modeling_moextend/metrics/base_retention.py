@@ -13,13 +13,13 @@ import evaluate
 DESCRIPTION = """
 Question: how far does an adapted model leave its base on text that the base already knew?
 
-| value | unit | range | better |
+| value | unit | range | direction |
 |---|---|---|---|
-| `perplexity_before`, `perplexity_after` | tokens to choose from, base and adapted model | 1 to infinity | lower |
-| `perplexity_ratio` | after / before | 0 to infinity, 1: nothing lost | lower |
-| `kl` | nats a token, KL(base || adapted model) of the next-token distributions | 0 to infinity | lower |
-| `top1_changed` | share of tokens whose likeliest successor is another one | 0 to 1 | lower |
-| `captured[layer]` | share of tokens that select at least one new expert of the layer | 0 to 1 | lower |
+| `perplexity_before`, `perplexity_after` (base, adapted) | tokens to choose from | 1 to infinity | lower is better |
+| `perplexity_ratio` | after / before | 0 to infinity, 1: nothing lost | lower is better |
+| `kl`: KL(base, adapted) of the next-token distributions | nats a token | 0 to infinity | lower is better |
+| `top1_changed` | share of tokens whose likeliest successor is another one | 0 to 1 | lower is better |
+| `captured[layer]` | share of tokens that select at least one new expert of the layer | 0 to 1 | lower is better |
 
 Each value is given by domain and overall. Within a domain every token counts the same; overall every domain counts
 the same: perplexities and their ratio are geometric means over the domains, the other values arithmetic means.

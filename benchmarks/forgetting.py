@@ -1,0 +1,188 @@
+"""Learning against forgetting: every method on every task, one resumable command.
+
+    python benchmarks/forgetting.py                    # everything: hours; go on with the same command after a stop
+    python benchmarks/forgetting.py --quick            # two tasks, one rate, one seed, fewer methods: 20 minutes
+    python benchmarks/forgetting.py --tasks library --methods gate lora_replay
+    python benchmarks/forgetting.py --ablations --tasks library --rates 1.5e-3
+    python benchmarks/report.py                        # tables and picture from the results
+
+For each task and method, three learning rates on the first seed; the best on the validation split (ties: the lower
+base perplexity) goes on to the other seeds. Tables show the test split at that rate. Each run is a process of its own
+on one thread, and one line in the results file. A line that is there already is not run again; a run that fails is a
+line with its error, and the rest go on.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from methods import ABLATIONS, METHODS, changed
+from runs import append_run, key, latest, missing, read_runs, settings_hash, winner
+from tasks import ROOT, TASKS, data_folder
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+QUICK_TASKS = ("library", "easy_vqa")
+QUICK = ("paper", "modality", "gate", "full_replay", "lora_replay")
+ENVIRONMENT = {  # one thread a run: small expert loops gain nothing from two; glibc keeps large activations
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    "MALLOC_MMAP_THRESHOLD_": "1000000000",
+    "MALLOC_TRIM_THRESHOLD_": "2000000000",
+}
+
+
+def parse(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="default: all")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all; of those, what fits the task")
+    parser.add_argument("--rates", nargs="+", type=float, help="learning rates in place of each method's own grid")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="the sweep is on the first; default 0 1 2"
+    )
+    parser.add_argument("--quick", action="store_true", help="two tasks, the middle rate, one seed, the main methods")
+    parser.add_argument("--ablations", action="store_true", help="variants of the method 'gate' instead, one run each")
+    parser.add_argument("--workers", type=int, default=2, help="runs at once, one thread each; default 2")
+    parser.add_argument("--retry", action="store_true", help="run again what failed")
+    parser.add_argument("--output", type=Path, help="default: results/forgetting.jsonl (ablations.jsonl) beside this")
+    args = parser.parse_args(arguments)
+    args.output = args.output or RESULTS / ("ablations.jsonl" if args.ablations else "forgetting.jsonl")
+    args.tasks = args.tasks or list(QUICK_TASKS if args.quick else TASKS)
+    args.methods = args.methods or list(QUICK if args.quick else METHODS)
+    args.seeds = args.seeds[:1] if args.quick else args.seeds
+    return args
+
+
+# ---------------------------------------------------------------- which runs
+
+
+def describe(task, method, rate, seed, **more):
+    """One run as `run.py` takes it, with its key."""
+    run = {"task": task.name, "method": method.name, "rate": rate, "seed": seed}
+    return {**run, "settings": settings_hash(task, method), **more}
+
+
+def pairs(args):
+    """The (task, method) pairs that were asked for."""
+    chosen = [(TASKS[task], METHODS[method]) for task in args.tasks for method in args.methods]
+    return [(task, method) for task, method in chosen if method.fits(task)]
+
+
+def rates(args, method):
+    """The sweep's rates: those given, or the method's own; the middle one of them for `--quick` and `--ablations`."""
+    grid = args.rates or method.rates
+    return [grid[len(grid) // 2]] if args.quick or args.ablations else grid
+
+
+def sweep(args):
+    """The runs on the first seed."""
+    return [
+        describe(task, method, rate, args.seeds[0]) for task, method in pairs(args) for rate in rates(args, method)
+    ]
+
+
+def finals(args, runs):
+    """The runs on the other seeds, at the rates that won; pairs whose sweep failed have none."""
+    wanted = []
+    for task, method in pairs(args):
+        keys = {key(describe(task, method, rate, args.seeds[0])) for rate in rates(args, method)}
+        best = winner([run for run in latest(runs) if key(run) in keys])
+        wanted += [describe(task, method, best["rate"], seed) for seed in args.seeds[1:]] if best else []
+    return wanted
+
+
+def ablations(args):
+    """One run for each row of `ABLATIONS`, named "gate: row"."""
+    wanted = []
+    for task in (TASKS[name] for name in args.tasks):
+        for name, changes in ABLATIONS:
+            method = changed(METHODS["gate"], changes)
+            for rate in rates(args, method):
+                run = describe(task, method, rate, args.seeds[0], changes=changes)
+                wanted.append({**run, "method": f"gate: {name}", "of": "gate"})
+    return wanted
+
+
+# ---------------------------------------------------------------- running them
+
+
+def in_own_process(wanted):
+    """What `run.py` measures for `wanted`, with `error` set where it failed."""
+    job = {**wanted, "method": wanted.get("of", wanted.get("method"))}
+    command = [sys.executable, str(HERE / "run.py"), json.dumps(job)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
+    try:
+        if done.returncode == 0:
+            return {"error": None, **json.loads(done.stdout.splitlines()[-1])}
+        problem = f"exit code {done.returncode}"
+    except (IndexError, json.JSONDecodeError) as error:
+        problem = f"no result: {error}"
+    said = done.stderr[-1500:].replace(str(ROOT), ".")  # results are shared: no places of this machine
+    return {"error": f"{problem}\n{said}"}
+
+
+def prepare(args):
+    """Data, and for tasks with images the shared projector of each seed.
+
+    Raises:
+        RuntimeError: one of them failed: no run could work.
+    """
+    jobs = [] if (data_folder() / "done").exists() else [{"prepare": True}]
+    vision = next((name for name in args.tasks if TASKS[name].vision), None)
+    for seed in args.seeds if vision else ():
+        if not (data_folder() / f"aligned-{seed}" / "config.json").exists():
+            jobs.append({"align": vision, "seed": seed})
+    for job in jobs:
+        print(f"preparing {job} ...", flush=True)
+        if error := in_own_process(job)["error"]:
+            raise RuntimeError(f"Preparing {job} failed: {error}")
+
+
+def run_all(args, wanted):
+    """Runs those of `wanted` that the results file lacks, `args.workers` at once."""
+    todo = missing(wanted, read_runs(args.output), args.retry)
+    print(f"{len(wanted)} runs, {len(wanted) - len(todo)} of them in {args.output} already", flush=True)
+    start = time.perf_counter()
+    pool = ThreadPoolExecutor(args.workers)
+    try:
+        futures = {pool.submit(in_own_process, run): run for run in todo}
+        for number, future in enumerate(as_completed(futures), start=1):
+            run = {**futures[future], **future.result(), "command": shlex.join(["forgetting.py", *sys.argv[1:]])}
+            append_run(args.output, run)
+            left = (time.perf_counter() - start) / number * (len(todo) - number) / 60
+            print(f"[{number}/{len(todo)}, {left:.0f} min to go] {told(run)}", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # on Ctrl-C too: what has not begun never begins
+
+
+def told(run):
+    """One line about one run."""
+    name = f"{run['task']} {run['method']} {run['rate']:g} seed {run['seed']}"
+    if run["error"]:
+        return f"{name}: FAILED, {run['error'].strip().splitlines()[-1]}"
+    return f"{name}: validation {run['validation']:.3f}, {sum(run['seconds'].values()):.0f} s"
+
+
+def main():
+    args = parse()
+    prepare(args)
+    if args.ablations:
+        run_all(args, ablations(args))
+    else:
+        run_all(args, sweep(args))
+        args.retry = False  # what was run again just now and failed again has failed
+        run_all(args, finals(args, read_runs(args.output)))
+    from report import show
+
+    show(args.output)
+
+
+if __name__ == "__main__":
+    main()

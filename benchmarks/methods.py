@@ -1,0 +1,83 @@
+"""The methods that the benchmark compares, and the table of ablations: settings only, `training.py` trains.
+
+Each method has a grid of learning rates of its own, all equally long.
+"""
+
+from dataclasses import asdict, dataclass, field
+
+PAPER = {"scope": "all", "selection": "compete", "calibration": "all"}
+ALL = {"scope": "all", "selection": "exclusive", "calibration": "none"}
+GATE = {"scope": "gate", "selection": "exclusive", "calibration": "none"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method: new experts with a routing, or a way to train the plain base.
+
+    Attributes:
+        rates: learning rates of the sweep; the middle one is what `--quick` takes.
+        routing: what `from_base` takes; `None` for methods that train the base itself.
+        new_experts: a layer, on all layers; sources are the experts that the task's rows select most.
+        trainer: more for `MoExtendSFTConfig`.
+        retention: "real" (the texts that replay takes too), or `None`.
+        trains: for methods on the plain base: "all", "lora" or "routers".
+        replay: whether a step takes the base's own text as well.
+        vision: `True`: only tasks with images; `False`: only without; `None`: all tasks.
+    """
+
+    name: str
+    rates: tuple
+    routing: dict | None = None
+    new_experts: int = 4
+    trainer: dict = field(default_factory=dict)
+    retention: str | None = None
+    trains: str | None = None
+    replay: bool = False
+    vision: bool | None = None
+
+    def settings(self):
+        """Everything that a run depends on but its rate."""
+        return {name: value for name, value in asdict(self).items() if name not in ("name", "rates", "vision")}
+
+    def fits(self, task):
+        """Whether the method is for `task`."""
+        return self.vision is None or self.vision == task.vision
+
+
+NEW = (5e-4, 1.5e-3, 4e-3)
+FULL = (3e-4, 1e-3, 3e-3)
+LORA = (5e-4, 1.5e-3, 4e-3)
+METHODS = {
+    method.name: method
+    for method in (
+        Method("paper", NEW, PAPER, new_experts=1),
+        Method("exclusive_all", NEW, ALL),
+        Method("modality", NEW, {**ALL, "scope": "modality"}, vision=True),
+        Method("gate", NEW, GATE, retention="real"),
+        Method("gate_self", NEW, GATE, trainer={"retention": "self"}),
+        Method("full", FULL, trains="all"),
+        Method("full_replay", FULL, trains="all", replay=True),
+        Method("lora", LORA, trains="lora"),
+        Method("lora_replay", LORA, trains="lora", replay=True),
+        Method("router_only", (1e-3, 3e-3, 1e-2), trains="routers"),
+    )
+}
+
+# (name, changes to the method "gate"): one run each, everything else as it is. See `forgetting.py --ablations`.
+ABLATIONS = (
+    ("gate", {}),
+    ("1 new expert", {"new_experts": 1}),
+    ("2 new experts", {"new_experts": 2}),
+    ("8 new experts", {"new_experts": 8}),
+    ("compete", {"routing": {"selection": "compete"}}),
+    ("compete, calibration routed", {"routing": {"selection": "compete", "calibration": "routed"}}),
+    ("scope all", {"routing": {"scope": "all"}, "retention": None}),
+)
+
+
+def changed(method, changes):
+    """A method with other settings; dicts are merged, so that a change names only what differs."""
+    values = {**method.settings(), "name": method.name, "rates": method.rates, "vision": method.vision}
+    for name, value in changes.items():
+        values[name] = {**values[name], **value} if isinstance(value, dict) else value
+    return Method(**values)

@@ -1,0 +1,137 @@
+"""Tables and the frontier picture from the results of `forgetting.py`.
+
+    python benchmarks/report.py                                      # prints Markdown, writes results/forgetting.png
+    python benchmarks/report.py benchmarks/results/ablations.jsonl
+
+Accuracy is that of the test split at the rate that won on the validation split: mean over seeds (lowest to highest).
+Then the rise of the base's perplexity in percent, mean over seeds: of windows of text and of text from its own start
+(documents, chats, questions), in domains of the retention data and in the one left out of it.
+"""
+
+import argparse
+from pathlib import Path
+
+from runs import GROUPS, latest, read_runs, rise, spread, winner
+
+COLUMNS = ("method", "rate", "seeds", "accuracy", *GROUPS, "captured", "seconds")
+LINEAR_BELOW = 0.1  # percent: the picture's axis is linear there, for zero must be on it
+
+
+def by_pair(runs):
+    """{task: {method: [run]}} in the order of the file, each run as it ended last."""
+    found = {}
+    for run in latest(runs):
+        found.setdefault(run["task"], {}).setdefault(run["method"], []).append(run)
+    return found
+
+
+def chosen(runs):
+    """A method's runs at the rate that won on the seed it was swept on; none where all failed.
+
+    Only those with the settings of its last line: what was run before a setting changed is history.
+    """
+    worked = [run for run in runs if not run["error"] and run["settings"] == runs[-1]["settings"]]
+    if not worked:
+        return []
+    best = winner([run for run in worked if run["seed"] == swept_seed(worked)])
+    return sorted((run for run in worked if run["rate"] == best["rate"]), key=lambda run: run["seed"])
+
+
+def swept_seed(runs):
+    """The seed with most runs: of these one has all rates, the others the winner's only. Ties: the lowest."""
+    seeds = [run["seed"] for run in runs]
+    return max(sorted(set(seeds)), key=seeds.count)
+
+
+def figures(runs):
+    """A table's row from the chosen runs of a method: {column: value}; numbers are (mean, lowest, highest)."""
+    captured = [part["captured"] for run in runs for part in run["text"].values() if part["captured"] is not None]
+    return {
+        "rate": runs[0]["rate"],
+        "seeds": len(runs),
+        "accuracy": spread([run["test"] for run in runs]),
+        **{group: spread([rise(run, domains) for run in runs]) for group, domains in GROUPS.items()},
+        "captured": spread(captured) if captured else None,
+        "seconds": spread([sum(run["seconds"].values()) for run in runs]),
+        "bit_equal": all(run["bit_equal"] for run in runs),
+    }
+
+
+def markdown(runs):
+    """One table a task, best accuracy first; methods whose runs all failed are named below."""
+    parts = []
+    for task, methods in by_pair(runs).items():
+        rows = {method: figures(part) for method, ran in methods.items() if (part := chosen(ran))}
+        lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+        for method, row in sorted(rows.items(), key=lambda item: -item[1]["accuracy"][0]):
+            lines.append("| " + " | ".join(cells(method, row)) + " |")
+        failed = sorted(set(methods) - set(rows))
+        parts.append(
+            "\n".join([f"### {task}", "", *lines, *(["", f"Failed: {', '.join(failed)}."] if failed else [])])
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def cells(method, row):
+    mean, lowest, highest = (100 * value for value in row["accuracy"])
+    accuracy = f"{mean:.1f}%" + (f" ({lowest:.1f} to {highest:.1f})" if row["seeds"] > 1 else "")
+    rises = ["bit-equal" if row["bit_equal"] else percent(row[group][0]) for group in GROUPS]
+    captured = "" if row["captured"] is None else f"{100 * row['captured'][0]:.2f}%"
+    return [method, f"{row['rate']:g}", str(row["seeds"]), accuracy, *rises, captured, f"{row['seconds'][0]:.0f}"]
+
+
+def percent(value):
+    """+0.04%, +12.3%, x41: as many places as matter."""
+    if value >= 900:
+        return f"x{value / 100 + 1:.3g}"
+    return f"{value:+.2f}%" if abs(value) < 10 else f"{value:+.1f}%"
+
+
+def plot(runs, path):
+    """The frontier: base perplexity's rise against accuracy, a panel a task; up and left is better.
+
+    Large: the test split at the winning rate, mean over seeds. Small: the validation split at the rates swept.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+
+    tasks = by_pair(runs)
+    names = sorted({method for methods in tasks.values() for method in methods})
+    figure = Figure(figsize=(5.2 * max(1, len(tasks)), 4.6), layout="constrained")
+    panels = figure.subplots(1, max(1, len(tasks)), squeeze=False)[0]
+    for axes, (task, methods) in zip(panels, tasks.items(), strict=False):
+        for method, ran in methods.items():
+            draw(axes, method, ran, f"C{names.index(method) % 10}")
+        axes.set_xscale("symlog", linthresh=LINEAR_BELOW)
+        axes.set(title=task, xlabel="rise of base perplexity, %", ylabel="accuracy", ylim=(0, 1.02))
+        axes.grid(alpha=0.3)
+    handles = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def draw(axes, method, runs, colour):
+    """One method's points; a rise below zero (replay may improve the base on its text) stands left of zero."""
+    swept = [run for run in runs if not run["error"]]
+    axes.plot([rise(run) for run in swept], [run["validation"] for run in swept], ".", color=colour, alpha=0.35)
+    if part := chosen(runs):
+        point = spread([rise(run) for run in part])[0], spread([run["test"] for run in part])[0]
+        axes.plot(*point, "o", color=colour, markersize=9, label=method)
+
+
+def show(path):
+    """Prints the tables of a results file and draws the picture beside it."""
+    runs = read_runs(path)
+    if not runs:
+        print(f"{path} holds no run yet: python benchmarks/forgetting.py")
+        return
+    print(markdown(runs))
+    picture = Path(path).with_suffix(".png")
+    plot(runs, picture)
+    print(f"Picture: {picture}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = Path(__file__).resolve().parent / "results/forgetting.jsonl"
+    parser.add_argument("results", nargs="?", type=Path, default=default, help="default: results/forgetting.jsonl")
+    show(parser.parse_args().results)

@@ -1,0 +1,117 @@
+"""One run in a process of its own: train, ask, read the base's text; the last line on stdout is the result as JSON.
+
+    python benchmarks/run.py '{"task": "library", "method": "lora", "rate": 0.001, "seed": 0}'
+
+`forgetting.py` starts these. `{"prepare": true}` writes the data, `{"align": "easy_vqa", "seed": 0}` trains the
+projector that all methods of a task with images share. Of a run: `steps`, `changes` (to the method's settings).
+"""
+
+import json
+import math
+import sys
+import time
+from importlib.metadata import version
+
+from methods import METHODS, changed
+from tasks import TASKS, held_out_rows, messages, prepare, read
+from training import align, load_base, load_processing, train
+from transformers import logging
+
+from modeling_moextend.evaluation import answer, compare_with_base
+
+STACK = ("torch", "transformers", "trl", "peft", "sympy", "matplotlib")  # what runs, and what rows are made of
+SPLITS = ("validation", "test")
+READ = {"max_length": 256, "batch_size": 16, "progress": False}  # how the base's text is read
+
+
+def run(task, method, rate, seed, steps=None, limit=None):
+    """Trains and measures one run.
+
+    Args:
+        limit: asks and reads so many rows only, for tests.
+
+    Returns:
+        a dict: `validation` and `test` (exact match, 0 to 1), `text` (see `read_text`), `bit_equal`, `trainable`
+        (parameters), `seconds`, `versions`.
+    """
+    start = time.perf_counter()
+    model, processing = train(task, method, rate, seed, steps)
+    trained = time.perf_counter()
+    model.eval()
+    result = {split: exact_match(model, processing, task, held_out_rows(task, split)[:limit]) for split in SPLITS}
+    asked = time.perf_counter()
+    result |= read_text(model, getattr(processing, "tokenizer", processing), method, read("documents")[:limit])
+    times = {"train": trained - start, "ask": asked - trained, "read": time.perf_counter() - asked}
+    trainable = sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
+    seconds = {name: round(value, 1) for name, value in times.items()}
+    return {**result, "trainable": trainable, "seconds": seconds, "versions": {name: version(name) for name in STACK}}
+
+
+def exact_match(model, processing, task, rows):
+    """Share of rows whose greedy answer is the right one, but for case and outer spaces."""
+    prompts = [messages(row, answer=False) for row in rows]
+    images = [[row["image"]] for row in rows] if task.vision else None
+    options = {"max_new_tokens": task.max_new_tokens, "progress": False}
+    given = answer(model, processing, prompts, images=images, **options)
+    hits = [text.lower() == row["answer"].lower() for text, row in zip(given, rows, strict=True)]
+    return sum(hits) / max(1, len(hits))
+
+
+def read_text(model, tokenizer, method, documents):
+    """What became of the base's own text.
+
+    Returns:
+        {"text": {kind/domain: {"base", "after" (perplexity), "kl" (nats a token), "changed" (share of top-1 tokens),
+        "captured" (share of tokens, mean over extended layers; `None` where there is none)}}, "bit_equal"}
+    """
+    other = {}
+    if method.routing is None:  # the base itself has changed: read it beside a fresh one
+        model, other = getattr(model, "base", model), {"base": load_base().eval()}
+    groups, rows = {}, compare_with_base(model, tokenizer, documents, **READ, **other)
+    for row in rows:
+        groups.setdefault(row["domain"], []).append(row)
+    text = {domain: summary(part) for domain, part in groups.items()}
+    return {"text": text, "bit_equal": all(row["bit_equal"] for row in rows)}
+
+
+def summary(rows):
+    """One domain's figures, over all of its tokens."""
+
+    def mean(values):
+        values = [float(value) for value in values]
+        return sum(values) / max(1, len(values))
+
+    layers = [layer for row in rows for layer in (row.get("captured") or {}).values()]
+    pairs = [pair for row in rows for pair in zip(row["top1"], row["base_top1"], strict=True)]
+    return {
+        "base": perplexity(mean(value for row in rows for value in row["base_nll"])),
+        "after": perplexity(mean(value for row in rows for value in row["nll"])),
+        "kl": mean(value for row in rows for value in row["kl"]),
+        "changed": mean(one != other for one, other in pairs),
+        "captured": mean(value for layer in layers for value in layer) if layers else None,
+    }
+
+
+def perplexity(nats):
+    """exp, but infinity where a diverged run would overflow it."""
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def main():
+    wanted = json.loads(sys.argv[1])
+    logging.set_verbosity_error()
+    if wanted.get("prepare"):
+        prepare(load_processing(TASKS["library"]))
+        result = {}
+    elif "align" in wanted:
+        align(TASKS[wanted["align"]], wanted["seed"])
+        result = {}
+    else:
+        method = changed(METHODS[wanted["method"]], wanted.get("changes", {}))
+        options = {name: wanted.get(name) for name in ("steps", "limit")}
+        result = run(TASKS[wanted["task"]], method, wanted["rate"], wanted["seed"], **options)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

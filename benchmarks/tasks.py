@@ -1,0 +1,306 @@
+"""The tasks of the benchmark, the base's own text that methods may replay, and the text that forgetting is read from.
+
+Everything is made from what is installed: sources of Python packages (read by `assets/text_data.py`, never imported),
+numbers, easy-VQA. The same packages give the same rows on every machine; a row's side of a split is a hash.
+
+    library    the first sentence of a docstring -> which library it is from. No instruction; the base's own vocabulary
+               and style. A module is on one side of the split with all of its docstrings.
+    numbers    a number in digits -> in English words. No instruction, no word in the prompt.
+    easy_vqa   an image of one coloured shape and a question about it -> the answer. Open questions are asked.
+"""
+
+import ast
+import json
+import random
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path += [str(ROOT / "assets"), str(ROOT / "examples")]  # last: examples/evaluate.py is not the library evaluate
+
+import text_data  # noqa: E402
+
+BASE, ENCODER = "assets/tiny-moe", "assets/tiny-clip"  # from ROOT
+MADE_BY = (Path(__file__), ROOT / "assets/text_data.py")
+SPLITS = ("train", "validation", "test")
+LIBRARIES = {"stdlib": "Python", "torch": "PyTorch", "matplotlib": "Matplotlib", "sympy": "SymPy"}
+RETENTION_DOMAINS = ("code", "manual", "chat")
+LEFT_OUT = "science"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is fixed for all methods: optimiser steps, rows a step, rows asked, tokens an answer may have."""
+
+    name: str
+    steps: int
+    batch: int
+    validation: int
+    test: int
+    max_new_tokens: int
+    vision: bool = False
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("library", steps=200, batch=16, validation=400, test=640, max_new_tokens=6),
+        Task("numbers", steps=300, batch=16, validation=400, test=1000, max_new_tokens=24),
+        Task("easy_vqa", steps=250, batch=32, validation=400, test=1000, max_new_tokens=6, vision=True),
+    )
+}
+
+
+def side(key):
+    """Which split a key (a module, a number, an image) is in: 80% train, 10% validation, 10% test."""
+    place = text_data.digest(f"split of {key}") % 10
+    return SPLITS[max(0, place - 7)]
+
+
+# ---------------------------------------------------------------- rows: {"question", "answer", "image"}
+
+
+def row(question, answer, image=None):
+    return {"question": question, "answer": answer, "image": image}
+
+
+def library_rows(sources):
+    """{split: rows} from {package: sources}, as many rows of each library; no sentence comes twice.
+
+    Only modules of the base's training text are used, so that all rows are equally known to the base. A sentence that
+    names a library would give the answer away and is left out.
+    """
+    names = [name.lower() for name in (*LIBRARIES, *LIBRARIES.values())]
+    found = {split: {package: [] for package in LIBRARIES} for split in SPLITS}
+    seen = Counter(sentence for package in LIBRARIES for source in sources[package] for sentence in sentences(source))
+    for package, answer in LIBRARIES.items():
+        for source in sources[package]:
+            for sentence in sentences(source) if not source.held_out else ():
+                if seen[sentence] == 1 and not any(name in sentence.lower() for name in names):
+                    found[side(source.key)][package].append(row(sentence, answer))
+    return {split: balanced(list(groups.values()), split) for split, groups in found.items()}
+
+
+def sentences(source):
+    """First sentences of a file's docstrings, 25 to 140 characters long."""
+    told = {text_data.first_sentence(definition.doc) for definition in source.definitions}
+    return sorted(sentence for sentence in told if 25 <= len(sentence) <= 140)
+
+
+def balanced(groups, seed):
+    """As many rows of each group, shuffled."""
+    generator = random.Random(seed)
+    number = min(map(len, groups))
+    rows = [row for group in groups for row in generator.sample(group, number)]
+    generator.shuffle(rows)
+    return rows
+
+
+UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+).split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+
+def in_words(number):
+    """4207 -> "four thousand two hundred seven" (0 to 999,999)."""
+    if number < 20:
+        return UNITS[number]
+    if number < 100:
+        return TENS[number // 10 - 2] + (f"-{UNITS[number % 10]}" if number % 10 else "")
+    size, name = (100, "hundred") if number < 1000 else (1000, "thousand")
+    rest = f" {in_words(number % size)}" if number % size else ""
+    return f"{in_words(number // size)} {name}{rest}"
+
+
+def in_digits(number, generator):
+    """4207 -> "4207", "4,207", "4 207" or "04207"."""
+    return generator.choice((f"{number}", f"{number:,}", f"{number:,}".replace(",", " "), f"0{number}"))
+
+
+def number_rows(highest=9999):
+    """{split: rows}: every number from 0 to `highest` once, written in one way."""
+    rows = {split: [] for split in SPLITS}
+    for number in range(highest + 1):
+        rows[side(number)].append(row(in_digits(number, random.Random(number)), in_words(number)))
+    for split in SPLITS:
+        random.Random(split).shuffle(rows[split])
+    return rows
+
+
+def easy_vqa_rows():
+    """{split: rows}: training questions on 90% of the training images, open ones on the rest and on the test's."""
+    from easy_vqa_data import balanced as half_open
+    from easy_vqa_data import questions
+
+    known = [entry for entry in questions("train") if side(Path(entry[0]).name) != "test"]
+    asked = [entry for entry in questions("train") if side(Path(entry[0]).name) == "test"]
+    parts = {"train": half_open(known), "validation": open_ones(asked), "test": open_ones(questions("test"))}
+    return {
+        split: [row(f"<image>\n{question}", answer, str(image)) for image, question, answer in part]
+        for split, part in parts.items()
+    }
+
+
+def caption_rows():
+    """Rows of stage align: captions of training images that no question of `validation` is about."""
+    from easy_vqa_data import captions, questions
+
+    known = [entry for entry in questions("train") if side(Path(entry[0]).name) != "test"]
+    return [row("<image>\nWhat is in the image?", caption, str(image)) for image, caption in captions(known)]
+
+
+def open_ones(entries):
+    chosen = [entry for entry in entries if entry[2] not in ("yes", "no")]
+    random.Random(0).shuffle(chosen)
+    return chosen
+
+
+def training_rows(rows, number, seed):
+    """`number` rows in the order that every method sees: shuffled anew for every pass."""
+    generator, order = random.Random(seed), []
+    while len(order) < number:
+        order += generator.sample(rows, len(rows))
+    return order[:number]
+
+
+def majority(rows):
+    """Accuracy of the commonest answer."""
+    return Counter(entry["answer"] for entry in rows).most_common(1)[0][1] / len(rows)
+
+
+def messages(entry, answer=True):
+    """A row as chat messages, with the assistant's answer or without."""
+    turns = [{"role": "user", "content": entry["question"]}, {"role": "assistant", "content": entry["answer"]}]
+    return turns if answer else turns[:1]
+
+
+# ---------------------------------------------------------------- the base's own text
+
+
+def retention_texts(sources, render_chat, number=900, max_chars=500):
+    """Text for replay and for the gate: [{"domain", "text"}], at most `number` a domain, of the standard library.
+
+    Only training-side modules, and none that the task `library` validates or tests on. Half of the texts begin where
+    a document begins (chats: or at a later question), half anywhere.
+
+    Args:
+        sources: the standard library's.
+        render_chat: messages -> text, without the leading bos.
+    """
+    known = [source for source in sources if not source.held_out and side(source.key) == "train"]
+    unique = text_data.Deduplicator()
+    documents = {
+        "code": [text for source in known for text in text_data.pieces(text_data.clean(source.code))],
+        "manual": [text for source in known for text in text_data.pieces(text_data.prose(source))],
+        "chat": [talk for source in known for talk in text_data.dialogues(source, unique)],
+    }
+    rows = []
+    for domain in RETENTION_DOMAINS:
+        generator = random.Random(domain)
+        chosen = generator.sample(documents[domain], min(number, len(documents[domain])))
+        for place, document in enumerate(chosen):
+            if domain == "chat":
+                document = render_chat(from_a_question(document, generator))
+            text = document if place % 2 else cut_anywhere(document, generator)
+            rows.append({"domain": domain, "text": text[:max_chars]})
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def from_a_question(talk, generator):
+    """Half of the time the dialogue as it is, else from one of its questions on."""
+    starts = [place for place, message in enumerate(talk) if message["role"] == "user"]
+    return talk if generator.random() < 0.5 else talk[generator.choice(starts) :]
+
+
+def cut_anywhere(text, generator, shortest=200):
+    """`text` from a random word on, at least `shortest` characters of it where it has them."""
+    start = generator.randrange(max(1, len(text) - shortest))
+    return text[start:].split(" ", 1)[-1] if start else text
+
+
+def evaluation_documents(tokenizer, lengths=(128, 256), windows=16, documents=24):
+    """What forgetting is read from, all of it held out from the base's training: [{"domain", "text"}].
+
+    Domains are named `kind/domain`. `windows`: windows of the concatenated text of a domain, anywhere, of so many
+    tokens; half of them of each length. `aligned`: documents from their own start, and as `aligned/questions` held-out
+    chats that start, as the tasks' prompts do, with a user's question.
+    """
+    rows, length = [], max(lengths)
+    for domain in text_data.DOMAINS:
+        generator, texts = random.Random(domain), text_data.held_out_texts(domain, ROOT / BASE / "held_out.jsonl")
+        ids = tokenizer(tokenizer.eos_token.join(texts), add_special_tokens=False).input_ids
+        for number in range(windows):
+            size = lengths[number % len(lengths)]
+            start = generator.randrange(len(ids) - size)
+            rows.append({"domain": f"windows/{domain}", "text": tokenizer.decode(ids[start : start + size])})
+        chosen = generator.sample(texts, min(documents, len(texts)))
+        rows += [{"domain": f"aligned/{domain}", "text": shorten(text, tokenizer, length)} for text in chosen]
+        if domain == "chat":
+            starts = [text[place:] for text in texts for place in questions_in(text)]
+            for text in generator.sample(starts, 2 * documents):
+                rows.append({"domain": "aligned/questions", "text": shorten(text, tokenizer, length)})
+    return rows
+
+
+def questions_in(text, mark="<|user|>"):
+    """Where in a rendered chat a user's turn starts, with at least 100 characters to come."""
+    places, start = [], text.find(mark)
+    while start >= 0:
+        places += [start] * (len(text) - start >= 100)
+        start = text.find(mark, start + 1)
+    return places
+
+
+def shorten(text, tokenizer, length):
+    return tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids[:length])
+
+
+# ---------------------------------------------------------------- files
+
+
+def data_folder():
+    """Where the data lie; another folder for every version of the code that makes them, however it is laid out."""
+    code = "".join(ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in MADE_BY)
+    return ROOT / f"outputs/benchmarks/data-{text_data.digest(code):016x}"
+
+
+def prepare(tokenizer, folder=None):
+    """Writes rows of all tasks, retention texts and evaluation documents to `folder`, unless it has them."""
+    folder = Path(folder or data_folder())
+    done = folder / "done"
+    if done.exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = {package: text_data.read_sources(package) for package in LIBRARIES}
+
+    def render(talk):
+        return tokenizer.apply_chat_template(talk, tokenize=False).removeprefix(tokenizer.bos_token)
+
+    parts = {
+        "library": library_rows(sources),
+        "numbers": number_rows(),
+        "easy_vqa": easy_vqa_rows(),
+        "captions": caption_rows(),
+        "retention": retention_texts(sources["stdlib"], render),
+        "documents": evaluation_documents(tokenizer),
+    }
+    for name, part in parts.items():
+        (folder / f"{name}.json").write_text(json.dumps(part), encoding="utf-8")
+    done.touch()
+    return folder
+
+
+def read(name, folder=None):
+    """A part that `prepare` wrote: {split: rows} of a task; or the list of `captions`, `retention` or `documents`."""
+    folder = Path(folder or data_folder())
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def held_out_rows(task, split):
+    """The rows of `split` that are asked: the first ones of its fixed order."""
+    return read(task.name)[split][: getattr(task, split)]

@@ -1,0 +1,279 @@
+"""One run's training: the same rows in the same order for every method, and as little code of its own as possible.
+
+AdamW without weight decay, cosine, 3% warm-up, float32, gradients clipped at 1, a fixed number of steps. Methods with
+replay take a second micro-batch a step: as many texts of the base's own as there are rows of the task. The loss is
+then the sum of the two means over tokens, so that long texts don't drown short answers. No method but those with new
+experts takes a load-balancing loss.
+"""
+
+import datasets
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from PIL import Image
+from tasks import BASE, ENCODER, ROOT, data_folder, messages, read, training_rows
+from transformers import AutoModelForCausalLM, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from modeling_moextend import MoExtendForCausalLM, MoExtendSFTConfig, MoExtendSFTTrainer
+from modeling_moextend.processing_moextend import load_processor
+from modeling_moextend.stages import change_routing
+
+CACHE = ROOT / "outputs/benchmarks"
+ALIGN_STEPS, ALIGN_RATE = 100, 1e-3
+PLAN_ROWS = 256  # rows of the task that choose the source experts
+REPLAY_TOKENS = 192  # longest replayed text
+LORA = LoraConfig(
+    r=16,
+    lora_alpha=16,
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+    target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+)
+
+
+def train(task, method, rate, seed, steps=None):
+    """Trains one run: (model, tokenizer or processor).
+
+    Args:
+        task, method: a `Task` and a `Method`.
+        steps: fewer than the task's, for tests.
+    """
+    steps = steps or task.steps
+    processing = load_processing(task)
+    rows = training_rows(read(task.name)["train"], steps * task.batch, seed)
+    set_seed(seed)
+    model = start_model(task, seed)
+    options = {"learning_rate": rate, "seed": seed, "max_steps": steps}
+    if method.routing is None:
+        return train_base(model, processing, task, method, rows, options), processing
+    plan = busiest_experts(
+        model, collator(processing)(tokenize(task, processing, rows[:PLAN_ROWS])), method.new_experts
+    )
+    return train_experts(
+        with_experts(model, plan, method.routing), processing, task, method, rows, options
+    ), processing
+
+
+def train_experts(model, processing, task, method, rows, options):
+    """New experts, by the library's own trainer."""
+    more = (
+        {"retention_dataset": datasets.Dataset.from_list([{"text": row["text"]} for row in read("retention")])}
+        if method.retention == "real"
+        else {}
+    )
+    args = arguments(MoExtendSFTConfig, task, **options, **method.trainer, assistant_only_loss=True, max_length=None)
+    trainer = MoExtendSFTTrainer(
+        model=model, args=args, train_dataset=conversations(task, rows), processing_class=processing, **more
+    )
+    trainer.train()
+    return model
+
+
+def train_base(model, processing, task, method, rows, options):
+    """The plain base (and the projector), by TRL's trainer on rows that are tokenised here."""
+    choose_trainable(model, method.trains)
+    samples = tokenize(task, processing, rows)
+    if method.replay:
+        samples = with_replay(samples, tokenize_texts(processing, len(samples), options["seed"]), task.batch)
+    args = arguments(
+        SFTConfig,
+        task,
+        **options,
+        gradient_accumulation_steps=1 + method.replay,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        router_aux_loss_coef=0.0,
+    )
+    tokenizer = getattr(processing, "tokenizer", processing)
+    trainer = MeanPerMicroBatch(
+        model=model,
+        args=args,
+        train_dataset=datasets.Dataset.from_list(samples),
+        processing_class=tokenizer,
+        data_collator=collator(processing),
+    )
+    trainer.train()
+    return model
+
+
+class MeanPerMicroBatch(SFTTrainer):
+    """The loss of a step is the sum of its micro-batches' means over tokens, not the mean over all their tokens."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=None)
+
+
+def arguments(config, task, learning_rate, seed, **options):
+    """A trainer's arguments: what all runs share, and what this one has of its own."""
+    shared = {
+        "output_dir": str(CACHE / "trainer"),
+        "per_device_train_batch_size": task.batch,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,  # below 1: a share of all steps
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "train_sampling_strategy": "sequential",
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_steps": 20,
+        "use_cpu": True,
+    }
+    return config(**{**shared, "learning_rate": learning_rate, "seed": seed, **options})
+
+
+# ---------------------------------------------------------------- models
+
+
+def load_base():
+    """The plain base in float32."""
+    return AutoModelForCausalLM.from_pretrained(str(ROOT / BASE), dtype=torch.float32)
+
+
+def load_processing(task):
+    """Tokenizer of a text task, processor of a task with images."""
+    encoder = str(ROOT / ENCODER) if task.vision else None
+    return load_processor(str(ROOT / BASE), encoder, assistant_only_loss=True)
+
+
+def aligned_folder(seed):
+    """Where stage align of a seed leaves its projector."""
+    return data_folder() / f"aligned-{seed}"
+
+
+def align(task, seed):
+    """Stage align, once a seed: the projector that all methods start from on a task with images."""
+    processor = load_processing(task)
+    set_seed(seed)
+    model = MoExtendForCausalLM.from_base(
+        str(ROOT / BASE), encoder=str(ROOT / ENCODER), image_token_id=processor.image_token_id, dtype=torch.float32
+    )
+    options = {"max_steps": ALIGN_STEPS, "max_length": None, "assistant_only_loss": True}
+    args = arguments(MoExtendSFTConfig, task, ALIGN_RATE, seed, stage="align", **options)
+    rows = conversations(task, training_rows(read("captions"), ALIGN_STEPS * task.batch, seed))
+    MoExtendSFTTrainer(model=model, args=args, train_dataset=rows, processing_class=processor).train()
+    model.save_pretrained(str(aligned_folder(seed)), adapter_dtype=torch.float32)
+
+
+def start_model(task, seed):
+    """What training starts from: the plain base; with images, the base behind the aligned projector."""
+    if not task.vision:
+        return load_base()
+    places = {"base": str(ROOT / BASE), "encoder": str(ROOT / ENCODER)}
+    return MoExtendForCausalLM.from_pretrained(str(aligned_folder(seed)), dtype=torch.float32, **places)
+
+
+def with_experts(model, plan, routing):
+    """`model` with the plan's new experts, under a routing."""
+    if model.config.model_type != "moextend":
+        return MoExtendForCausalLM.from_base(model, plan, **routing)
+    change_routing(model, routing)
+    model.extend(plan)
+    return model
+
+
+@torch.inference_mode()
+def busiest_experts(model, batch, number):
+    """{layer: the `number` base experts that the tokens of `batch` select most, busiest first}; wraps around."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    all_logits = model.eval()(**inputs, output_router_logits=True).router_logits
+    real, top_k = batch["attention_mask"].reshape(-1).bool(), model.config.get_text_config().num_experts_per_tok
+    plan = {}
+    for layer, logits in enumerate(all_logits):
+        counts = torch.bincount(logits[real].topk(top_k).indices.reshape(-1), minlength=logits.shape[1])
+        order = counts.argsort(descending=True, stable=True).tolist()
+        plan[layer] = [order[place % len(order)] for place in range(number)]
+    return plan
+
+
+def choose_trainable(model, trains):
+    """Sets what trains: "all" of the base, its "routers", "lora" (attention and experts); and the projector."""
+    base = getattr(model, "base", model)
+    if trains == "lora":
+        inject_adapter_in_model(LORA, base)
+    for name, parameter in base.named_parameters():
+        wanted = {"all": True, "routers": name.endswith(".gate.weight"), "lora": "lora_" in name}
+        parameter.requires_grad_(wanted[trains])
+    if getattr(model, "projector", None) is not None:
+        model.encoder.requires_grad_(False)
+        model.projector.requires_grad_(True)
+
+
+# ---------------------------------------------------------------- data
+
+
+def conversations(task, rows):
+    """Rows as a dataset in TRL's conversational format; images are opened when a sample is taken."""
+    if not task.vision:
+        return datasets.Dataset.from_list([{"messages": messages(row)} for row in rows])
+    samples = [{"messages": in_parts(messages(row)), "images": [row["image"]]} for row in rows]
+    return datasets.Dataset.from_list(samples).cast_column("images", datasets.List(datasets.Image()))
+
+
+def in_parts(turns):
+    """Messages whose content is a list of parts, an image part where `<image>` stands first."""
+    image = {"type": "image", "text": None}
+    return [
+        {
+            "role": turn["role"],
+            "content": [image] * turn["content"].startswith("<image>")
+            + [{"type": "text", "text": turn["content"].removeprefix("<image>")}],
+        }
+        for turn in turns
+    ]
+
+
+def tokenize(task, processing, rows):
+    """Rows as [{"input_ids", "labels", "picture"}]: labels are the assistant's tokens, as with TRL's own masks."""
+    tokenizer, image = getattr(processing, "tokenizer", processing), ""
+    if task.vision:
+        image = processing.image_token * processing.num_image_tokens
+    samples = []
+    for row in rows:
+        turns = messages({**row, "question": row["question"].replace("<image>", image)})
+        ids = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+        labels = [
+            token if mask else -100 for token, mask in zip(ids["input_ids"], ids["assistant_masks"], strict=True)
+        ]
+        samples.append({"input_ids": ids["input_ids"], "labels": labels, "picture": row["image"]})
+    return samples
+
+
+def tokenize_texts(processing, number, seed, group=128):
+    """`number` retention texts in the seed's order as samples; every token is a label.
+
+    Within each `group` of them shorter ones come first: a batch of like lengths has little padding.
+    """
+    tokenizer = getattr(processing, "tokenizer", processing)
+    texts = [row["text"] for row in training_rows(read("retention"), number, seed)]
+    all_ids = tokenizer(texts, truncation=True, max_length=REPLAY_TOKENS).input_ids
+    ordered = [ids for start in range(0, number, group) for ids in sorted(all_ids[start : start + group], key=len)]
+    return [{"input_ids": ids, "labels": ids, "picture": None} for ids in ordered]
+
+
+def with_replay(samples, replayed, batch):
+    """Micro-batches of the task and of replayed text in turn."""
+    mixed = []
+    for start in range(0, len(samples), batch):
+        mixed += samples[start : start + batch] + replayed[start : start + batch]
+    return mixed
+
+
+def collator(processing):
+    """Samples -> right-padded batch; `pixel_values` where they have pictures."""
+    tokenizer = getattr(processing, "tokenizer", processing)
+
+    def collate(samples):
+        fills = {"input_ids": tokenizer.pad_token_id, "labels": -100, "attention_mask": 0}
+        samples = [{**sample, "attention_mask": [1] * len(sample["input_ids"])} for sample in samples]
+        length = max(len(sample["input_ids"]) for sample in samples)
+        batch = {
+            name: torch.tensor([sample[name] + [fill] * (length - len(sample[name])) for sample in samples])
+            for name, fill in fills.items()
+        }
+        pictures = [Image.open(sample["picture"]).convert("RGB") for sample in samples if sample["picture"]]
+        if pictures:
+            batch["pixel_values"] = processing.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        return batch
+
+    return collate

@@ -1,0 +1,181 @@
+"""Training the token gate, once, before stage finetune: on hidden states of the base, computed once and kept.
+
+The gate reads what the lowest extended layer gets, and no new expert has touched that: so neither the task's nor the
+retention text's hidden states change while new experts train, and what the gate has learned stays true.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+from tqdm.auto import trange
+
+from .gate_moextend import GatedPass
+from .layers_moextend import find_moe_layers
+from .retention import common_prefix
+
+TOKENS_A_STEP = 2048  # of the task, and as many of retention text
+HELD_OUT = 20  # every so many-th sequence is kept aside to measure on
+
+
+class GateReport(NamedTuple):
+    """What the gate does on sequences that it was not trained on.
+
+    loss: hinge loss, mean of the last tenth of the steps. routed: share of task tokens let through, 0 to 1, higher is
+    better. captured: share of retention tokens let through, 0 to 1, lower is better. prefix: leading tokens that all
+    task samples share, and that count for neither.
+    """
+
+    loss: float
+    routed: float
+    captured: float
+    prefix: int
+
+
+class StopPass(Exception):
+    """Ends a forward pass whose rest nobody needs."""
+
+
+@torch.no_grad()
+def gate_inputs(model, batches):
+    """Hidden states that the gate will see: a list of (token ids [T], hidden states [T, H] in the base's dtype, CPU).
+
+    Runs the base up to the lowest extended layer only. Padding is dropped, packed rows come apart.
+
+    Args:
+        model: a MoExtend model with `scope="gate"`.
+        batches: iterable of what its forward takes; `attention_mask`, `position_ids`, `pixel_values` where given.
+    """
+    router = find_moe_layers(model.get_decoder())[min(model.config.extended_layers)].router
+    seen, sequences, training = [], [], model.training
+
+    def keep(module, args):
+        seen.append((args[0].detach(), module.moextend.state.gated))
+        raise StopPass
+
+    handle = router.register_forward_pre_hook(keep)
+    model.eval()
+    try:
+        for batch in batches:
+            try:
+                model(**batch, use_cache=False)
+            except StopPass:
+                hidden, gated = seen.pop()
+                sequences += split(batch["input_ids"], hidden.reshape(*batch["input_ids"].shape, -1), gated)
+    finally:
+        handle.remove()
+        model.train(training)
+    return sequences
+
+
+def split(input_ids, hidden, gated):
+    """[B, S] and [B, S, H] -> a (ids, hidden states) pair a sequence, on the CPU."""
+    pairs = []
+    for ids, states, real, starts in zip(input_ids, hidden, gated.is_real, gated.starts, strict=True):
+        for start in starts[real].unique():
+            tokens = (real & (starts == start)).to(states.device)
+            pairs.append((ids[tokens.to(ids.device)].cpu(), states[tokens].cpu()))
+    return pairs
+
+
+def shared_prefix(sequences, image_token_id=None):
+    """Number of leading tokens that say nothing about the task: those that all its samples share (a chat template's).
+
+    It ends before the first image token, whose id is shared and whose content is not.
+
+    Raises:
+        ValueError: all samples are the same text, so nothing tells the task.
+    """
+    rows = [ids.tolist() for ids, _ in sequences]
+    prefix = common_prefix(rows)
+    if image_token_id in rows[0][:prefix]:
+        prefix = rows[0].index(image_token_id)
+    if prefix == max(map(len, rows)):
+        raise ValueError("The gate can't learn from this training data: all its samples are the same.")
+    return prefix
+
+
+def fit_gate(
+    gate,
+    task,
+    retention,
+    *,
+    prefix,
+    steps=600,
+    learning_rate=3e-3,
+    task_weight=1.0,
+    retention_weight=10.0,
+    threshold=0.0,
+    seed=0,
+    progress=True,
+):
+    """Trains `gate` to let task tokens through and retention tokens not; hinge losses on the routing margin z.
+
+    loss = task_weight * mean relu(1 - z) over task tokens + retention_weight * mean relu(1 + z) over retention tokens.
+    AdamW, one-cycle learning rate. Where text of both kinds can't be told apart, the larger weight decides.
+
+    Args:
+        task, retention: lists of (ids [T], hidden states [T, H]); every 20th is kept aside for the report.
+        prefix: leading task tokens that count for neither, see `shared_prefix`.
+
+    Returns:
+        `GateReport`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parameters = list(gate.parameters())
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 2))
+    parts = [(task, prefix, 1.0, task_weight), (retention, 0, -1.0, retention_weight)]
+    kept, losses = [[row for place, row in enumerate(part[0]) if place % HELD_OUT] or part[0] for part in parts], []
+    with torch.enable_grad():
+        for _ in trange(steps, desc="training the gate", disable=not progress):
+            loss = 0.0
+            for rows, (_, skipped, sign, weight) in zip(kept, parts, strict=True):
+                margins, counts = run_gate(gate, some(rows, generator), skipped)
+                hinge = F.relu(1 - sign * margins[counts]).sum() / counts.sum().clamp(min=1)
+                loss = loss + weight * hinge
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    shares = [share_through(gate, part[0][::HELD_OUT], part[1], threshold) for part in parts]
+    last = losses[-max(1, steps // 10) :]
+    return GateReport(sum(last) / max(len(last), 1), shares[0], shares[1], prefix)
+
+
+def some(rows, generator):
+    """Random rows of together about `TOKENS_A_STEP` tokens, at least one."""
+    chosen, tokens = [], 0
+    for place in torch.randint(len(rows), (TOKENS_A_STEP,), generator=generator).tolist():
+        if chosen and tokens + len(rows[place][0]) > TOKENS_A_STEP:
+            break
+        chosen.append(rows[place])
+        tokens += len(rows[place][0])
+    return chosen
+
+
+def run_gate(gate, rows, skipped):
+    """Margins [B, S] of padded rows, and [B, S] bool: the tokens that count."""
+    device = gate.fc1.weight.device
+    hidden = torch.nn.utils.rnn.pad_sequence([states for _, states in rows], batch_first=True).to(device)
+    places = torch.arange(hidden.shape[1], device=device).unsqueeze(0)
+    real = places < torch.tensor([len(ids) for ids, _ in rows], device=device).unsqueeze(1)
+    margins = gate(hidden, GatedPass(real, torch.full_like(real, -1, dtype=torch.long)))
+    return margins, real & (places >= skipped)
+
+
+@torch.no_grad()
+def share_through(gate, rows, skipped, threshold):
+    """Share of the tokens of `rows` that the gate lets through; NaN where none counts."""
+    passed = total = 0
+    for row in rows:
+        margins, counts = run_gate(gate, [row], skipped)
+        passed, total = passed + int((margins[counts] > threshold).sum()), total + int(counts.sum())
+    return passed / total if total else float("nan")

@@ -1,0 +1,114 @@
+"""Retention text: what the base must go on treating as it does, from a dataset or sampled from the base itself.
+
+Sampling needs no data of the user's, for a base draws from what it was trained on. Where a sample starts decides what
+is drawn: from the start of a document alone, whole domains never come up (issue 3: a third of all code was captured).
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from huggingface_hub.constants import HF_HOME
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+
+STARTS = ("document", "1 random token", "3 random tokens", "chat")
+SAMPLER = 1  # counts up when the same settings would give other text, so that no stale cache is read
+
+
+def sample_retention(model, tokenizer, *, tokens, length, seed=0, batch_size=32, cache_dir=None, progress=True):
+    """Text that the base writes when nobody asks it anything: temperature 1, no truncation, nothing ends a sample.
+
+    A quarter of the samples begins each as a document, after one random token, after three, and as a user's turn (the
+    chat template up to a message's content); a base without a chat template has three kinds. A second call with the
+    same base and settings reads the first one's samples from disk.
+
+    Args:
+        model: a MoExtend model; it is sampled with the adapter off.
+        tokenizer: the base's.
+        tokens: how many to sample, in sequences of `length`, start tokens included.
+        cache_dir: folder; default: `moextend` in the Hugging Face home.
+
+    Returns:
+        list of token id lists, each of `length`.
+    """
+    settings = {"tokens": tokens, "length": length, "seed": seed, "sampler": SAMPLER}
+    settings |= {"base": model.config.base_fingerprint, "chat": chat_start(tokenizer), "batch_size": batch_size}
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    path = Path(cache_dir or Path(HF_HOME, "moextend"), f"self-retention-{key}.parquet")
+    if path.is_file():
+        return Dataset.from_parquet(str(path), keep_in_memory=True)["input_ids"][:]
+    generator = torch.Generator().manual_seed(seed)
+    starts = [start_of(kind, tokenizer, model, generator) for kind in cycle(STARTS, -(-tokens // length), tokenizer)]
+    rows = draw(model, starts, length, batch_size, seed, progress)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    Dataset.from_dict({"input_ids": rows}).to_parquet(str(unfinished))
+    os.replace(unfinished, path)
+    return rows
+
+
+def cycle(kinds, number, tokenizer):
+    """`number` kinds of start in equal shares, one kind after the other: a batch then has starts of one width."""
+    kinds = [kind for kind in kinds if kind != "chat" or chat_start(tokenizer)]
+    return sorted((kinds[index % len(kinds)] for index in range(number)), key=kinds.index)
+
+
+def chat_start(tokenizer):
+    """Token ids of the chat template up to the first user message's content; `[]` without a template."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return []
+    chats = [[{"role": "user", "content": content}] for content in ("alpha", "7 beta")]
+    one, other = (tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False) for chat in chats)
+    return list(one[: common_prefix([one, other])])
+
+
+def common_prefix(rows):
+    """Number of leading entries that all rows share."""
+    length = min(map(len, rows))
+    same = (all(row[place] == rows[0][place] for row in rows) for place in range(length))
+    return next((place for place, equal in enumerate(same) if not equal), length)
+
+
+def start_of(kind, tokenizer, model, generator):
+    """Token ids a sample begins with."""
+    if kind == "chat":
+        return chat_start(tokenizer)
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    special = set(tokenizer.all_special_ids)
+    words = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
+    number = 0 if kind == "document" else int(kind[0])
+    drawn = words[torch.randint(len(words), (number,), generator=generator)].tolist()
+    return ([] if first is None and drawn else [first or 0]) + drawn
+
+
+@torch.no_grad()
+def draw(model, starts, length, batch_size, seed, progress):
+    """Samples one sequence of `length` a start. The process's own random numbers stay as they are."""
+    vocab_size = model.config.get_text_config().vocab_size
+    settings = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=length, pad_token_id=0, eos_token_id=vocab_size
+    )  # an id that is never drawn: a chat goes on with its next turn
+    device, rows = model.get_input_embeddings().weight.device, []
+    training = model.training
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), model.disable_adapter():
+        torch.manual_seed(seed)
+        model.eval()
+        for batch in tqdm(batches(starts, batch_size), desc="sampling retention text", disable=not progress):
+            ids = torch.tensor(batch, device=device)
+            output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+            rows += output.tolist()
+    model.train(training)
+    return rows
+
+
+def batches(starts, size):
+    """Starts in batches of one width."""
+    groups = {}
+    for start in starts:
+        groups.setdefault(len(start), []).append(start)
+    return [group[first : first + size] for group in groups.values() for first in range(0, len(group), size)]

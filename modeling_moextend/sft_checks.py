@@ -1,0 +1,145 @@
+"""What the trainer refuses before it trains, and the processor it takes where none is given."""
+
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
+from transformers.trainer_utils import HubStrategy
+
+from .processing_moextend import load_processor
+from .sft_config import MoExtendSFTConfig
+
+
+def check_model(model):
+    """Refuses a model that has no adapter to train.
+
+    Raises:
+        ValueError: says what was given and how to make a MoExtend model.
+    """
+    if getattr(getattr(model, "config", None), "model_type", None) != "moextend":
+        given = repr(model) if isinstance(model, str) else type(model).__name__
+        raise ValueError(
+            f"MoExtendSFTTrainer trains the adapter of a MoExtend model, but got {given}. Make one with "
+            "MoExtendForCausalLM.from_base(base, extended_layers=...), or load one with "
+            "MoExtendForCausalLM.from_pretrained(folder)."
+        )
+
+
+def check_retention(model, args, retention_dataset):
+    """Refuses retention text where nothing would use it, or from two sources.
+
+    Raises:
+        ValueError: says which scope has a gate, and what the others need instead.
+    """
+    given = retention_dataset is not None or args.retention is not None
+    if given and model.config.scope != "gate":
+        why = {
+            "modality": "scope='modality' needs none: text without images is bit-equal to the base by construction",
+            "all": "scope='all' has no gate that could learn from it; use scope='gate'",
+        }[model.config.scope]
+        raise ValueError(f"Retention text trains the gate of scope='gate'. {why}. Leave retention out.")
+    if retention_dataset is not None and args.retention is not None:
+        raise ValueError("Give retention_dataset=... or retention='self', not both.")
+
+
+def default_processor(model, assistant_only_loss):
+    """The tokenizer of the model's base, or the processor for base and encoder: TRL would look beside the adapter.
+
+    Raises:
+        ValueError: the model does not know where its base lies.
+    """
+    base, encoder = model.config.base_model_name_or_path, model.config.encoder_name_or_path
+    if base is None or (encoder is None) != (model.encoder is None):
+        raise ValueError("Pass processing_class=: the model does not say where its base and encoder lie.")
+    processor = load_processor(base, encoder, assistant_only_loss)
+    model.config.image_token_id = getattr(processor, "image_token_id", model.config.image_token_id)
+    return processor
+
+
+def check_image_token(model, processing_class):
+    """Refuses a processor that writes another image token than the model looks for.
+
+    Raises:
+        ValueError: names both ids.
+    """
+    given, wanted = getattr(processing_class, "image_token_id", None), model.config.image_token_id
+    if model.encoder is not None and given is not None and given != wanted:
+        raise ValueError(
+            f"The processor's image token has id {given}, the model looks for {wanted}: build the model with "
+            "from_base(..., image_token_id=processor.image_token_id)."
+        )
+
+
+def allow_missing_base(model, keys):
+    """Post-hook of `load_state_dict`: a checkpoint holds no frozen tensors, and DeepSpeed would miss them."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    keys.missing_keys[:] = [name for name in keys.missing_keys if name not in frozen]
+
+
+def check_sharding(accelerator, model):
+    """Refuses ways of spreading a model over processes under which the adapter would be lost or trained otherwise.
+
+    Raises:
+        ValueError: names the setting and what to set instead.
+    """
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    if deepspeed is not None and deepspeed.zero_stage == 3:
+        raise ValueError(
+            "DeepSpeed ZeRO-3 is not supported: it splits parameters in a way that the adapter can't be read from. "
+            "Use ZeRO-2 (configuration/accelerate/deepspeed_zero2.yaml), or FSDP2 (fsdp2.yaml) to shard the base."
+        )
+    if fsdp is not None and fsdp.fsdp_version != 2:
+        raise ValueError(
+            "FSDP1 is not supported: it flattens parameters, and shards would be saved as if they were whole. Set "
+            "fsdp_version: 2 (configuration/accelerate/fsdp2.yaml)."
+        )
+    if fsdp is not None and fsdp.activation_checkpointing:
+        raise ValueError(
+            "fsdp_activation_checkpointing is not supported: it would recompute layers without knowing which tokens "
+            "are in scope. Set it to false, and gradient_checkpointing=True in the training arguments."
+        )
+    if fsdp is not None and fsdp.cpu_ram_efficient_loading:
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading is not supported: all processes but one would copy their new experts from "
+            "empty weights. Set it to false."
+        )
+    if fsdp is not None and fsdp.ignored_modules:
+        raise ValueError(
+            "fsdp_ignored_modules is not supported: what trains there would differ between processes. Leave it out."
+        )
+    layers = set(model._no_split_modules)
+    if fsdp is not None and (
+        fsdp.auto_wrap_policy is size_based_auto_wrap_policy or set(fsdp.transformer_cls_names_to_wrap or ()) - layers
+    ):
+        raise ValueError(
+            "FSDP may only wrap decoder layers: anything smaller runs on some processes and not on others, which then "
+            "wait for ever. Set fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, and fsdp_transformer_layer_cls_to_wrap "
+            f"to nothing or {', '.join(sorted(layers))}."
+        )
+    for kind in ("tp", "cp", "sp"):
+        if getattr(parallelism, f"{kind}_enabled", False):
+            raise ValueError(
+                f"parallelism_config with {kind}_size > 1 is not supported: new experts and the tokens in scope are "
+                "not split that way. Use data parallelism (dp_shard_size, dp_replicate_size) only."
+            )
+
+
+def check_options(args, coefficient, kwargs):
+    """Refuses options of TRL that would train, lose or push something else than the adapter.
+
+    Raises:
+        ValueError: names the option and the way out.
+    """
+    if not isinstance(args, MoExtendSFTConfig):
+        raise ValueError(f"args must be a MoExtendSFTConfig, not {type(args).__name__}: it says which stage trains.")
+    if kwargs.get("peft_config") is not None:
+        raise ValueError("peft_config would train the base, which MoExtend never changes. Leave it out.")
+    if coefficient and (args.label_smoothing_factor or kwargs.get("compute_loss_func") is not None):
+        raise ValueError(
+            "label_smoothing_factor and compute_loss_func run the model twice a step, and the load-balancing loss "
+            "would lose its gradient. Leave them out, or set router_aux_loss_coef=0.0."
+        )
+    if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise ValueError(
+            f"hub_strategy={args.hub_strategy.value!r} pushes optimiser states and pickled arguments. Use "
+            "'every_save' or 'end', which push the adapter."
+        )

@@ -1,0 +1,281 @@
+"""The benchmark's protocol: splits, the results file, which rate wins, the table; and two short runs."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import forgetting
+import methods
+import report
+import runs
+import tasks
+
+pytest.importorskip("easy_vqa")
+DOMAINS = [f"{kind}/{domain}" for kind in ("windows", "aligned") for domain in ("code", "manual", "science", "chat")]
+DOMAINS.append("aligned/questions")
+
+
+def line(task="numbers", method="lora", rate=0.1, seed=0, validation=0.5, test=0.4, after=10.0, error=None, **more):
+    text = {domain: {"base": 10.0, "after": after, "kl": 0.0, "changed": 0.0, "captured": None} for domain in DOMAINS}
+    measured = {"validation": validation, "test": test, "text": text, "bit_equal": False, "seconds": {"train": 30.0}}
+    key = {"task": task, "method": method, "rate": rate, "seed": seed, "settings": "s"}
+    return {**key, "error": error, **({} if error else measured), **more}
+
+
+def sources(package, number):
+    """Hand-made files of a package: three documented functions each, and some code; file 7 says "of 7 for"."""
+    function = (
+        'def {0}():\n    """Does thing {0} of {1} for {2} files."""\n    return "{0} of {1} for nothing but code"'
+    )
+    codes = [
+        "\n".join(function.format(name, file, package[:3]) for name in ("one", "two", "three"))
+        for file in range(number)
+    ]
+    return [tasks.text_data.parse_source(code, f"{package}.m{place}") for place, code in enumerate(codes)]
+
+
+# ---------------------------------------------------------------- tasks
+
+
+def test_library_splits_are_disjoint_balanced_deterministic_and_give_no_answer_away():
+    packages = {package: sources(package, 60) for package in tasks.LIBRARIES}
+    told = tasks.text_data.parse_source(
+        'def f():\n    """Converts an array to a torch tensor in place."""', "torch.m0x"
+    )
+    packages["torch"] += [told] * 2
+    rows = tasks.library_rows(packages)
+    questions = {split: {row["question"] for row in rows[split]} for split in tasks.SPLITS}
+    assert all(questions.values()) and not any("tensor" in text for part in questions.values() for text in part)
+    assert sum(map(len, questions.values())) == len(set.union(*questions.values())) == sum(map(len, rows.values()))
+    assert tasks.majority(rows["train"]) == 1 / len(tasks.LIBRARIES)
+    assert rows == tasks.library_rows(packages)
+
+
+def test_library_keeps_a_module_on_one_side_and_held_out_text_away():
+    packages = {package: sources(package, 60) for package in tasks.LIBRARIES}
+    rows = tasks.library_rows(packages)
+    home = {sentence: source for part in packages.values() for source in part for sentence in tasks.sentences(source)}
+    for split, part in rows.items():
+        for row in part:
+            source = home[row["question"]]
+            assert tasks.side(source.key) == split and not source.held_out
+
+
+def test_numbers_are_all_there_once_and_written_right():
+    rows = tasks.number_rows(2500)
+    answers = [row["answer"] for split in tasks.SPLITS for row in rows[split]]
+    assert len(answers) == len(set(answers)) == 2501 and rows == tasks.number_rows(2500)
+    assert len(rows["train"]) > 5 * len(rows["test"]) > 0 and len(rows["validation"]) > 0
+    values = {
+        0: "zero",
+        19: "nineteen",
+        40: "forty",
+        99: "ninety-nine",
+        700: "seven hundred",
+        1005: "one thousand five",
+    }
+    values[21_342] = "twenty-one thousand three hundred forty-two"
+    assert {number: tasks.in_words(number) for number in values} == values
+    for row in rows["test"]:
+        assert tasks.in_words(int(row["question"].replace(",", "").replace(" ", ""))) == row["answer"]
+
+
+def test_easy_vqa_splits_share_no_image():
+    rows = tasks.easy_vqa_rows()
+    images = {split: {row["image"] for row in part} for split, part in rows.items()}
+    assert not images["train"] & images["validation"] and not images["test"] & (images["train"] | images["validation"])
+    assert all(row["answer"] not in ("yes", "no") for row in rows["validation"] + rows["test"])
+    described = {row["image"] for row in tasks.caption_rows()}
+    assert len(described) > 1000 and not described & (images["validation"] | images["test"])
+
+
+def test_retention_text_has_nothing_of_held_out_or_asked_modules():
+    packages = sources("stdlib", 200)
+    render = lambda talk: " ".join(turn["content"] for turn in talk)  # noqa: E731
+    rows = tasks.retention_texts(packages, render, number=50)
+    assert [sum(row["domain"] == domain for row in rows) for domain in tasks.RETENTION_DOMAINS] == [50, 50, 50]
+    barred = [s.key.split(".m")[1] for s in packages if s.held_out or tasks.side(s.key) != "train"]
+    assert len(barred) > 20
+    for row in rows:
+        assert not any(f"of {file} for" in row["text"] or f"m{file}`" in row["text"] for file in barred)
+    assert any("of 1" in row["text"] for row in rows)  # the texts do say their file
+
+
+def test_every_pass_has_every_row_once_in_the_seeds_order():
+    rows = list(range(10))
+    order = tasks.training_rows(rows, 25, seed=1)
+    assert sorted(order[:10]) == sorted(order[10:20]) == rows and order[:10] != order[10:20]
+    assert order == tasks.training_rows(rows, 25, seed=1) != tasks.training_rows(rows, 25, seed=2)
+
+
+# ---------------------------------------------------------------- the results file
+
+
+def test_a_line_that_was_cut_off_is_dropped_and_run_again(tmp_path, capsys):
+    path = tmp_path / "deep" / "runs.jsonl"
+    assert runs.read_runs(path) == []
+    first, second = line(seed=0), line(seed=1)
+    runs.append_run(path, first)
+    runs.append_run(path, second)
+    path.write_bytes(path.read_bytes()[:-20])
+    assert runs.read_runs(path) == [first] and "cut off" in capsys.readouterr().out
+    assert runs.missing([first, second], runs.read_runs(path)) == [second]
+    runs.append_run(path, second)
+    assert runs.read_runs(path) == [first, second] and capsys.readouterr().out == ""
+
+
+def test_another_broken_line_is_named(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text("{}\n{nonsense\n{}\n")
+    with pytest.raises(ValueError, match="Line 2 of .*runs.jsonl is no JSON"):
+        runs.read_runs(path)
+
+
+def test_failed_runs_are_skipped_unless_retried_and_the_last_line_counts():
+    failed, other = line(error="exit code 1"), line(rate=0.2)
+    assert runs.missing([failed, other], [failed]) == [other]
+    assert runs.missing([failed, other], [failed], retry=True) == [failed, other]
+    assert runs.latest([failed, other, line()]) == [line(), other]
+
+
+def test_settings_are_part_of_the_key_and_rates_are_not():
+    task, method = tasks.TASKS["numbers"], methods.METHODS["gate"]
+    same = methods.changed(method, {})
+    other = methods.changed(method, {"routing": {"selection": "compete"}})
+    assert same == method and other.routing == {**method.routing, "selection": "compete"}
+    hashes = [runs.settings_hash(task, part) for part in (method, same, other)]
+    assert hashes[0] == hashes[1] != hashes[2]
+    assert hashes[0] != runs.settings_hash(tasks.TASKS["library"], method)
+
+
+# ---------------------------------------------------------------- who wins
+
+
+def test_winner_is_most_accurate_on_validation_then_least_forgetful():
+    best = line(rate=0.2, validation=0.7, test=0.1, after=20.0)
+    assert runs.winner([line(rate=0.1, validation=0.6, test=0.9), best, line(rate=0.3, error="x")]) == best
+    assert runs.winner([best, line(rate=0.3, validation=0.7, after=19.0)])["rate"] == 0.3
+    assert runs.winner([best, line(rate=0.05, validation=0.7, after=20.0)])["rate"] == 0.05
+    assert runs.winner([line(error="x")]) is None
+    assert runs.winner([line(validation=0.2, after=float("inf")), best]) == best
+
+
+def test_every_method_sweeps_as_many_rates():
+    assert {len(method.rates) for method in methods.METHODS.values()} == {3}
+
+
+# ---------------------------------------------------------------- the schedule
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """`in_own_process` without a process; the middle rate is the best one, and "lora" fails at the highest."""
+    seen = []
+
+    def measure(wanted):
+        seen.append(wanted)
+        grid = methods.METHODS[wanted["method"]].rates
+        if wanted["method"] == "lora" and wanted["rate"] == max(grid):
+            return {"error": "exit code 1\nValueError: boom"}
+        done = line(validation=0.9 if wanted["rate"] == grid[1] else 0.3)
+        return {name: value for name, value in done.items() if name not in runs.KEY}
+
+    monkeypatch.setattr(forgetting, "in_own_process", measure)
+    monkeypatch.setattr(forgetting, "prepare", lambda args: None)
+    return seen
+
+
+def run_main(monkeypatch, tmp_path, *more):
+    arguments = ["forgetting.py", "--output", str(tmp_path / "runs.jsonl"), "--tasks", "numbers", *more]
+    monkeypatch.setattr(sys, "argv", arguments)
+    forgetting.main()
+
+
+def test_three_rates_on_one_seed_then_the_winner_on_two_and_nothing_twice(monkeypatch, tmp_path, fake, capsys):
+    run_main(monkeypatch, tmp_path, "--methods", "full", "lora")
+    assert len(fake) == 2 * (3 + 2) and "boom" in capsys.readouterr().out
+    for method in ("full", "lora"):
+        ran = [(run["rate"], run["seed"]) for run in fake if run["method"] == method]
+        grid = methods.METHODS[method].rates
+        assert sorted(ran) == sorted([(rate, 0) for rate in grid] + [(grid[1], 1), (grid[1], 2)])
+    run_main(monkeypatch, tmp_path, "--methods", "full", "lora")
+    assert len(fake) == 10
+    run_main(monkeypatch, tmp_path, "--methods", "lora", "--retry")
+    assert len(fake) == 11 and fake[-1]["rate"] == max(methods.METHODS["lora"].rates)
+
+
+def test_quick_runs_the_middle_rate_on_one_seed_where_a_method_fits(monkeypatch, tmp_path, fake):
+    run_main(monkeypatch, tmp_path, "--quick")
+    assert [run["method"] for run in fake] == ["paper", "gate", "full_replay", "lora_replay"]
+    assert all(run["rate"] == methods.METHODS[run["method"]].rates[1] and run["seed"] == 0 for run in fake)
+
+
+def test_ablations_are_variants_of_one_method_each_with_a_key_of_its_own():
+    wanted = forgetting.ablations(forgetting.parse(["--ablations", "--tasks", "numbers"]))
+    assert len({runs.key(run) for run in wanted}) == len(wanted) == len(methods.ABLATIONS)
+    assert len({run["settings"] for run in wanted}) == len(wanted) and {run["of"] for run in wanted} == {"gate"}
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_table_has_the_test_accuracy_of_the_winning_rate_and_the_rises(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    done = [line(rate=0.1, validation=0.6, test=0.99), line(rate=0.2, validation=0.7, test=0.5, after=11.0)]
+    done += [line(rate=0.2, seed=seed, validation=0.7, test=0.4, after=12.0) for seed in (1, 2)]
+    done[1]["text"]["windows/science"]["after"] = 30.0
+    done += [line(method="full", error="exit code 1"), line(task="library", method="paper", bit_equal=True, test=0.3)]
+    path.write_text("".join(json.dumps(run) + "\n" for run in done))
+    numbers, library = report.markdown(runs.read_runs(path)).split("### library")
+    assert "| lora | 0.2 | 3 | 43.3% (40.0 to 50.0) | +16.7% | +16.7% | +80.0% | +16.7% |  | 30 |" in numbers
+    assert "Failed: full." in numbers and "99" not in numbers
+    assert "| paper | 0.1 | 1 | 30.0% | bit-equal | bit-equal | bit-equal | bit-equal |  | 30 |" in library
+    report.show(path)
+    assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_runs_with_earlier_settings_are_history():
+    old, new = line(validation=0.9, test=0.9, settings="old"), line(validation=0.2, test=0.2)
+    assert [run["test"] for run in report.chosen([old, new])] == [0.2]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.004, "+0.00%"), (-0.3, "-0.30%"), (12.34, "+12.3%"), (899, "+899.0%"), (4000, "x41")]
+)
+def test_percent_has_as_many_places_as_matter(value, text):
+    assert report.percent(value) == text
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_replay_takes_turns_with_the_task_batch_by_batch():
+    pytest.importorskip("peft")
+    import training
+
+    assert training.with_replay([1, 2, 3, 4], ["a", "b", "c", "d"], 2) == [1, 2, "a", "b", 3, 4, "c", "d"]
+
+
+@pytest.mark.slow
+def test_two_steps_of_two_methods(monkeypatch, tmp_path):
+    pytest.importorskip("peft")
+    import run
+
+    rows = {split: tasks.number_rows(200)[split] for split in tasks.SPLITS}
+    text = {"domain": "windows/code", "text": "def f(x):\n    return x"}
+    for name, part in {"numbers": rows, "retention": [text] * 40, "documents": [text] * 4}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(part))
+    monkeypatch.setattr(tasks, "data_folder", lambda: tmp_path)
+    found = {
+        name: run.run(tasks.TASKS["numbers"], methods.METHODS[name], 1e-2, seed=0, steps=2, limit=4)
+        for name in ("exclusive_all", "lora_replay")
+    }
+    for result in found.values():
+        assert result["text"]["windows/code"]["after"] != result["text"]["windows/code"]["base"] > 1
+        assert 0 <= result["test"] <= 1 and not result["bit_equal"]
+    assert found["exclusive_all"]["text"]["windows/code"]["captured"] == 1.0
+    assert found["lora_replay"]["text"]["windows/code"]["captured"] is None
