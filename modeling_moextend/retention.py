@@ -4,8 +4,10 @@ Sampling needs no data of the user's, for a base draws from what it was trained 
 is drawn: from the start of a document alone, whole domains never come up (issue 3: a third of all code was captured).
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 STARTS = ("document", "1 random token", "3 random tokens", "chat")
+FORWARD_KEYS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
 SAMPLER = 1  # counts up when the same settings would give other text, so that no stale cache is read
 
 
@@ -112,3 +115,59 @@ def batches(starts, size):
     for start in starts:
         groups.setdefault(len(start), []).append(start)
     return [group[first : first + size] for group in groups.values() for first in range(0, len(group), size)]
+
+
+# ---------------------------------------------------------------- while the new experts train
+
+
+@contextlib.contextmanager
+def last_hidden_states(model):
+    """Yields a list to which every forward pass of the base's decoder inside adds its last hidden states [B, S, H]."""
+    found = []
+    hook = model.get_decoder().register_forward_hook(lambda module, args, output: found.append(output[0]))
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+def prompt_distance(model, hidden, inputs):
+    """How far new experts move what the base makes of a prompt: the retention loss of stage finetune.
+
+    Mean, over prompt tokens (those whose next token is no label), of |h - h_0|^2 / |h_0|^2, where h are the last
+    hidden states and h_0 the base's. A prompt's first words can be a base conversation's as well; no gate can tell
+    them apart, and nobody asks for another continuation of them. Keeping it the base's costs the task little: what
+    answers are made of passes through the layers below the last.
+
+    Args:
+        model: a MoExtend model with `scope="gate"`.
+        hidden: [B, S, H] of the pass with the adapter on.
+        inputs: the batch, with `labels` [B, S]; -100: no label.
+
+    Returns:
+        scalar; 0 where every token is a label.
+    """
+    labels = inputs.get("labels")
+    if labels is None or labels.shape != hidden.shape[:2]:
+        return hidden.new_zeros(())
+    real = torch.ones_like(labels, dtype=torch.bool)
+    if isinstance(inputs.get("attention_mask"), torch.Tensor) and inputs["attention_mask"].shape == labels.shape:
+        real = inputs["attention_mask"].bool()
+    chosen = torch.zeros_like(real)
+    chosen[:, :-1] = real[:, 1:] & real[:, :-1] & (labels[:, 1:] == -100)
+    if not chosen.any():
+        return hidden.new_zeros(())
+    with torch.no_grad(), closed_gate(model):
+        batch = {key: inputs[key] for key in FORWARD_KEYS if inputs.get(key) is not None}
+        base = model.model(**batch, use_cache=False).last_hidden_state[chosen].float()
+    return ((hidden[chosen].float() - base).square().sum(-1) / base.square().sum(-1)).mean()
+
+
+@contextlib.contextmanager
+def closed_gate(model):
+    """Inside, no token is let through; images are still seen, which they are not with the adapter off."""
+    before, model.config.gate_threshold = model.config.gate_threshold, math.inf
+    try:
+        yield
+    finally:
+        model.config.gate_threshold = before

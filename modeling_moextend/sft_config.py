@@ -14,6 +14,7 @@ SMALLEST = {  # smallest allowed value
     "gate_learning_rate": 0.0,
     "gate_task_weight": 0.0,
     "gate_retention_weight": 0.0,
+    "retention_weight": 0.0,
 }
 
 
@@ -51,6 +52,11 @@ class MoExtendSFTConfig(SFTConfig):
         gate_task_weight, gate_retention_weight (`float`, *optional*, default to `1.0` and `10.0`):
             Weights of the gate's two losses: tokens of the task that it holds back, retention tokens that it lets
             through. Where the two can't be told apart, the larger one decides.
+        retention_weight (`float`, *optional*, defaults to `1.0`):
+            With `scope="gate"`, weight of the retention loss of stage `"finetune"`: how far new experts move what the
+            base makes of the prompts, whose first words no gate can tell from its own conversations. Needs prompts
+            (tokens without labels, as with `assistant_only_loss=True`) and one more forward pass of the base a step; 0
+            leaves it out.
         verify_base (`bool`, *optional*, defaults to `False`):
             Whether to hash every base and encoder tensor before the first and after the last step, and to fail if a
             single bit changed. Costs two passes over the weights (a minute or two for 47B parameters).
@@ -107,6 +113,13 @@ class MoExtendSFTConfig(SFTConfig):
     )
     gate_retention_weight: float = field(
         default=10.0, metadata={"help": "Weight of the gate's loss on retention tokens that it lets through."}
+    )
+    retention_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "With scope 'gate': weight of the loss that keeps the base's own continuation of the prompts; 0: "
+            "without."
+        },
     )
     verify_base: bool = field(
         default=False,

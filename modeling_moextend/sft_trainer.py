@@ -22,7 +22,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from .adapter_moextend import base_tensors_hash, reshard
 from .card import create_card
 from .gate_training import fit_gate, gate_inputs, shared_prefix
-from .retention import sample_retention
+from .retention import FORWARD_KEYS, last_hidden_states, prompt_distance, sample_retention
 from .sft_checks import (
     allow_missing_base,
     check_image_token,
@@ -37,7 +37,6 @@ from .sft_config import MoExtendSFTConfig
 TRAINING_ARGS = "training_args.bin"
 SCHEDULER = "scheduler.pt"
 TRAINER_STATE = "trainer_state.json"  # the last file Trainer writes into a checkpoint
-FORWARD_KEYS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
 CARD_SETTINGS = (
     "stage",
     "learning_rate",
@@ -84,10 +83,12 @@ class MoExtendSFTTrainer(SFTTrainer):
     """
     Trains the adapter of a [`MoExtendForCausalLM`] (stages align and finetune of the paper); the base stays as it is.
 
-    Takes what [`trl.SFTTrainer`] takes, except `peft_config`. Logs beside TRL's metrics, for training and (with the
-    prefix `eval_`) for evaluation: `task_loss` (nats a token) and `balance_loss` (1 when even; the loss is
-    task + coefficient * balance), `new_expert_share/layer_{i}` (share of non-padding tokens that select at least one
-    new expert of layer i, 0 to 1), `new_expert_share` (its mean over extended layers) and `tokens_per_second`
+    Takes what [`trl.SFTTrainer`] takes, except `peft_config`, and `retention_dataset`: with `scope="gate"`, text that
+    the gate leaves to the base (text or chat, in any format of TRL's); without it, text sampled from the base. Logs
+    beside TRL's metrics, for training and (with the prefix `eval_`) for evaluation: `task_loss` (nats a token),
+    `balance_loss` (1 when even) and in training, with a gate, `retention_loss` (see `retention_weight`), whose
+    weighted sum is the loss; `new_expert_share/layer_{i}` (share of non-padding tokens that select at least one new
+    expert of layer i, 0 to 1), `new_expert_share` (its mean over extended layers) and `tokens_per_second`
     (non-padding tokens of all processes).
 
     Checkpoints hold the adapter in float32 beside optimiser, scheduler and random states; `save_model` writes the
@@ -237,12 +238,14 @@ class MoExtendSFTTrainer(SFTTrainer):
         return sampler
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Adds the load-balancing loss, which TRL cannot compute over layers of uneven width, and logs the routing."""
+        """Adds the load-balancing loss, which TRL cannot compute over layers of uneven width, and with `scope="gate"`
+        the retention loss (see `prompt_distance`); logs the parts and the routing."""
         mode = "train" if self.model.training else "eval"
         attention_mask = inputs.get("attention_mask")
         throughput = self._throughput.setdefault(mode, [0, time.perf_counter()])
         core = self.accelerator.unwrap_model(model)
-        with core.record_routing() as records:
+        retains = mode == "train" and core.gate is not None and self.args.retention_weight > 0
+        with core.record_routing() as records, last_hidden_states(core) as hidden:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
         # With num_items_in_batch, the micro-batches of a step sum up to its loss; else Trainer averages them.
@@ -252,6 +255,10 @@ class MoExtendSFTTrainer(SFTTrainer):
             balance = core.balance_loss(records, attention_mask).to(loss.device)
             loss = loss + self.router_aux_loss_coef * balance / steps
             parts["balance_loss"] = balance.detach()
+        if retains:
+            distance = prompt_distance(core, hidden[-1], inputs).to(loss.device)
+            loss = loss + self.args.retention_weight * distance / steps
+            parts["retention_loss"] = distance.detach()
         throughput[0] += self._log_parts(mode, parts, records, attention_mask)
         return (loss, outputs) if return_outputs else loss
 

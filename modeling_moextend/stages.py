@@ -52,6 +52,13 @@ class StagesConfig:
     eval_data: str | None = field(
         default=None, metadata={"help": "Samples to evaluate on while finetuning, like --data."}
     )
+    retention_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text that the gate of scope 'gate' leaves to the base: JSON(L) with `text` or `messages`, or "
+            "a dataset (Hub id or folder). Unset: sampled from the base itself."
+        },
+    )
     image_folder: str | None = field(default=None, metadata={"help": "What image paths in a LLaVA JSON start from."})
     on_error: str = field(
         default="raise", metadata={"help": "A missing or broken image: 'raise', or 'skip' it and count at the end."}
@@ -63,7 +70,7 @@ class StagesConfig:
     stages: list[str] = field(
         default_factory=lambda: list(STAGES), metadata={"help": "Which to run: align extend finetune, in this order."}
     )
-    scope: str | None = field(default=None, metadata={"help": "'all' (the paper's; default) or 'modality'."})
+    scope: str | None = field(default=None, metadata={"help": "'all' (the paper's; default), 'modality' or 'gate'."})
     selection: str | None = field(default=None, metadata={"help": "'compete' (the paper's; default) or 'exclusive'."})
     calibration: str | None = field(
         default=None, metadata={"help": "'all' (the paper's; default), 'routed' or 'none'."}
@@ -136,6 +143,15 @@ def load_data(name, config):
             return data
         return (data if config.streaming else data.with_format(None)).map(plain_text, remove_columns=["images", "id"])
     return datasets.load_dataset(name, split="train", streaming=config.streaming)
+
+
+def load_retention(name):
+    """Retention text as a dataset that TRL reads; `None` where there is none."""
+    if name is None:
+        return None
+    if name.endswith((".json", ".jsonl")):
+        return datasets.load_dataset("json", data_files=name, split="train")
+    return datasets.load_dataset(name, split="train")
 
 
 def plain_text(sample):
@@ -323,6 +339,7 @@ def run_stages(config, args):
         model = with_experts(model, read_plan(config), config)
     if "finetune" in config.stages:
         datasets_ = {"train_dataset": data, "eval_dataset": eval_data}
+        datasets_["retention_dataset"] = load_retention(config.retention_data)
         trainer = MoExtendSFTTrainer(model=model, args=args, processing_class=processor, **datasets_)
         trainer.train(resume_from_checkpoint=checkpoint if resumed == "finetune" else None)
         trainer.save_model(args.output_dir)
