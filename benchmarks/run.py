@@ -19,7 +19,17 @@ from transformers import logging
 
 from modeling_moextend.evaluation import answer, compare_with_base
 
-STACK = ("torch", "transformers", "trl", "peft", "sympy", "matplotlib")  # what runs, and what rows are made of
+STACK = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "sympy",
+    "matplotlib",
+    "numpy",
+    "pandas",
+    "networkx",
+)  # what runs, and what rows are made of
 SPLITS = ("validation", "test")
 READ = {"max_length": 256, "batch_size": 16, "progress": False}  # how the base's text is read
 

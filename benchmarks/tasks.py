@@ -5,6 +5,8 @@ numbers, easy-VQA. The same packages give the same rows on every machine; a row'
 
     library    the first sentence of a docstring -> which library it is from. No instruction; the base's own vocabulary
                and style. A module is on one side of the split with all of its docstrings.
+    types      what a parameter is for, in a docstring's words -> its type. The question begins as questions of the
+               base's own chats do, and is in their vocabulary and style.
     numbers    a number in digits -> in English words. No instruction, no word in the prompt.
     easy_vqa   an image of one coloured shape and a question about it -> the answer. Open questions are asked.
 """
@@ -12,6 +14,7 @@ numbers, easy-VQA. The same packages give the same rows on every machine; a row'
 import ast
 import json
 import random
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -26,6 +29,17 @@ BASE, ENCODER = "assets/tiny-moe", "assets/tiny-clip"  # from ROOT
 MADE_BY = (Path(__file__), ROOT / "assets/text_data.py")
 SPLITS = ("train", "validation", "test")
 LIBRARIES = {"stdlib": "Python", "torch": "PyTorch", "matplotlib": "Matplotlib", "sympy": "SymPy"}
+KINDS = {  # how a documented type begins -> the answer
+    "bool": "boolean",
+    "int": "number",
+    "float": "number",
+    "str": "string",
+    "array": "array",
+    "ndarray": "array",
+    "tuple": "sequence",
+    "list": "sequence",
+}
+DOCUMENTED = ("numpy", "matplotlib", "sympy", "pandas", "networkx")  # packages that document types
 RETENTION_DOMAINS = ("code", "manual", "chat")
 LEFT_OUT = "science"
 
@@ -47,6 +61,7 @@ TASKS = {
     task.name: task
     for task in (
         Task("library", steps=200, batch=16, validation=400, test=640, max_new_tokens=6),
+        Task("types", steps=200, batch=16, validation=400, test=640, max_new_tokens=6),
         Task("numbers", steps=300, batch=16, validation=400, test=1000, max_new_tokens=24),
         Task("easy_vqa", steps=250, batch=32, validation=400, test=1000, max_new_tokens=6, vision=True),
     )
@@ -87,6 +102,28 @@ def sentences(source):
     """First sentences of a file's docstrings, 25 to 140 characters long."""
     told = {text_data.first_sentence(definition.doc) for definition in source.definitions}
     return sorted(sentence for sentence in told if 25 <= len(sentence) <= 140)
+
+
+def type_rows(sources):
+    """{split: rows} from {package: sources}: as many parameters of each kind; no description comes twice."""
+    found = {split: {answer: [] for answer in KINDS.values()} for split in SPLITS}
+    seen = set()
+    for package in DOCUMENTED:
+        for source in sources[package]:
+            for definition in source.definitions if not source.held_out else ():
+                for told, answer in parameters(definition.doc):
+                    if told not in seen:
+                        found[side(source.key)][answer].append(row(f"What type is this parameter? {told}", answer))
+                    seen.add(told)
+    return {split: balanced(list(groups.values()), split) for split, groups in found.items()}
+
+
+def parameters(doc):
+    """(first line of a description, kind) of the parameters of a docstring in numpy's style."""
+    for kind, told in re.findall(r"^\w+ ?: (.+)\n +(\S.+)$", doc, re.MULTILINE):
+        answer = next((answer for start, answer in KINDS.items() if kind.lower().startswith(start)), None)
+        if answer is not None and 15 <= len(told) <= 120:
+            yield told.strip(), answer
 
 
 def balanced(groups, seed):
@@ -276,13 +313,14 @@ def prepare(tokenizer, folder=None):
     if done.exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    sources = {package: text_data.read_sources(package) for package in LIBRARIES}
+    sources = {package: text_data.read_sources(package) for package in {**LIBRARIES, **dict.fromkeys(DOCUMENTED)}}
 
     def render(talk):
         return tokenizer.apply_chat_template(talk, tokenize=False).removeprefix(tokenizer.bos_token)
 
     parts = {
         "library": library_rows(sources),
+        "types": type_rows(sources),
         "numbers": number_rows(),
         "easy_vqa": easy_vqa_rows(),
         "captions": caption_rows(),

@@ -21,7 +21,7 @@ from modeling_moextend.stages import change_routing
 CACHE = ROOT / "outputs/benchmarks"
 ALIGN_STEPS, ALIGN_RATE = 100, 1e-3
 PLAN_ROWS = 256  # rows of the task that choose the source experts
-REPLAY_TOKENS = 192  # longest replayed text
+REPLAY_TOKENS = 128  # longest replayed text
 LORA = LoraConfig(
     r=16,
     lora_alpha=16,

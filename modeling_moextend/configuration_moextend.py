@@ -210,6 +210,10 @@ def check_routing_choices(config):
             "experts already sum to what the base's own weights sum to. Use calibration='none'."
         )
     config.gate_threshold = check_threshold(config.gate_threshold)
+    if isinstance(config.gate_hidden_size, bool) or not isinstance(config.gate_hidden_size, int):
+        raise ValueError(f"gate_hidden_size={config.gate_hidden_size!r} must be an integer, like 64.")
+    if config.gate_hidden_size < 1:
+        raise ValueError(f"gate_hidden_size={config.gate_hidden_size} must be at least 1.")
     if config.scope == "modality" and config.encoder_name_or_path is None and config.encoder_config is None:
         raise ValueError("scope='modality' needs an encoder: without images no token would ever use a new expert.")
 

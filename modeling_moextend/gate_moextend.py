@@ -61,14 +61,18 @@ class GatedPass:
     Args:
         is_real: [B, S] bool, no padding.
         starts: [B, S] place in this pass at which each token's sequence starts, -1: before this pass.
-        cached: [B, past, 2 D] sums after every token in the cache; `None` where there is none.
+        cached: [B, up to past, 2 D] sums after every token in the cache; `None`: no pass with the gate before.
+        past_length: number of tokens in the cache; default: those of `cached`. Tokens that the cache took in without
+            the gate (adapter off) count for nothing.
 
     Attributes:
         sums: [B, L, 2 D] float32, the state of the cache after this pass; `None` until the gate has run.
     """
 
-    def __init__(self, is_real, starts, cached=None):
+    def __init__(self, is_real, starts, cached=None, past_length=None):
         self.is_real, self.starts, self.cached, self.sums = is_real, starts, cached, None
+        known = 0 if cached is None else cached.shape[1]
+        self.past_length = known if past_length is None else past_length
         self.packed = bool((starts >= 0).any())
 
     def add(self, terms):
@@ -79,11 +83,16 @@ class GatedPass:
         if self.packed:  # one sum is taken from another, which float32 is too coarse for
             sums = terms.to(torch.float64).cumsum(dim=1)
             before = F.pad(sums, (0, 0, 1, 0))[:, :-1]  # what came before each place
-            sums = (sums - before.gather(1, starts.clamp(min=0).expand_as(sums)).masked_fill(starts < 0, 0)).float()
-        if self.cached is None or self.cached.shape[1] == 0:
-            self.sums = sums.detach()
-            return sums
-        cached = self.cached.to(terms.device)
-        sums = sums + cached[:, -1:].masked_fill(starts >= 0, 0)
-        self.sums = torch.cat([cached, sums.detach()], dim=1)
+            sums = (sums - before.gather(1, starts.clamp(min=0).expand_as(sums))).float()
+        if self.past_length:
+            cached = self.filled(sums)
+            sums = sums + cached[:, -1:].masked_fill(starts >= 0, 0)
+        self.sums = torch.cat([cached, sums.detach()], dim=1) if self.past_length else sums.detach()
         return sums
+
+    def filled(self, sums):
+        """[B, past, 2 D]: the cache's sums, the last ones repeated (or zeros) where tokens came without the gate."""
+        cached = sums.new_zeros(len(sums), 0, sums.shape[-1]) if self.cached is None else self.cached.to(sums.device)
+        cached = cached[:, : self.past_length]
+        last = cached[:, -1:] if cached.shape[1] else sums.new_zeros(len(sums), 1, sums.shape[-1])
+        return torch.cat([cached, last.expand(-1, self.past_length - cached.shape[1], -1)], dim=1)

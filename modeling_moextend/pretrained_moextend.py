@@ -44,7 +44,7 @@ from .loading_moextend import (
     undone_on_error,
 )
 from .routing_moextend import Rule, balance_loss
-from .scope_moextend import remember, token_scope
+from .scope_moextend import remember, seen_tokens, token_scope
 from .switch_moextend import AdapterSwitch
 from .vision_moextend import Projector, encode_images, merge_images, projector_tied
 
@@ -103,7 +103,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
 
     def run_base(self, input_ids, position_ids, past_key_values, inputs_embeds, pixel_values, **kwargs):
         """Embeds images, marks the tokens in scope, runs the base. Arguments and outputs are the base's."""
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past_length = seen_tokens(past_key_values)
         scope = state = None
         if self.routing.enabled and self.config.extended_layers:
             mask = kwargs.get("attention_mask")

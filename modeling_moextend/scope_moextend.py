@@ -64,7 +64,8 @@ def gated_pass(tokens, position_ids, attention_mask, cache, past_length):
     is_real = real_tokens(attention_mask, tokens.shape[1], past_length)
     is_real = torch.ones_like(tokens, dtype=torch.bool) if is_real is None else is_real.to(tokens.device)
     columns = torch.arange(tokens.shape[1], device=tokens.device).expand_as(is_real)
-    return GatedPass(is_real, sequence_starts(is_real, position_ids, columns), cached_sums(cache, past_length))
+    starts = sequence_starts(is_real, position_ids, columns)
+    return GatedPass(is_real, starts, getattr(cache, STATE, None), past_length)
 
 
 def modality_scope(is_image, position_ids, cache, past_length, is_real=None):
@@ -113,31 +114,33 @@ def cached_first(cache, batch_size, past_length, device):
     return torch.where(state < past_length, state, NEVER)
 
 
-def cached_sums(cache, past_length):
-    """[B, past_length, 2 D]: the gate's state in `cache`, without what a crop has cut off; `None` where there is none.
-
-    Tokens that the cache took in without the gate (adapter switched off) count for nothing.
-    """
-    state = getattr(cache, STATE, None)
-    if state is None:
-        return None
-    state = state[:, :past_length]
-    unseen = int(past_length) - state.shape[1]
-    return torch.cat([state, state[:, -1:].expand(-1, unseen, -1)], dim=1) if unseen and state.shape[1] else state
+def seen_tokens(cache):
+    """Number of tokens that `cache` holds; layers without keys (linear attention) say 0 in some families."""
+    if cache is None:
+        return 0
+    lengths = [layer.get_seq_length() for layer in getattr(cache, "layers", ()) if hasattr(layer, "get_seq_length")]
+    return max(int(length) for length in (cache.get_seq_length(), *lengths))
 
 
-ROW_METHODS = {  # cache methods that move rows -> what they do to a tensor with one entry a row
-    "reorder_cache": lambda state, index: state.index_select(0, index.to(state.device)),
-    "batch_select_indices": lambda state, index: state[index.to(state.device)],
-    "batch_repeat_interleave": lambda state, repeats: state.repeat_interleave(repeats, dim=0),
-    "reset": lambda state: None,
+def cut(cache, state, *_):
+    """The state of a cropped cache: without images, or sums, of tokens that are cut off."""
+    length = seen_tokens(cache)
+    return state[:, :length] if state.dim() == 3 else torch.where(state < length, state, NEVER)
+
+
+MOVES = {  # cache methods that move rows or cut tokens off -> what becomes of the state
+    "reorder_cache": lambda cache, state, index: state.index_select(0, index.to(state.device)),
+    "batch_select_indices": lambda cache, state, index: state[index.to(state.device)],
+    "batch_repeat_interleave": lambda cache, state, repeats: state.repeat_interleave(repeats, dim=0),
+    "crop": cut,
+    "reset": lambda cache, state: None,
 }
 
 
 def follow_rows(cache):
-    """Makes `cache` move its state whenever it moves its rows, and returns it.
+    """Makes `cache` move its state whenever it moves its rows or is cut, and returns it.
 
-    Row moves are methods of the cache's own class, of which there are many; a subclass serves them all, keeps
+    Moves are methods of the cache's own class, of which there are many; a subclass serves them all, keeps
     `isinstance` true and survives `deepcopy` and pickling, which a patched instance method would not.
     """
     if not hasattr(type(cache), "moextend_follows"):
@@ -152,10 +155,7 @@ def following_class(cache_class):
     def reduce(cache, protocol):
         return following_instance, (cache_class,), cache.__dict__
 
-    moves = {
-        name: following(getattr(cache_class, name), ROW_METHODS[name])
-        for name in ROW_METHODS.keys() & dir(cache_class)
-    }
+    moves = {name: following(getattr(cache_class, name), MOVES[name]) for name in MOVES.keys() & dir(cache_class)}
     return type(cache_class.__name__, (cache_class,), {"moextend_follows": True, "__reduce_ex__": reduce, **moves})
 
 
@@ -173,7 +173,7 @@ def following(method, move):
         result = method(self, *args, **kwargs)
         state = getattr(self, STATE, None)
         if state is not None:
-            setattr(self, STATE, move(state, *args, *kwargs.values()))
+            setattr(self, STATE, move(self, state, *args, *kwargs.values()))
         return result
 
     return moved

@@ -148,7 +148,6 @@ def rows_of(cache):
         (lambda cache: cache.batch_select_indices(indices=torch.tensor([2, 1])), [2, 1]),
         (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
         (lambda cache: cache.batch_repeat_interleave(repeats=2), [0, 0, 1, 1, 2, 2]),
-        (lambda cache: cache.crop(-2), [0, 1, 2]),
     ],
 )
 def test_the_state_moves_as_the_rows_do(move, rows):
@@ -156,6 +155,12 @@ def test_the_state_moves_as_the_rows_do(move, rows):
     move(cache)
     assert rows_of(cache) == rows
     assert getattr(cache, STATE).tolist() == [[4, NEVER, 1][row] for row in rows]
+
+
+def test_a_cropped_cache_forgets_the_images_that_are_cut_off():
+    cache = filled_cache(4, NEVER, 1)
+    cache.crop(-2)
+    assert getattr(cache, STATE).tolist() == [NEVER, NEVER, 1]
 
 
 def test_a_reset_cache_has_seen_no_image():
