@@ -51,7 +51,6 @@ METHODS = {
     method.name: method
     for method in (
         Method("paper", NEW, PAPER, new_experts=1),
-        Method("exclusive_all", NEW, ALL, vision=False),
         Method("modality", NEW, {**ALL, "scope": "modality"}, vision=True),
         Method("gate", NEW, GATE, retention="real", vision=False),
         Method("gate_self", NEW, GATE, trainer={"retention": "self"}, vision=False),

@@ -60,10 +60,10 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("library", steps=200, batch=16, validation=400, test=640, max_new_tokens=6),
-        Task("types", steps=200, batch=16, validation=400, test=640, max_new_tokens=6),
+        Task("library", steps=150, batch=16, validation=400, test=640, max_new_tokens=6),
+        Task("types", steps=150, batch=16, validation=400, test=640, max_new_tokens=6),
         Task("numbers", steps=300, batch=16, validation=400, test=1000, max_new_tokens=24),
-        Task("easy_vqa", steps=250, batch=32, validation=400, test=1000, max_new_tokens=6, vision=True),
+        Task("easy_vqa", steps=150, batch=32, validation=400, test=1000, max_new_tokens=6, vision=True),
     )
 }
 

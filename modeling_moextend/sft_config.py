@@ -52,7 +52,7 @@ class MoExtendSFTConfig(SFTConfig):
         gate_task_weight, gate_retention_weight (`float`, *optional*, default to `1.0` and `10.0`):
             Weights of the gate's two losses: tokens of the task that it holds back, retention tokens that it lets
             through. Where the two can't be told apart, the larger one decides.
-        retention_weight (`float`, *optional*, defaults to `1.0`):
+        retention_weight (`float`, *optional*, defaults to `5.0`):
             With `scope="gate"`, weight of the retention loss of stage `"finetune"`: how far new experts move what the
             base makes of the prompts, whose first words no gate can tell from its own conversations. Needs prompts
             (tokens without labels, as with `assistant_only_loss=True`) and one more forward pass of the base a step; 0
@@ -115,7 +115,7 @@ class MoExtendSFTConfig(SFTConfig):
         default=10.0, metadata={"help": "Weight of the gate's loss on retention tokens that it lets through."}
     )
     retention_weight: float = field(
-        default=1.0,
+        default=5.0,
         metadata={
             "help": "With scope 'gate': weight of the loss that keeps the base's own continuation of the prompts; 0: "
             "without."
