@@ -22,6 +22,7 @@ class Method:
         retention: "real" (the texts that replay takes too), or `None`.
         trains: for methods on the plain base: "all", "lora" or "routers".
         replay: whether a step takes the base's own text as well.
+        variant: a name of `variants.VARIANTS`: a piece that the library does without.
         vision: `True`: only tasks with images; `False`: only without; `None`: all tasks.
     """
 
@@ -33,11 +34,13 @@ class Method:
     retention: str | None = None
     trains: str | None = None
     replay: bool = False
+    variant: str | None = None
     vision: bool | None = None
 
     def settings(self):
         """Everything that a run depends on but its rate."""
-        return {name: value for name, value in asdict(self).items() if name not in ("name", "rates", "vision")}
+        values = {name: value for name, value in asdict(self).items() if name not in ("name", "rates", "vision")}
+        return {name: value for name, value in values.items() if name != "variant" or value is not None}
 
     def fits(self, task):
         """Whether the method is for `task`."""
@@ -64,19 +67,37 @@ METHODS = {
 
 # (name, changes to the method "gate"): one run each, everything else as it is. See `forgetting.py --ablations`.
 ABLATIONS = (
-    ("gate", {}),
+    ("as it is", {}),
+    ("gate sees the hidden state only", {"variant": "hidden_state_only"}),
+    ("gate sees a plain running mean", {"variant": "plain_mean"}),
+    ("a gate in every layer", {"variant": "gate_a_layer"}),
+    ("A = 0", {"trainer": {"gate_task_weight": 0.0}}),
+    ("K = 1", {"trainer": {"gate_retention_weight": 1.0}}),
+    ("K = 100", {"trainer": {"gate_retention_weight": 100.0}}),
+    ("gate trains for 100 steps", {"trainer": {"gate_steps": 100}}),
+    ("gate trains for 2,000 steps", {"trainer": {"gate_steps": 2000}}),
+    ("no retention loss", {"trainer": {"retention_weight": 0.0}}),
+    ("retention loss x 4", {"trainer": {"retention_weight": 20.0}}),
     ("1 new expert", {"new_experts": 1}),
     ("2 new experts", {"new_experts": 2}),
     ("8 new experts", {"new_experts": 8}),
     ("compete", {"routing": {"selection": "compete"}}),
     ("compete, calibration routed", {"routing": {"selection": "compete", "calibration": "routed"}}),
-    ("scope all", {"routing": {"scope": "all"}, "retention": None}),
+    ("compete, calibration all", {"routing": {"selection": "compete", "calibration": "all"}}),
+    ("no gate: all tokens use new experts", {"routing": {"scope": "all"}, "retention": None}),
+    ("attention LoRA for routed tokens", {"variant": "gated_lora"}),
 )
 
 
 def changed(method, changes):
     """A method with other settings; dicts are merged, so that a change names only what differs."""
-    values = {**method.settings(), "name": method.name, "rates": method.rates, "vision": method.vision}
+    values = {
+        "variant": None,
+        **method.settings(),
+        "name": method.name,
+        "rates": method.rates,
+        "vision": method.vision,
+    }
     for name, value in changes.items():
         values[name] = {**values[name], **value} if isinstance(value, dict) else value
     return Method(**values)

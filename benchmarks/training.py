@@ -13,6 +13,7 @@ from PIL import Image
 from tasks import BASE, ENCODER, ROOT, data_folder, messages, read, training_rows
 from transformers import AutoModelForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
+from variants import VARIANTS
 
 from modeling_moextend import MoExtendForCausalLM, MoExtendSFTConfig, MoExtendSFTTrainer
 from modeling_moextend.processing_moextend import load_processor
@@ -55,6 +56,8 @@ def train(task, method, rate, seed, steps=None):
 
 def train_experts(model, processing, task, method, rows, options):
     """New experts, by the library's own trainer."""
+    if method.variant is not None:
+        VARIANTS[method.variant](model)
     more = (
         {"retention_dataset": datasets.Dataset.from_list([{"text": row["text"]} for row in read("retention")])}
         if method.retention == "real"

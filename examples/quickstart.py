@@ -44,7 +44,6 @@ class QuickstartConfig:
         metadata={"help": "JSON lines {domain, text} for base perplexity; default: <base>/held_out.jsonl."},
     )
     max_questions: int = field(default=4000, metadata={"help": "Held-out questions to answer, half of them open."})
-    paper: bool = field(default=False, metadata={"help": "The paper's routing, one new expert a layer."})
 
 
 def parse():
@@ -54,8 +53,7 @@ def parse():
     quick, config, args = TrlParser((QuickstartConfig, StagesConfig, MoExtendSFTConfig)).parse_args_and_config(given)
     if config.encoder is None or config.stages != list(STAGES):
         raise ValueError("The quickstart runs all three stages with an encoder; for others use examples/train.py.")
-    if quick.paper:
-        config = replace(config, scope="all", selection="compete", calibration="all", new_experts=1)
+    if config.paper:
         args.output_dir += "-paper"
     own = [Path(p) for p in (config.data, config.align_data, quick.test) if Path(p).parent != EASY_VQA]
     if len(own) in (1, 2):

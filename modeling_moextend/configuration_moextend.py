@@ -10,12 +10,14 @@ from transformers.activations import ACT2FN
 SCOPES = ("all", "modality", "gate")
 SELECTIONS = ("compete", "exclusive")
 CALIBRATIONS = ("all", "routed", "none")
+PAPER = {"scope": "all", "selection": "compete", "calibration": "all"}
 SELECT_FEATURES = ("patch", "full")
 
 
 class MoExtendConfig(PreTrainedConfig):
     r"""
-    Everything needed to rebuild an adapter on an unchanged base.
+    Everything needed to rebuild an adapter on an unchanged base. The defaults of `scope`, `selection` and `calibration`
+    are what a config without these entries means; what a new adapter gets is up to `routing_choices`.
 
     Args:
         base_model_name_or_path (`str`, *optional*): Hub id or folder of the base.
@@ -191,6 +193,33 @@ def normalise_plan(plan):
     return dict(sorted(plan.items()))
 
 
+def routing_choices(scope=None, selection=None, calibration=None, paper=False, has_encoder=False):
+    """The three choices of a new adapter as a `dict`, those left at `None` filled in.
+
+    | | `None` means | with `paper` |
+    |---|---|---|
+    | scope | `"modality"` with an encoder, else `"gate"` | `"all"` |
+    | selection | `"exclusive"` | `"compete"` |
+    | calibration | `"none"` with exclusive selection, else `"routed"` | `"all"` |
+
+    Raises:
+        ValueError: `paper`, and a choice that is not the paper's.
+    """
+    given = {"scope": scope, "selection": selection, "calibration": calibration}
+    if paper:
+        others = {name: value for name, value in given.items() if value not in (None, PAPER[name])}
+        if others:
+            raise ValueError(f"paper=True means {PAPER}, but {others} was given: leave out one or the other.")
+        return dict(PAPER)
+    if scope is None:
+        given["scope"] = "modality" if has_encoder else "gate"
+    if selection is None:
+        given["selection"] = "exclusive"
+    if calibration is None:
+        given["calibration"] = "none" if given["selection"] == "exclusive" else "routed"
+    return given
+
+
 def check_routing_choices(config):
     """Refuses what is not allowed, with the reason.
 
@@ -207,7 +236,7 @@ def check_routing_choices(config):
     if config.selection == "exclusive" and config.calibration != "none":
         raise ValueError(
             f"selection='exclusive' with calibration={config.calibration!r} has no meaning: the weights of new "
-            "experts already sum to what the base's own weights sum to. Use calibration='none'."
+            "experts already sum to what the base's own weights sum to. Use calibration='none', or selection='compete'."
         )
     config.gate_threshold = check_threshold(config.gate_threshold)
     if isinstance(config.gate_hidden_size, bool) or not isinstance(config.gate_hidden_size, int):

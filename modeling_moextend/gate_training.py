@@ -4,15 +4,19 @@ The gate reads what the lowest extended layer gets, and no new expert has touche
 retention text's hidden states change while new experts train, and what the gate has learned stays true.
 """
 
+from copy import copy
+from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import broadcast, broadcast_object_list
 from torch.nn import functional as F
-from tqdm.auto import trange
+from tqdm.auto import tqdm, trange
 
 from .gate_moextend import GatedPass
 from .layers_moextend import find_moe_layers
-from .retention import common_prefix
+from .retention import FORWARD_KEYS, common_prefix, sample_retention
 
 TOKENS_A_STEP = 2048  # of the task, and as many of retention text
 HELD_OUT = 20  # every so many-th sequence is kept aside to measure on
@@ -34,6 +38,11 @@ class GateReport(NamedTuple):
 
 class StopPass(Exception):
     """Ends a forward pass whose rest nobody needs."""
+
+
+def states_bytes(model, tokens):
+    """Bytes that the hidden states of `tokens` tokens take in memory."""
+    return tokens * model.gate.value.weight.shape[1] * model.base.dtype.itemsize
 
 
 @torch.no_grad()
@@ -179,3 +188,111 @@ def share_through(gate, rows, skipped, threshold):
         margins, counts = run_gate(gate, [row], skipped)
         passed, total = passed + int((margins[counts] > threshold).sum()), total + int(counts.sum())
     return passed / total if total else float("nan")
+
+
+# ---------------------------------------------------------------- in the trainer
+
+
+def train_gate(trainer):
+    """Trains the gate of a `MoExtendSFTTrainer`'s model on its training data and retention text; -> `GateReport`.
+
+    One process does it, before anything is sharded, and hands the gate to the others.
+    """
+    model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
+    given, report = given_retention(trainer), None  # on every process: TRL's preparation waits for all of them
+    if trainer.accelerator.is_main_process:
+        size = 2 * states_bytes(model, args.retention_tokens) / 2**20
+        print(
+            f"MoExtend, gate: keeps hidden states of about {args.retention_tokens:,} task tokens and as many of "
+            f"retention text, at most {size:,.0f} MiB of memory"
+        )
+        task = gate_inputs(model, read("the task", task_rows(trainer), trainer.data_collator, args))
+        text = sampled_retention(trainer) if given is None else given
+        retention = gate_inputs(model, read("retention text", text, pad_rows, args))
+        report = fit_gate(
+            model.gate,
+            task,
+            retention,
+            prefix=shared_prefix(task, model.config.image_token_id),
+            steps=args.gate_steps,
+            learning_rate=args.gate_learning_rate,
+            task_weight=args.gate_task_weight,
+            retention_weight=args.gate_retention_weight,
+            threshold=model.gate_threshold,
+            seed=args.seed,
+            progress=not args.disable_tqdm,
+        )
+        print(gate_summary(report))
+    broadcast(list(model.gate.parameters()))
+    return broadcast_object_list([report])[0]
+
+
+def task_rows(trainer):
+    """Training samples, in an order of their own; a streamed dataset's in its own order."""
+    data = trainer.train_dataset
+    if not hasattr(data, "__len__"):
+        return data
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(trainer.args.seed))
+    return (data[index] for index in order.tolist())
+
+
+def given_retention(trainer):
+    """The retention dataset as [{"input_ids"}], as TRL tokenises it; `None` where none was given."""
+    if trainer.retention_dataset is None:
+        return None
+    args = copy(trainer.args)
+    args.assistant_only_loss, args.max_length = False, args.retention_length
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    data = trainer._prepare_dataset(trainer.retention_dataset, tokenizer, args, False, None, "retention")
+    return ({"input_ids": row["input_ids"][: args.retention_length]} for row in data.shuffle(seed=args.seed))
+
+
+def sampled_retention(trainer):
+    """Text sampled from the base as [{"input_ids"}]."""
+    args = trainer.args
+    if args.retention is None:
+        print("MoExtend, gate: no retention_dataset was given, so text is sampled from the base itself")
+    rows = sample_retention(
+        trainer.accelerator.unwrap_model(trainer.model),
+        getattr(trainer.processing_class, "tokenizer", trainer.processing_class),
+        tokens=args.retention_tokens,
+        length=args.retention_length,
+        seed=args.seed,
+        cache_dir=args.retention_cache_dir,
+        progress=not args.disable_tqdm,
+    )
+    return [{"input_ids": row} for row in rows]
+
+
+def read(name, rows, collate, args):
+    """Batches of `rows` as a forward pass takes them, until they hold `args.retention_tokens` tokens."""
+    rows, left = iter(rows), args.retention_tokens
+    with tqdm(total=left, desc=f"reading {name}", unit="token", disable=args.disable_tqdm) as bar:
+        while left > 0 and (part := list(islice(rows, args.per_device_train_batch_size))):
+            batch = {key: value.to(args.device) for key, value in collate(part).items() if key in FORWARD_KEYS}
+            tokens = int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum())
+            left -= tokens
+            bar.update(tokens)
+            yield batch
+
+
+def pad_rows(rows):
+    """[{"input_ids"}] -> `input_ids` and `attention_mask`, padded on the right."""
+    ids = [torch.as_tensor(row["input_ids"]) for row in rows]
+    masks = [torch.ones_like(row) for row in ids]
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    return {"input_ids": pad(ids), "attention_mask": pad(masks)}
+
+
+def gate_summary(report):
+    """One line: what the trained gate does on sequences that it was not trained on; and a warning where it fails."""
+    line = (
+        f"MoExtend, gate: lets {100 * report.routed:.1f}% of task tokens through (the {report.prefix} tokens that all "
+        f"samples begin with left out) and captures {100 * report.captured:.3f}% of retention tokens"
+    )
+    if report.routed < 0.5:
+        line += (
+            ". WARNING: most of the task stays with the base; it looks like the retention text. Train the gate longer "
+            "(gate_steps), or lower gate_retention_weight"
+        )
+    return line

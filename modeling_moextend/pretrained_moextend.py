@@ -18,7 +18,7 @@ from .adapter_moextend import (
     write_adapter,
     write_text,
 )
-from .configuration_moextend import MoExtendConfig, normalise_plan
+from .configuration_moextend import MoExtendConfig, normalise_plan, routing_choices
 from .hub_moextend import PUSH_KWARGS, check_save_kwargs, upload, write_card
 from .layers_moextend import (
     RoutingState,
@@ -50,7 +50,6 @@ from .vision_moextend import Projector, encode_images, merge_images, projector_t
 
 # What generate and set_attn_implementation ask; not _can_compile_fullgraph: new experts run on gathered tokens.
 BASE_FLAGS = ("_is_stateful", "_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn")
-PAPER = {"scope": "all", "selection": "compete", "calibration": "all"}
 
 
 class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
@@ -185,9 +184,9 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
         base,
         extended_layers=None,
         *,
-        scope="all",
-        selection="compete",
-        calibration="all",
+        scope=None,
+        selection=None,
+        calibration=None,
         paper=False,
         encoder=None,
         image_token_id=None,
@@ -204,10 +203,12 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
         Args:
             base: Hub id, folder, or a loaded model (which is extended in place; its own tensors never change).
             extended_layers: decoder layer index -> source experts; one new expert for each.
-            scope: `"all"`, `"modality"` or `"gate"`: which tokens may use new experts.
-            selection: `"compete"` or `"exclusive"`: whether base experts and new ones share one top-k.
-            calibration: `"all"`, `"routed"` or `"none"`: whose weights are calibrated.
-            paper: says that all three are the paper's, which are the defaults; refuses others.
+            scope: which tokens may use new experts: `"all"`, `"modality"` (default with an encoder) or `"gate"` (default
+                without one; the gate lets no token through until it is trained).
+            selection: `"compete"` (base experts and new ones share one top-k) or `"exclusive"` (default).
+            calibration: whose weights are calibrated: `"all"`, `"routed"` (default with `"compete"`) or `"none"`
+                (default with `"exclusive"`, which takes no other).
+            paper: sets the paper's three (`"all"`, `"compete"`, `"all"`) and refuses others.
             encoder: CLIP or SigLIP vision checkpoint or model; `None` for text only.
             image_token_id: stands for image features in `input_ids`; default: the first id past the embedding. With a
                 processor: `processor.image_token_id`.
@@ -218,9 +219,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
                 range; nothing to add; no causal LM; choices without meaning. A base given as a model stays as it was.
         """
         plan = normalise_plan(extended_layers)
-        choices = {"scope": scope, "selection": selection, "calibration": calibration}
-        if paper and choices != PAPER:
-            raise ValueError(f"paper=True means {PAPER}, but {choices} was given: leave out one or the other.")
+        choices = routing_choices(scope, selection, calibration, paper, has_encoder=encoder is not None)
         if not plan and encoder is None:
             raise ValueError(
                 "Nothing to add: extended_layers is empty and there is no encoder. Name layers and source experts, "

@@ -4,14 +4,12 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast, broadcast_object_list, save_fsdp_optimizer
+from accelerate.utils import broadcast_object_list, save_fsdp_optimizer
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import HubStrategy
@@ -21,8 +19,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .adapter_moextend import base_tensors_hash, reshard
 from .card import create_card
-from .gate_training import fit_gate, gate_inputs, shared_prefix
-from .retention import FORWARD_KEYS, last_hidden_states, prompt_distance, sample_retention
+from .gate_training import train_gate
+from .retention import last_hidden_states, prompt_distance
 from .sft_checks import (
     allow_missing_base,
     check_image_token,
@@ -145,88 +143,14 @@ class MoExtendSFTTrainer(SFTTrainer):
         return {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """As in Trainer; with `scope="gate"`, stage finetune begins with the gate's own training (`train_gate`).
+        """As in Trainer; with `scope="gate"`, stage finetune begins with the gate's own training (`gate_training`).
 
         A resumed run has its gate in the checkpoint.
         """
         gate = self.accelerator.unwrap_model(self.model).gate
         if gate is not None and self.args.stage == "finetune" and self.args.gate_steps and not resume_from_checkpoint:
-            self.train_gate()
+            self.gate_report = train_gate(self)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-    def train_gate(self):
-        """Trains the gate on the base's hidden states of training data and retention text; -> `GateReport`.
-
-        One process does it, before anything is sharded, and hands the gate to the others.
-        """
-        model, args = self.accelerator.unwrap_model(self.model), self.args
-        if self.accelerator.is_main_process:
-            task = gate_inputs(model, self._gate_batches(self._task_rows(), self.data_collator))
-            retention = gate_inputs(model, self._gate_batches(self._retention_rows(), pad_rows))
-            size = sum(states.nbytes for _, states in task + retention)
-            tokens = [sum(len(ids) for ids, _ in rows) for rows in (task, retention)]
-            print(
-                f"MoExtend, gate: hidden states of {tokens[0]:,} task and {tokens[1]:,} retention tokens, "
-                f"{size / 2**20:,.1f} MiB in memory"
-            )
-            self.gate_report = fit_gate(
-                model.gate,
-                task,
-                retention,
-                prefix=shared_prefix(task, model.config.image_token_id),
-                steps=args.gate_steps,
-                learning_rate=args.gate_learning_rate,
-                task_weight=args.gate_task_weight,
-                retention_weight=args.gate_retention_weight,
-                threshold=model.gate_threshold,
-                seed=args.seed,
-                progress=not args.disable_tqdm,
-            )
-            print(gate_summary(self.gate_report))
-        broadcast(list(model.gate.parameters()))
-        self.gate_report = broadcast_object_list([self.gate_report])[0]
-        return self.gate_report
-
-    def _task_rows(self):
-        """Training samples, in an order of their own; a streamed dataset's in its own order."""
-        data = self.train_dataset
-        if not hasattr(data, "__len__"):
-            return data
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.args.seed))
-        return (data[index] for index in order.tolist())
-
-    def _retention_rows(self):
-        """Retention text as [{"input_ids"}]: the given dataset as TRL tokenises it, or sampled from the base."""
-        args, tokenizer = self.args, getattr(self.processing_class, "tokenizer", self.processing_class)
-        if self.retention_dataset is None:
-            if args.retention is None:
-                print("MoExtend, gate: no retention_dataset was given, so text is sampled from the base itself")
-            rows = sample_retention(
-                self.accelerator.unwrap_model(self.model),
-                tokenizer,
-                tokens=args.retention_tokens,
-                length=args.retention_length,
-                seed=args.seed,
-                cache_dir=args.retention_cache_dir,
-                progress=not args.disable_tqdm,
-            )
-            return [{"input_ids": row} for row in rows]
-        plain_args = copy(args)
-        plain_args.assistant_only_loss, plain_args.max_length = False, args.retention_length
-        data = self._prepare_dataset(self.retention_dataset, tokenizer, plain_args, False, None, "retention")
-        data = data.shuffle(seed=args.seed)
-        return ({"input_ids": row["input_ids"][: args.retention_length]} for row in data)
-
-    def _gate_batches(self, rows, collate):
-        """Batches of `rows` as a forward pass takes them, up to `args.retention_tokens` non-padding tokens."""
-        tokens, device, rows = 0, self.args.device, iter(rows)
-        while tokens < self.args.retention_tokens:
-            part = list(islice(rows, self.args.per_device_train_batch_size))
-            if not part:
-                return
-            batch = {key: value.to(device) for key, value in collate(part).items() if key in FORWARD_KEYS}
-            tokens += int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum())
-            yield batch
 
     def _get_train_sampler(self, train_dataset=None):
         """Gives grouping by length random numbers of its own, per epoch: a resumed run would group otherwise."""
@@ -401,28 +325,6 @@ class AdapterReport(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if args.verify_base:
             check_unchanged(self.hashes, base_tensors_hash(self.trainer.model))
-
-
-def pad_rows(rows):
-    """[{"input_ids"}] -> `input_ids` and `attention_mask`, padded on the right."""
-    ids = [torch.as_tensor(row["input_ids"]) for row in rows]
-    masks = [torch.ones_like(row) for row in ids]
-    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    return {"input_ids": pad(ids), "attention_mask": pad(masks)}
-
-
-def gate_summary(report):
-    """One line: what the trained gate does on sequences that it was not trained on; and a warning where it fails."""
-    line = (
-        f"MoExtend, gate: lets {100 * report.routed:.1f}% of task tokens through (the {report.prefix} tokens that all "
-        f"samples begin with left out) and captures {100 * report.captured:.3f}% of retention tokens"
-    )
-    if report.routed < 0.5:
-        line += (
-            ". WARNING: most of the task stays with the base; it looks like the retention text. Train the gate longer "
-            "(gate_steps), or lower gate_retention_weight"
-        )
-    return line
 
 
 def new_expert_counts(records, attention_mask):

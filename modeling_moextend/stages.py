@@ -11,7 +11,7 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from .configuration_moextend import check_routing_choices, normalise_plan
+from .configuration_moextend import MoExtendConfig, check_routing_choices, normalise_plan, routing_choices
 from .extender import CHOICES, measure_router_shift, probe_config
 from .layers_moextend import find_moe_layers
 from .llava import load_llava
@@ -70,12 +70,22 @@ class StagesConfig:
     stages: list[str] = field(
         default_factory=lambda: list(STAGES), metadata={"help": "Which to run: align extend finetune, in this order."}
     )
-    scope: str | None = field(default=None, metadata={"help": "'all' (the paper's; default), 'modality' or 'gate'."})
-    selection: str | None = field(default=None, metadata={"help": "'compete' (the paper's; default) or 'exclusive'."})
-    calibration: str | None = field(
-        default=None, metadata={"help": "'all' (the paper's; default), 'routed' or 'none'."}
+    scope: str | None = field(
+        default=None,
+        metadata={
+            "help": "'all', 'modality' (default with an encoder) or 'gate' (default without). An --adapter keeps its own "
+            "scope, selection and calibration where none is given."
+        },
     )
-    new_experts: int = field(default=1, metadata={"help": "New experts a layer."})
+    selection: str | None = field(default=None, metadata={"help": "'compete' or 'exclusive' (default)."})
+    calibration: str | None = field(
+        default=None,
+        metadata={"help": "'all', 'routed' (default with 'compete') or 'none' (default with 'exclusive')."},
+    )
+    paper: bool = field(
+        default=False, metadata={"help": "The paper's routing (all, compete, all) and one new expert a layer."}
+    )
+    new_experts: int | None = field(default=None, metadata={"help": "New experts a layer; default: 4, with --paper 1."})
     fraction: float = field(default=0.5, metadata={"help": "Share of MoE layers to extend: those that shift most."})
     layers: str | None = field(
         default=None, metadata={"help": f"Instead of --fraction: {', '.join(CHOICES)}, or layers like '0,2,5'."}
@@ -112,6 +122,20 @@ class StagesConfig:
             raise ValueError("--plan takes the place of stage extend: leave out one of the two.")
         if self.encoder and not self.adapter and "align" not in self.stages:
             raise ValueError("Without stage align the projector is random: run it first, or start from its --adapter.")
+        self.chosen_routing()
+        if self.new_experts is None:
+            self.new_experts = 1 if self.paper else 4
+
+    def chosen_routing(self):
+        """The choices that were made, {name: value}: those given, or all three of `paper`.
+
+        Raises:
+            ValueError: `paper` beside a choice that is not the paper's.
+        """
+        given = {name: getattr(self, name) for name in ROUTING}
+        if self.paper:
+            return routing_choices(**given, paper=True)
+        return {name: value for name, value in given.items() if value is not None}
 
     def chosen_layers(self):
         """What `RouterShift.select` takes: (fraction, layers).
@@ -176,17 +200,16 @@ def split(data, config):
 def build_model(config, processor):
     """The adapter to go on with; or the base with eyes; or, for a text-only extension, the base as it is."""
     options = {"dtype": config.dtype, "device_map": config.device_map}
-    routing = {name: value for name in ROUTING if (value := getattr(config, name)) is not None}
     if config.adapter is not None:
         model = MoExtendForCausalLM.from_pretrained(
             config.adapter, base=config.base, encoder=config.encoder, **options
         )
-        change_routing(model, routing)
+        change_routing(model, config.chosen_routing())
     elif config.encoder is None:
         model = AutoModelForCausalLM.from_pretrained(config.base, **options)
     else:
         eyes = {"encoder": config.encoder, "image_token_id": processor.image_token_id}
-        model = MoExtendForCausalLM.from_base(config.base, **eyes, **routing, **options)
+        model = MoExtendForCausalLM.from_base(config.base, **eyes, **config.chosen_routing(), **options)
     return model
 
 
@@ -210,8 +233,7 @@ def with_experts(model, plan, config):
     if model.config.model_type == "moextend":
         model.extend(plan)
         return model
-    routing = {name: value for name in ROUTING if (value := getattr(config, name)) is not None}
-    return MoExtendForCausalLM.from_base(model, plan, **routing)
+    return MoExtendForCausalLM.from_base(model, plan, **config.chosen_routing())
 
 
 def read_plan(config):
@@ -292,6 +314,8 @@ def check_before(model, config, args, held_out):
     """
     decoder = model.base.get_decoder() if model.config.model_type == "moextend" else model.get_decoder()
     layers, has_experts = find_moe_layers(decoder), bool(getattr(model.config, "extended_layers", None))
+    if model.config.model_type != "moextend":
+        MoExtendConfig(**routing_choices(**config.chosen_routing()))  # refuses what from_base would, after the probe
     if config.plan is not None:
         check_plan(layers, read_plan(config))
     chosen = config.chosen_layers()[1]

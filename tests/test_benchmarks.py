@@ -272,10 +272,10 @@ def test_two_steps_of_two_methods(monkeypatch, tmp_path):
     monkeypatch.setattr(tasks, "data_folder", lambda: tmp_path)
     found = {
         name: run.run(tasks.TASKS["numbers"], methods.METHODS[name], 1e-2, seed=0, steps=2, limit=4)
-        for name in ("exclusive_all", "lora_replay")
+        for name in ("paper", "lora_replay")
     }
     for result in found.values():
         assert result["text"]["windows/code"]["after"] != result["text"]["windows/code"]["base"] > 1
         assert 0 <= result["test"] <= 1 and not result["bit_equal"]
-    assert found["exclusive_all"]["text"]["windows/code"]["captured"] == 1.0
+    assert found["paper"]["text"]["windows/code"]["captured"] == 1.0
     assert found["lora_replay"]["text"]["windows/code"]["captured"] is None
