@@ -11,7 +11,7 @@ READY_TO_RUN := $(VENV)/.installed-quickstart
 READY_TO_TEST := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fast test-slow quality style
+.PHONY: help quickstart forgetting test test-fast test-slow quality style
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -23,6 +23,9 @@ quickstart: export MALLOC_MMAP_THRESHOLD_ = 1000000000
 quickstart: export MALLOC_TRIM_THRESHOLD_ = 2000000000
 quickstart: $(READY_TO_RUN) ## set up, then run examples/quickstart.py (options: ARGS="...")
 	$(BIN)/python examples/quickstart.py $(ARGS)
+
+forgetting: $(READY_TO_TEST) ## set up, then run the benchmark of benchmarks/ (options: ARGS="--quick")
+	$(BIN)/python benchmarks/forgetting.py $(ARGS)
 
 test: test-fast test-slow ## set up, then run every test: the fast ones first
 

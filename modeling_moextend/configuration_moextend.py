@@ -16,8 +16,8 @@ SELECT_FEATURES = ("patch", "full")
 
 class MoExtendConfig(PreTrainedConfig):
     r"""
-    Everything needed to rebuild an adapter on an unchanged base. The defaults of `scope`, `selection` and `calibration`
-    are what a config without these entries means; what a new adapter gets is up to `routing_choices`.
+    Everything needed to rebuild an adapter on an unchanged base. The defaults of `scope`, `selection` and
+    `calibration` are what a config without these entries means; what a new adapter gets is up to `routing_choices`.
 
     Args:
         base_model_name_or_path (`str`, *optional*): Hub id or folder of the base.
@@ -236,7 +236,8 @@ def check_routing_choices(config):
     if config.selection == "exclusive" and config.calibration != "none":
         raise ValueError(
             f"selection='exclusive' with calibration={config.calibration!r} has no meaning: the weights of new "
-            "experts already sum to what the base's own weights sum to. Use calibration='none', or selection='compete'."
+            "experts already sum to what the base's own weights sum to. Use calibration='none' or "
+            "selection='compete'."
         )
     config.gate_threshold = check_threshold(config.gate_threshold)
     if isinstance(config.gate_hidden_size, bool) or not isinstance(config.gate_hidden_size, int):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm, trange
 
 from .gate_moextend import GatedPass
-from .layers_moextend import find_moe_layers
+from .layers_moextend import find_moe_layers, input_device
 from .retention import FORWARD_KEYS, common_prefix, sample_retention
 
 TOKENS_A_STEP = 2048  # of the task, and as many of retention text
@@ -56,7 +56,7 @@ def gate_inputs(model, batches):
         batches: iterable of what its forward takes; `attention_mask`, `position_ids`, `pixel_values` where given.
     """
     router = find_moe_layers(model.get_decoder())[min(model.config.extended_layers)].router
-    seen, sequences, training = [], [], model.training
+    device, seen, sequences, training = input_device(model.base), [], [], model.training
 
     def keep(module, args):
         seen.append((args[0].detach(), module.moextend.state.gated))
@@ -67,7 +67,7 @@ def gate_inputs(model, batches):
     try:
         for batch in batches:
             try:
-                model(**batch, use_cache=False)
+                model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
             except StopPass:
                 hidden, gated = seen.pop()
                 sequences += split(batch["input_ids"], hidden.reshape(*batch["input_ids"].shape, -1), gated)
@@ -196,10 +196,13 @@ def share_through(gate, rows, skipped, threshold):
 def train_gate(trainer):
     """Trains the gate of a `MoExtendSFTTrainer`'s model on its training data and retention text; -> `GateReport`.
 
-    One process does it, before anything is sharded, and hands the gate to the others.
+    One process does it, before anything is sharded, and hands the gate to the others, which wait for it: sampling much
+    text from a large base may need a higher `ddp_timeout`.
     """
     model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
     given, report = given_retention(trainer), None  # on every process: TRL's preparation waits for all of them
+    for parameter in model.gate.parameters():
+        parameter.data = parameter.data.float()
     if trainer.accelerator.is_main_process:
         size = 2 * states_bytes(model, args.retention_tokens) / 2**20
         print(
@@ -240,11 +243,13 @@ def given_retention(trainer):
     """The retention dataset as [{"input_ids"}], as TRL tokenises it; `None` where none was given."""
     if trainer.retention_dataset is None:
         return None
-    args = copy(trainer.args)
-    args.assistant_only_loss, args.max_length = False, args.retention_length
+    reader = copy(trainer)  # all text counts here, whatever is a label in training
+    reader.args, reader.completion_only_loss = copy(trainer.args), False
+    reader.args.assistant_only_loss, reader.args.max_length = False, None
     tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-    data = trainer._prepare_dataset(trainer.retention_dataset, tokenizer, args, False, None, "retention")
-    return ({"input_ids": row["input_ids"][: args.retention_length]} for row in data.shuffle(seed=args.seed))
+    data = reader._prepare_dataset(trainer.retention_dataset, tokenizer, reader.args, False, None, "retention")
+    length = trainer.args.retention_length
+    return ({"input_ids": row["input_ids"][:length]} for row in data.shuffle(seed=reader.args.seed))
 
 
 def sampled_retention(trainer):
@@ -269,7 +274,7 @@ def read(name, rows, collate, args):
     rows, left = iter(rows), args.retention_tokens
     with tqdm(total=left, desc=f"reading {name}", unit="token", disable=args.disable_tqdm) as bar:
         while left > 0 and (part := list(islice(rows, args.per_device_train_batch_size))):
-            batch = {key: value.to(args.device) for key, value in collate(part).items() if key in FORWARD_KEYS}
+            batch = {key: value for key, value in collate(part).items() if key in FORWARD_KEYS}
             tokens = int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum())
             left -= tokens
             bar.update(tokens)

@@ -203,8 +203,8 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
         Args:
             base: Hub id, folder, or a loaded model (which is extended in place; its own tensors never change).
             extended_layers: decoder layer index -> source experts; one new expert for each.
-            scope: which tokens may use new experts: `"all"`, `"modality"` (default with an encoder) or `"gate"` (default
-                without one; the gate lets no token through until it is trained).
+            scope: which tokens may use new experts: `"all"`, `"modality"` (default with an encoder) or `"gate"`
+                (default without one; the gate lets no token through until it is trained).
             selection: `"compete"` (base experts and new ones share one top-k) or `"exclusive"` (default).
             calibration: whose weights are calibrated: `"all"`, `"routed"` (default with `"compete"`) or `"none"`
                 (default with `"exclusive"`, which takes no other).

@@ -40,6 +40,12 @@ def sample_retention(model, tokenizer, *, tokens, length, seed=0, batch_size=32,
     """
     settings = {"tokens": tokens, "length": length, "seed": seed, "sampler": SAMPLER}
     settings |= {"base": model.config.base_fingerprint, "chat": chat_start(tokenizer), "batch_size": batch_size}
+    settings |= {
+        "first": first_token(tokenizer),
+        "words": len(tokenizer),
+        "special": sorted(tokenizer.all_special_ids),
+    }
+    settings |= {"image": drawn_image_token(model)}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     path = Path(cache_dir or Path(HF_HOME, "moextend"), f"self-retention-{key}.parquet")
     if path.is_file():
@@ -76,12 +82,23 @@ def common_prefix(rows):
     return next((place for place, equal in enumerate(same) if not equal), length)
 
 
+def first_token(tokenizer):
+    """What a document begins with: bos or, where there is none, eos; `None` where there is neither."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def drawn_image_token(model):
+    """The image token's id where the base could draw it, `None` elsewhere: text has no images."""
+    image, vocab_size = model.config.image_token_id, model.config.get_text_config().vocab_size
+    return image if model.encoder is not None and 0 <= image < vocab_size else None
+
+
 def start_of(kind, tokenizer, model, generator):
     """Token ids a sample begins with."""
     if kind == "chat":
         return chat_start(tokenizer)
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    special = set(tokenizer.all_special_ids)
+    first = first_token(tokenizer)
+    special = {*tokenizer.all_special_ids, model.config.image_token_id}
     words = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
     number = 0 if kind == "document" else int(kind[0])
     drawn = words[torch.randint(len(words), (number,), generator=generator)].tolist()
@@ -91,21 +108,32 @@ def start_of(kind, tokenizer, model, generator):
 @torch.no_grad()
 def draw(model, starts, length, batch_size, seed, progress):
     """Samples one sequence of `length` a start. The process's own random numbers stay as they are."""
-    vocab_size = model.config.get_text_config().vocab_size
+    image = drawn_image_token(model)
     settings = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_length=length, pad_token_id=0, eos_token_id=vocab_size
-    )  # an id that is never drawn: a chat goes on with its next turn
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_length=length,
+        pad_token_id=0,
+        eos_token_id=model.config.get_text_config().vocab_size,  # never drawn: a chat goes on with its next turn
+        suppress_tokens=None if image is None else [image],
+    )
     device, rows = model.get_input_embeddings().weight.device, []
-    training = model.training
+    own, training = model.generation_config, model.training
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), model.disable_adapter():
-        torch.manual_seed(seed)
-        model.eval()
-        for batch in tqdm(batches(starts, batch_size), desc="sampling retention text", disable=not progress):
-            ids = torch.tensor(batch, device=device)
-            output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-            rows += output.tolist()
-    model.train(training)
+    model.generation_config = GenerationConfig()  # generate fills in from it what `settings` leaves open
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices), model.disable_adapter():
+            torch.manual_seed(seed)
+            for batch in tqdm(batches(starts, batch_size), desc="sampling retention text", disable=not progress):
+                ids = torch.tensor(batch, device=device)
+                output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+                rows += output.tolist()
+    finally:
+        model.generation_config = own
+        model.train(training)
     return rows
 
 
@@ -131,7 +159,7 @@ def last_hidden_states(model):
         hook.remove()
 
 
-def prompt_distance(model, hidden, inputs):
+def prompt_distance(model, core, hidden, inputs):
     """How far new experts move what the base makes of a prompt: the retention loss of stage finetune.
 
     Mean, over prompt tokens (those whose next token is no label), of |h - h_0|^2 / |h_0|^2, where h are the last
@@ -140,27 +168,37 @@ def prompt_distance(model, hidden, inputs):
     answers are made of passes through the layers below the last.
 
     Args:
-        model: a MoExtend model with `scope="gate"`.
+        model, core: a MoExtend model with `scope="gate"`, as it is wrapped for training and as it is.
         hidden: [B, S, H] of the pass with the adapter on.
         inputs: the batch, with `labels` [B, S]; -100: no label.
 
     Returns:
         scalar; 0 where every token is a label.
     """
+    batch = {key: inputs[key] for key in FORWARD_KEYS if inputs.get(key) is not None}
+    with torch.no_grad(), closed_gate(core), last_hidden_states(core) as base:
+        model(**batch, use_cache=False, logits_to_keep=1)  # on every process, whatever its batch: sharded ones meet
+    chosen = prompt_tokens(inputs, hidden).unsqueeze(-1)
+    base = base[-1].float()
+    moved = (hidden.float() - base).masked_fill(~chosen, 0).square().sum(-1)
+    size = base.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return (moved / size).sum() / chosen.sum().clamp(min=1)
+
+
+def prompt_tokens(inputs, hidden):
+    """[B, S] bool: tokens whose next one is of the same sequence and no label."""
     labels = inputs.get("labels")
-    if labels is None or labels.shape != hidden.shape[:2]:
-        return hidden.new_zeros(())
-    real = torch.ones_like(labels, dtype=torch.bool)
-    if isinstance(inputs.get("attention_mask"), torch.Tensor) and inputs["attention_mask"].shape == labels.shape:
-        real = inputs["attention_mask"].bool()
-    chosen = torch.zeros_like(real)
-    chosen[:, :-1] = real[:, 1:] & real[:, :-1] & (labels[:, 1:] == -100)
-    if not chosen.any():
-        return hidden.new_zeros(())
-    with torch.no_grad(), closed_gate(model):
-        batch = {key: inputs[key] for key in FORWARD_KEYS if inputs.get(key) is not None}
-        base = model.model(**batch, use_cache=False).last_hidden_state[chosen].float()
-    return ((hidden[chosen].float() - base).square().sum(-1) / base.square().sum(-1)).mean()
+    chosen = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    if labels is None or labels.shape != chosen.shape:
+        return chosen
+    chosen[:, :-1] = labels[:, 1:] == -100
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if isinstance(mask, torch.Tensor) and mask.shape == chosen.shape:
+        chosen[:, :-1] &= mask[:, 1:].bool() & mask[:, :-1].bool()
+    if positions is not None:  # the last token of a packed sequence has no next one
+        positions = positions.expand_as(labels)
+        chosen[:, :-1] &= positions[:, 1:] > positions[:, :-1]
+    return chosen
 
 
 @contextlib.contextmanager

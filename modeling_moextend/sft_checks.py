@@ -35,6 +35,8 @@ def check_retention(model, args, retention_dataset):
             "all": "scope='all' has no gate that could learn from it; use scope='gate'",
         }[model.config.scope]
         raise ValueError(f"Retention text trains the gate of scope='gate'. {why}. Leave retention out.")
+    if hasattr(retention_dataset, "__len__") and len(retention_dataset) == 0:
+        raise ValueError("retention_dataset is empty: give text, or leave it out to have text sampled from the base.")
     if retention_dataset is not None and args.retention is not None:
         raise ValueError("Give retention_dataset=... or retention='self', not both.")
 

@@ -110,9 +110,9 @@ class MoExtendSFTTrainer(SFTTrainer):
         check_model(model)
         if args is None:
             args = MoExtendSFTConfig("moextend-sft")
-        check_retention(model, args, retention_dataset)
         coefficient = model.router_aux_loss_coef if args.router_aux_loss_coef is None else args.router_aux_loss_coef
         check_options(args, coefficient, kwargs)
+        check_retention(model, args, retention_dataset)
         if kwargs.get("processing_class") is None:
             kwargs["processing_class"] = default_processor(model, args.assistant_only_loss)
         given, args.router_aux_loss_coef = args.router_aux_loss_coef, 0.0
@@ -149,7 +149,10 @@ class MoExtendSFTTrainer(SFTTrainer):
         """
         gate = self.accelerator.unwrap_model(self.model).gate
         if gate is not None and self.args.stage == "finetune" and self.args.gate_steps and not resume_from_checkpoint:
+            before = base_tensors_hash(self.model) if self.args.verify_base else None
             self.gate_report = train_gate(self)
+            if before is not None:
+                check_unchanged(before, base_tensors_hash(self.model))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
@@ -168,7 +171,8 @@ class MoExtendSFTTrainer(SFTTrainer):
         attention_mask = inputs.get("attention_mask")
         throughput = self._throughput.setdefault(mode, [0, time.perf_counter()])
         core = self.accelerator.unwrap_model(model)
-        retains = mode == "train" and core.gate is not None and self.args.retention_weight > 0
+        retains = mode == "train" and self.args.stage == "finetune" and self.args.retention_weight > 0
+        retains = retains and core.gate is not None
         with core.record_routing() as records, last_hidden_states(core) as hidden:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
@@ -180,7 +184,7 @@ class MoExtendSFTTrainer(SFTTrainer):
             loss = loss + self.router_aux_loss_coef * balance / steps
             parts["balance_loss"] = balance.detach()
         if retains:
-            distance = prompt_distance(core, hidden[-1], inputs).to(loss.device)
+            distance = prompt_distance(model, core, hidden[-1], inputs).to(loss.device)
             loss = loss + self.args.retention_weight * distance / steps
             parts["retention_loss"] = distance.detach()
         throughput[0] += self._log_parts(mode, parts, records, attention_mask)

@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .configuration_moextend import MoExtendConfig, check_routing_choices, normalise_plan, routing_choices
 from .extender import CHOICES, measure_router_shift, probe_config
 from .layers_moextend import find_moe_layers
-from .llava import load_llava
+from .llava import load_llava, read_entries
 from .loading_moextend import check_plan
 from .modeling_moextend import MoExtendForCausalLM
 from .processing_moextend import load_processor
@@ -45,7 +45,8 @@ class StagesConfig:
 
     base: str = field(metadata={"help": "Pretrained MoE causal LM: Hub id or folder. It is never changed."})
     data: str | None = field(
-        default=None, metadata={"help": "LLaVA JSON or JSONL file, or a dataset (Hub id or folder) in TRL's format."}
+        default=None,
+        metadata={"help": "LLaVA JSON(L) file; or in TRL's formats: JSON(L) file with `messages`, Hub id, folder."},
     )
     encoder: str | None = field(default=None, metadata={"help": "CLIP or SigLIP vision checkpoint; none: text only."})
     align_data: str | None = field(default=None, metadata={"help": "Image-caption pairs for stage align; see --data."})
@@ -73,8 +74,8 @@ class StagesConfig:
     scope: str | None = field(
         default=None,
         metadata={
-            "help": "'all', 'modality' (default with an encoder) or 'gate' (default without). An --adapter keeps its own "
-            "scope, selection and calibration where none is given."
+            "help": "'all', 'modality' (default with an encoder) or 'gate' (default without). An --adapter keeps its "
+            "own scope, selection and calibration where none is given."
         },
     )
     selection: str | None = field(default=None, metadata={"help": "'compete' or 'exclusive' (default)."})
@@ -85,7 +86,9 @@ class StagesConfig:
     paper: bool = field(
         default=False, metadata={"help": "The paper's routing (all, compete, all) and one new expert a layer."}
     )
-    new_experts: int | None = field(default=None, metadata={"help": "New experts a layer; default: 4, with --paper 1."})
+    new_experts: int | None = field(
+        default=None, metadata={"help": "New experts a layer; default: 4, or 1 with --paper."}
+    )
     fraction: float = field(default=0.5, metadata={"help": "Share of MoE layers to extend: those that shift most."})
     layers: str | None = field(
         default=None, metadata={"help": f"Instead of --fraction: {', '.join(CHOICES)}, or layers like '0,2,5'."}
@@ -156,26 +159,30 @@ class StagesConfig:
 
 
 def load_data(name, config):
-    """A training set: a LLaVA JSON(L) file read as it is, or any dataset in TRL's format (split "train").
+    """A training set: a LLaVA JSON(L) file (`conversations`) read as it is, a JSON(L) file in a format of TRL's, or a
+    dataset in one (split "train").
 
     Raises:
         ValueError: a LLaVA sample with an image, and no encoder to see it.
     """
-    if name.endswith((".json", ".jsonl")):
+    if name.endswith((".json", ".jsonl")) and is_llava(name):
         data = load_llava(name, config.image_folder, streaming=config.streaming, on_error=config.on_error)
         if config.encoder is not None:
             return data
         return (data if config.streaming else data.with_format(None)).map(plain_text, remove_columns=["images", "id"])
-    return datasets.load_dataset(name, split="train", streaming=config.streaming)
+    return load_any(name, streaming=config.streaming)
 
 
-def load_retention(name):
-    """Retention text as a dataset that TRL reads; `None` where there is none."""
-    if name is None:
-        return None
+def is_llava(name):
+    """Whether a JSON(L) file is in LLaVA's format; an empty one counts as such, and its reader says so."""
+    return "conversations" in next((entry for _, entry in read_entries(name)), {"conversations": []})
+
+
+def load_any(name, **options):
+    """A dataset of TRL's formats: JSON(L) file, Hub id or folder."""
     if name.endswith((".json", ".jsonl")):
-        return datasets.load_dataset("json", data_files=name, split="train")
-    return datasets.load_dataset(name, split="train")
+        return datasets.load_dataset("json", data_files=name, split="train", **options)
+    return datasets.load_dataset(name, split="train", **options)
 
 
 def plain_text(sample):
@@ -363,7 +370,7 @@ def run_stages(config, args):
         model = with_experts(model, read_plan(config), config)
     if "finetune" in config.stages:
         datasets_ = {"train_dataset": data, "eval_dataset": eval_data}
-        datasets_["retention_dataset"] = load_retention(config.retention_data)
+        datasets_["retention_dataset"] = load_any(config.retention_data) if config.retention_data else None
         trainer = MoExtendSFTTrainer(model=model, args=args, processing_class=processor, **datasets_)
         trainer.train(resume_from_checkpoint=checkpoint if resumed == "finetune" else None)
         trainer.save_model(args.output_dir)

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
 VOCAB = 96
+PAPER = {"scope": "all", "selection": "compete", "calibration": "all"}  # the paper's routing, not from_base's default
 COMMON = {
     "vocab_size": VOCAB,
     "hidden_size": 32,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, batch, make_base, make_encoder, shake
+from conftest import FAMILIES, PAPER, batch, make_base, make_encoder, shake
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -37,6 +37,7 @@ PIXELS = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(5))
 def extended(family="mixtral", plan=PLAN, encoder=None, dtype=torch.float32, seed=0, base=None, **choices):
     torch.manual_seed(seed)
     base = make_base(family, dtype) if base is None else base
+    choices = {**PAPER, **choices}
     return shake(MoExtendForCausalLM.from_base(base, plan, encoder=encoder, **choices), seed=seed).eval()
 
 

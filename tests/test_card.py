@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from conftest import PAPER
 
 from modeling_moextend import card as card_module
 from modeling_moextend.card import create_card, read_template
@@ -21,7 +22,6 @@ VISION = {
     "calibration": "none",
 }
 TEXT = VISION | {"encoder_name_or_path": None, "encoder_config": None}
-PAPER = {"scope": "all", "selection": "compete", "calibration": "all"}
 
 
 def make_config(values=VISION, **changes):

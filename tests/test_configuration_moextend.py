@@ -2,12 +2,15 @@
 
 import copy
 import json
+import re
 
 import pytest
-from conftest import make_base, make_encoder
+import torch
+from conftest import PAPER, batch, make_base, make_encoder
 from transformers import AutoConfig, CLIPVisionConfig, MixtralConfig, SiglipVisionConfig
 
 from modeling_moextend import MoExtendConfig, MoExtendForCausalLM
+from modeling_moextend.configuration_moextend import routing_choices
 
 ENCODER = {
     "model_type": "clip_vision_model",
@@ -119,11 +122,90 @@ def test_number_of_image_tokens(encoder, feature, expected):
     assert MoExtendConfig(encoder_config=encoder, encoder_select_feature=feature).num_image_tokens == expected
 
 
-def test_paper_is_the_papers_three_choices_and_refuses_others():
-    model = MoExtendForCausalLM.from_base(make_base(), {1: [0]}, paper=True)
-    assert (model.config.scope, model.config.selection, model.config.calibration) == ("all", "compete", "all")
-    with pytest.raises(ValueError, match="paper=True means .*'calibration': 'none'} was given"):
-        MoExtendForCausalLM.from_base(make_base(), {1: [0]}, paper=True, calibration="none")
+def test_a_config_without_the_three_choices_is_an_old_one():
+    """What was written before they had entries routes as the paper does, whatever new adapters start with."""
+    config = MoExtendConfig()
+    assert {name: getattr(config, name) for name in PAPER} == PAPER
+
+
+# Given, and what comes of it. By hand: every combination of given and left out, and of the values that have a meaning.
+LEFT_OUT = {  # (has_encoder, selection, calibration) -> what is filled in with no scope given
+    (False, None, None): ("gate", "exclusive", "none"),
+    (False, None, "none"): ("gate", "exclusive", "none"),
+    (False, "exclusive", None): ("gate", "exclusive", "none"),
+    (False, "exclusive", "none"): ("gate", "exclusive", "none"),
+    (False, "compete", None): ("gate", "compete", "routed"),
+    (False, "compete", "all"): ("gate", "compete", "all"),
+    (False, "compete", "routed"): ("gate", "compete", "routed"),
+    (False, "compete", "none"): ("gate", "compete", "none"),
+    (True, None, None): ("modality", "exclusive", "none"),
+    (True, None, "none"): ("modality", "exclusive", "none"),
+    (True, "exclusive", None): ("modality", "exclusive", "none"),
+    (True, "exclusive", "none"): ("modality", "exclusive", "none"),
+    (True, "compete", None): ("modality", "compete", "routed"),
+    (True, "compete", "all"): ("modality", "compete", "all"),
+    (True, "compete", "routed"): ("modality", "compete", "routed"),
+    (True, "compete", "none"): ("modality", "compete", "none"),
+}
+
+
+@pytest.mark.parametrize("scope", [None, "all", "modality", "gate"])
+@pytest.mark.parametrize(("given", "expected"), LEFT_OUT.items(), ids=str)
+def test_choices_left_out_are_filled_in_and_those_given_are_kept(given, expected, scope):
+    has_encoder, selection, calibration = given
+    found = routing_choices(scope, selection, calibration, has_encoder=has_encoder)
+    assert list(found) == ["scope", "selection", "calibration"]
+    assert tuple(found.values()) == (scope or expected[0], *expected[1:])
+    if scope == "modality" and not has_encoder:
+        with pytest.raises(ValueError, match="scope='modality' needs an encoder"):
+            MoExtendForCausalLM.from_base(make_base(), {1: [0]}, scope=scope, selection=selection)
+        return
+    encoder = make_encoder() if has_encoder else None
+    choices = {"scope": scope, "selection": selection, "calibration": calibration}
+    config = MoExtendForCausalLM.from_base(make_base(), {1: [0]}, encoder=encoder, **choices).config
+    assert {name: getattr(config, name) for name in found} == found
+
+
+@pytest.mark.parametrize("has_encoder", [False, True])
+@pytest.mark.parametrize("given", [{}, *({name: value} for name, value in PAPER.items()), PAPER], ids=str)
+def test_paper_is_the_papers_three_choices_with_an_encoder_or_without(given, has_encoder):
+    assert routing_choices(**given, paper=True, has_encoder=has_encoder) == PAPER
+    encoder = make_encoder() if has_encoder else None
+    config = MoExtendForCausalLM.from_base(make_base(), {1: [0]}, encoder=encoder, paper=True, **given).config
+    assert {name: getattr(config, name) for name in PAPER} == PAPER
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"scope": "modality"}, "{'scope': 'modality'}"),
+        ({"scope": "gate"}, "{'scope': 'gate'}"),
+        ({"selection": "exclusive"}, "{'selection': 'exclusive'}"),
+        ({"calibration": "none"}, "{'calibration': 'none'}"),
+        ({"calibration": "routed"}, "{'calibration': 'routed'}"),
+        (
+            {"scope": "gate", "selection": "compete", "calibration": "none"},
+            "{'scope': 'gate', 'calibration': 'none'}",
+        ),
+    ],
+    ids=str,
+)
+def test_paper_refuses_other_choices_by_name(given, named):
+    message = re.escape(f"paper=True means {PAPER}, but {named} was given: leave out one or the other.")
+    with pytest.raises(ValueError, match=message):
+        routing_choices(**given, paper=True)
+    with pytest.raises(ValueError, match=message):
+        MoExtendForCausalLM.from_base(make_base(), {1: [0]}, paper=True, **given)
+
+
+@pytest.mark.parametrize("with_encoder", [False, True])
+def test_with_all_choices_left_out_text_is_bit_equal_to_the_base(family, with_encoder):
+    base = make_base(family)
+    expected = base(**batch()).logits
+    encoder = make_encoder() if with_encoder else None
+    model = MoExtendForCausalLM.from_base(base, {1: [0], 3: [2, 5]}, encoder=encoder)
+    assert torch.equal(model(**batch()).logits, expected)
+    assert any(name.startswith("gate.") for name in model.adapter_tensors()) != with_encoder
 
 
 @pytest.mark.parametrize("plan", [{1: [0.7]}, {1: [True]}, {0.5: [1]}])
@@ -171,7 +253,16 @@ def test_refused_values(values, message):
         MoExtendConfig(**values)
 
 
-@pytest.mark.parametrize(("values", "message"), REFUSED[:7])
+FILLED_IN = ({"calibration": None}, {"selection": "exclusive"})  # refused in a config, not in from_base
+REFUSED_CHOICES = [(values, message) for values, message in REFUSED[:7] if values not in FILLED_IN] + [
+    ({"calibration": "all"}, "selection='exclusive' with calibration='all' has no meaning.*or selection='compete'"),
+    ({"calibration": "routed"}, "selection='exclusive' with calibration='routed' has no meaning"),
+    ({"selection": "exclusive", "calibration": "all"}, "selection='exclusive' with calibration='all' has no meaning"),
+    ({"calibration": "maybe"}, "calibration='maybe' is not known; allowed: 'all', 'routed', 'none'"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), REFUSED_CHOICES, ids=str)
 def test_refused_choices_name_the_way_out_in_from_base(values, message):
     with pytest.raises(ValueError, match=message):
         MoExtendForCausalLM.from_base(make_base(), {1: [0]}, **values)

@@ -21,6 +21,7 @@ from test_sft_trainer import (
     assert_equal,
     config,
     frozen_tensors,
+    gated_trainer,
     image_data,
     make_model,
     make_processor,
@@ -307,6 +308,47 @@ def test_verify_base_hashes_shards(folder):
 @pytest.mark.slow
 def test_all_processes_skip_a_push_together(folder):
     assert [result["pushed"] for result in results(folder, "run_push")] == [0, 0]
+
+
+# ------------------------------------------------------------------ the gate
+
+
+def run_gate(folder, rank, retention):
+    """Process 1's gate starts elsewhere: only what process 0 hands over makes the two equal."""
+    settings = {"per_device_train_batch_size": 1, "ddp_timeout": 60, "ddp_find_unused_parameters": False}
+    trainer = gated_trainer(folder, retention_dataset=retention, max_steps=3, **settings)
+    with torch.no_grad():
+        for tensor in trainer.model.gate.parameters():
+            tensor.add_(rank)
+    trainer.train()
+    report = trainer.gate_report
+    return {"tensors": whole(trainer), "report": tuple(report), "history": history(trainer)}
+
+
+def work_gate(rank, port, folder):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    for name, retention in (("sampled", None), ("given", "text")):
+        torch.save(run_gate(Path(folder, name), rank, retention), f"{folder}/{name}.{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_one_process_trains_the_gate_and_all_have_it(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(work_gate, (port, str(tmp_path)), nprocs=2)
+    for name in ("sampled", "given"):
+        first, second = results(tmp_path, name)
+        assert_equal(first["tensors"], second["tensors"])
+        assert first["report"] == second["report"]
+        assert first["history"] == second["history"] and len(first["history"]) == 3
+        assert first["tensors"]["gate.fc2.weight"].abs().sum() > 0
+    first, _ = results(tmp_path, "given")
+    assert first["report"][1] > 0.7 and first["report"][2] < 0.2
+    assert first["history"][0]["new_expert_share"] > 0.8
 
 
 # ------------------------------------------------------------------ refusals

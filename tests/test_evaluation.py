@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_base, make_encoder, shake
+from conftest import PAPER, make_base, make_encoder, shake
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -49,7 +49,7 @@ def make_tokenizer():
 
 def make_model(family="mixtral", plan=PLAN, **choices):
     torch.manual_seed(7)
-    return shake(MoExtendForCausalLM.from_base(make_base(family), extended_layers=plan, **choices)).eval()
+    return shake(MoExtendForCausalLM.from_base(make_base(family), plan, **{**PAPER, **choices})).eval()
 
 
 def compare(model, documents=DOCUMENTS, **options):

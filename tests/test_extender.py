@@ -367,7 +367,7 @@ def test_defaults_are_the_papers(tmp_path):
 def test_new_experts_sit_out_and_stay_as_they_are(base, tokenizer, texts, tmp_path):
     samples = dataset(texts[:8]), dataset(texts[8:])
     plain = measure_router_shift(base, *samples, probe(tmp_path, learning_rate=0.1), tokenizer)
-    model = MoExtendForCausalLM.from_base(base, extended_layers={1: [0], 2: [3, 1]})
+    model = MoExtendForCausalLM.from_base(base, extended_layers={1: [0], 2: [3, 1]}, paper=True)
     before = state_of(model)
     shift = measure_router_shift(model, *samples, probe(tmp_path, learning_rate=0.1), tokenizer)
     assert torch.equal(shift.counts_before, plain.counts_before)

@@ -95,7 +95,7 @@ def test_the_pass_ends_at_the_lowest_extended_layer_and_leaves_nothing_behind(tr
     model = opened().train(training)
     layers, calls = model.get_decoder().layers, []
     for index, layer in enumerate(layers):
-        layer.register_forward_pre_hook(lambda *args, index=index: calls.append((index, layer.training)))
+        layer.register_forward_pre_hook(lambda *args, index=index, layer=layer: calls.append((index, layer.training)))
     model.base.lm_head.register_forward_pre_hook(lambda *args: calls.append("head"))
     heard = listen(model)
     gate_inputs(model, [batch(2, 6), batch(2, 6)])

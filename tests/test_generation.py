@@ -17,7 +17,7 @@ IMAGE = 96  # the first id past the vocabulary; an image has four features
 NEW = 10
 CHOICES = {
     "paper": {"paper": True},
-    "modality": {"scope": "modality", "calibration": "none"},
+    "modality": {"scope": "modality", "selection": "compete", "calibration": "none"},
     "exclusive": {"scope": "modality", "selection": "exclusive", "calibration": "none"},
     "gate": {"scope": "gate", "selection": "exclusive", "calibration": "none"},
 }
@@ -284,7 +284,7 @@ def test_generation_goes_by_the_bases_own_flags_and_cache(family, scope):
     inputs = {"input_ids": torch.tensor([[5, 6, 7, 5, 6, 7]])}
     expected = generate(base, **inputs)
     flags = {name: getattr(base, name) for name in BASE_FLAGS}
-    model = MoExtendForCausalLM.from_base(base, {3: [0]}, scope=scope, calibration="none")
+    model = MoExtendForCausalLM.from_base(base, {3: [0]}, scope=scope, selection="compete", calibration="none")
     assert {name: getattr(model, name) for name in BASE_FLAGS} == flags
     shake(model, std=1.0)
     if scope == "gate":

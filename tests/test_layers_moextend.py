@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from conftest import COMMON, FAMILIES, batch, make_base, make_encoder, shake
+from conftest import COMMON, FAMILIES, PAPER, batch, make_base, make_encoder, shake
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -28,7 +28,7 @@ PLAN = {0: [1], 2: [3, 0, 5]}
 
 def extended(family="mixtral", plan=None, shaken=True, base=None, **choices):
     torch.manual_seed(0)
-    choices = {"calibration": "none", **choices}
+    choices = {**PAPER, "calibration": "none", **choices}
     base = make_base(family) if base is None else base
     model = MoExtendForCausalLM.from_base(base, {2: [3, 0, 5]} if plan is None else plan, **choices)
     return shake(model) if shaken else model
@@ -328,7 +328,7 @@ def test_attaching_without_calibration_neither_reads_nor_moves_the_global_random
         base = make_base()
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        models.append(MoExtendForCausalLM.from_base(base, PLAN, calibration="none"))
+        models.append(MoExtendForCausalLM.from_base(base, PLAN, **{**PAPER, "calibration": "none"}))
         assert torch.equal(torch.get_rng_state(), before)
     assert_same_tensors(models[0].state_dict(), models[1].state_dict())
 
@@ -336,7 +336,8 @@ def test_attaching_without_calibration_neither_reads_nor_moves_the_global_random
 def test_calibration_follows_the_seed():
     def first(seed):
         torch.manual_seed(seed)
-        return moe_layer(MoExtendForCausalLM.from_base(make_base(), PLAN)).router.moextend.calibration.fc1.weight
+        model = MoExtendForCausalLM.from_base(make_base(), PLAN, paper=True)
+        return moe_layer(model).router.moextend.calibration.fc1.weight
 
     assert torch.equal(first(1), first(1)) and not torch.equal(first(1), first(2))
 

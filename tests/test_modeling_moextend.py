@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from conftest import COMMON, FAMILIES, batch, make_base, make_encoder, shake
+from conftest import COMMON, FAMILIES, PAPER, batch, make_base, make_encoder, shake
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
@@ -31,7 +31,7 @@ def extended(family="mixtral", plan=None, base=None, **choices):
     if choices.get("scope") == "modality":
         choices["encoder"] = make_encoder()
     base = make_base(family) if base is None else base
-    return shake(MoExtendForCausalLM.from_base(base, PLAN if plan is None else plan, **choices))
+    return shake(MoExtendForCausalLM.from_base(base, PLAN if plan is None else plan, **{**PAPER, **choices}))
 
 
 def image_batch(seed=0):
@@ -131,8 +131,13 @@ def test_a_folder_that_holds_no_language_model_head_is_refused(name, tmp_path):
         ({"scope": "some"}, "scope='some' is not known; allowed: 'all', 'modality'"),
         ({"selection": "both"}, "selection='both' is not known; allowed: 'compete', 'exclusive'"),
         ({"calibration": "maybe"}, "calibration='maybe' is not known; allowed: 'all', 'routed', 'none'"),
-        ({"selection": "exclusive"}, "selection='exclusive' with calibration='all' has no meaning"),
+        ({"calibration": "all"}, "selection='exclusive' with calibration='all' has no meaning.*selection='compete'"),
+        (
+            {"selection": "exclusive", "calibration": "all"},
+            "selection='exclusive' with calibration='all' has no meaning",
+        ),
         ({"selection": "exclusive", "calibration": "routed"}, "with calibration='routed' has no meaning"),
+        ({"paper": True, "scope": "gate"}, "paper=True means .*, but {'scope': 'gate'} was given"),
         ({"scope": "modality"}, "scope='modality' needs an encoder"),
     ],
     ids=str,
@@ -244,8 +249,9 @@ def test_text_reaches_the_base_as_ids_and_ties_only_a_projector_that_trains():
 
 
 def test_extending_later_gives_what_extending_at_once_gives():
-    at_once = MoExtendForCausalLM.from_base(make_base(), PLAN, calibration="none")
-    later = MoExtendForCausalLM.from_base(make_base(), {2: [2]}, calibration="none")
+    choices = {**PAPER, "calibration": "none"}
+    at_once = MoExtendForCausalLM.from_base(make_base(), PLAN, **choices)
+    later = MoExtendForCausalLM.from_base(make_base(), {2: [2]}, **choices)
     later.extend({1: [0, 3]})
     assert later.config.extended_layers == at_once.config.extended_layers
     assert list(later.adapter_tensors()) == list(at_once.adapter_tensors())
@@ -552,12 +558,12 @@ def test_an_offloaded_base_gives_the_same_logits_and_saves_the_same_adapter(plac
         )
         options = {"device_map": {**near, **far, "model.rotary_emb": "cpu"}, "offload_folder": str(tmp_path / "off")}
     torch.manual_seed(5)
-    model = MoExtendForCausalLM.from_base(str(tmp_path / "base"), PLAN, calibration="all", **options)
+    model = MoExtendForCausalLM.from_base(str(tmp_path / "base"), PLAN, paper=True, **options)
     if place == "disk":
         assert model.base.model.layers[1].mlp.experts.down_proj.is_meta
     shake(model)
     torch.manual_seed(5)
-    plain = shake(MoExtendForCausalLM.from_base(str(tmp_path / "base"), PLAN, calibration="all"))
+    plain = shake(MoExtendForCausalLM.from_base(str(tmp_path / "base"), PLAN, paper=True))
     expected = plain(**batch()).logits
     assert torch.equal(model(**batch()).logits, expected)
     assert model.config.base_fingerprint == plain.config.base_fingerprint

@@ -148,7 +148,7 @@ def adapter(tmp_path_factory):
     """Base and adapter in folders, what the model answers, and files that must not leave this machine."""
     root = tmp_path_factory.mktemp("local")
     make_base().save_pretrained(root / "base")
-    model = shake(MoExtendForCausalLM.from_base(str(root / "base"), PLAN)).eval()
+    model = shake(MoExtendForCausalLM.from_base(str(root / "base"), PLAN, paper=True)).eval()
     model.save_pretrained(root / "adapter")
     with torch.no_grad():
         return root, model(input_ids=torch.arange(3, 13)[None]).logits

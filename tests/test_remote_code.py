@@ -97,9 +97,8 @@ def published(tmp_path_factory):
     for name, model in (("base", base), ("encoder", encoder)):
         model.save_pretrained(root / name)
         (root / f"moved_{name}").symlink_to(root / name)
-    model = MoExtendForCausalLM.from_base(
-        str(root / "base"), PLAN, encoder=str(root / "encoder"), scope="modality", calibration="routed"
-    )
+    choices = {"scope": "modality", "selection": "compete", "calibration": "routed"}
+    model = MoExtendForCausalLM.from_base(str(root / "base"), PLAN, encoder=str(root / "encoder"), **choices)
     shake(model).eval().save_pretrained(root / "adapter")
     build_processor().save_pretrained(root / "adapter")
     Image.new("RGB", (40, 50), (200, 30, 90)).save(root / "picture.png")
@@ -271,7 +270,7 @@ def test_a_base_with_code_of_its_own_works_where_the_call_trusts_it(tmp_path, co
     config = base.config.to_dict() | {"model_type": "a_family_of_its_own", "auto_map": auto_map}
     (folder / "config.json").write_text(json.dumps(config))
     save_file(dict(base.state_dict()), folder / "model.safetensors", {"format": "pt"})
-    model = shake(MoExtendForCausalLM.from_base(str(folder), PLAN, trust_remote_code=True)).eval()
+    model = shake(MoExtendForCausalLM.from_base(str(folder), PLAN, paper=True, trust_remote_code=True)).eval()
     inputs = {"input_ids": torch.arange(3, 13)[None]}
     for place in (tmp_path / "adapter", tmp_path / "again"):
         model.save_pretrained(place)

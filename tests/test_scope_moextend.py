@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from conftest import make_base, make_encoder, shake
+from conftest import PAPER, make_base, make_encoder, shake
 from transformers import DynamicCache, StaticCache
 
 from modeling_moextend import MoExtendForCausalLM
@@ -199,10 +199,8 @@ def test_a_cache_stays_an_instance_of_its_class_and_is_changed_once():
 
 def seeing(scope="modality", **choices):
     torch.manual_seed(5)
-    choices = {"calibration": "none", **choices}
-    return shake(
-        MoExtendForCausalLM.from_base(make_base(), {1: [0, 3], 3: [2]}, encoder=make_encoder(), scope=scope, **choices)
-    )
+    choices = {**PAPER, "calibration": "none", "scope": scope, **choices}
+    return shake(MoExtendForCausalLM.from_base(make_base(), {1: [0, 3], 3: [2]}, encoder=make_encoder(), **choices))
 
 
 @pytest.mark.parametrize("choices", [{}, {"calibration": "all"}, {"selection": "exclusive"}], ids=str)

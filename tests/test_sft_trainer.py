@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from conftest import make_base, make_encoder, shake
+from conftest import PAPER, make_base, make_encoder, shake
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
@@ -18,6 +18,7 @@ from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast, Trainer
 from trl import SFTConfig
 
 from modeling_moextend import MoExtendForCausalLM, MoExtendProcessor
+from modeling_moextend.retention import last_hidden_states, prompt_distance
 from modeling_moextend.sft_config import MoExtendSFTConfig
 from modeling_moextend.sft_trainer import MaskImageLabels, MoExtendSFTTrainer, optimizer_bytes
 
@@ -63,7 +64,7 @@ def make_model(plan=PLAN, encoder=False, family="mixtral", **kwargs):
     base = make_base(family)
     if encoder:
         kwargs |= {"encoder": make_encoder(), "image_token_id": len(WORDS)}
-    return MoExtendForCausalLM.from_base(base, extended_layers=plan, **kwargs)
+    return MoExtendForCausalLM.from_base(base, extended_layers=plan, **{**PAPER, **kwargs})
 
 
 def config(folder, **overrides):
@@ -85,7 +86,7 @@ def config(folder, **overrides):
 
 
 def make_trainer(folder, model=None, images=False, train=None, **overrides):
-    keys = ("eval_dataset", "callbacks", "data_collator", "peft_config", "compute_loss_func")
+    keys = ("eval_dataset", "callbacks", "data_collator", "peft_config", "compute_loss_func", "retention_dataset")
     given = {key: overrides.pop(key) for key in keys if key in overrides}
     return MoExtendSFTTrainer(
         model=model if model is not None else make_model(encoder=images),
@@ -149,7 +150,7 @@ def test_the_projector_can_be_left_alone(tmp_path):
 
 
 def test_what_trains_is_float32_over_a_bf16_base(tmp_path):
-    model = MoExtendForCausalLM.from_base(make_base(dtype=torch.bfloat16), extended_layers=PLAN)
+    model = MoExtendForCausalLM.from_base(make_base(dtype=torch.bfloat16), extended_layers=PLAN, paper=True)
     trainer = make_trainer(tmp_path, model, bf16=True)
     assert {p.dtype for p in trainer.trainable.values()} == {torch.float32}
     frozen = frozen_tensors(model)
@@ -569,6 +570,420 @@ def test_wrong_settings_say_what_is_allowed(tmp_path):
         config(tmp_path, adapter_dtype="int8")
     with pytest.raises(ValueError, match="leaves nothing to train"):
         config(tmp_path, stage="align", train_projector=False)
+
+
+# ------------------------------------------------------------------ scope="gate"
+
+
+GATED = {"scope": "gate", "selection": "exclusive", "calibration": "none", "gate_hidden_size": 8}
+CHAT = "{% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}{{ m['content'] }} {% endfor %}"
+
+
+def lines(first, number=20, length=6):
+    """Texts of thirteen letters: those of the task (from 0) and of the base's own text (from 13) differ in all."""
+    return [" ".join(WORDS[4 + first + (i * 5 + j * (2 + i % 3)) % 13] for j in range(length)) for i in range(number)]
+
+
+def task_data(number=20):
+    rows = [(text[:6], text[6:]) for text in lines(0, number)]
+    return Dataset.from_dict({"prompt": [one for one, _ in rows], "completion": [other for _, other in rows]})
+
+
+def retention_data(kind="text", number=20):
+    texts = lines(13, number)
+    if kind == "text":
+        return Dataset.from_dict({"text": texts})
+    if kind == "prompt-completion":
+        return Dataset.from_dict({"prompt": [text[:6] for text in texts], "completion": [text[6:] for text in texts]})
+    chats = [[{"role": "user", "content": t[:5]}, {"role": "assistant", "content": t[6:]}] for t in texts]
+    return Dataset.from_dict({"messages": chats})
+
+
+def gated_trainer(folder, model=None, retention_dataset="text", train=None, images=False, tokenizer=None, **overrides):
+    settings = {"gate_steps": 60, "gate_learning_rate": 2e-2, "retention_tokens": 200, "retention_length": 16}
+    settings |= {"retention_cache_dir": str(folder / "cache"), "router_aux_loss_coef": 0.01, **overrides}
+    callbacks = settings.pop("callbacks", None)
+    if isinstance(retention_dataset, str):
+        retention_dataset = retention_data(retention_dataset)
+    if tokenizer is None:
+        tokenizer = make_processor() if images else make_tokenizer()
+    return MoExtendSFTTrainer(
+        model=model or make_model(encoder=images, **GATED),
+        args=config(folder, **settings),
+        train_dataset=train or (image_data() if images else task_data()),
+        retention_dataset=retention_dataset,
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+
+
+def gate_tensors(model):
+    return {name: tensor for name, tensor in tensors(model).items() if name.startswith("gate.")}
+
+
+def open_wide(model):
+    """Lets about half of all tokens through, whatever they are."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for tensor in model.gate.parameters():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.5)
+    return model
+
+
+def test_the_gate_learns_before_the_first_step_and_never_after(tmp_path):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **kwargs):
+            seen.append(tensors(model))
+
+    trainer = gated_trainer(tmp_path, callbacks=[Watch()], max_steps=4)
+    before, frozen = tensors(trainer.model), frozen_tensors(trainer.model)
+    trainer.train()
+    (begun,), after = seen, tensors(trainer.model)
+    assert [name for name in before if not torch.equal(before[name], begun[name])] == list(gate_tensors(trainer.model))
+    moved = {name for name in before if not torch.equal(begun[name], after[name])}
+    fixed = {"layers.1.router.weight"}  # the only new expert of its layer
+    assert moved == {name for name in before if not name.startswith("gate.")} - fixed
+    assert_equal(frozen, frozen_tensors(trainer.model))
+    report = trainer.gate_report
+    assert report.routed > 0.7 and report.captured < 0.1 and report.prefix == 0  # 7 tokens; both end with </s>
+    assert trainer.state.log_history[0]["new_expert_share"] > 0.8
+
+
+@pytest.mark.parametrize("kind", ["text", "prompt-completion", "messages"])
+def test_retention_text_comes_in_any_format(tmp_path, kind):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT
+    trainer = gated_trainer(tmp_path, retention_dataset=kind, tokenizer=tokenizer, max_steps=1)
+    trainer.train()
+    assert trainer.gate_report.routed > 0.7 and trainer.gate_report.captured < 0.2
+
+
+def test_retention_text_may_be_tokenised_or_streamed(tmp_path):
+    ids = [make_tokenizer()(text)["input_ids"] for text in lines(13)]
+    given = [Dataset.from_dict({"input_ids": ids}), retention_data().to_iterable_dataset()]
+    for number, dataset in enumerate(given):
+        trainer = gated_trainer(tmp_path / str(number), retention_dataset=dataset, max_steps=1)
+        trainer.train()
+        assert trainer.gate_report.captured < 0.2 < 0.7 < trainer.gate_report.routed
+
+
+def test_without_retention_text_the_trainer_says_so_and_samples_it(tmp_path, capsys):
+    trainer = gated_trainer(tmp_path, retention_dataset=None, max_steps=1)
+    trainer.train()
+    out = capsys.readouterr().out
+    assert "no retention_dataset was given, so text is sampled from the base itself" in out
+    (file,) = (tmp_path / "cache").iterdir()
+    rows = Dataset.from_parquet(str(file), keep_in_memory=True)["input_ids"][:]
+    assert [len(row) for row in rows] == [16] * 13  # 200 tokens and a bit
+
+
+def test_asked_for_its_own_text_the_trainer_samples_without_a_word(tmp_path, capsys, monkeypatch):
+    trainer = gated_trainer(tmp_path, retention_dataset=None, retention="self", max_steps=1)
+    trainer.train()
+    assert "no retention_dataset" not in capsys.readouterr().out
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    monkeypatch.setattr("modeling_moextend.retention.draw", None)  # the next run reads
+    again = gated_trainer(tmp_path, retention_dataset=None, retention="self", max_steps=1)
+    again.train()
+    assert_equal(tensors(again.model), tensors(trainer.model))
+
+
+def test_the_gates_memory_is_said_before_it_trains(tmp_path, capsys):
+    gated_trainer(tmp_path, max_steps=1, retention_tokens=16384, gate_steps=1).train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("MoExtend")]
+    assert re.search("hidden states of about 16,384 task tokens.*at most 4 MiB", lines[0])  # 2 * 16384 * 32 * 4 bytes
+    assert re.search("lets .*% of task tokens through .* and captures .*% of retention tokens", lines[1])
+    assert lines[2].startswith("MoExtend, stage finetune")
+
+
+def test_a_gate_that_stays_shut_is_warned_of(tmp_path, capsys):
+    gated_trainer(tmp_path, max_steps=1, gate_steps=1).train()
+    assert "WARNING: most of the task stays with the base" in capsys.readouterr().out
+    gated_trainer(tmp_path, max_steps=1).train()
+    assert "WARNING" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("task", "retention", "opens"), [(10.0, 0.1, True), (0.1, 10.0, False)])
+def test_the_weights_of_the_gates_losses_are_the_arguments(tmp_path, task, retention, opens):
+    """The same text on both sides, which no gate can tell apart."""
+    settings = {"gate_task_weight": task, "gate_retention_weight": retention, "max_steps": 1}
+    train = retention_data("prompt-completion")
+    trainer = gated_trainer(tmp_path, train=train, retention_dataset="prompt-completion", **settings)
+    trainer.train()
+    assert trainer.gate_report[1:3] == ((1.0, 1.0) if opens else (0.0, 0.0))
+
+
+def test_zero_steps_leave_the_gate_and_sample_nothing(tmp_path):
+    trainer = gated_trainer(tmp_path, open_wide(make_model(**GATED)), retention_dataset=None, gate_steps=0)
+    before = gate_tensors(trainer.model)
+    trainer.train()
+    assert_equal(before, gate_tensors(trainer.model))
+    assert trainer.gate_report is None and not (tmp_path / "cache").exists()
+
+
+def test_training_twice_gives_the_same_adapter_and_the_process_its_random_numbers(tmp_path):
+    ends = []
+    for draws in (1, 2):
+        trainer = gated_trainer(tmp_path / str(draws), retention_dataset=None, retention="self", max_steps=2)
+        torch.randn(draws)
+        trainer.train()
+        ends.append(tensors(trainer.model))
+    assert_equal(*ends)
+
+
+def test_the_parts_of_the_loss_add_up(tmp_path):
+    model = open_wide(make_model(**GATED))
+    settings = {"gate_steps": 0, "gradient_accumulation_steps": 2, "retention_weight": 3.0, "max_steps": 4}
+    trainer = gated_trainer(tmp_path, shake(model), router_aux_loss_coef=0.1, **settings)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 4
+    for entry in entries:
+        parts = entry["task_loss"] + 0.1 * entry["balance_loss"] + 3.0 * entry["retention_loss"]
+        assert entry["loss"] == pytest.approx(parts, rel=1e-4)
+        assert entry["retention_loss"] > 1e-3
+
+
+def test_the_first_retention_loss_is_that_of_the_prompts(tmp_path):
+    model = shake(open_wide(make_model(**GATED)))
+    trainer = gated_trainer(tmp_path, model, gate_steps=0, max_steps=1)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    assert (inputs["labels"] == -100).any()
+    with last_hidden_states(model) as hidden, torch.no_grad():
+        model(**{name: value for name, value in inputs.items() if name != "labels"})
+        expected = prompt_distance(model, model, hidden[0], inputs).item()
+    trainer.train()
+    assert trainer.state.log_history[0]["retention_loss"] == pytest.approx(expected, rel=1e-4)
+    assert expected > 1e-3
+
+
+def test_the_retention_loss_keeps_prompts_nearer_to_the_base(tmp_path):
+    last = {}
+    for weight in (1e-6, 30.0):
+        settings = {"learning_rate": 2e-3, "per_device_train_batch_size": 20, "max_steps": 15}
+        model = open_wide(make_model(**GATED))
+        trainer = gated_trainer(tmp_path, model, gate_steps=0, retention_weight=weight, **settings)
+        trainer.train()
+        last[weight] = [entry["retention_loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
+    assert last[30.0] < 0.5 * last[1e-6]
+
+
+def test_without_its_weight_there_is_no_retention_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr("modeling_moextend.sft_trainer.prompt_distance", None)
+    model = shake(open_wide(make_model(**GATED)))
+    trainer = gated_trainer(tmp_path, model, gate_steps=0, retention_weight=0.0)
+    trainer.train()
+    assert len(losses(trainer)) == 2
+    assert not any("retention_loss" in entry for entry in trainer.state.log_history)
+
+
+def test_without_prompts_the_retention_loss_is_zero(tmp_path):
+    model = shake(open_wide(make_model(**GATED)))
+    trainer = gated_trainer(tmp_path, model, gate_steps=0, train=text_data(), max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["retention_loss"] == 0.0
+    assert trainer.state.log_history[0]["new_expert_share"] > 0
+
+
+def test_evaluation_logs_no_retention_loss(tmp_path):
+    trainer = gated_trainer(tmp_path, shake(open_wide(make_model(**GATED))), gate_steps=0, max_steps=1)
+    assert "eval_retention_loss" not in trainer.evaluate(task_data(4))
+
+
+@pytest.mark.parametrize("layout", [{"packing": True, "max_length": 16}, {"padding_free": True, "max_length": None}])
+def test_without_prompts_the_retention_loss_of_packed_rows_is_zero(tmp_path, layout):
+    model = shake(open_wide(make_model(**GATED)))
+    trainer = gated_trainer(tmp_path, model, gate_steps=0, train=text_data(), max_steps=1, **layout)
+    trainer.train()
+    assert trainer.state.log_history[0]["retention_loss"] == 0.0
+
+
+@pytest.mark.parametrize("layout", [{"packing": True, "max_length": 16}, {"padding_free": True, "max_length": None}])
+def test_the_gate_learns_from_packed_rows_as_from_single_ones(tmp_path, layout):
+    train = Dataset.from_dict({"text": lines(0)})
+    trainer = gated_trainer(tmp_path, train=train, max_steps=1, **layout)
+    trainer.train()
+    assert trainer.gate_report.routed > 0.7 and trainer.gate_report.captured < 0.2
+    assert trainer.state.log_history[0]["new_expert_share"] > 0.8
+
+
+def test_the_gate_learns_from_streamed_data(tmp_path):
+    trainer = gated_trainer(tmp_path, train=task_data().to_iterable_dataset(), max_steps=2)
+    trainer.train()
+    assert trainer.gate_report.routed > 0.7 and len(losses(trainer)) == 2
+
+
+def test_checkpointing_changes_no_loss_of_a_gated_run(tmp_path):
+    runs = []
+    for checkpointing in (False, True):
+        settings = {"gradient_checkpointing": checkpointing, "gradient_accumulation_steps": 2, "max_steps": 3}
+        trainer = gated_trainer(tmp_path, shake(open_wide(make_model(**GATED))), gate_steps=0, **settings)
+        trainer.train()
+        runs.append((losses(trainer), tensors(trainer.model)))
+        assert all(entry["retention_loss"] > 0 for entry in trainer.state.log_history if "loss" in entry)
+    assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-6)
+    for name, tensor in runs[0][1].items():
+        torch.testing.assert_close(tensor, runs[1][1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_one_new_expert_a_layer_keeps_its_row(tmp_path):
+    trainer = gated_trainer(tmp_path, make_model({1: [0], 2: [3]}, **GATED))
+    before = tensors(trainer.model)
+    trainer.train()
+    after = tensors(trainer.model)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if "router" not in name}
+
+
+def test_several_new_experts_that_compete_and_calibrate_behind_a_gate(tmp_path):
+    choices = {**GATED, "selection": "compete", "calibration": "routed"}
+    trainer = gated_trainer(tmp_path, make_model({1: [0, 2, 4], 2: [3, 1]}, **choices), max_steps=4)
+    before = tensors(trainer.model)
+    trainer.train()
+    after = tensors(trainer.model)
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+    assert trainer.state.log_history[0]["new_expert_share"] > 0.3
+
+
+@pytest.mark.parametrize("kind", ["text", "messages"])
+def test_a_gate_with_eyes(tmp_path, kind):
+    """Task samples have images, retention text has none; the processor's tokenizer reads it."""
+    processor = make_processor()
+    processor.tokenizer.chat_template = CHAT
+    settings = {"assistant_only_loss": True, "verify_base": True, "tokenizer": processor, "max_steps": 3}
+    trainer = gated_trainer(tmp_path, images=True, retention_dataset=kind, retention_tokens=400, **settings)
+    frozen = frozen_tensors(trainer.model)
+    trainer.train()
+    assert_equal(frozen, frozen_tensors(trainer.model))
+    assert trainer.gate_report.routed > 0.7 and trainer.gate_report.captured < 0.3
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 3 and entries[0]["new_expert_share"] > 0.5
+    for entry in entries:
+        weight = trainer.args.retention_weight
+        parts = entry["task_loss"] + 0.01 * entry["balance_loss"] + weight * entry["retention_loss"]
+        assert entry["loss"] == pytest.approx(parts, rel=1e-3)
+
+
+def test_a_gate_with_eyes_may_sample_its_retention_text(tmp_path):
+    gated_trainer(tmp_path, images=True, retention_dataset=None, retention="self", retention_tokens=3000).train()
+
+
+def test_a_resumed_gated_run_has_its_gate_and_ends_as_the_run_that_never_stopped(tmp_path, monkeypatch):
+    settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
+
+    def start(folder):
+        model = make_model(**GATED)
+        model.base.config.attention_dropout = 0.1
+        for layer in model.base.model.layers:
+            layer.self_attn.attention_dropout = 0.1
+        return gated_trainer(folder, model, **settings)
+
+    whole = start(tmp_path)
+    whole.train()
+    monkeypatch.setattr("modeling_moextend.gate_training.fit_gate", None)
+    monkeypatch.setattr("modeling_moextend.retention.draw", None)
+    resumed = start(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    history = [[e for e in t.state.log_history if "loss" in e] for t in (whole, resumed)]
+    for one, other in zip(*history, strict=True):
+        for key in ("loss", "task_loss", "balance_loss", "retention_loss", "grad_norm", "new_expert_share"):
+            assert one[key] == other[key], (key, one["step"])
+    assert history[0][-1]["retention_loss"] > 0
+    assert_equal(tensors(whole.model), tensors(resumed.model))
+
+
+def test_what_a_gated_run_saves_loads_and_decides_alike(tmp_path):
+    trainer = gated_trainer(tmp_path, verify_base=True)
+    trainer.train()
+    trainer.save_model()
+    loaded = MoExtendForCausalLM.from_pretrained(tmp_path, base=make_base())
+    assert_equal(tensors(loaded), tensors(trainer.model))
+    ids = torch.tensor([make_tokenizer()(text)["input_ids"] for text in lines(0, 4) + lines(13, 4)])
+    trainer.model.eval()
+    with torch.no_grad(), trainer.model.disable_adapter():
+        base = [trainer.model(part).logits for part in (ids[:4], ids[4:])]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, trainer.model(ids).logits)
+        assert torch.equal(loaded(ids[4:]).logits, base[1])  # the base's own text
+        assert not torch.allclose(loaded(ids[:4]).logits, base[0], atol=1e-3)
+
+
+def test_a_gate_over_a_bf16_base(tmp_path):
+    model = MoExtendForCausalLM.from_base(make_base(dtype=torch.bfloat16), extended_layers=PLAN, **GATED)
+    trainer = gated_trainer(tmp_path, model, bf16=True, verify_base=True)
+    trainer.train()
+    assert {tensor.dtype for tensor in gate_tensors(model).values()} == {torch.float32}
+    assert trainer.gate_report.routed > 0.7 and trainer.gate_report.captured < 0.2
+
+
+def test_stage_align_trains_no_gate(tmp_path):
+    model = make_model(encoder=True, **GATED)
+    trainer = gated_trainer(tmp_path, model, images=True, stage="align")
+    before = gate_tensors(model)
+    trainer.train()
+    assert_equal(before, gate_tensors(model))
+    assert trainer.gate_report is None
+
+
+def test_stage_align_has_no_retention_loss(tmp_path):
+    model = shake(open_wide(make_model(encoder=True, **GATED)))
+    trainer = gated_trainer(tmp_path, model, images=True, stage="align", assistant_only_loss=True, max_steps=1)
+    trainer.train()
+    assert "retention_loss" not in trainer.state.log_history[0]
+
+
+def test_empty_retention_text_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="retention"):
+        gated_trainer(tmp_path, retention_dataset=retention_data().select([])).train()
+
+
+def test_long_prompts_are_retention_text_as_well(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT
+    texts = lines(13, 20, length=30)
+    chats = {"prompt": [[{"role": "user", "content": text}] for text in texts]}
+    chats["completion"] = [[{"role": "assistant", "content": "a"}] for _ in texts]
+    trainer = gated_trainer(tmp_path, retention_dataset=Dataset.from_dict(chats), tokenizer=tokenizer, max_steps=1)
+    trainer.train()
+    assert trainer.gate_report.captured < 0.2
+
+
+def test_retention_text_without_a_gate_is_refused(tmp_path):
+    for given in ({"retention_dataset": retention_data()}, {"retention": "self", "retention_dataset": None}):
+        with pytest.raises(ValueError, match="trains the gate of scope='gate'. scope='all' has no gate"):
+            gated_trainer(tmp_path, make_model(), **given)
+        with pytest.raises(ValueError, match="scope='modality' needs none: .*Leave retention out"):
+            gated_trainer(tmp_path, make_model(encoder=True, scope="modality"), images=True, **given)
+
+
+def test_two_sources_of_retention_text_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="retention_dataset=... or retention='self', not both"):
+        gated_trainer(tmp_path, retention="self")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"retention": "base"}, "retention must be 'self' or None, not 'base'.*retention_dataset="),
+        ({"retention_tokens": 0}, "retention_tokens must be at least 1, not 0"),
+        ({"retention_length": 7}, "retention_length must be at least 8, not 7"),
+        ({"gate_steps": -1}, "gate_steps must be at least 0, not -1"),
+        ({"gate_learning_rate": -1e-3}, "gate_learning_rate must be at least 0.0"),
+        ({"gate_task_weight": -1.0}, "gate_task_weight must be at least 0.0"),
+        ({"gate_retention_weight": float("nan")}, "gate_retention_weight must be at least 0.0, not nan"),
+        ({"retention_weight": -0.1}, "retention_weight must be at least 0.0, not -0.1"),
+    ],
+)
+def test_retention_settings_out_of_range_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **settings)
+
+
+def test_training_data_that_is_all_the_same_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="all its samples are the same"):
+        gated_trainer(tmp_path, train=Dataset.from_dict({"text": ["a b c"] * 6})).train()
 
 
 # ------------------------------------------------------------------ several processes

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import make_base, make_encoder
+from conftest import PAPER, make_base, make_encoder
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
@@ -16,11 +16,11 @@ from trl import TrlParser
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.sft_config import MoExtendSFTConfig
 from modeling_moextend.sft_trainer import MoExtendSFTTrainer
-from modeling_moextend.stages import StagesConfig, load_data, read_plan, run_stages
+from modeling_moextend.stages import StagesConfig, build_model, load_any, load_data, read_plan, run_stages
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(ROOT.glob("configuration/recipes/*.yaml"))
-PAPER = ROOT / "configuration/recipes/mixtral_8x7b_clip_l.yaml"
+PAPERS_RECIPE = ROOT / "configuration/recipes/mixtral_8x7b_clip_l.yaml"
 WORDS = "what is in the image ? a red blue circle square USER: ASSISTANT: <image>".split()
 
 
@@ -64,8 +64,42 @@ def test_stages_that_cannot_run_are_refused(values, message):
         StagesConfig(base="base", data="data.json", **values)
 
 
+@pytest.mark.parametrize(
+    ("values", "routing", "new_experts"),
+    [
+        ({}, {}, 4),
+        ({"new_experts": 2}, {}, 2),
+        ({"scope": "all", "selection": "compete"}, {"scope": "all", "selection": "compete"}, 4),
+        ({"paper": True}, PAPER, 1),
+        ({"paper": True, "new_experts": 3}, PAPER, 3),
+        ({"paper": True, "calibration": "all"}, PAPER, 1),
+    ],
+    ids=str,
+)
+def test_paper_chooses_its_routing_and_one_new_expert_a_layer(values, routing, new_experts):
+    config = StagesConfig(base="base", data="data.json", stages=["extend"], **values)
+    assert config.chosen_routing() == routing and config.new_experts == new_experts
+    arguments = [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    arguments += ["--output_dir", "out", "--use_cpu", "true", "--bf16", "false", "--stages", "extend"]
+    parsed, _ = parse("--base", "base", "--data", "data.json", *arguments)
+    assert parsed.chosen_routing() == routing and parsed.new_experts == new_experts
+
+
+def test_paper_beside_another_routing_is_refused_by_name():
+    with pytest.raises(ValueError, match="paper=True means .*, but {'selection': 'exclusive'} was given"):
+        StagesConfig(base="base", data="data.json", stages=["extend"], paper=True, selection="exclusive")
+
+
+def test_the_small_recipe_leaves_the_choices_to_the_defaults_or_to_paper():
+    recipe = str(ROOT / "configuration/recipes/easy_vqa.yaml")
+    config, _ = parse("--config", recipe)
+    assert (config.chosen_routing(), config.new_experts) == ({}, 4) and config.encoder is not None
+    config, _ = parse("--config", recipe, "--paper", "true")
+    assert (config.chosen_routing(), config.new_experts) == (PAPER, 1)
+
+
 def test_the_papers_recipe_has_the_papers_settings():
-    config, args = parse("--config", str(PAPER), "--use_cpu", "true", "--bf16", "false")
+    config, args = parse("--config", str(PAPERS_RECIPE), "--use_cpu", "true", "--bf16", "false")
     devices = 8 * args.per_device_train_batch_size
     assert devices * config.align_gradient_accumulation_steps == 256
     assert devices * args.gradient_accumulation_steps == 128
@@ -83,7 +117,7 @@ def test_the_papers_recipe_has_the_papers_settings():
 
 
 def test_the_papers_recipe_builds_mixtral_on_the_meta_device():
-    recipe = {"fraction": 0.5, **yaml.safe_load(PAPER.read_text())}
+    recipe = {"fraction": 0.5, **yaml.safe_load(PAPERS_RECIPE.read_text())}
     text_config = AutoConfig.for_model("mixtral")  # its defaults are Mixtral-8x7B's
     eyes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
     with torch.device("meta"):
@@ -126,6 +160,15 @@ def folders(tmp_path):
         entries.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
     (tmp_path / "data.json").write_text(json.dumps(entries))
     return tmp_path
+
+
+def write_text_data(folders):
+    """The questions without their images."""
+    entries = json.loads((folders / "data.json").read_text())
+    for entry in entries:
+        del entry["image"]
+        entry["conversations"][0]["value"] = "what is in the image ?"
+    (folders / "text.json").write_text(json.dumps(entries))
 
 
 def options(folders, **values):
@@ -199,7 +242,10 @@ def test_a_resumed_run_ends_as_one_that_ran_through_and_repeats_no_stage(folders
 
 def test_other_routing_may_follow_an_alignment_but_not_new_experts(folders):
     encoder = {"encoder": folders / "encoder", "align_data": folders / "data.json"}
-    run_stages(*parse(*options(folders, **encoder, output_dir=folders / "one"), "--stages", "align"))
+    aligned = run_stages(
+        *parse(*options(folders, **encoder, paper="true", output_dir=folders / "one"), "--stages", "align")
+    )
+    assert (aligned.config.scope, aligned.config.selection) == ("all", "compete")
     routing = {"scope": "modality", "selection": "exclusive", "calibration": "none"}
     later = options(folders, **encoder, **routing, adapter=folders / "one", output_dir=folders / "two")
     model = run_stages(*parse(*later, "--stages", "finetune", "--plan", '{"1": [0, 2]}'))
@@ -229,16 +275,54 @@ def test_what_a_later_stage_would_refuse_is_refused_before_the_first_step(folder
     assert "stage align" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"calibration": "all"}, "selection='exclusive' with calibration='all' has no meaning"),
+        ({"scope": "modality"}, "scope='modality' needs an encoder"),
+        ({"selection": "both"}, "selection='both' is not known"),
+    ],
+    ids=str,
+)
+def test_routing_without_meaning_is_refused_before_the_probe_of_a_text_only_run(folders, values, message, monkeypatch):
+    write_text_data(folders)
+    monkeypatch.setattr("modeling_moextend.stages.extend", lambda *args: pytest.fail("the probe ran"))
+    arguments = options(folders, **values, data=folders / "text.json", assistant_only_loss="false")
+    with pytest.raises(ValueError, match=message):
+        run_stages(*parse(*arguments, "--stages", "extend", "finetune"))
+
+
+def test_an_adapter_keeps_its_own_routing_unless_another_is_chosen(folders):
+    encoder = {"encoder": folders / "encoder", "align_data": folders / "data.json"}
+    aligned = MoExtendForCausalLM.from_base(folders / "base", encoder=folders / "encoder", paper=True)
+    aligned.save_pretrained(folders / "aligned")
+    for values, expected in (
+        ({}, ("all", "compete", "all")),
+        ({"calibration": "routed"}, ("all", "compete", "routed")),
+        ({"paper": "true"}, ("all", "compete", "all")),
+        (
+            {"scope": "modality", "selection": "exclusive", "calibration": "none"},
+            ("modality", "exclusive", "none"),
+        ),
+    ):
+        config, _ = parse(*options(folders, **encoder, **values, adapter=folders / "aligned"))
+        model = build_model(config, processor=None).config
+        assert (model.scope, model.selection, model.calibration) == expected
+    MoExtendForCausalLM.from_base(folders / "base", encoder=folders / "encoder").save_pretrained(folders / "default")
+    config, _ = parse(*options(folders, **encoder, paper="true", adapter=folders / "default"))
+    model = build_model(config, processor=None).config
+    assert (model.scope, model.selection, model.calibration) == ("all", "compete", "all")
+
+
 def test_a_text_only_extension_needs_no_encoder(folders):
-    entries = json.loads((folders / "data.json").read_text())
-    for entry in entries:
-        del entry["image"]
-        entry["conversations"][0]["value"] = "what is in the image ?"
-    (folders / "text.json").write_text(json.dumps(entries))
-    arguments = options(folders, data=folders / "text.json", layers="all", assistant_only_loss="false")
+    write_text_data(folders)
+    little = {"retention_tokens": 200, "retention_length": 16, "gate_steps": 3}
+    arguments = options(folders, **little, data=folders / "text.json", layers="all", assistant_only_loss="false")
     (folders / "base/chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
     model = run_stages(*parse(*arguments, "--stages", "extend", "finetune"))
     assert sorted(model.config.extended_layers) == [0, 1, 2, 3] and model.encoder is None
+    assert (model.config.scope, model.config.selection, model.config.calibration) == ("gate", "exclusive", "none")
+    assert all(len(sources) == 4 for sources in model.config.extended_layers.values())
 
 
 def test_a_plan_is_read_from_a_file_or_from_the_command_line(tmp_path):
@@ -257,3 +341,67 @@ def test_the_trainer_finds_tokenizer_and_image_processor_itself(folders):
     trainer = MoExtendSFTTrainer(model=model, args=args, train_dataset=data)
     assert trainer.processing_class.image_token_id == model.config.image_token_id
     trainer.train()
+
+
+# ------------------------------------------------------------------ scope="gate"
+
+
+GATE = {
+    "scope": "gate",
+    "selection": "exclusive",
+    "calibration": "none",
+    "new_experts": 2,
+    "retention_tokens": 300,
+    "retention_length": 8,
+    "gate_steps": 60,
+    "gate_learning_rate": 0.02,
+}
+
+
+def write_retention(folders):
+    rows = [{"text": " ".join(WORDS[(i + 3 * j) % 6 + 5] for j in range(6))} for i in range(20)]
+    (folders / "retention.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {"retention_data": folders / "retention.jsonl", "retention_cache_dir": folders / "cache"}
+
+
+def test_retention_text_is_read_from_a_file(folders):
+    given = write_retention(folders)
+    data = load_any(str(given["retention_data"]))
+    assert len(data) == 20 and data.column_names == ["text"]
+
+
+def test_a_text_only_run_trains_its_gate_on_the_given_retention_text(folders, capsys):
+    entries = json.loads((folders / "data.json").read_text())
+    for entry in entries:
+        del entry["image"]
+        entry["conversations"][0]["value"] = "what is in the image ?"
+    (folders / "text.json").write_text(json.dumps(entries))
+    (folders / "base/chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    values = {**GATE, **write_retention(folders), "data": folders / "text.json", "assistant_only_loss": "false"}
+    model = run_stages(*parse(*options(folders, **values), "--stages", "extend", "finetune"))
+    printed = capsys.readouterr().out
+    assert "of task tokens through" in printed and "no retention_dataset" not in printed
+    assert not (folders / "cache").exists()
+    assert model.config.scope == "gate" and model.gate.fc2.weight.abs().sum() > 0
+    loaded = MoExtendForCausalLM.from_pretrained(folders / "out")
+    for name, tensor in loaded.adapter_tensors().items():
+        assert torch.equal(tensor, model.adapter_tensors()[name].to(tensor.dtype)), name
+
+
+def test_a_gate_comes_with_the_experts_of_an_aligned_adapter_and_is_trained(folders, capsys):
+    """`extend` on a model without any expert, as after stage align."""
+    encoder = {"encoder": folders / "encoder", "align_data": folders / "data.json"}
+    values = {**GATE, **encoder, **write_retention(folders)}
+    model = run_stages(*parse(*options(folders, **values), "--plan", '{"1": [0, 2]}', "--stages", "align", "finetune"))
+    assert model.config.extended_layers == {1: [0, 2]} and model.projector is not None
+    assert model.gate.fc2.weight.abs().sum() > 0
+    printed = capsys.readouterr().out
+    assert printed.index("stage align") < printed.index("of task tokens through") < printed.index("stage finetune")
+    assert printed.count("of task tokens through") == 1
+
+
+def test_json_lines_with_messages_are_data_as_they_are(folders):
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (folders / "chats.jsonl").write_text("\n".join([json.dumps(chat)] * 3))
+    data = load_data(str(folders / "chats.jsonl"), StagesConfig(base="base", data="chats.jsonl", plan="{}"))
+    assert len(data) == 3 and data[0] == chat

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import batch, make_base, make_encoder, shake
+from conftest import PAPER, batch, make_base, make_encoder, shake
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel, SiglipVisionModel, ViTConfig, ViTModel
@@ -42,7 +42,7 @@ def pixels(number=2, seed=0):
 def seeing(plan=None, family="mixtral", **choices):
     torch.manual_seed(3)
     model = MoExtendForCausalLM.from_base(
-        make_base(family), {1: [0]} if plan is None else plan, encoder=make_encoder(), **choices
+        make_base(family), {1: [0]} if plan is None else plan, encoder=make_encoder(), **{**PAPER, **choices}
     )
     return shake(model)
 
