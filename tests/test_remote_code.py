@@ -209,7 +209,8 @@ def test_device_map_reaches_the_base(published, monkeypatch):
 def code_cache(tmp_path, monkeypatch):
     """Remote code loaded by this process lies in a folder of its own."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    # Metrics put the user's own folder of dynamic modules on the path, and Python would look for ours in there.
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not Path(path, "transformers_modules").is_dir()])
     for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
         monkeypatch.delitem(sys.modules, name)
 
