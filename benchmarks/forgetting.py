@@ -4,6 +4,7 @@
     python benchmarks/forgetting.py --quick            # two tasks, one rate, one seed, fewer methods: 20 minutes
     python benchmarks/forgetting.py --tasks library --methods gate lora_replay
     python benchmarks/forgetting.py --ablations --tasks library --rates 1.5e-3
+    python benchmarks/forgetting.py --output my.jsonl  # from the start, beside the results that are here already
     python benchmarks/report.py                        # tables and picture from the results
 
 For each task and method, three learning rates on the first seed; the best on the validation split (ties: the lower
@@ -53,7 +54,8 @@ def parse(arguments=None):
     parser.add_argument("--retry", action="store_true", help="run again what failed")
     parser.add_argument("--output", type=Path, help="default: results/forgetting.jsonl (ablations.jsonl) beside this")
     args = parser.parse_args(arguments)
-    args.output = args.output or RESULTS / ("ablations.jsonl" if args.ablations else "forgetting.jsonl")
+    name = "ablations.jsonl" if args.ablations else "forgetting.jsonl"
+    args.output = args.output or (ROOT / "outputs/benchmarks/quick.jsonl" if args.quick else RESULTS / name)
     args.tasks = args.tasks or list(QUICK_TASKS if args.quick else TASKS)
     args.methods = args.methods or list(QUICK if args.quick else METHODS)
     args.seeds = args.seeds[:1] if args.quick else args.seeds

@@ -4,8 +4,8 @@
     python benchmarks/report.py benchmarks/results/ablations.jsonl
 
 Accuracy is that of the test split at the rate that won on the validation split: mean over seeds (lowest to highest).
-Then the rise of the base's perplexity in percent, mean over seeds: of windows of text and of text from its own start
-(documents, chats, questions), in domains of the retention data and in the one left out of it.
+Then the rise of the base's perplexity in percent, mean over seeds (to the highest): of windows of text and of text
+from its own start (documents, chats, questions), in domains of the retention data and in the one left out of it.
 """
 
 import argparse
@@ -75,9 +75,15 @@ def markdown(runs):
 def cells(method, row):
     mean, lowest, highest = (100 * value for value in row["accuracy"])
     accuracy = f"{mean:.1f}%" + (f" ({lowest:.1f} to {highest:.1f})" if row["seeds"] > 1 else "")
-    rises = ["bit-equal" if row["bit_equal"] else percent(row[group][0]) for group in GROUPS]
+    rises = ["bit-equal" if row["bit_equal"] else rises_in(row[group], row["seeds"]) for group in GROUPS]
     captured = "" if row["captured"] is None else f"{100 * row['captured'][0]:.2f}%"
     return [method, f"{row['rate']:g}", str(row["seeds"]), accuracy, *rises, captured, f"{row['seconds'][0]:.0f}"]
+
+
+def rises_in(values, seeds):
+    """Mean over seeds, and the highest where there are several."""
+    mean, _, highest = map(percent, values)
+    return mean if seeds == 1 or highest == mean else f"{mean} (to {highest})"
 
 
 def percent(value):

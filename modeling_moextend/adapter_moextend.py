@@ -133,8 +133,13 @@ def reshard(model):
             module.reshard()
 
 
+def stored_dtype(name, dtype):
+    """What a tensor is stored in: the gate always in float32, for its rounding would move tokens across the line."""
+    return torch.float32 if name.startswith("gate.") else dtype
+
+
 def gather(tensors, dtype, keep=True):
-    """name -> whole tensor in `dtype` on the CPU; empty where not `keep`.
+    """name -> whole tensor in `dtype` (see `stored_dtype`) on the CPU; empty where not `keep`.
 
     Every process has to call this, for sharded tensors are made whole by all of them together.
     """
@@ -144,7 +149,7 @@ def gather(tensors, dtype, keep=True):
         if isinstance(tensor, DTensor):
             tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()  # from the CPU, where offloaded
         if keep:
-            whole[name] = tensor.to("cpu", dtype)
+            whole[name] = tensor.to("cpu", stored_dtype(name, dtype))
     return whole
 
 

@@ -266,9 +266,14 @@ def answer(model, tokenizer, prompts, *, images=None, max_new_tokens=12, batch_s
 
     Returns:
         `list[str]`: an answer a prompt, without special tokens and white space around.
+
+    Raises:
+        ValueError: images for an adapter without an encoder.
     """
     texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
     images = [[] for _ in texts] if images is None else images
+    if any(images) and is_moextend(model) and model.encoder is None:
+        raise ValueError("The questions come with images, but this adapter has no encoder to see them.")
     given = [None] * len(texts)
     ends = generation_ends(model, tokenizer)
     with evaluation_mode(model), bar(len(texts), "questions", progress) as counter:

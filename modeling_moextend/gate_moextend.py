@@ -51,7 +51,7 @@ class TokenGate(nn.Module):
 
 
 def linear(layer, hidden):
-    """`layer`, computed in float32: an adapter saved in bf16 decides as its float32 copy does."""
+    """`layer`, computed in float32 whatever dtype a user has cast the model to."""
     return F.linear(hidden, layer.weight.float(), layer.bias.float())
 
 

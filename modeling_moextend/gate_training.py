@@ -4,6 +4,7 @@ The gate reads what the lowest extended layer gets, and no new expert has touche
 retention text's hidden states change while new experts train, and what the gate has learned stays true.
 """
 
+import math
 from copy import copy
 from functools import partial
 from itertools import islice
@@ -67,7 +68,8 @@ def gate_inputs(model, batches):
     try:
         for batch in batches:
             try:
-                model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
+                with model.routing.using(enabled=True):
+                    model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
             except StopPass:
                 hidden, gated = seen.pop()
                 sequences += split(batch["input_ids"], hidden.reshape(*batch["input_ids"].shape, -1), gated)
@@ -151,6 +153,11 @@ def fit_gate(
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise ValueError(
+                    f"The gate's loss is {losses[-1]} after {len(losses)} steps: lower gate_learning_rate, or look "
+                    "for infinite hidden states of the base."
+                )
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None

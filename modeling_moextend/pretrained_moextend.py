@@ -15,6 +15,7 @@ from .adapter_moextend import (
     put_tensors,
     read_adapter,
     reshard,
+    stored_dtype,
     write_adapter,
     write_text,
 )
@@ -331,7 +332,8 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
     def adapter_bytes(self, dtype=None):
         """Bytes of the adapter's tensors in `dtype` (default: the base's)."""
         dtype = dtype or self.base.dtype
-        return sum(tensor.numel() for tensor in self.adapter_tensors().values()) * dtype.itemsize
+        tensors = self.adapter_tensors().items()
+        return sum(tensor.numel() * stored_dtype(name, dtype).itemsize for name, tensor in tensors)
 
     def print_trainable_parameters(self):
         """Trainable and all parameters, in PEFT's words."""

@@ -2,7 +2,7 @@
 
     results = evaluate_adapter(model, tokenizer, documents, questions)
     card = write_report("report", results, title="my adapter")
-    create_card(model.config, **card).save("adapter/README.md")
+    create_card(model.config, **card).save("report/model_card.md")  # publish.py --report takes it along
 
 In training: `MoExtendSFTTrainer(..., callbacks=[ReportCallback(documents, questions)])`.
 """
@@ -62,8 +62,10 @@ def evaluate_adapter(
         images, as domain "new task"), "task_captured": {layer: share of the questions' tokens}, "new_experts": {layer:
         N}, "scope", "gate_threshold", "threshold_curve": rows of `threshold_curve`}.
     """
+    thresholds = list(thresholds)
     if thresholds:
         check_gate(model)
+    check_switched_on(model)
     options = {"base": base, "max_length": max_length, "batch_size": batch_size, "progress": progress}
     rows = compare_with_base(model, tokenizer, documents, **options)
     ask = {"max_new_tokens": max_new_tokens, "batch_size": 4 * batch_size, "progress": progress}
@@ -87,6 +89,16 @@ def evaluate_adapter(
 
     results["threshold_curve"] = threshold_curve(model, measure, thresholds, progress=progress) if thresholds else []
     return results
+
+
+def check_switched_on(model):
+    """Refuses to report on an adapter that takes no part: everything would look unchanged.
+
+    Raises:
+        ValueError: `disable_adapters()` was called.
+    """
+    if is_moextend(model) and not model.active_adapters():
+        raise ValueError("The adapter is switched off, so there is nothing to report on: model.enable_adapters().")
 
 
 def task_documents(questions):
@@ -303,11 +315,12 @@ class ReportCallback(TrainerCallback):
         self.documents = read_documents(documents) if isinstance(documents, str | Path) else list(documents)
         self.questions = read_questions(questions) if isinstance(questions, str | Path) else list(questions)
         self.folder, self.every_evaluation, self.options = folder, every_evaluation, options
-        self.last_step = None
+        self.last_step = self.last_results = None
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if self.every_evaluation:
-            results = self.report(args, state, **kwargs)
+            again = self.last_step == state.global_step  # another one of several evaluation sets
+            results = self.last_results if again else self.report(args, state, **kwargs)
             if metrics is not None:
                 metrics["eval_base_perplexity_ratio"] = results["retention"]["perplexity_ratio"]
                 metrics |= {} if results["accuracy"] is None else {"eval_accuracy": results["accuracy"]}
@@ -320,7 +333,7 @@ class ReportCallback(TrainerCallback):
         """Measures and writes; returns the results."""
         options = {"progress": not args.disable_tqdm and state.is_world_process_zero, **self.options}
         results = evaluate_adapter(model, processing_class, self.documents, self.questions, **options)
-        self.last_step = state.global_step
+        self.last_step, self.last_results = state.global_step, results
         if state.is_world_process_zero:
             folder = Path(self.folder or Path(args.output_dir, "report"), f"step-{state.global_step}")
             write_report(folder, results, title=f"step {state.global_step}")

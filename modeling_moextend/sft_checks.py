@@ -1,10 +1,13 @@
 """What the trainer refuses before it trains, and the processor it takes where none is given."""
 
+from datasets import Dataset, IterableDataset
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from transformers.trainer_utils import HubStrategy
 
 from .processing_moextend import load_processor
 from .sft_config import MoExtendSFTConfig
+
+RETENTION_COLUMNS = ("messages", "conversations", "prompt", "input_ids")
 
 
 def check_model(model):
@@ -35,10 +38,52 @@ def check_retention(model, args, retention_dataset):
             "all": "scope='all' has no gate that could learn from it; use scope='gate'",
         }[model.config.scope]
         raise ValueError(f"Retention text trains the gate of scope='gate'. {why}. Leave retention out.")
+    if given and (args.stage != "finetune" or args.gate_steps == 0):
+        raise ValueError(
+            f"Retention text trains the gate, but with stage={args.stage!r} and gate_steps={args.gate_steps} nothing "
+            "does. Leave retention out, or set stage='finetune' and gate_steps above 0."
+        )
+    if retention_dataset is not None and not isinstance(retention_dataset, Dataset | IterableDataset):
+        given = type(retention_dataset).__name__
+        raise ValueError(
+            f"retention_dataset must be a datasets.Dataset or IterableDataset, not {given}. Of a DatasetDict take one "
+            "split; make a list one with Dataset.from_list([{'text': ...}, ...])."
+        )
+    columns = getattr(retention_dataset, "column_names", None)
+    wanted = (args.dataset_text_field, *RETENTION_COLUMNS)
+    if columns and not set(columns) & set(wanted):
+        raise ValueError(f"retention_dataset has the columns {columns}; one of them must be {', '.join(wanted)}.")
     if hasattr(retention_dataset, "__len__") and len(retention_dataset) == 0:
         raise ValueError("retention_dataset is empty: give text, or leave it out to have text sampled from the base.")
     if retention_dataset is not None and args.retention is not None:
         raise ValueError("Give retention_dataset=... or retention='self', not both.")
+
+
+def check_trained(gate):
+    """Refuses to finetune behind a gate that nobody has trained: not one token would reach a new expert.
+
+    Raises:
+        ValueError: the gate is as it was made.
+    """
+    if not gate.fc2.weight.any():
+        raise ValueError(
+            "gate_steps=0 leaves the gate as it is, but it was never trained and lets no token through: the new "
+            "experts would learn nothing. Set gate_steps above 0."
+        )
+
+
+def check_open(report):
+    """Refuses to finetune behind a gate that stays shut on the task.
+
+    Raises:
+        ValueError: says what to change.
+    """
+    if report.routed == 0:
+        raise ValueError(
+            "The trained gate lets no token of the task through, so the new experts would learn nothing: the task "
+            "looks like the retention text, or the gate was trained too little. Raise gate_steps or "
+            "gate_task_weight, or lower gate_retention_weight."
+        )
 
 
 def default_processor(model, assistant_only_loss):

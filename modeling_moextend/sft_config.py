@@ -1,5 +1,6 @@
 """`MoExtendSFTConfig`: TRL's `SFTConfig` and what an adapter adds to it."""
 
+import math
 from dataclasses import dataclass, field
 
 from trl import SFTConfig
@@ -145,8 +146,10 @@ class MoExtendSFTConfig(SFTConfig):
                 "MoExtendSFTTrainer(..., retention_dataset=...)."
             )
         for name, smallest in SMALLEST.items():
-            if not getattr(self, name) >= smallest:
-                raise ValueError(f"{name} must be at least {smallest}, not {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            if not isinstance(value, type(smallest) | int) or not smallest <= value < math.inf:
+                kind = "an integer" if isinstance(smallest, int) else "a finite number"
+                raise ValueError(f"{name} must be {kind} of at least {smallest}, not {value!r}.")
         if self.stage == "align" and self.train_projector is False:
             raise ValueError(
                 "stage='align' trains the projector and nothing else, so train_projector=False leaves nothing to "

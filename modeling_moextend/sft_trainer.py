@@ -25,9 +25,11 @@ from .sft_checks import (
     allow_missing_base,
     check_image_token,
     check_model,
+    check_open,
     check_options,
     check_retention,
     check_sharding,
+    check_trained,
     default_processor,
 )
 from .sft_config import MoExtendSFTConfig
@@ -148,9 +150,13 @@ class MoExtendSFTTrainer(SFTTrainer):
         A resumed run has its gate in the checkpoint.
         """
         gate = self.accelerator.unwrap_model(self.model).gate
-        if gate is not None and self.args.stage == "finetune" and self.args.gate_steps and not resume_from_checkpoint:
+        begins = gate is not None and self.args.stage == "finetune" and not resume_from_checkpoint
+        if begins and not self.args.gate_steps:
+            check_trained(gate)
+        elif begins:
             before = base_tensors_hash(self.model) if self.args.verify_base else None
             self.gate_report = train_gate(self)
+            check_open(self.gate_report)
             if before is not None:
                 check_unchanged(before, base_tensors_hash(self.model))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)

@@ -17,7 +17,8 @@ from tokenizers.pre_tokenizers import Split
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig
 
-from modeling_moextend import MoExtendForCausalLM, MoExtendProcessor
+from modeling_moextend import MoExtendForCausalLM, MoExtendProcessor, gate_training
+from modeling_moextend.gate_training import GateReport
 from modeling_moextend.retention import last_hidden_states, prompt_distance
 from modeling_moextend.sft_config import MoExtendSFTConfig
 from modeling_moextend.sft_trainer import MaskImageLabels, MoExtendSFTTrainer, optimizer_bytes
@@ -599,12 +600,16 @@ def retention_data(kind="text", number=20):
     return Dataset.from_dict({"messages": chats})
 
 
+REPORT = GateReport(loss=0.0, routed=1.0, captured=0.0, prefix=1)
+
+
 def gated_trainer(folder, model=None, retention_dataset="text", train=None, images=False, tokenizer=None, **overrides):
     settings = {"gate_steps": 60, "gate_learning_rate": 2e-2, "retention_tokens": 200, "retention_length": 16}
     settings |= {"retention_cache_dir": str(folder / "cache"), "router_aux_loss_coef": 0.01, **overrides}
     callbacks = settings.pop("callbacks", None)
     if isinstance(retention_dataset, str):
-        retention_dataset = retention_data(retention_dataset)
+        trains_gate = settings["gate_steps"] > 0 and settings.get("stage") != "align"
+        retention_dataset = retention_data(retention_dataset) if trains_gate else None
     if tokenizer is None:
         tokenizer = make_processor() if images else make_tokenizer()
     return MoExtendSFTTrainer(
@@ -691,17 +696,19 @@ def test_asked_for_its_own_text_the_trainer_samples_without_a_word(tmp_path, cap
 
 
 def test_the_gates_memory_is_said_before_it_trains(tmp_path, capsys):
-    gated_trainer(tmp_path, max_steps=1, retention_tokens=16384, gate_steps=1).train()
+    gated_trainer(tmp_path, max_steps=1, retention_tokens=16384).train()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("MoExtend")]
     assert re.search("hidden states of about 16,384 task tokens.*at most 4 MiB", lines[0])  # 2 * 16384 * 32 * 4 bytes
     assert re.search("lets .*% of task tokens through .* and captures .*% of retention tokens", lines[1])
     assert lines[2].startswith("MoExtend, stage finetune")
 
 
-def test_a_gate_that_stays_shut_is_warned_of(tmp_path, capsys):
-    gated_trainer(tmp_path, max_steps=1, gate_steps=1).train()
+def test_a_gate_that_is_mostly_shut_is_warned_of(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gate_training, "fit_gate", lambda *args, **options: REPORT._replace(routed=0.4))
+    gated_trainer(tmp_path, open_wide(make_model(**GATED)), max_steps=1).train()
     assert "WARNING: most of the task stays with the base" in capsys.readouterr().out
-    gated_trainer(tmp_path, max_steps=1).train()
+    monkeypatch.setattr(gate_training, "fit_gate", lambda *args, **options: REPORT._replace(routed=0.6))
+    gated_trainer(tmp_path, open_wide(make_model(**GATED)), max_steps=1).train()
     assert "WARNING" not in capsys.readouterr().out
 
 
@@ -711,8 +718,8 @@ def test_the_weights_of_the_gates_losses_are_the_arguments(tmp_path, task, reten
     settings = {"gate_task_weight": task, "gate_retention_weight": retention, "max_steps": 1}
     train = retention_data("prompt-completion")
     trainer = gated_trainer(tmp_path, train=train, retention_dataset="prompt-completion", **settings)
-    trainer.train()
-    assert trainer.gate_report[1:3] == ((1.0, 1.0) if opens else (0.0, 0.0))
+    report = gate_training.train_gate(trainer)
+    assert report[1:3] == ((1.0, 1.0) if opens else (0.0, 0.0))
 
 
 def test_zero_steps_leave_the_gate_and_sample_nothing(tmp_path):
@@ -867,7 +874,10 @@ def test_a_gate_with_eyes(tmp_path, kind):
 
 
 def test_a_gate_with_eyes_may_sample_its_retention_text(tmp_path):
-    gated_trainer(tmp_path, images=True, retention_dataset=None, retention="self", retention_tokens=3000).train()
+    settings = {"retention": "self", "retention_tokens": 3000, "gate_task_weight": 100.0}
+    trainer = gated_trainer(tmp_path, images=True, retention_dataset=None, max_steps=1, **settings)
+    trainer.train()
+    assert trainer.gate_report.routed > 0
 
 
 def test_a_resumed_gated_run_has_its_gate_and_ends_as_the_run_that_never_stopped(tmp_path, monkeypatch):
@@ -967,13 +977,16 @@ def test_two_sources_of_retention_text_are_refused(tmp_path):
     ("settings", "message"),
     [
         ({"retention": "base"}, "retention must be 'self' or None, not 'base'.*retention_dataset="),
-        ({"retention_tokens": 0}, "retention_tokens must be at least 1, not 0"),
-        ({"retention_length": 7}, "retention_length must be at least 8, not 7"),
-        ({"gate_steps": -1}, "gate_steps must be at least 0, not -1"),
-        ({"gate_learning_rate": -1e-3}, "gate_learning_rate must be at least 0.0"),
-        ({"gate_task_weight": -1.0}, "gate_task_weight must be at least 0.0"),
-        ({"gate_retention_weight": float("nan")}, "gate_retention_weight must be at least 0.0, not nan"),
-        ({"retention_weight": -0.1}, "retention_weight must be at least 0.0, not -0.1"),
+        ({"retention_tokens": 0}, "retention_tokens must be an integer of at least 1, not 0"),
+        ({"retention_length": 7}, "retention_length must be an integer of at least 8, not 7"),
+        ({"gate_steps": -1}, "gate_steps must be an integer of at least 0, not -1"),
+        ({"gate_learning_rate": -1e-3}, "gate_learning_rate must be a finite number of at least 0.0"),
+        ({"gate_task_weight": -1.0}, "gate_task_weight must be a finite number of at least 0.0"),
+        (
+            {"gate_retention_weight": float("nan")},
+            "gate_retention_weight must be a finite number of at least 0.0, not nan",
+        ),
+        ({"retention_weight": -0.1}, "retention_weight must be a finite number of at least 0.0, not -0.1"),
     ],
 )
 def test_retention_settings_out_of_range_are_refused(tmp_path, settings, message):
@@ -1020,3 +1033,80 @@ def test_two_processes_end_with_the_same_adapter(tmp_path):
     for one, other in zip(history[:4], alone.state.log_history, strict=False):
         assert one["task_loss"] == pytest.approx(other["task_loss"], rel=1e-3)
     assert history[0]["new_expert_share"] == pytest.approx(alone.state.log_history[0]["new_expert_share"])
+
+
+def test_every_setting_of_the_gate_reaches_its_training(tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(gate_training, "fit_gate", lambda *args, **options: given.update(options) or REPORT)
+    settings = {"gate_learning_rate": 0.5, "gate_task_weight": 0.25, "gate_retention_weight": 7.0, "gate_steps": 3}
+    model = open_wide(make_model(**GATED))
+    model.gate_threshold = 0.125
+    gated_trainer(tmp_path, model, seed=11, max_steps=1, **settings).train()
+    expected = {"learning_rate": 0.5, "task_weight": 0.25, "retention_weight": 7.0, "steps": 3, "threshold": 0.125}
+    assert {name: given[name] for name in expected} == expected and given["seed"] == 11
+
+
+def test_every_setting_of_retention_reaches_the_sampler(tmp_path, monkeypatch):
+    given = {}
+
+    def record(model, tokenizer, **options):
+        given.update(options)
+        return [[5, 6, 7, 8]] * 20
+
+    monkeypatch.setattr(gate_training, "sample_retention", record)
+    monkeypatch.setattr(gate_training, "fit_gate", lambda *args, **options: REPORT)
+    settings = {"retention_tokens": 77, "retention_length": 9, "retention_cache_dir": "place", "seed": 5}
+    gated_trainer(tmp_path, open_wide(make_model(**GATED)), None, max_steps=1, **settings).train()
+    assert given == {"tokens": 77, "length": 9, "cache_dir": "place", "seed": 5, "progress": False}
+
+
+def test_a_gate_that_was_never_trained_is_not_finetuned_behind(tmp_path):
+    with pytest.raises(ValueError, match="Set gate_steps above 0"):
+        gated_trainer(tmp_path, gate_steps=0).train()
+
+
+def test_a_gate_that_stays_shut_is_not_finetuned_behind(tmp_path):
+    with pytest.raises(ValueError, match="Raise gate_steps"):
+        gated_trainer(tmp_path, gate_task_weight=0.0).train()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ([{"text": "a"}], "not list. Of a DatasetDict"),
+        (Dataset.from_list([{"content": "a"}]), "has the columns"),
+    ],
+    ids=["a list", "another column"],
+)
+def test_retention_text_that_nobody_can_read_is_refused_at_once(tmp_path, dataset, message):
+    with pytest.raises(ValueError, match=message):
+        gated_trainer(tmp_path, retention_dataset=dataset)
+
+
+@pytest.mark.parametrize("settings", [{"gate_steps": 0}, {"stage": "align"}], ids=str)
+def test_retention_text_for_a_gate_that_does_not_train_is_refused(tmp_path, settings):
+    with pytest.raises(ValueError, match="nothing does"):
+        gated_trainer(tmp_path, retention_dataset=retention_data("text"), images=True, **settings)
+
+
+@pytest.mark.parametrize("name", ["gate_retention_weight", "gate_steps", "retention_tokens"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), "5", -1])
+def test_numbers_out_of_range_are_named(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        config(tmp_path, **{name: value})
+
+
+def test_the_adapter_may_be_off_while_the_gate_trains(tmp_path):
+    trainer = gated_trainer(tmp_path, max_steps=1)
+    trainer.model.disable_adapters()
+    trainer.train()
+    assert trainer.gate_report.routed > 0
+
+
+def test_the_gate_is_stored_in_float32(tmp_path):
+    model = open_wide(make_model(**GATED))
+    model.save_pretrained(tmp_path, adapter_dtype="bfloat16")
+    stored = load_file(tmp_path / ADAPTER)
+    assert {str(t.dtype) for name, t in stored.items() if name.startswith("gate.")} == {"torch.float32"}
+    assert {str(t.dtype) for name, t in stored.items() if not name.startswith("gate.")} == {"torch.bfloat16"}
+    assert model.adapter_bytes(torch.bfloat16) == sum(tensor.nbytes for tensor in stored.values())

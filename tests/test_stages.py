@@ -403,5 +403,7 @@ def test_a_gate_comes_with_the_experts_of_an_aligned_adapter_and_is_trained(fold
 def test_json_lines_with_messages_are_data_as_they_are(folders):
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     (folders / "chats.jsonl").write_text("\n".join([json.dumps(chat)] * 3))
-    data = load_data(str(folders / "chats.jsonl"), StagesConfig(base="base", data="chats.jsonl", plan="{}", stages=["finetune"]))
+    data = load_data(
+        str(folders / "chats.jsonl"), StagesConfig(base="base", data="chats.jsonl", plan="{}", stages=["finetune"])
+    )
     assert len(data) == 3 and data[0] == chat

@@ -112,6 +112,11 @@ def check_layers(layers):
             )
 
 
+def perplexity(nats):
+    """e^nats; a diverged model's stays at e^700, the largest that a float can take part in sums with."""
+    return math.exp(min(nats, 700.0))
+
+
 def domain_values(documents):
     """The values of one domain: every token counts the same."""
     nll = [value for prediction, _ in documents for value in prediction["nll"]]
@@ -123,9 +128,9 @@ def domain_values(documents):
     ]
     captured = captured_shares([prediction["captured"] for prediction, _ in documents])
     return {
-        "perplexity_before": math.exp(fmean(base_nll)),
-        "perplexity_after": math.exp(fmean(nll)),
-        "perplexity_ratio": math.exp(fmean(nll) - fmean(base_nll)),
+        "perplexity_before": perplexity(fmean(base_nll)),
+        "perplexity_after": perplexity(fmean(nll)),
+        "perplexity_ratio": perplexity(fmean(nll) - fmean(base_nll)),
         "kl": fmean(value for prediction, _ in documents for value in prediction["kl"]),
         "top1_changed": fmean(top1),
         "captured": captured,
@@ -146,7 +151,7 @@ def captured_shares(documents):
 def overall(domains):
     """The values over all domains: every domain counts the same."""
     values = {
-        name: math.exp(fmean(math.log(domain[name]) for domain in domains))
+        name: perplexity(fmean(math.log(domain[name]) for domain in domains))
         for name in ("perplexity_before", "perplexity_after", "perplexity_ratio")
     }
     for name in MEANS:
