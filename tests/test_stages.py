@@ -316,7 +316,8 @@ def test_an_adapter_keeps_its_own_routing_unless_another_is_chosen(folders):
 
 def test_a_text_only_extension_needs_no_encoder(folders):
     write_text_data(folders)
-    little = {"retention_tokens": 200, "retention_length": 16, "gate_steps": 3}
+    little = {"retention_tokens": 200, "retention_length": 16, "gate_steps": 40, "gate_learning_rate": 0.02}
+    little["gate_task_weight"] = 100.0  # what a random base writes looks like any text
     arguments = options(folders, **little, data=folders / "text.json", layers="all", assistant_only_loss="false")
     (folders / "base/chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
     model = run_stages(*parse(*arguments, "--stages", "extend", "finetune"))
