@@ -7,7 +7,6 @@ projector that all methods of a task with images share. Of a run: `steps`, `chan
 """
 
 import json
-import math
 import sys
 import time
 from importlib.metadata import version
@@ -17,7 +16,7 @@ from tasks import TASKS, held_out_rows, messages, prepare, read
 from training import align, load_base, load_processing, train
 from transformers import logging
 
-from modeling_moextend.evaluation import answer, compare_with_base
+from modeling_moextend.evaluation import answer, base_retention, compare_with_base, score
 
 STACK = (
     "torch",
@@ -58,13 +57,12 @@ def run(task, method, rate, seed, steps=None, limit=None):
 
 
 def exact_match(model, processing, task, rows):
-    """Share of rows whose greedy answer is the right one, but for case and outer spaces."""
+    """Share of rows whose greedy answer is the right one: the metric exact_match."""
     prompts = [messages(row, answer=False) for row in rows]
     images = [[row["image"]] for row in rows] if task.vision else None
     options = {"max_new_tokens": task.max_new_tokens, "progress": False}
     given = answer(model, processing, prompts, images=images, **options)
-    hits = [text.lower() == row["answer"].lower() for text, row in zip(given, rows, strict=True)]
-    return sum(hits) / max(1, len(hits))
+    return score(given, [row["answer"] for row in rows])
 
 
 def read_text(model, tokenizer, method, documents):
@@ -77,34 +75,15 @@ def read_text(model, tokenizer, method, documents):
     other = {}
     if method.routing is None:  # the base itself has changed: read it beside a fresh one
         model, other = getattr(model, "base", model), {"base": load_base().eval()}
-    groups, rows = {}, compare_with_base(model, tokenizer, documents, **READ, **other)
-    for row in rows:
-        groups.setdefault(row["domain"], []).append(row)
-    text = {domain: summary(part) for domain, part in groups.items()}
+    rows = compare_with_base(model, tokenizer, documents, **READ, **other)
+    text = {domain: summary(values) for domain, values in base_retention(rows)["domains"].items()}
     return {"text": text, "bit_equal": all(row["bit_equal"] for row in rows)}
 
 
-def summary(rows):
-    """One domain's figures, over all of its tokens."""
-
-    def mean(values):
-        values = [float(value) for value in values]
-        return sum(values) / max(1, len(values))
-
-    layers = [layer for row in rows for layer in (row.get("captured") or {}).values()]
-    pairs = [pair for row in rows for pair in zip(row["top1"], row["base_top1"], strict=True)]
-    return {
-        "base": perplexity(mean(value for row in rows for value in row["base_nll"])),
-        "after": perplexity(mean(value for row in rows for value in row["nll"])),
-        "kl": mean(value for row in rows for value in row["kl"]),
-        "changed": mean(one != other for one, other in pairs),
-        "captured": mean(value for layer in layers for value in layer) if layers else None,
-    }
-
-
-def perplexity(nats):
-    """exp, but infinity where a diverged run would overflow it."""
-    return math.exp(nats) if nats < 700 else math.inf
+def summary(values):
+    """One domain's values of the metric base_retention, as a line of results names them."""
+    names = {"base": "perplexity_before", "after": "perplexity_after", "kl": "kl", "changed": "top1_changed"}
+    return {name: values[value] for name, value in {**names, "captured": "captured_mean"}.items()}
 
 
 def main():
