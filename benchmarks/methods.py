@@ -47,9 +47,9 @@ class Method:
         return self.vision is None or self.vision == task.vision
 
 
-NEW = (5e-4, 1.5e-3, 4e-3)
-FULL = (3e-4, 1e-3, 3e-3)
-LORA = (5e-4, 1.5e-3, 4e-3)
+NEW = (5e-4, 1.5e-3, 4e-3, 1e-2)
+FULL = (3e-4, 1e-3, 3e-3, 1e-2)
+LORA = (5e-4, 1.5e-3, 4e-3, 1e-2)
 METHODS = {
     method.name: method
     for method in (
@@ -61,7 +61,7 @@ METHODS = {
         Method("full_replay", FULL, trains="all", replay=True),
         Method("lora", LORA, trains="lora"),
         Method("lora_replay", LORA, trains="lora", replay=True),
-        Method("router_only", (1e-3, 3e-3, 1e-2), trains="routers"),
+        Method("router_only", (1e-3, 3e-3, 1e-2, 3e-2), trains="routers"),
     )
 }
 

@@ -7,6 +7,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import copy
 import functools
+import socket
+import sys
 
 import pytest
 import torch
@@ -123,6 +125,30 @@ def batch(rows=3, length=10, seed=0):
     for row in range(1, rows):
         mask[row, :row] = 0
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def in_two_processes(work, folder):
+    """Runs `work(rank, port, folder)` in two processes, to their end; each writes what it found to `folder`.
+
+    `work` is to call `leave_group` last.
+    """
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(work, (port, str(folder)), nprocs=2)
+
+
+def leave_group():
+    """Ends a process of `in_two_processes` that has written its results.
+
+    Not through the interpreter's own end: C++ threads of gloo, the store and pyarrow are then taken down in no fixed
+    order, and one may abort after all work is done ("terminate called without an active exception"; seen in CI).
+    """
+    torch.distributed.barrier()  # process 0 holds the store that the other still asks
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @pytest.fixture(params=sorted(FAMILIES))

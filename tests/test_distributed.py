@@ -2,7 +2,6 @@
 
 import gc
 import os
-import socket
 import types
 import weakref
 from pathlib import Path
@@ -14,7 +13,7 @@ from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from conftest import make_base, shake
+from conftest import in_two_processes, leave_group, make_base, shake
 from safetensors.torch import load_file
 from test_sft_trainer import (
     ADAPTER,
@@ -201,17 +200,14 @@ def work(rank, port, folder):
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     for name, run in RUNS.items():
         torch.save(run(f"{folder}/{name}"), f"{folder}/{name}.{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """All runs of two processes, in one start of them: it takes longer than the runs."""
     folder = tmp_path_factory.mktemp("distributed")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, str(folder)), nprocs=2)
+    in_two_processes(work, folder)
     return folder
 
 
@@ -331,15 +327,12 @@ def work_gate(rank, port, folder):
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     for name, retention in (("sampled", None), ("given", "text")):
         torch.save(run_gate(Path(folder, name), rank, retention), f"{folder}/{name}.{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.slow
 def test_one_process_trains_the_gate_and_all_have_it(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(work_gate, (port, str(tmp_path)), nprocs=2)
+    in_two_processes(work_gate, tmp_path)
     for name in ("sampled", "given"):
         first, second = results(tmp_path, name)
         assert_equal(first["tensors"], second["tensors"])

@@ -3,12 +3,11 @@
 import copy
 import io
 import json
-import socket
 import threading
 
 import pytest
 import torch
-from conftest import batch, make_base, make_encoder
+from conftest import batch, in_two_processes, leave_group, make_base, make_encoder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_remote_code import START, run
@@ -1083,15 +1082,12 @@ def work(rank, port, folder):
         steps(torch.nn.parallel.DistributedDataParallel(model.train()), inputs)
         gradients = {name: tensor.grad for name, tensor in trained.items()}
         torch.save(gradients, f"{folder}/{checkpointing}.{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.slow
 def test_two_processes_of_which_one_routes_nothing_get_the_mean_of_their_gradients(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, str(tmp_path)), nprocs=2)
+    in_two_processes(work, tmp_path)
     expected = []
     for rank in (0, 1):
         model = opened()

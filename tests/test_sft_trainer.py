@@ -2,12 +2,11 @@
 
 import os
 import re
-import socket
 import types
 
 import pytest
 import torch
-from conftest import PAPER, make_base, make_encoder, shake
+from conftest import PAPER, in_two_processes, leave_group, make_base, make_encoder, shake
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
@@ -1016,15 +1015,12 @@ def train_rank(rank, port, folder):
     trainer = start_rank(folder, per_device_train_batch_size=1, ddp_find_unused_parameters=False, ddp_timeout=60)
     trainer.train()
     torch.save((tensors(trainer.model), trainer.state.log_history), f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.slow
 def test_two_processes_end_with_the_same_adapter(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(train_rank, (port, str(tmp_path)), nprocs=2)
+    in_two_processes(train_rank, tmp_path)
     (first, history), (second, _) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert_equal(first, second)
     alone = start_rank(tmp_path / "alone", per_device_train_batch_size=2)
