@@ -175,7 +175,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
 
         f_i here is a share of all selections, so the loss is 1/K of transformers' own, which counts K a token.
         """
-        return float(getattr(self.config.text_config, "router_aux_loss_coef", 0.0) or 0.0)
+        return float(getattr(self.config.text_config.get_text_config(), "router_aux_loss_coef", 0.0) or 0.0)
 
     # ------------------------------------------------------------ attach and switch
 

@@ -46,7 +46,7 @@ class Family(NamedTuple):
     model_type: of the language model's config, where it is not the family's name.
     whole: the multimodal model around the language model (its `model_type` and parts), where there is one. It is the
         variant `"multimodal"`, or the only one where the language model alone has no causal head in transformers.
-    why: why there is no causal LM of this family.
+    why: why a family can't be extended; empty for all others.
     """
 
     config: dict
@@ -299,7 +299,7 @@ FAMILIES = {
             "eoi_token_id": VOCAB - 3,
             "tie_word_embeddings": True,
         },
-        why="it writes whole blocks by diffusion (DiffusionGemmaForBlockDiffusion); it is no causal LM",
+        why="it writes whole blocks by diffusion and is no causal LM",
     ),
     "dots1": Family({**GROUPED, **NORM, **TWO, "num_key_value_heads": 4}, SWITCHES_DENSE),
     "dots3_note": Family(
@@ -386,6 +386,7 @@ FAMILIES = {
             "video_end_token_id": VOCAB - 6,
             "tie_word_embeddings": False,
         },
+        why="each of its layers has a MoE block for text and one for images",
     ),
     "exaone_moe": Family(
         {
@@ -531,6 +532,7 @@ FAMILIES = {
         },
         {"dense_first": DENSE_FIRST},
         model_type="inkling_text",  # the multimodal model needs scipy
+        why="its router weighs its shared experts together with the chosen ones",
     ),
     "inkling2": Family(
         {
@@ -858,6 +860,7 @@ FAMILIES = {
             "head_dim": 8,
             "router_hidden_size": 16,
         },
+        why="its router is a network that hands a state on from layer to layer, and may choose no expert",
     ),
     # MoE families whose experts module has another interface
     "dbrx": Family(
@@ -869,8 +872,12 @@ FAMILIES = {
             "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
             "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 6, "moe_top_k": 2},
         },
+        why="its router gives bare logits, its block chooses, and all experts lie in one matrix",
     ),
-    "jetmoe": Family({**TWO, "num_local_experts": 6, "intermediate_size": 24, "kv_channels": 8}),
+    "jetmoe": Family(
+        {**TWO, "num_local_experts": 6, "intermediate_size": 24, "kv_channels": 8},
+        why="its experts take tokens sorted by expert, and its attention heads are routed as well",
+    ),
     "llama4": Family(
         {
             **TWO,
@@ -898,9 +905,13 @@ FAMILIES = {
             },
             "image_token_index": IMAGE_TOKEN,
         },
+        why="its experts get an input scaled by the score, and run on all tokens",
     ),
 }
 DEFAULT = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "deepseek_v3", "gpt_oss")  # in every test
+
+
+DBRX_NAMES = {"hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"}
 
 
 def make_config(name, variant=None):
@@ -916,7 +927,10 @@ def make_config(name, variant=None):
     return AutoConfig.for_model(text_type, **copy.deepcopy(text))
 
 
-DBRX_NAMES = {"hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"}
+def variants_of(name):
+    """Names of a family's variants; `"multimodal"` where the default is the language model alone."""
+    alone = FAMILIES[name].whole and make_config(name).model_type == FAMILIES[name].model_type
+    return [*FAMILIES[name].variants, *(["multimodal"] if alone else [])]
 
 
 def auto_class(config):
@@ -956,7 +970,7 @@ def random_base(name, variant=None):
 def make_family(name, variant=None, dtype=torch.float32, experts_implementation=None, **config):
     """A private copy of the family's random model; `config` is set on its config.
 
-    A causal LM, or the multimodal model where only that has a head; `FAMILIES[name].why` where there is neither.
+    A causal LM, or the multimodal model where only that has a head. Two families have neither: see their `why`.
     """
     model = copy.deepcopy(random_base(name, variant)).to(dtype)
     if experts_implementation:

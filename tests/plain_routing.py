@@ -83,44 +83,45 @@ def top_k(routing, config, keys, k):
     return keys.topk(k, dim=-1).indices
 
 
-def weigh(routing, config, logits, index):
-    """weights [T, K] of the chosen experts."""
+def weigh(routing, config, logits, index, expert_scale):
+    """weights [T, K] of the chosen experts; `expert_scale` [E + N] or `None`."""
     weights = scores_of(routing, config, logits).gather(-1, index)
     if value(config, routing.norm):
         weights = weights / (weights.sum(dim=-1, keepdim=True) + routing.eps).clamp(min=value(config, routing.floor))
-    return weights * value(config, routing.scale)
+    weights = weights * value(config, routing.scale)
+    return weights if expert_scale is None else weights * expert_scale[index]
 
 
-def own_choice(routing, config, logits, bias, k):
+def own_choice(routing, config, logits, bias, k, expert_scale):
     """weights [T, K] and index [T, K] of the family's rule over the base's own columns, [T, E]."""
     if routing.choose:
         return routing.choose(config, logits, k)
     index = top_k(routing, config, keys_of(routing, config, logits, bias), k)
-    return weigh(routing, config, logits, index), index
+    return weigh(routing, config, logits, index, expert_scale), index
 
 
-def compete(routing, config, logits, bias, num_base, k):
+def compete(routing, config, logits, bias, num_base, k, expert_scale=None):
     """One top-k of the base's K winners and the new experts, which belong to no group.
 
     A token that selects no new expert keeps the base's own weights.
     """
     own_bias = None if bias is None else bias[:num_base]
-    base_weights, base_index = own_choice(routing, config, logits[:, :num_base], own_bias, k)
+    base_weights, base_index = own_choice(routing, config, logits[:, :num_base], own_bias, k, expert_scale)
     if routing.choose:
         weights, index = routing.choose(config, logits, k)
     else:
         beaten = torch.ones(len(logits), num_base, dtype=torch.bool).scatter(1, base_index, False)
         beaten = F.pad(beaten, (0, logits.shape[-1] - num_base), value=False)
         index = keys_of(routing, config, logits, bias).masked_fill(beaten, -torch.inf).topk(k, dim=-1).indices
-        weights = weigh(routing, config, logits, index)
+        weights = weigh(routing, config, logits, index, expert_scale)
     new = (index >= num_base).any(dim=-1, keepdim=True)
     return torch.where(new, weights, base_weights), torch.where(new, index, base_index)
 
 
-def exclusive(routing, config, logits, bias, num_base, k):
+def exclusive(routing, config, logits, bias, num_base, k, expert_scale=None):
     """New experts only, weighted as their scores, with the sum of the base's own weights. Empty slots: weight 0."""
     own, new_bias = (None, None) if bias is None else (bias[:num_base], bias[num_base:])
-    total = own_choice(routing, config, logits[:, :num_base], own, k)[0].sum(dim=-1, keepdim=True)
+    total = own_choice(routing, config, logits[:, :num_base], own, k, expert_scale)[0].sum(dim=-1, keepdim=True)
     new = logits[:, num_base:]
     index = keys_of(routing, config, new, new_bias).topk(min(k, new.shape[-1]), dim=-1).indices
     weights = scores_of(routing, config, new).gather(-1, index)
@@ -189,7 +190,7 @@ ROUTING = {  # family -> rule
         ("olmoe", "flex_olmo", "mellum", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen4_exp"),
         SOFTMAX_SWITCH,
     ),
-    **dict.fromkeys(("ernie4_5_moe", "ernie4_5_vl_moe"), SOFTMAX_BIAS),
+    "ernie4_5_moe": SOFTMAX_BIAS,
     "mistral4": SOFTMAX_GROUPS,
     "mistral_large4": SOFTMAX_GROUPS._replace(
         words="softmax → top-k in the best groups → renormalise → scale", norm=True

@@ -6,25 +6,31 @@ and eager. All of it is marked slow, but for one family a rule. `make families` 
 
 import functools
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import batch, shake
-from families import COMMON, FAMILIES, make_config, make_family
-from plain_routing import ROUTING, compete, exclusive
+from families import COMMON, FAMILIES, make_family, variants_of
+from family_table import END, README, START, table
+from plain_routing import ROUTING, Routing, compete, exclusive
 from torch import nn
 from torch.nn import functional as F
+from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from modeling_moextend import MoExtendForCausalLM
 
 REFUSED = {  # family -> the reason, as its refusal gives it
     "diffusion_gemma": "no causal LM",
     "openai_privacy_filter": "no causal LM",
-    "dbrx": "experts",
-    "jetmoe": "experts",
-    "llama4": "experts",
-    "inkling": "shared",
-    "zaya": "router",
+    "dbrx": "bare logits",
+    "ernie4_5_vl_moe": "a MoE block for text and one for images",
+    "inkling": "row for each expert",
+    "jetmoe": "attention heads",
+    "llama4": "input scaled by the score",
+    "zaya": "from layer to layer",
 }
 SUPPORTED = sorted(FAMILIES.keys() - REFUSED.keys())
 FAST = {  # one family a rule
@@ -47,12 +53,6 @@ IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 NEW = [1, 3, 1]  # source experts of each extended layer: N = 3 > K = 2
 FEW = [3]  # fewer than K: slots stay empty
 ROUTING_OF = {"compete": compete, "exclusive": exclusive}
-
-
-def variants_of(name):
-    """Names of a family's variants; `"multimodal"` where the default is the language model alone."""
-    alone = FAMILIES[name].whole and make_config(name).model_type == FAMILIES[name].model_type
-    return [*FAMILIES[name].variants, *(["multimodal"] if alone else [])]
 
 
 def cases(matrix):
@@ -87,9 +87,9 @@ def moe_modules(model):
     return found
 
 
-def native(name, variant, adapter, selection):
+def widened(model, name, adapter, selection):
     """The base with its routers and experts widened by the tensors of `adapter`, its routers in plain torch."""
-    model = make_family(name, variant, experts_implementation="eager")
+    model.set_experts_implementation("eager")
     for layer, (router, experts) in moe_modules(model).items():
         new = {
             key.removeprefix(f"layers.{layer}."): t for key, t in adapter.items() if key.startswith(f"layers.{layer}.")
@@ -112,12 +112,9 @@ def plain_forward(router, new, name, config, selection, hidden, *bias):
     logits = routing.bend(F.linear(hidden, rows, offset), config)
     num_base = len(rows) - len(new["router.weight"])
     correction = correction_bias(router, bias, new)
-    weights, index = ROUTING_OF[selection](
-        routing, config, logits, correction, num_base, COMMON["num_experts_per_tok"]
-    )
-    if "router.per_expert_scale" in new:
-        weights = weights * torch.cat([router.per_expert_scale, new["router.per_expert_scale"]])[index]
-    return logits, weights, index
+    scale = torch.cat([router.per_expert_scale, new["router.scale"]]) if "router.scale" in new else None
+    choose = ROUTING_OF[selection]
+    return logits, *choose(routing, config, logits, correction, num_base, COMMON["num_experts_per_tok"], scale)
 
 
 def correction_bias(router, given, new):
@@ -163,7 +160,7 @@ def check_off(model, expected):
 def check_rule(model, name, variant, selection, found):
     """On: what the family's rule gives over E + N rows."""
     adapter = {key: tensor.detach().clone() for key, tensor in model.adapter_tensors().items()}
-    expected = logits_of(native(name, variant, adapter, selection))
+    expected = logits_of(widened(make_family(name, variant), name, adapter, selection))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     with torch.no_grad(), model.record_routing() as records:
         model(**batch())
@@ -234,3 +231,94 @@ def test_every_family(name, implementation, dtype, tmp_path):
 @pytest.mark.parametrize(("name", "variant"), cases(lambda name: [(variant,) for variant in variants_of(name)]))
 def test_what_a_config_can_switch_is_honoured(name, variant, tmp_path):
     check_family(name, variant, "eager", torch.float32, tmp_path)
+
+
+# ---------------------------------------------------------------- what is refused, and families yet to come
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_a_refused_family_is_named_with_the_reason(name):
+    with pytest.raises(ValueError, match=REFUSED[name]) as refusal:
+        MoExtendForCausalLM.from_base(make_family(name), {1: [0]})
+    assert name.replace("_", "") in str(refusal.value).lower().replace("_", "")
+    assert FAMILIES[name].why
+
+
+def test_a_hash_layer_is_refused_and_its_neighbours_are_extended():
+    base = make_family("deepseek_v4", "hash_first")
+    with pytest.raises(ValueError, match="Layer 0 of deepseek_v4.*HashRouter.*input_ids"):
+        MoExtendForCausalLM.from_base(base, {0: [1], 1: [1]})
+    assert MoExtendForCausalLM.from_base(base, {1: [1]}).config.extended_layers == {1: [1]}
+
+
+def test_every_family_of_transformers_is_known():
+    folder = Path(transformers.__file__).parent / "models"
+    found = {f.parent.name for f in folder.glob("*/modeling_*.py") if "@use_experts_implementation" in f.read_text()}
+    unknown = sorted(found - FAMILIES.keys())
+    assert not unknown, (
+        f"Give these a tiny config in tests/families.py and a rule in tests/plain_routing.py: {unknown}"
+    )
+    assert FAMILIES.keys() - found == {"dbrx", "jetmoe", "llama4"}
+    assert ROUTING.keys() == set(SUPPORTED)
+
+
+def test_the_table_of_families_is_fresh():
+    written = README.read_text().split(START)[1].split(END)[0]
+    assert written == table(), "make families"
+
+
+class NewRouter(MixtralTopKRouter):
+    """A family of tomorrow that follows a known rule: sigmoid, renormalised, scaled."""
+
+    __module__ = "modeling_tomorrow"
+
+    def forward(self, hidden_states):
+        logits = F.linear(hidden_states, self.weight)
+        weights, index = logits.sigmoid().topk(self.top_k, dim=-1)
+        return logits, 1.7 * weights / weights.sum(dim=-1, keepdim=True), index
+
+
+class NovelRouter(MixtralTopKRouter):
+    """A family of tomorrow with a rule that nobody knows: squared logits."""
+
+    __module__ = "modeling_tomorrow"
+
+    def forward(self, hidden_states):
+        logits = F.linear(hidden_states, self.weight)
+        weights, index = logits.square().topk(self.top_k, dim=-1)
+        return logits, weights / weights.sum(dim=-1, keepdim=True), index
+
+
+def unheard_of(router_class):
+    """A causal LM of a family that neither transformers nor MoExtend knows."""
+
+    class NewConfig(MixtralConfig):
+        model_type = "tomorrow"
+
+    class NewForCausalLM(MixtralForCausalLM):
+        config_class = NewConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            for layer in self.model.layers:
+                layer.mlp.gate = router_class(config)
+            self.post_init()
+
+    base = make_family("mixtral")
+    model = NewForCausalLM(NewConfig(**{**base.config.to_dict(), "model_type": "tomorrow"}))
+    model.load_state_dict(base.state_dict())
+    return model.eval()
+
+
+def test_a_new_family_with_a_known_rule_works(monkeypatch):
+    monkeypatch.setitem(ROUTING, "tomorrow", Routing("", score="sigmoid", scale=1.7))
+    model = extend(unheard_of(NewRouter), "compete")
+    found = check_off(model, logits_of(unheard_of(NewRouter)))
+    adapter = {key: tensor.detach().clone() for key, tensor in model.adapter_tensors().items()}
+    expected = logits_of(widened(unheard_of(NewRouter), "tomorrow", adapter, "compete"))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_new_family_with_a_novel_rule_is_refused_at_attach():
+    with pytest.raises(ValueError, match="Layer 2 of tomorrow.*NovelRouter"):
+        MoExtendForCausalLM.from_base(unheard_of(NovelRouter), {2: [0]})
