@@ -12,7 +12,7 @@ from families import FAMILIES, make_family, variants_of
 from plain_routing import ROUTING
 
 from modeling_moextend import MoExtendForCausalLM
-from modeling_moextend.layers_moextend import find_moe_layers
+from modeling_moextend.families_moextend import find_moe_layers
 
 README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- families -->\n", "<!-- /families -->"
@@ -25,7 +25,8 @@ def attach(name, variant=None):
         ValueError: the family's refusal.
     """
     base = make_family(name, variant)
-    model = MoExtendForCausalLM.from_base(base, {max(find_moe_layers(base.get_decoder())): [0]}, paper=True)
+    plan = {max(find_moe_layers(base.get_decoder())): [0]}
+    model = MoExtendForCausalLM.from_base(base, plan, scope="all", selection="compete", calibration="none")
     return tuple(key.split(".router.")[1] for key in model.adapter_tensors() if ".router." in key)
 
 

@@ -230,7 +230,7 @@ ROUTING = {  # family -> rule
         eps=1e-6,
     ),
     "deepseek_v4": Routing(
-        "√softplus → top-k of score + bias → renormalise → scale",
+        "√softplus → top-k of score + bias → renormalise → scale (not in hash layers)",
         score="scoring_func",
         scale="routed_scaling_factor",
         bias="router",

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import batch, shake
-from families import COMMON, FAMILIES, make_family, variants_of
+from families import FAMILIES, IMAGE_TOKEN, make_family, variants_of
 from family_table import END, README, START, table
 from plain_routing import ROUTING, Routing, compete, exclusive
 from torch import nn
@@ -114,7 +114,7 @@ def plain_forward(router, new, name, config, selection, hidden, *bias):
     correction = correction_bias(router, bias, new)
     scale = torch.cat([router.per_expert_scale, new["router.scale"]]) if "router.scale" in new else None
     choose = ROUTING_OF[selection]
-    return logits, *choose(routing, config, logits, correction, num_base, COMMON["num_experts_per_tok"], scale)
+    return logits, *choose(routing, config, logits, correction, num_base, config.num_experts_per_tok, scale)
 
 
 def correction_bias(router, given, new):
@@ -231,6 +231,33 @@ def test_every_family(name, implementation, dtype, tmp_path):
 @pytest.mark.parametrize(("name", "variant"), cases(lambda name: [(variant,) for variant in variants_of(name)]))
 def test_what_a_config_can_switch_is_honoured(name, variant, tmp_path):
     check_family(name, variant, "eager", torch.float32, tmp_path)
+
+
+def pictures():
+    """Two rows with a picture of four tokens each, as the processors of qwen3_vl_moe and glm4v_moe make them."""
+    ids = batch(2, 12)["input_ids"]
+    ids[:, 3:7] = IMAGE_TOKEN
+    pixels = torch.randn(32, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(3))
+    return {
+        "input_ids": ids,
+        "mm_token_type_ids": (ids == IMAGE_TOKEN).long(),
+        "pixel_values": pixels,
+        "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]]),
+    }
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "qwen3_omni_moe", "glm4v_moe", "glm5_next"])
+def test_a_multimodal_base_keeps_its_own_images(name):
+    inputs = pictures()
+    expected = logits_of(make_family(name), inputs)
+    assert not torch.equal(logits_of(make_family(name), {**inputs, "pixel_values": -inputs["pixel_values"]}), expected)
+    model = extend(make_family(name), "compete")
+    with model.disable_adapter():
+        assert torch.equal(logits_of(model, inputs), expected)
+    adapter = {key: tensor.detach().clone() for key, tensor in model.adapter_tensors().items()}
+    reference = logits_of(widened(make_family(name), name, adapter, "compete"), inputs)
+    torch.testing.assert_close(logits_of(model, inputs), reference, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(reference, expected)
 
 
 # ---------------------------------------------------------------- what is refused, and families yet to come
