@@ -24,6 +24,7 @@ GROUPS = ("num_group", "n_group")
 CORRECTION = "e_score_correction_bias"
 EXPERT_SCALE = "per_expert_scale"
 FLOOR, SOFTCAP, JITTER = "norm_min", "router_logit_softcapping", "router_jitter_noise"
+SHARED = "n_shared_experts"
 NUM_TOKENS = 64
 COLD = 8.0  # how far below zero the logits of half of the random tokens lie: there an epsilon shows
 
@@ -172,8 +173,9 @@ def random_twin(module, generator, **attributes):
 
 
 def rows_of(router, num_experts):
-    """The path of the router's rows: its only parameter [E, H]."""
-    paths = [name for name, p in router.named_parameters() if p.dim() == 2 and len(p) == num_experts]
+    """The path of the router's rows: its only parameter [E, H], or [E + S, H] with S shared experts."""
+    lengths = num_experts, num_experts + router.__dict__.get(SHARED, 0)
+    paths = [name for name, p in router.named_parameters() if p.dim() == 2 and len(p) in lengths]
     paths = [path for path in paths if "moextend" not in path.split(".") and CORRECTION not in path]
     if len(paths) != 1:
         raise NoRule(f"it has {len(paths)} parameters with a row for each expert, not one ({', '.join(paths)})")
@@ -263,14 +265,15 @@ def probe(layer):
         owner, _, name = correction.rpartition(".")
         getattr(twin.get_submodule(owner), name).copy_(bias.reshape(getattr(twin.get_submodule(owner), name).shape))
     scale = EXPERT_SCALE if EXPERT_SCALE in twin._parameters else ""
-    known = Rule("softmax", True, rows=rows, correction=correction, expert_scale=scale)
-    answer = checked_answer(twin, layer, tokens, given)
+    shared = len(weight) - layer.num_experts
+    known = Rule("softmax", True, shared=shared, rows=rows, correction=correction, expert_scale=scale)
+    answer = checked_answer(twin, layer, tokens, given, shared)
     rule, logits = find_link(twin, tokens, answer[0], known)
-    return find_weights(twin, logits, answer, rule, bias)
+    return find_weights(twin, tokens, logits, answer, rule, bias)
 
 
-def checked_answer(twin, layer, tokens, given):
-    """The twin's (logits [T, E], weights [T, K], index [T, K]), or `NoRule`."""
+def checked_answer(twin, layer, tokens, given, shared):
+    """The twin's (logits [T, E], weights [T, K], index [T, K], weights [T, S] of shared experts), or `NoRule`."""
     wanted = asked_for(layer.router)[len(given) :]
     missing = [parameter.name for parameter in wanted if parameter.default is parameter.empty]
     if missing:
@@ -279,13 +282,14 @@ def checked_answer(twin, layer, tokens, given):
         answer = ask(twin, tokens, *given)
     except Exception as error:
         raise NoRule(f"asked for random tokens it fails ({type(error).__name__}: {error})") from error
-    if not isinstance(answer, tuple) or len(answer) != 3 or not all(torch.is_tensor(part) for part in answer):
+    parts = 4 if shared else 3
+    if not isinstance(answer, tuple) or len(answer) != parts or not all(torch.is_tensor(part) for part in answer):
         raise NoRule("it does not answer (logits, weights, index)")
-    logits, weights, index = answer
+    logits, weights, index, *rest = answer
     if logits.shape != (len(tokens), layer.num_experts) or weights.shape != index.shape or len(index) != len(tokens):
         shapes = ", ".join(str(list(part.shape)) for part in answer)
         raise NoRule(f"it answers shapes {shapes}, not [T, E], [T, K], [T, K]")
-    return logits.float(), weights.float(), index
+    return logits.float(), weights.float(), index, *rest
 
 
 def find_link(twin, tokens, answered, known):
@@ -293,7 +297,7 @@ def find_link(twin, tokens, answered, known):
     weight, bias = twin.get_parameter(known.rows), tensor_at(twin, bias_path(known))
     for inputs, transform in INPUTS.items():
         try:
-            products = F.linear(transform(twin, tokens), weight, bias)
+            products = F.linear(transform(twin, tokens), weight, bias)[:, : answered.shape[-1]]
         except AttributeError:
             continue  # this router has not what the transform needs
         for answers in ("logits", *SCORES):
@@ -307,9 +311,9 @@ def find_link(twin, tokens, answered, known):
     raise NoRule("its logits are not weight @ hidden state (+ bias)")
 
 
-def find_weights(twin, logits, answer, rule, bias):
+def find_weights(twin, tokens, logits, answer, rule, bias):
     """`rule` with what makes choice and weights filled in, or `NoRule`."""
-    _, weights, index = answer
+    _, weights, index, *_ = answer
     if rule.expert_scale:
         weights = weights / twin.get_parameter(rule.expert_scale)[index]
     chosen = False
@@ -319,7 +323,9 @@ def find_weights(twin, logits, answer, rule, bias):
             if not is_top_k(index, choice_keys(logits, tried, bias), num_groups(twin)):
                 continue
             chosen = True
-            for renormalise in (True, False):
+            if rule.shared and shares(twin, tokens, logits, answer, tried):
+                return tried
+            for renormalise in () if rule.shared else (True, False):
                 found = fitted(tried._replace(renormalise=renormalise), SCORES[score](logits), index, weights)
                 if close(rule_weights(SCORES[score](logits), index, found), weights):
                     return found
@@ -327,6 +333,17 @@ def find_weights(twin, logits, answer, rule, bias):
     if jitter is not None and close(sparsemixer(logits, index, jitter), weights):
         return rule._replace(score="softmax", renormalise=False, jitter=jitter)
     raise NoRule("its weights follow no known rule" if chosen else "it does not choose the top k of any known score")
+
+
+def shares(twin, tokens, logits, answer, rule):
+    """Whether chosen and shared experts share one sum: all weights over all scores are one number for all tokens."""
+    _, weights, index, shared = answer
+    rows = twin.get_parameter(rule.rows)[-rule.shared :]
+    scores = [SCORES[rule.score](part) for part in (logits, cap(F.linear(tokens, rows), rule))]
+    scores = torch.cat([scores[0].gather(-1, index), scores[1]], dim=-1)
+    found = scores / scores.sum(dim=-1, keepdim=True)
+    answered = torch.cat([weights, shared], dim=-1)
+    return close(found * factor(found, answered), answered)
 
 
 def fitted(rule, scores, index, weights):

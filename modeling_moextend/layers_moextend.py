@@ -25,7 +25,7 @@ from .families_moextend import (
     tensor_at,
 )
 from .gate_moextend import TokenGate
-from .routing_moextend import INPUTS, SCORES, Calibration, RoutingRecord, cap, route
+from .routing_moextend import INPUTS, SCORES, Calibration, RoutingRecord, cap, left_to_shared, route, sharing
 
 
 class PassState(threading.local):
@@ -124,9 +124,9 @@ class RouterExtension(nn.Module):
             if self.gate is not None and self.state.gated is not None:
                 margins = self.decide(hidden_states)
             if self.in_use():
-                logits, weights, index = self.extend(router, hidden_states.flatten(0, -2), answer, given)
+                logits, weights, index, *rest = self.extend(router, hidden_states.flatten(0, -2), answer, given)
                 told = logits if self.rule.answers == "logits" else SCORES[self.rule.score](logits)
-                answer = told, weights, index
+                answer = told, weights, index, *rest
         if self.state.records is not None:
             if logits is None:  # the logarithm of a softmax has the same softmax
                 logits = answer[0] if self.rule.answers == "logits" else answer[0].log()
@@ -174,8 +174,10 @@ class RouterExtension(nn.Module):
             correction = torch.cat([own.detach().reshape(-1), self.correction_bias])
         if self.scale is not None:
             expert_scale = torch.cat([tensor_at(router, rule.expert_scale), self.scale])
-        return route(
-            (base_logits, *answer[1:]),
+        if rule.shared:
+            rule = sharing(rule, base_logits, answer)
+        extended = route(
+            (base_logits, *answer[1:3]),
             new_logits,
             rule,
             selection=self.config.selection,
@@ -185,6 +187,7 @@ class RouterExtension(nn.Module):
             scope=self.scope(answer[0].device),
             expert_scale=expert_scale,
         )
+        return (*extended, left_to_shared(answer, extended[1])) if self.rule.shared else extended
 
 
 class ExtendedRouter:

@@ -35,12 +35,14 @@ from .loading_moextend import (
     HUB_KWARGS,
     SHARED_HUB_KWARGS,
     UNLOADED,
+    auto_class_for,
     base_rule,
     check_folder,
     check_plan,
     check_rule,
     check_same_kind,
     identity,
+    is_multimodal,
     load_new_parts,
     load_parts,
     undone_on_error,
@@ -68,7 +70,8 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
     def __init__(self, config, base=None, encoder=None):
         """`base` and `encoder` are loaded models; without them, random ones are made from the config."""
         super().__init__(config)
-        self.base = base if base is not None else self.auto_base_class.from_config(config.text_config)
+        auto_class = auto_class_for(config.text_config, self.auto_base_class)
+        self.base = base if base is not None else auto_class.from_config(config.text_config)
         if encoder is None and config.encoder_config is not None:
             encoder = AutoModel.from_config(config.encoder_config)
         self.encoder, self.projector = encoder, None
@@ -112,6 +115,8 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
             mask = kwargs.get("attention_mask")
             place = position_ids, mask, past_key_values, past_length
             scope, state = token_scope(self.config, input_ids, *place, inputs_embeds)
+        if self.encoder is None and is_multimodal(self.base.config):
+            kwargs["pixel_values"], pixel_values = pixel_values, None  # seen by the base's own eyes
         if pixel_values is not None or self.has_image_tokens(input_ids):
             inputs_embeds, input_ids = self.embed_images(input_ids, inputs_embeds, pixel_values), None
         elif inputs_embeds is not None and self.projector is not None:

@@ -103,6 +103,29 @@ def test_the_search_needs_no_weights_and_leaves_the_random_state_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+class Sharing(Router):
+    """Two shared experts, whose rows come after the others', are weighed together with the chosen ones."""
+
+    def __init__(self, change=1.0):
+        super().__init__(Rule("sigmoid", True, 1.5, correction="e_score_correction_bias"))
+        self.n_shared_experts, self.change = 2, change
+        self.weight = nn.Parameter(torch.zeros(E_ + 2, H))
+
+    def forward(self, hidden_states):
+        logits = F.linear(hidden_states, self.weight)
+        index = (logits[:, :E_].sigmoid() + self.e_score_correction_bias).topk(K).indices
+        scores = torch.cat([logits[:, :E_].sigmoid().gather(-1, index), logits[:, E_:].sigmoid()], dim=-1)
+        weights = 1.5 * scores / scores.sum(-1, keepdim=True)
+        return logits[:, :E_], weights[:, :K], index, weights[:, K:] * self.change
+
+
+def test_shared_experts_among_the_rows_are_found():
+    rule = find_rule(0, layer_of(Sharing()))
+    assert rule == Rule("sigmoid", True, shared=2, correction="e_score_correction_bias")
+    with pytest.raises(ValueError, match="its weights follow no known rule"):
+        find_rule(0, layer_of(Sharing(change=1.1)))
+
+
 # ---------------------------------------------------------------- refusals
 
 
