@@ -6,6 +6,7 @@ and for three MoE families that don't. It is the one place where tests learn how
 
 import copy
 import functools
+import re
 from typing import NamedTuple
 
 import torch
@@ -533,7 +534,6 @@ FAMILIES = {
         },
         {"dense_first": DENSE_FIRST},
         model_type="inkling_text",  # the multimodal model needs scipy
-        why="its router weighs its shared experts together with the chosen ones",
     ),
     "inkling2": Family(
         {
@@ -973,7 +973,13 @@ def make_family(name, variant=None, dtype=torch.float32, experts_implementation=
 
     A causal LM, or the multimodal model where only that has a head. Two families have neither: see their `why`.
     """
-    model = copy.deepcopy(random_base(name, variant)).to(dtype)
+    original = random_base(name, variant)
+    model = copy.deepcopy(original).to(dtype)
+    kept = [re.compile(pattern) for pattern in model._get_dtype_plan(dtype)]  # float32 whatever dtype is asked for
+    values = original.state_dict()
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if key in values and any(pattern.search(key) for pattern in kept):
+            tensor.data = values[key].clone()
     if experts_implementation:
         model.set_experts_implementation(experts_implementation)
     for key, value in config.items():

@@ -30,21 +30,23 @@ class Routing(NamedTuple):
     groups: experts whose keys add up to a group's, 0 where a family has no groups.
     prepare, bend: what is done to hidden states before the rows, and to logits after them.
     choose: the choice and the weights of a rule that is no top-k of scores.
+    shared: whether the router has rows of shared experts, which take part in the sum that normalises.
     """
 
     words: str
     score: str = "softmax"
     norm: bool | str | Callable = True
-    scale: float | str = 1.0
+    scale: float | str | torch.Tensor = 1.0
     rows: str = "weight"
     bias: str = ""
     bias_on: str = "score"
     groups: int = 0
-    eps: float = 0.0
+    eps: float | torch.Tensor = 0.0
     floor: float | str = 0.0
     prepare: Callable = lambda router, hidden: hidden
     bend: Callable = lambda logits, config: logits
     choose: Callable | None = None
+    shared: bool = False
 
 
 def value(config, entry):
@@ -143,6 +145,13 @@ def sparsemixer(config, logits, k):
         index.append(chosen)
         rest = rest.scatter(-1, chosen, -torch.inf)
     return torch.cat(weights, dim=-1), torch.cat(index, dim=-1)
+
+
+def beside_shared(routing, config, router, shared_logits):
+    """inkling: (its routing with the shared experts' scores in the sum, what makes their weights of the chosen's)."""
+    scores = shared_logits.sigmoid()
+    rest, total = scores.sum(dim=-1, keepdim=True), config.route_scale * router.global_scale
+    return routing._replace(eps=rest, scale=total), lambda weights: scores / rest * (total - weights.sum(-1, True))
 
 
 def gemma_input(router, hidden):
@@ -253,4 +262,7 @@ ROUTING = {  # family -> rule
         prepare=gemma_input,
     ),
     "phimoe": Routing("sparsemixer", choose=sparsemixer),
+    "inkling": SIGMOID_BIAS._replace(
+        words="sigmoid → top-k of score + bias → renormalise together with the shared experts → scale", shared=True
+    ),
 }

@@ -14,7 +14,7 @@ import transformers
 from conftest import batch, shake
 from families import FAMILIES, IMAGE_TOKEN, make_family, variants_of
 from family_table import END, README, START, table
-from plain_routing import ROUTING, Routing, compete, exclusive
+from plain_routing import ROUTING, Routing, beside_shared, compete, exclusive
 from torch import nn
 from torch.nn import functional as F
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -27,7 +27,6 @@ REFUSED = {  # family -> the reason, as its refusal gives it
     "openai_privacy_filter": "no causal LM",
     "dbrx": "bare logits",
     "ernie4_5_vl_moe": "a MoE block for text and one for images",
-    "inkling": "row for each expert",
     "jetmoe": "attention heads",
     "llama4": "input scaled by the score",
     "zaya": "from layer to layer",
@@ -48,6 +47,7 @@ FAST = {  # one family a rule
     "muse_spark",
     "gemma4",
     "phimoe",
+    "inkling",
 }
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 NEW = [1, 3, 1]  # source experts of each extended layer: N = 3 > K = 2
@@ -104,17 +104,22 @@ def widened(model, name, adapter, selection):
 
 
 def plain_forward(router, new, name, config, selection, hidden, *bias):
-    """(logits, weights, index) of a router with the rows `new` beside its own."""
+    """(logits, weights, index) of a router with the rows `new` beside its own; and shared experts' weights if any."""
     routing = ROUTING[name]
     hidden = routing.prepare(router, hidden.reshape(-1, hidden.shape[-1]))
-    rows = torch.cat([router.get_parameter(routing.rows), new["router.weight"]])
+    own = router.get_parameter(routing.rows)
+    num_base = len(own) - (config.n_shared_experts if routing.shared else 0)
+    rows = torch.cat([own[:num_base], new["router.weight"], own[num_base:]])
     offset = torch.cat([router.bias, new["router.bias"]]) if "router.bias" in new else None
     logits = routing.bend(F.linear(hidden, rows, offset), config)
-    num_base = len(rows) - len(new["router.weight"])
     correction = correction_bias(router, bias, new)
     scale = torch.cat([router.per_expert_scale, new["router.scale"]]) if "router.scale" in new else None
+    logits, shared = logits.split([num_base + len(new["router.weight"]), len(own) - num_base], dim=-1)
+    if routing.shared:
+        routing, weights_of_shared = beside_shared(routing, config, router, shared)
     choose = ROUTING_OF[selection]
-    return logits, *choose(routing, config, logits, correction, num_base, config.num_experts_per_tok, scale)
+    weights, index = choose(routing, config, logits, correction, num_base, config.num_experts_per_tok, scale)
+    return logits, weights, index, *([weights_of_shared(weights)] if routing.shared else [])
 
 
 def correction_bias(router, given, new):
