@@ -189,7 +189,7 @@ def correction_at(layer):
     for path, tensor in tensors.items():
         if path.split(".")[-1] == CORRECTION and tensor.numel() == num_experts:
             return path
-    for name in (parameter.name for parameter in asked_for(router)):
+    for name in (parameter.name for parameter in asked_for(router)[:1]):
         tensor = block._parameters.get(name, block._buffers.get(name))
         if tensor is not None and tensor.numel() == num_experts:
             return f"argument:{name}"

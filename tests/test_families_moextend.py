@@ -5,11 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import COMMON, FAMILIES, make_base
+from families import FAMILIES as EVERY_FAMILY
+from families import auto_class, make_config, make_family
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from modeling_moextend.families_moextend import MoELayer, family_of, find_moe_layers, find_rule, is_top_k
+from modeling_moextend.families_moextend import REASONS, MoELayer, family_of, find_moe_layers, find_rule, is_top_k
 from modeling_moextend.routing_moextend import SCORES, Rule
 
 E_, H, K = 6, 16, 2
@@ -190,6 +192,26 @@ def test_the_rule_of_a_family_is_found(family):
     layer = find_moe_layers(base.get_decoder())[0]
     assert find_rule(0, layer) == expected.get(family, Rule("softmax", True))
     assert family_of(layer.router) == family
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(EVERY_FAMILY.keys() - REASONS.keys() - {"openai_privacy_filter"}))
+def test_rules_are_found_in_every_setting_and_without_weights(family):
+    for variant in (None, *EVERY_FAMILY[family].variants):
+        layers = find_moe_layers(make_family(family, variant).get_decoder())
+        index = max(layers)
+        rule = find_rule(index, layers[index])
+        with torch.device("meta"):
+            config = make_config(family, variant)
+            empty = find_moe_layers(auto_class(config).from_config(config).get_decoder())[index]
+        assert empty.experts.down_proj.is_meta
+        assert find_rule(index, empty) == rule
+
+
+@pytest.mark.parametrize("family", sorted(REASONS))
+def test_what_no_rule_can_carry_is_refused_with_the_reason(family):
+    with pytest.raises(ValueError, match=rf"\({family}\) can't be extended: {REASONS[family][:30]}"):
+        find_moe_layers(make_family(family).get_decoder())
 
 
 def test_a_layer_with_two_moe_blocks_is_refused():

@@ -4,7 +4,8 @@ import contextlib
 
 import pytest
 import torch
-from conftest import FAMILIES, PAPER, make_base
+from conftest import FAMILIES, PAPER, batch, make_base, shake
+from families import make_family
 
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.families_moextend import find_moe_layers, find_rule
@@ -64,17 +65,24 @@ def test_there_is_nothing_to_try_on_the_meta_device(monkeypatch):
     assert compared == []
 
 
-@pytest.mark.parametrize("place", ["cpu", "disk"])
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
-def test_offloaded_layers_are_tried_where_they_compute(place, family, monkeypatch, tmp_path):
-    make_base(family).save_pretrained(tmp_path / "base")
-    near = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.layers.3", "model.norm", "lm_head"]
-    device_map = {**dict.fromkeys([*near, "model.rotary_emb"], "cpu"), "model.layers.2": place}
-    options = {"device_map": device_map, "offload_folder": str(tmp_path / "off")}
+# One family for each place where tensors of a row lie: router, child of the router, block, and what the input goes by.
+@pytest.mark.parametrize("family", ["mixtral", "hunyuan_v1_moe", "ernie4_5_moe", "minimax_m2", "gemma4"])
+def test_offloaded_layers_are_tried_where_they_compute(family, monkeypatch, tmp_path):
+    base = make_family(family)
+    base.save_pretrained(tmp_path / "base")
+    parts = [f"model.{name}" for name, _ in base.model.named_children() if name != "layers"]
+    parts += [f"model.layers.{index}" for index in range(len(base.model.layers))]
+    device_map = {**dict.fromkeys([*parts, "lm_head"], "cpu"), "model.layers.1": "disk"}
+    options = {"device_map": device_map, "offload_folder": str(tmp_path / "off"), "scope": "all"}
     with counted(monkeypatch) as compared:
-        model = MoExtendForCausalLM.from_base(str(tmp_path / "base"), PLAN, **options)
-    assert compared == [2]
-    assert model.base.model.layers[2].mlp.experts.down_proj.is_meta == (place == "disk")
+        model = MoExtendForCausalLM.from_base(str(tmp_path / "base"), {1: [3, 0]}, **options)
+    assert compared == [1] and find_moe_layers(model.get_decoder())[1].experts.down_proj.is_meta
+    near = MoExtendForCausalLM.from_base(base, {1: [3, 0]}, scope="all")
+    for name, tensor in near.adapter_tensors().items():
+        assert torch.equal(tensor, model.adapter_tensors()[name]), name
+    shake(near), shake(model)
+    with torch.no_grad():
+        assert torch.equal(model(**batch()).logits, near(**batch()).logits)
 
 
 def test_a_row_that_is_no_copy_is_refused_by_family_and_layer(monkeypatch):
