@@ -150,6 +150,7 @@ def extend(base, selection):
     torch.manual_seed(0)
     plan = plan_of(base, selection)
     model = MoExtendForCausalLM.from_base(base, plan, scope="all", selection=selection, calibration="none")
+    assert not [path for path, _ in model.named_modules() if "vision" in path and "moextend" in path]
     return shake(model).eval()
 
 
