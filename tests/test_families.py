@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import batch, shake
-from families import FAMILIES, IMAGE_TOKEN, make_family, variants_of
+from families import FAMILIES, IMAGE_TOKEN, make_config, make_family, variants_of
 from family_table import END, README, START, table
 from plain_routing import ROUTING, Routing, beside_shared, compete, exclusive
 from torch import nn
@@ -293,6 +293,21 @@ def test_every_family_of_transformers_is_known():
     )
     assert FAMILIES.keys() - found == {"dbrx", "jetmoe", "llama4"}
     assert ROUTING.keys() == set(SUPPORTED)
+
+
+@pytest.mark.parametrize(
+    ("switch", "entry"), [("if self.norm_topk_prob:", "norm_topk_prob"), ("self.num_group", "n_group")]
+)
+def test_every_switch_of_a_router_is_tried_both_ways(switch, entry):
+    """A family whose router reads this entry of the config has variants with more than one value of it."""
+    folder = Path(transformers.__file__).parent / "models"
+    once = []
+    for name in set(SUPPORTED) & {path.name for path in folder.iterdir()}:
+        if switch in (folder / name / f"modeling_{name}.py").read_text():
+            configs = [make_config(name, variant).get_text_config() for variant in (None, *FAMILIES[name].variants)]
+            if len({getattr(config, entry) for config in configs}) < 2:
+                once.append(name)
+    assert not once
 
 
 def test_the_table_of_families_is_fresh():
