@@ -101,12 +101,12 @@ class MoExtendConfig(PreTrainedConfig):
         return count_image_tokens(self.encoder_config, self.encoder_select_feature)
 
     def get_text_config(self, decoder=None, encoder=None):
-        """A view of `text_config`: trainers write to what they get here, and the base's own config must not change."""
+        """A view of the language model's config: trainers write to it, and the base's own must not change."""
         if self.text_config is None:
             return self
         view = self.__dict__.get("_text_view")
         if view is None:
-            view = self.__dict__["_text_view"] = copy.deepcopy(self.text_config)
+            view = self.__dict__["_text_view"] = copy.deepcopy(self.text_config.get_text_config())
         return view
 
     def to_dict(self):

@@ -8,30 +8,24 @@ state-dict key and hide the router from transformers' output recorder. Detaching
 """
 
 import contextlib
-import re
 import threading
-from functools import cache, partial
-from typing import NamedTuple
+from functools import cache
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .families_moextend import (
+    bias_path,
+    correction_of,
+    find_moe_layers,
+    materialised,
+    plain_class,
+    sibling,
+    tensor_at,
+)
 from .gate_moextend import TokenGate
-from .routing_moextend import Calibration, RoutingRecord, explains, family_rule, probe_rule, route
-
-EXPERTS_INTERFACE = ("_is_expert_parallel", "has_gate", "is_transposed", "down_proj")
-ROUTER_NAMES = ("gate", "router")
-CORRECTION = "e_score_correction_bias"
-GROUPS = ("num_group", "n_group")
-
-
-class MoELayer(NamedTuple):
-    """The two modules of one MoE layer that matter here, and the number E of its base experts."""
-
-    router: nn.Module
-    experts: nn.Module
-    num_experts: int
+from .routing_moextend import INPUTS, SCORES, Calibration, RoutingRecord, cap, left_to_shared, route, sharing
 
 
 class PassState(threading.local):
@@ -105,7 +99,7 @@ class RoutingState:
 
 
 class RouterExtension(nn.Module):
-    """New router rows [N, H] of one layer, with bias, correction bias [N] and calibration where there are any.
+    """New router rows [N, H] of one layer; bias, correction bias, scale [N] and calibration where there are any.
 
     With N = 0 it only records what the base's router decides, so that every MoE layer is heard. With `scope="gate"`
     the lowest extended layer also holds the `TokenGate` that decides for itself and every layer above.
@@ -118,19 +112,26 @@ class RouterExtension(nn.Module):
         self.config = config
         self.weight = self.bias = self.calibration = self.gate = None
         self.register_buffer("correction_bias", None)
+        self.register_buffer("scale", None)
 
-    def forward(self, router, hidden_states, answer):
-        """The base router's answer (logits [T, E], weights [T, K], index [T, K]), extended by the new rows."""
-        margins = None
+    def forward(self, router, hidden_states, answer, given=None):
+        """The base router's answer (logits [T, E], weights [T, K], index [T, K]), extended by the new rows.
+
+        `given`: what the router got beside hidden states; in some families the correction bias [E].
+        """
+        logits, margins = None, None
         if self.num_new and self.state.enabled:
             if self.gate is not None and self.state.gated is not None:
                 margins = self.decide(hidden_states)
             if self.in_use():
-                answer = self.extend(router, hidden_states.reshape(-1, hidden_states.shape[-1]), answer)
+                logits, weights, index, *rest = self.extend(router, hidden_states.flatten(0, -2), answer, given)
+                told = logits if self.rule.answers == "logits" else SCORES[self.rule.score](logits)
+                answer = told, weights, index, *rest
         if self.state.records is not None:
-            num_new = answer[0].shape[-1] - self.num_base
-            scope = self.scope(answer[0].device)
-            record = RoutingRecord(answer[0], answer[2], scope, self.num_base, num_new, margins)
+            if logits is None:  # the logarithm of a softmax has the same softmax
+                logits = answer[0] if self.rule.answers == "logits" else answer[0].log()
+            num_new = logits.shape[-1] - self.num_base
+            record = RoutingRecord(logits, answer[2], self.scope(logits.device), self.num_base, num_new, margins)
             self.state.records[self.layer] = record
         return answer
 
@@ -154,28 +155,47 @@ class RouterExtension(nn.Module):
         """[T] bool on `device`, or `None`."""
         return None if self.state.scope is None else self.state.scope.to(device)
 
-    def extend(self, router, hidden_states, answer):
-        new_logits = F.linear(hidden_states.to(self.weight.dtype), self.weight, self.bias)
-        correction = None
+    def logits(self, router, hidden_states, told):
+        """The base's logits [T, E] and new ones [T, N] of hidden states [T, H]; `told`: what the router answers."""
+        rule, inputs = self.rule, INPUTS[self.rule.inputs](router, hidden_states)
+        new_logits = cap(F.linear(inputs.to(self.weight.dtype), self.weight, self.bias).float(), rule)
+        if rule.answers == "logits":
+            return told, new_logits
+        rows = router.get_submodule(rule.rows.rpartition(".")[0])  # scores do not say how far apart new logits are
+        return rows(inputs), new_logits
+
+    def extend(self, router, hidden_states, answer, given):
+        """`route` for hidden states [T, H], with what this router keeps of every expert."""
+        rule = self.rule
+        base_logits, new_logits = self.logits(router, hidden_states, answer[0])
+        correction = expert_scale = None
         if self.correction_bias is not None:
-            correction = torch.cat([correction_of(router), self.correction_bias])
-        return route(
-            answer,
-            new_logits.float(),
-            self.rule,
+            own = given if ":" in rule.correction else tensor_at(router, rule.correction)
+            correction = torch.cat([own.detach().reshape(-1), self.correction_bias])
+        if self.scale is not None:
+            expert_scale = torch.cat([tensor_at(router, rule.expert_scale), self.scale])
+        if rule.shared:
+            rule = sharing(rule, base_logits, answer)
+        extended = route(
+            (base_logits, *answer[1:3]),
+            new_logits,
+            rule,
             selection=self.config.selection,
             calibrate=self.config.calibration,
             calibration=self.calibration,
             correction=correction,
             scope=self.scope(answer[0].device),
+            expert_scale=expert_scale,
         )
+        return (*extended, left_to_shared(answer, extended[1])) if self.rule.shared else extended
 
 
 class ExtendedRouter:
     """Mixed in before a base router's class."""
 
     def forward(self, hidden_states, *args, **kwargs):
-        return self.moextend(self, hidden_states, super().forward(hidden_states, *args, **kwargs))
+        given = next(iter((*args, *kwargs.values())), None)
+        return self.moextend(self, hidden_states, super().forward(hidden_states, *args, **kwargs), given)
 
 
 class ExtendedExperts:
@@ -228,12 +248,8 @@ def extended_class(mixin, base_class):
         return extended_instance, (mixin, base_class), module.__dict__
 
     name = f"{mixin.__name__}{base_class.__name__}"
-    return type(name, (mixin, base_class), {"__module__": base_class.__module__, "__reduce_ex__": reduce})
-
-
-def base_class(extended):
-    """The class that `extended_class` was given: after the extended class itself and its mixin."""
-    return extended.__mro__[2]
+    own = {"__module__": base_class.__module__, "__reduce_ex__": reduce, "moextend_base": base_class}
+    return type(name, (mixin, base_class), own)
 
 
 def extended_instance(mixin, base_class):
@@ -249,124 +265,11 @@ def swap_class(module, new_class):
         module._old_forward = new_class.forward.__get__(module)
 
 
-def find_moe_layers(decoder):
-    """The MoE layers of a base: decoder layer index -> `MoELayer`.
-
-    Raises:
-        ValueError: the model has no MoE layers, or has some without transformers' router/experts interface.
-    """
-    layers = {}
-    for name, module in decoder.named_modules():
-        experts = getattr(module, "experts", None)
-        routers = [getattr(module, router, None) for router in ROUTER_NAMES]
-        router = next((router for router in routers if isinstance(router, nn.Module)), None)
-        place = re.search(r"(?:^|\.)(\d+)\.", f"{name}.")
-        if place and router is not None and all(hasattr(experts, attribute) for attribute in EXPERTS_INTERFACE):
-            layers[int(place.group(1))] = MoELayer(router, experts, experts.down_proj.shape[0])
-    if layers:
-        return layers
-    name = type(decoder).__name__
-    if any("experts" in type(module).__name__.lower() for module in decoder.modules()):
-        raise ValueError(
-            f"{name} has experts, but not through transformers' router/experts interface (a module with 3-D "
-            "`down_proj` that is called with top_k_index and top_k_weights), so this family can't be extended."
-        )
-    raise ValueError(f"{name} has no MoE layers: MoExtend adds experts to a Mixture-of-Experts model.")
-
-
-@contextlib.contextmanager
-def materialised(module):
-    """Makes offloaded weights of `module` readable inside the `with` block, by its own accelerate hook."""
-    hook = getattr(module, "_hf_hook", None)
-    if hook is not None:
-        hook.pre_forward(module)
-    try:
-        yield module
-    finally:
-        if hook is not None:
-            hook.post_forward(module, torch.empty(0))
-
-
 def input_device(base):
     """Where a base takes its token ids: offloaded embeddings lie elsewhere (on meta) between passes."""
     embedding = base.get_input_embeddings()
     device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
     return torch.device(embedding.weight.device if device is None else device)
-
-
-def correction_of(router):
-    """The correction bias [E] of a router (DeepSeek-V3, Eq. 16), or `None`.
-
-    Families keep it in a buffer, in a parameter, or in a child module `moe_statics` (ernie4_5_moe).
-    """
-    owner = getattr(router, "moe_statics", router)
-    if getattr(owner, CORRECTION, None) is None:
-        return None
-    with contextlib.nullcontext() if owner is router else materialised(owner):
-        return getattr(owner, CORRECTION).detach().reshape(-1)
-
-
-def sibling(module, parameters, buffers=(), **attributes):
-    """A module of the same class and settings with tensors of its own; `module` and its tensors stay untouched."""
-    twin = type(module).__new__(type(module))
-    nn.Module.__init__(twin)
-    own = set(twin.__dict__) | {"forward", "_old_forward", "_hf_hook"}
-    twin.__dict__.update({name: value for name, value in module.__dict__.items() if name not in own})
-    for name, child in module._modules.items():
-        if name != "moextend":
-            twin._modules[name] = child  # activations and the like: shared, they have no weights of their own
-    for name, tensor in parameters.items():
-        twin.register_parameter(name, nn.Parameter(tensor))
-    for name, tensor in dict(buffers).items():
-        twin.register_buffer(name, tensor)
-    twin.__dict__.update(attributes)
-    return twin
-
-
-def find_rule(model_type, layer):
-    """The routing rule of this router: its family's row, checked against what the router really does.
-
-    The check runs a float32 sibling with random rows on random tokens, so it needs no weights (meta devices) and can't
-    be fooled by a checkpoint's.
-
-    Raises:
-        ValueError: the router answers otherwise than any known rule.
-    """
-    router = layer.router
-    generator = torch.Generator().manual_seed(0)
-    random = partial(torch.randn, generator=generator)
-    hidden_size = router.weight.shape[-1] if getattr(router, "weight", None) is not None else 0
-    error = ValueError(
-        f"{type(router).__name__} ({model_type}) does not follow the router interface: logits = weight @ hidden state "
-        "(+ bias), the top k of their scores (+ correction bias), and weights by a known rule (see FAMILIES in "
-        "routing_moextend.py). This family can't be extended without a rule of its own."
-    )
-    if hidden_size == 0:
-        raise error
-    with torch.device("cpu"), torch.no_grad():
-        rows = {name: random(p.shape) / hidden_size**0.5 for name, p in router._parameters.items() if p is not None}
-        buffers = {name: torch.zeros(b.shape) for name, b in router._buffers.items() if b is not None}
-        tokens = random(64, hidden_size)
-        twin = sibling(router, rows, buffers).eval()
-        for name in twin._modules.keys() & {"moe_statics"}:
-            parameters = {key: random(p.shape) for key, p in twin.moe_statics._parameters.items()}
-            twin._modules[name] = sibling(twin.moe_statics, parameters)
-        correction = correction_of(twin)
-        if correction is not None:
-            correction.copy_(random(correction.shape) / 4)  # of the size of scores, so that both decide
-        choice = correction, next((getattr(router, name) for name in GROUPS if getattr(router, name, None)), 1)
-        try:
-            answer = twin(tokens)
-            found = probe_rule(answer, *choice)
-        except Exception as cause:
-            raise error from cause
-        expected = F.linear(tokens, rows["weight"], rows.get("bias"))
-    if found is None or not torch.allclose(answer[0], expected, rtol=1e-4, atol=1e-5):
-        raise error
-    row = family_rule(model_type, router)
-    if row is not None and not explains(row, answer, *choice):  # several rules may explain one answer, as with K = 1
-        raise ValueError(f"FAMILIES says {row} of {model_type}, but the router does {found}. Please report this.")
-    return row or found
 
 
 def attach(decoder, config, state, rule):
@@ -385,7 +288,7 @@ def add_experts(layer, sources, config):
     extension = layer.router.moextend
     if extension.num_new:
         raise ValueError(f"Layer {extension.layer} has new experts already; a layer is extended once.")
-    for part, values in start_values(layer, sources, config).items():
+    for part, values in start_values(layer, sources, config, extension.rule).items():
         if part == "experts":
             experts = sibling(layer.experts, values, num_experts=len(sources))
         elif part == "calibration":
@@ -393,8 +296,8 @@ def add_experts(layer, sources, config):
         else:
             fixed = config.selection == "exclusive" and len(sources) == 1  # its weight is the base's sum: no gradient
             for name, value in values.items():
-                if name == "correction_bias":
-                    extension.correction_bias = value
+                if name in ("correction_bias", "scale"):
+                    setattr(extension, name, value)
                 else:
                     setattr(extension, name, nn.Parameter(value, requires_grad=not fixed))
     extension.num_new = len(sources)
@@ -410,31 +313,31 @@ def add_gate(layers, config):
         extension.gate = TokenGate(hidden_size, config.gate_hidden_size, device=extension.weight.device)
 
 
-def start_values(layer, sources, config):
+def start_values(layer, sources, config, rule):
     """Where every new tensor of a layer starts, in float32: part -> name -> value; the calibration as a module.
 
     | tensor | start | why |
     |---|---|---|
     | expert | copy of its source expert | Eq. 8: knows what the base knows |
-    | router row, bias, correction bias | copy of its source's | Eq. 8: chosen where its source is |
+    | router row, bias, correction bias, scale | copy of its source's | Eq. 8: chosen and weighed where its source is |
     | calibration fc1 | uniform, 1/sqrt(E + N) (nn.Linear's) | something to learn from |
     | calibration fc2 | zero | identity at first |
     | gate | `TokenGate`: last layer zero, bias -1 | closed: an untrained adapter is the base, bit for bit |
     """
-    with materialised(layer.experts), materialised(layer.router):
-        values = {
-            "experts": {name: copy_rows(p, sources) for name, p in layer.experts._parameters.items() if p is not None},
-            "router": {
-                name: copy_rows(p, sources)
-                for name, p in layer.router._parameters.items()
-                if p is not None and name != CORRECTION
-            },
+    with materialised(layer.experts), materialised(layer.router) as router:
+        experts = {name: copy_rows(p, sources) for name, p in layer.experts._parameters.items() if p is not None}
+        own = {
+            "weight": tensor_at(router, rule.rows),
+            "bias": tensor_at(router, bias_path(rule)),
+            "scale": tensor_at(router, rule.expert_scale) if rule.expert_scale else None,
         }
-        correction = correction_of(layer.router)
-        if correction is not None:
-            values["router"]["correction_bias"] = copy_rows(correction, sources)
+        rows = {name: copy_rows(tensor, sources) for name, tensor in own.items() if tensor is not None}
+    correction = correction_of(layer, rule)
+    if correction is not None:
+        rows["correction_bias"] = copy_rows(correction, sources)
+    values = {"experts": experts, "router": rows}
     if config.calibration != "none":
-        device = values["router"]["weight"].device
+        device = rows["weight"].device
         calibration = Calibration(layer.num_experts + len(sources), config.calibration_hidden_size, device=device)
         nn.init.zeros_(calibration.fc2.weight)
         values["calibration"] = calibration
@@ -451,4 +354,4 @@ def detach(decoder):
     for module in decoder.modules():
         if "moextend" in module._modules:
             del module._modules["moextend"]
-            swap_class(module, base_class(type(module)))
+            swap_class(module, plain_class(module))

@@ -5,11 +5,17 @@ import copy
 import math
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 from .adapter_moextend import fingerprint, same_fingerprint
 from .configuration_moextend import UnknownConfig
-from .layers_moextend import detach, find_moe_layers, find_rule, input_device
+from .families_moextend import family_of, find_rule
+from .layers_moextend import detach, find_moe_layers, input_device
 from .routing_moextend import Rule
 from .vision_moextend import load_encoder, vision_tower
 
@@ -32,10 +38,15 @@ def load_new_parts(base, encoder, plan, auto_class, options):
     """Base and encoder of a new adapter, each loaded unless given as a model, and checked; see `from_base`.
 
     Raises:
-        ValueError: no causal LM, no MoE layers, a plan that does not fit, an encoder of another kind.
+        ValueError: no causal LM, no MoE layers, a plan that does not fit, an encoder of another kind or one too many.
     """
     base = load_base(base, auto_class, **options) if not isinstance(base, PreTrainedModel) else base
     check_causal_lm(base, auto_class)
+    if encoder is not None and is_multimodal(base.config):
+        raise ValueError(
+            f"{type(base).__name__} has an image encoder of its own: leave out encoder=..., and give images as the "
+            "base takes them."
+        )
     check_plan(find_moe_layers(base.get_decoder()), plan)
     if encoder is not None and not isinstance(encoder, PreTrainedModel):
         encoder = load_encoder(encoder, **{key: options[key] for key in ENCODER_KWARGS if key in options})
@@ -60,6 +71,7 @@ def load_parts(stored, base, encoder, auto_class, check_base, options):
         encoder = load_stored("encoder", encoder, stored, load_encoder, **chosen)
     if not isinstance(base, PreTrainedModel):
         revision = {"revision": stored.base_model_revision} if base is None and stored.base_model_revision else {}
+        auto_class = auto_class_for(stored.text_config, auto_class)
         base = load_stored("base", base, stored, load_base, auto_class=auto_class, **revision, **options)
     check_not_extended(base)
     if isinstance(stored.text_config, UnknownConfig) or not check_base:
@@ -75,22 +87,62 @@ def load_parts(stored, base, encoder, auto_class, check_base, options):
     return base, encoder
 
 
-def base_rule(base, layers, config):
-    """The routing `Rule` that the base's first MoE layer goes by; kept in `config`.
+def base_rule(layers, config):
+    """The routing `Rule` that the base's MoE layers go by; kept in `config`.
+
+    Layers that are to be extended must all follow it. Without any (stage align) it is that of the first layer that
+    follows a known rule.
 
     Raises:
         ValueError: no known rule, or another one than in the config of an adapter that was made before.
     """
-    found = find_rule(base.config.model_type, next(iter(layers.values())))
-    if config.routing_rule is None:
-        config.routing_rule = found._asdict()
-    rule = Rule(**config.routing_rule)
-    if rule[:2] != found[:2] or not math.isclose(rule.scale, found.scale, rel_tol=1e-4):
+    plan = config.extended_layers
+    found = find_rule(min(plan), layers[min(plan)]) if plan else first_rule(layers)
+    check_rule(layers, plan, found)
+    stored = config.routing_rule
+    rule = found if stored is None else Rule(**{**found._asdict(), **stored})  # older adapters store less
+    if not same_rule(rule, found):
         raise ValueError(
             f"The adapter was made on a base that routes by {rule}, but this one routes by {found}. Pass base=<the "
             "right one>; check_base=False loads it all the same."
         )
+    if rule.jitter is not None and config.calibration != "none":
+        raise ValueError(
+            f"calibration={config.calibration!r} has no meaning for a base that weighs its experts by SparseMixer: "
+            "it mends shares of a softmax over all of them. Use calibration='none'."
+        )
+    config.routing_rule = rule._asdict()
     return rule
+
+
+def first_rule(layers):
+    """The rule of the first layer that follows a known one."""
+    errors = []
+    for index, layer in layers.items():
+        try:
+            return find_rule(index, layer)
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def check_rule(layers, plan, rule):
+    """Refuses a plan with a layer whose router follows another rule than `rule`, or none that is known."""
+    for index in plan:
+        found = find_rule(index, layers[index])
+        if not same_rule(found, rule):
+            raise ValueError(
+                f"Layer {index} of {family_of(layers[index].router)} routes by {found}, the other extended layers by "
+                f"{rule}: an adapter extends layers of one rule. Leave this layer out."
+            )
+
+
+def same_rule(one, other):
+    """Whether two rules are the same up to the rounding of probed numbers."""
+    return all(
+        math.isclose(ours, theirs, rel_tol=1e-4) if isinstance(ours, float) and theirs is not None else ours == theirs
+        for ours, theirs in zip(one, other, strict=True)
+    )
 
 
 @contextlib.contextmanager
@@ -125,6 +177,18 @@ def identity(base, encoder):
     return known
 
 
+def is_multimodal(config):
+    """Whether a base of this config has a language model inside a model that sees."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def auto_class_for(config, auto_class):
+    """The auto class of a base with a causal head: multimodal ones have one of their own."""
+    if auto_class is AutoModelForCausalLM and is_multimodal(config):
+        return AutoModelForImageTextToText
+    return auto_class
+
+
 def load_base(name_or_path, auto_class, **kwargs):
     """A base from its checkpoint; from safetensors only, unless `use_safetensors=False` allows pickled weights."""
     kwargs["use_safetensors"] = kwargs.get("use_safetensors", True) or None  # False would refuse safetensors
@@ -132,6 +196,8 @@ def load_base(name_or_path, auto_class, **kwargs):
         base, loading = auto_class.from_pretrained(name_or_path, **{**kwargs, "output_loading_info": True})
     except ValueError as error:
         if "Unrecognized configuration class" in str(error):
+            if auto_class is AutoModelForCausalLM:  # a language model inside a multimodal one
+                return load_base(name_or_path, AutoModelForImageTextToText, **kwargs)
             raise ValueError(
                 f"base={name_or_path!r} is no causal LM: transformers has no causal head for it."
             ) from error

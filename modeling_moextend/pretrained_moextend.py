@@ -35,17 +35,21 @@ from .loading_moextend import (
     HUB_KWARGS,
     SHARED_HUB_KWARGS,
     UNLOADED,
+    auto_class_for,
     base_rule,
     check_folder,
     check_plan,
+    check_rule,
     check_same_kind,
     identity,
+    is_multimodal,
     load_new_parts,
     load_parts,
     undone_on_error,
 )
 from .routing_moextend import Rule, balance_loss
 from .scope_moextend import remember, seen_tokens, token_scope
+from .selfcheck_moextend import self_checked
 from .switch_moextend import AdapterSwitch
 from .vision_moextend import Projector, encode_images, merge_images, projector_tied
 
@@ -66,7 +70,8 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
     def __init__(self, config, base=None, encoder=None):
         """`base` and `encoder` are loaded models; without them, random ones are made from the config."""
         super().__init__(config)
-        self.base = base if base is not None else self.auto_base_class.from_config(config.text_config)
+        auto_class = auto_class_for(config.text_config, self.auto_base_class)
+        self.base = base if base is not None else auto_class.from_config(config.text_config)
         if encoder is None and config.encoder_config is not None:
             encoder = AutoModel.from_config(config.encoder_config)
         self.encoder, self.projector = encoder, None
@@ -74,11 +79,12 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
         # Names, not parameters: held here, each process would keep the whole of what FSDP2 shards.
         self.base_trainable = [name for name, parameter in self.base.named_parameters() if parameter.requires_grad]
         layers = find_moe_layers(self.get_decoder())
-        rule = base_rule(self.base, layers, config)
+        rule = base_rule(layers, config)
         self.base.requires_grad_(False)
-        attach(self.get_decoder(), config, self.routing, rule)
-        for layer, sources in config.extended_layers.items():
-            add_experts(layers[layer], sources, config)
+        with self_checked(layers, config.extended_layers, rule, self.routing):
+            attach(self.get_decoder(), config, self.routing, rule)
+            for layer, sources in config.extended_layers.items():
+                add_experts(layers[layer], sources, config)
         if config.scope == "gate" and config.extended_layers:
             add_gate(layers, config)
         if encoder is not None:
@@ -109,6 +115,8 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
             mask = kwargs.get("attention_mask")
             place = position_ids, mask, past_key_values, past_length
             scope, state = token_scope(self.config, input_ids, *place, inputs_embeds)
+        if self.encoder is None and is_multimodal(self.base.config):
+            kwargs["pixel_values"], pixel_values = pixel_values, None  # seen by the base's own eyes
         if pixel_values is not None or self.has_image_tokens(input_ids):
             inputs_embeds, input_ids = self.embed_images(input_ids, inputs_embeds, pixel_values), None
         elif inputs_embeds is not None and self.projector is not None:
@@ -175,7 +183,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
 
         f_i here is a share of all selections, so the loss is 1/K of transformers' own, which counts K a token.
         """
-        return float(getattr(self.config.text_config, "router_aux_loss_coef", 0.0) or 0.0)
+        return float(getattr(self.config.text_config.get_text_config(), "router_aux_loss_coef", 0.0) or 0.0)
 
     # ------------------------------------------------------------ attach and switch
 
@@ -262,8 +270,11 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
                 f"The gate reads the input of layer {min(self.config.extended_layers)}, so layer {min(plan)} below it "
                 "can't be added. Name all layers at once, or begin anew with from_base(...)."
             )
-        for layer, sources in plan.items():
-            add_experts(layers[layer], sources, self.config)
+        rule = Rule(**self.config.routing_rule)
+        check_rule(layers, plan, rule)
+        with self_checked(layers, plan, rule, self.routing):
+            for layer, sources in plan.items():
+                add_experts(layers[layer], sources, self.config)
         self.config.extended_layers = normalise_plan({**self.config.extended_layers, **plan})
         if self.config.scope == "gate":
             add_gate(layers, self.config)
@@ -283,7 +294,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
         tensors = {}
         layers = find_moe_layers(self.get_decoder())
         for layer in self.config.extended_layers:
-            router, experts, _ = layers[layer]
+            router, experts, *_ = layers[layer]
             for part, module in (("experts", experts.moextend), ("router", router.moextend)):
                 own = {**module._parameters, **module._buffers}
                 tensors |= {f"layers.{layer}.{part}.{name}": own[name] for name in own if own[name] is not None}
@@ -324,7 +335,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
 
     def learns(self, name):
         """Whether stage finetune moves this tensor: one that a gradient reaches. The gate is trained before it."""
-        if name.endswith("correction_bias") or name.startswith("gate."):
+        if name.endswith((".correction_bias", ".router.scale")) or name.startswith("gate."):
             return False
         only_one = name.startswith("layers.") and len(self.config.extended_layers[int(name.split(".")[1])]) == 1
         return not (".router." in name and only_one and self.config.selection == "exclusive")

@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from conftest import COMMON, FAMILIES, PAPER, batch, make_base, make_encoder, shake
+from families import make_family
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -436,8 +437,15 @@ def test_a_model_without_experts_is_refused():
         MoExtendForCausalLM.from_base(LlamaForCausalLM(config), {0: [0]})
 
 
-@pytest.mark.parametrize("model_type", ["llama4_text", "dbrx", "jetmoe"])
-def test_a_family_without_the_experts_interface_is_refused(model_type):
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("llama4_text", r"Llama4ForCausalLM \(llama4\) can't be extended: its experts get their input scaled"),
+        ("dbrx", r"DbrxModel \(dbrx\) can't be extended: its router gives bare logits"),
+        ("jetmoe", r"JetMoeModel \(jetmoe\) can't be extended: its experts take tokens that its router has sorted"),
+    ],
+)
+def test_a_family_without_the_experts_interface_is_refused(model_type, reason):
     small = {
         "llama4_text": {
             "hidden_size": 32,
@@ -467,8 +475,15 @@ def test_a_family_without_the_experts_interface_is_refused(model_type):
     }
     config = AutoConfig.for_model(model_type, vocab_size=96, **small[model_type])
     base = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match="has experts, but not through transformers' router/experts interface"):
+    with pytest.raises(ValueError, match=reason):
         MoExtendForCausalLM.from_base(base, {0: [0]})
+
+
+def test_a_newer_family_without_the_experts_interface_is_refused(monkeypatch):
+    monkeypatch.setattr("modeling_moextend.families_moextend.EXPERTS_INTERFACE", ("an attribute of tomorrow",))
+    message = r"MixtralModel \(mixtral\) has experts, but not through transformers' router/experts interface"
+    with pytest.raises(ValueError, match=message):
+        MoExtendForCausalLM.from_base(make_base(), {0: [0]})
 
 
 def test_a_router_that_follows_no_known_rule_is_refused(monkeypatch):
@@ -481,7 +496,7 @@ def test_a_router_that_follows_no_known_rule_is_refused(monkeypatch):
         return logits, weights.sqrt(), index
 
     monkeypatch.setattr(router_class, "forward", odd)
-    with pytest.raises(ValueError, match=r"MixtralTopKRouter \(mixtral\) does not follow the router interface"):
+    with pytest.raises(ValueError, match="Layer 0 of mixtral can't be extended. MixtralTopKRouter does not follow"):
         MoExtendForCausalLM.from_base(base, {0: [0]})
 
 
@@ -609,6 +624,41 @@ def test_a_router_that_chooses_by_something_else_than_its_scores_is_refused():
         layer.router.__class__ = Worst
     with pytest.raises(ValueError, match="does not follow the router interface"):
         MoExtendForCausalLM.from_base(base, {2: [0]})
+
+
+# ---------------------------------------------------------------- shared experts among the rows
+
+
+@pytest.mark.parametrize("selection", ["compete", "exclusive"])
+@torch.no_grad()
+def test_inkling_weighs_new_experts_together_with_its_shared_ones(selection):
+    base = make_family("inkling")
+    base_router = find_moe_layers(base.get_decoder())[1].router
+    base_router.global_scale.fill_(0.7)
+    model = extended(plan={1: [3, 0, 5]}, base=copy.deepcopy(base), selection=selection)
+    router, x = moe_layer(model, 1).router, tokens(60)
+    logits, weights, index, shared = router(x)
+    _, base_weights, _, base_shared = base_router(x)
+    changed = (index >= 6).any(dim=-1)
+    for found, before in ((weights, base_weights), (shared, base_shared)):
+        assert torch.equal(found[~changed], before[~changed])
+    assert changed.any() and (selection == "exclusive" or not changed.all())
+    rows = torch.cat([router.weight[:6], router.moextend.weight])
+    scores, of_shared = F.linear(x, rows).sigmoid(), F.linear(x, router.weight[6:]).sigmoid()
+    torch.testing.assert_close(logits, F.linear(x, rows))
+    if selection == "exclusive":
+        new_keys = scores[:, 6:] + router.moextend.correction_bias
+        assert torch.equal(index, new_keys.topk(2).indices + 6)
+        picked = scores.gather(-1, index)
+        torch.testing.assert_close(weights, picked / picked.sum(-1, keepdim=True) * base_weights.sum(-1, keepdim=True))
+        torch.testing.assert_close(shared, base_shared)
+        return
+    keys = scores + torch.cat([router.e_score_correction_bias, router.moextend.correction_bias])
+    assert torch.equal(index[changed].sort().values, keys.topk(2).indices[changed].sort().values)
+    together = torch.cat([scores.gather(-1, index), of_shared], dim=-1)
+    together = together / together.sum(-1, keepdim=True) * router.route_scale * 0.7
+    torch.testing.assert_close(weights[changed], together[:, :2][changed], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(shared[changed], together[:, 2:][changed], rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------- threads, ties
