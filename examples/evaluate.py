@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoProcessor
+from transformers import AutoProcessor, AutoTokenizer
 
 from modeling_moextend import MoExtendForCausalLM, load_processor
 from modeling_moextend.card import create_card
@@ -57,7 +57,8 @@ def load(args):
     device_map = "auto" if torch.accelerator.is_available() else None
     model = MoExtendForCausalLM.from_pretrained(args.adapter, dtype=args.dtype, device_map=device_map, **places)
     if not Path(args.adapter).is_dir() or Path(args.adapter, "tokenizer_config.json").exists():
-        return model.eval(), AutoProcessor.from_pretrained(args.adapter)
+        reader = AutoTokenizer if model.encoder is None else AutoProcessor
+        return model.eval(), reader.from_pretrained(args.adapter)
     config = model.config
     return model.eval(), load_processor(
         args.base or config.base_model_name_or_path, args.encoder or config.encoder_name_or_path

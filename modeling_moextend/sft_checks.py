@@ -7,7 +7,7 @@ from transformers.trainer_utils import HubStrategy
 from .processing_moextend import load_processor
 from .sft_config import MoExtendSFTConfig
 
-RETENTION_COLUMNS = ("messages", "conversations", "prompt", "input_ids")
+RETENTION_COLUMNS = ("messages", "conversations", "completion", "input_ids")
 
 
 def check_model(model):
@@ -53,6 +53,11 @@ def check_retention(model, args, retention_dataset):
     wanted = (args.dataset_text_field, *RETENTION_COLUMNS)
     if columns and not set(columns) & set(wanted):
         raise ValueError(f"retention_dataset has the columns {columns}; one of them must be {', '.join(wanted)}.")
+    if columns and {"image", "images"} & set(columns):
+        raise ValueError(
+            f"retention_dataset has the columns {columns}, but retention data is text: what the base knew without "
+            "images. Leave out the rows with images and the column."
+        )
     if hasattr(retention_dataset, "__len__") and len(retention_dataset) == 0:
         raise ValueError("retention_dataset is empty: give text, or leave it out to have text sampled from the base.")
     if retention_dataset is not None and args.retention is not None:

@@ -147,10 +147,13 @@ class MoExtendSFTTrainer(SFTTrainer):
     def train(self, resume_from_checkpoint=None, **kwargs):
         """As in Trainer; with `scope="gate"`, stage finetune begins with the gate's own training (`gate_training`).
 
-        A resumed run has its gate in the checkpoint.
+        A resumed run has its gate in the checkpoint; a trainer that trains a second time keeps the gate it has.
         """
         gate = self.accelerator.unwrap_model(self.model).gate
         begins = gate is not None and self.args.stage == "finetune" and not resume_from_checkpoint
+        begins = (
+            begins and self.gate_report is None
+        )  # trained again, it would leave experts trained behind the old one
         if begins and not self.args.gate_steps:
             check_trained(gate)
         elif begins:
