@@ -189,6 +189,11 @@ def auto_class_for(config, auto_class):
     return auto_class
 
 
+def random_base(config, auto_class):
+    """A base with random weights."""
+    return auto_class_for(config, auto_class).from_config(config)
+
+
 def load_base(name_or_path, auto_class, **kwargs):
     """A base from its checkpoint; from safetensors only, unless `use_safetensors=False` allows pickled weights."""
     kwargs["use_safetensors"] = kwargs.get("use_safetensors", True) or None  # False would refuse safetensors
