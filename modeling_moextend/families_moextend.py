@@ -245,6 +245,31 @@ def find_rule(index, layer):
         ) from error
 
 
+def find_rules(layers, indices):
+    """The rule of each of the layers `indices`, as `find_rule`; routers of one kind and setting are asked once."""
+    seen = {}
+    for index in indices:
+        kind = settings(layers[index].router), correction_at(layers[index])
+        if kind not in seen:
+            seen[kind] = find_rule(index, layers[index])
+        yield index, seen[kind]
+
+
+def settings(module):
+    """What makes the twin of a module, hashable: class, attributes, shapes, and the same of its children."""
+    tensors = (*module._parameters.items(), *module._buffers.items())
+    return (
+        plain_class(module),
+        tuple((name, tuple(tensor.shape)) for name, tensor in tensors if tensor is not None),
+        tuple(
+            (name, value if isinstance(value, (int, float, str)) else id(value))
+            for name, value in sorted(module.__dict__.items())
+            if not name.startswith("_") and name not in ("forward", "training")
+        ),
+        tuple(settings(child) for name, child in module._modules.items() if name != "moextend" and child is not None),
+    )
+
+
 def probe(layer):
     """The `Rule` of a layer's router, or `NoRule`."""
     generator = torch.Generator().manual_seed(0)
