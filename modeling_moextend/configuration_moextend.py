@@ -40,7 +40,8 @@ class MoExtendConfig(PreTrainedConfig):
         gate_hidden_size (`int`): width D of the gate.
         gate_threshold (`float`): the gate lets a token through when its routing margin is above this; the higher, the
             fewer tokens. Can be changed after training (`model.gate_threshold = ...`).
-        routing_rule (`dict`, *optional*): the base family's routing rule, found when the experts were attached.
+        routing_rule (`dict`, *optional*): entries of `routing_moextend.Rule`: how the base's routers work, found when
+            the experts were attached. Adapters of version 0.1.0 have three of them; the rest is found anew.
 
     Raises:
         ValueError: a value outside the allowed ones, or a combination without meaning.

@@ -25,8 +25,8 @@ CORRECTION = "e_score_correction_bias"
 EXPERT_SCALE = "per_expert_scale"
 FLOOR, SOFTCAP, JITTER = "norm_min", "router_logit_softcapping", "router_jitter_noise"
 SHARED = "n_shared_experts"
-NUM_TOKENS = 64
-COLD = 8.0  # how far below zero the logits of half of the random tokens lie: there an epsilon shows
+NUM_TOKENS = 16  # random tokens of each kind, see `random_tokens`
+COLD, FLAT, SHARP = 8.0, 0.05, 4.0
 
 REASONS = {  # families that no rule can carry, and why
     "llama4": "its experts get their input scaled by the score, and all of them run on all tokens, without an index "
@@ -219,7 +219,7 @@ def ask(router, tokens, *given):
     """The router's answer for tokens [T, H]; some routers take them as [1, T, H] only."""
     try:
         return router.forward(tokens, *given)
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, RuntimeError):
         return router.forward(tokens.unsqueeze(0), *given)
 
 
@@ -245,6 +245,31 @@ def find_rule(index, layer):
         ) from error
 
 
+def find_rules(layers, indices):
+    """The rule of each of the layers `indices`, as `find_rule`; routers of one kind and setting are asked once."""
+    seen = {}
+    for index in indices:
+        kind = settings(layers[index].router), correction_at(layers[index])
+        if kind not in seen:
+            seen[kind] = find_rule(index, layers[index])
+        yield index, seen[kind]
+
+
+def settings(module):
+    """What makes the twin of a module, hashable: class, attributes, shapes, and the same of its children."""
+    tensors = (*module._parameters.items(), *module._buffers.items())
+    return (
+        plain_class(module),
+        tuple((name, tuple(tensor.shape)) for name, tensor in tensors if tensor is not None),
+        tuple(
+            (name, value if isinstance(value, (int, float, str)) else id(value))
+            for name, value in sorted(module.__dict__.items())
+            if not name.startswith("_") and name not in ("forward", "training")
+        ),
+        tuple(settings(child) for name, child in module._modules.items() if name != "moextend" and child is not None),
+    )
+
+
 def probe(layer):
     """The `Rule` of a layer's router, or `NoRule`."""
     generator = torch.Generator().manual_seed(0)
@@ -253,23 +278,33 @@ def probe(layer):
     widened = {"top_k": 2} if layer.router.__dict__.get("top_k") == 1 and in_group > 1 else {}
     twin = random_twin(layer.router, generator, **widened).eval()  # renormalised, K = 1 always weighs 1: says nothing
     weight = twin.get_parameter(rows)
-    direction = F.normalize(torch.randn(weight.shape[-1], generator=generator), dim=0)
-    weight += direction
-    tokens = torch.randn(NUM_TOKENS, weight.shape[-1], generator=generator)
-    tokens[NUM_TOKENS // 2 :] -= COLD * direction
+    tokens = random_tokens(weight, generator)
     bias = torch.rand(layer.num_experts, generator=generator) / 4 if correction else None
-    given = ()
-    if correction.startswith("argument:"):
-        given = (bias,)
-    elif correction:
-        owner, _, name = correction.rpartition(".")
-        getattr(twin.get_submodule(owner), name).copy_(bias.reshape(getattr(twin.get_submodule(owner), name).shape))
+    given = (bias,) if ":" in correction else ()
+    if correction and not given:
+        tensor = tensor_at(twin, correction)
+        tensor.copy_(bias.reshape(tensor.shape))
     scale = EXPERT_SCALE if EXPERT_SCALE in twin._parameters else ""
     shared = len(weight) - layer.num_experts
     known = Rule("softmax", True, shared=shared, rows=rows, correction=correction, expert_scale=scale)
     answer = checked_answer(twin, layer, tokens, given, shared)
     rule, logits = find_link(twin, tokens, answer[0], known)
     return find_weights(twin, tokens, logits, answer, rule, bias)
+
+
+def random_tokens(weight, generator):
+    """Tokens [T, H] whose logits are near zero, cold (all far below it), flat (nearly equal) and sharp, by turns.
+
+    What a rule does to small sums shows where scores are small: an epsilon with sigmoid scores of cold tokens, a floor
+    with softmax scores of flat ones. So that there are cold tokens, rows get a direction in common.
+    """
+    direction = F.normalize(torch.randn(weight.shape[-1], generator=generator), dim=0)
+    weight += direction
+    tokens = torch.randn(4, NUM_TOKENS, weight.shape[-1], generator=generator)
+    tokens[1] -= COLD * direction
+    tokens[2] *= FLAT
+    tokens[3] *= SHARP
+    return tokens.flatten(0, 1)
 
 
 def checked_answer(twin, layer, tokens, given, shared):

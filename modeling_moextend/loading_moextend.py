@@ -14,7 +14,7 @@ from transformers import (
 
 from .adapter_moextend import fingerprint, same_fingerprint
 from .configuration_moextend import UnknownConfig
-from .families_moextend import family_of, find_rule
+from .families_moextend import family_of, find_rule, find_rules
 from .layers_moextend import detach, find_moe_layers, input_device
 from .routing_moextend import Rule
 from .vision_moextend import load_encoder, vision_tower
@@ -128,8 +128,7 @@ def first_rule(layers):
 
 def check_rule(layers, plan, rule):
     """Refuses a plan with a layer whose router follows another rule than `rule`, or none that is known."""
-    for index in plan:
-        found = find_rule(index, layers[index])
+    for index, found in find_rules(layers, plan):
         if not same_rule(found, rule):
             raise ValueError(
                 f"Layer {index} of {family_of(layers[index].router)} routes by {found}, the other extended layers by "
@@ -187,6 +186,11 @@ def auto_class_for(config, auto_class):
     if auto_class is AutoModelForCausalLM and is_multimodal(config):
         return AutoModelForImageTextToText
     return auto_class
+
+
+def random_base(config, auto_class):
+    """A base with random weights."""
+    return auto_class_for(config, auto_class).from_config(config)
 
 
 def load_base(name_or_path, auto_class, **kwargs):

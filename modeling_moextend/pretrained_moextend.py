@@ -35,7 +35,6 @@ from .loading_moextend import (
     HUB_KWARGS,
     SHARED_HUB_KWARGS,
     UNLOADED,
-    auto_class_for,
     base_rule,
     check_folder,
     check_plan,
@@ -45,6 +44,7 @@ from .loading_moextend import (
     is_multimodal,
     load_new_parts,
     load_parts,
+    random_base,
     undone_on_error,
 )
 from .routing_moextend import Rule, balance_loss
@@ -70,8 +70,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
     def __init__(self, config, base=None, encoder=None):
         """`base` and `encoder` are loaded models; without them, random ones are made from the config."""
         super().__init__(config)
-        auto_class = auto_class_for(config.text_config, self.auto_base_class)
-        self.base = base if base is not None else auto_class.from_config(config.text_config)
+        self.base = base if base is not None else random_base(config.text_config, self.auto_base_class)
         if encoder is None and config.encoder_config is not None:
             encoder = AutoModel.from_config(config.encoder_config)
         self.encoder, self.projector = encoder, None
@@ -270,8 +269,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
                 f"The gate reads the input of layer {min(self.config.extended_layers)}, so layer {min(plan)} below it "
                 "can't be added. Name all layers at once, or begin anew with from_base(...)."
             )
-        rule = Rule(**self.config.routing_rule)
-        check_rule(layers, plan, rule)
+        check_rule(layers, plan, rule := Rule(**self.config.routing_rule))
         with self_checked(layers, plan, rule, self.routing):
             for layer, sources in plan.items():
                 add_experts(layers[layer], sources, self.config)

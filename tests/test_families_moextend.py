@@ -11,7 +11,16 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from modeling_moextend.families_moextend import REASONS, MoELayer, family_of, find_moe_layers, find_rule, is_top_k
+from modeling_moextend import families_moextend
+from modeling_moextend.families_moextend import (
+    REASONS,
+    MoELayer,
+    family_of,
+    find_moe_layers,
+    find_rule,
+    find_rules,
+    is_top_k,
+)
 from modeling_moextend.routing_moextend import SCORES, Rule
 
 E_, H, K = 6, 16, 2
@@ -126,6 +135,18 @@ def test_shared_experts_among_the_rows_are_found():
     assert rule == Rule("sigmoid", True, shared=2, correction="e_score_correction_bias")
     with pytest.raises(ValueError, match="its weights follow no known rule"):
         find_rule(0, layer_of(Sharing(change=1.1)))
+
+
+def test_routers_of_one_kind_and_setting_are_asked_once(monkeypatch):
+    base = make_base("qwen3_moe")
+    layers, asked = find_moe_layers(base.get_decoder()), []
+    monkeypatch.setattr(
+        families_moextend, "find_rule", lambda index, layer: asked.append(index) or find_rule(index, layer)
+    )
+    layers[2].router.norm_topk_prob = False
+    rules = dict(find_rules(layers, [0, 1, 2, 3]))
+    assert asked == [0, 2]
+    assert [rules[index].renormalise for index in range(4)] == [True, True, False, True]
 
 
 # ---------------------------------------------------------------- refusals

@@ -626,6 +626,18 @@ def test_a_router_that_chooses_by_something_else_than_its_scores_is_refused():
         MoExtendForCausalLM.from_base(base, {2: [0]})
 
 
+def test_layers_of_different_rules_are_refused_together_and_extended_apart():
+    base = make_base("qwen3_moe")
+    base.model.layers[2].mlp.gate.norm_topk_prob = False
+    with pytest.raises(ValueError, match="Layer 2 of qwen3_moe routes by Rule.*False.*, the other extended layers by"):
+        MoExtendForCausalLM.from_base(base, {1: [0], 2: [0]})
+    model = MoExtendForCausalLM.from_base(base, {2: [0]})
+    assert not model.config.routing_rule["renormalise"]
+    with pytest.raises(ValueError, match="Layer 3 of qwen3_moe routes by Rule"):
+        model.extend({3: [0]})
+    assert model.config.extended_layers == {2: [0]}
+
+
 # ---------------------------------------------------------------- shared experts among the rows
 
 
