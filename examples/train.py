@@ -8,6 +8,8 @@
 Options on the command line win over the recipe; unknown ones are an error.
 """
 
+from pathlib import Path
+
 from trl import TrlParser
 
 from modeling_moextend.sft_config import MoExtendSFTConfig
@@ -18,8 +20,8 @@ def main():
     config, args = TrlParser((StagesConfig, MoExtendSFTConfig)).parse_args_and_config()
     model = run_stages(config, args)
     model.print_trainable_parameters()
-    if args.push_to_hub:
-        model.push_to_hub(args.hub_model_id)
+    if args.push_to_hub and "finetune" not in config.stages:  # the trainer of stage finetune has pushed it
+        model.push_to_hub(args.hub_model_id or Path(args.output_dir).name, private=args.hub_private_repo)
     print(f"Adapter in {args.output_dir}")
 
 
