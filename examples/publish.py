@@ -27,9 +27,7 @@ def main():
     parser.add_argument("--base", help="Hub id of the base, where the adapter names another place")
     parser.add_argument("--encoder", help="Hub id of the encoder, where the adapter names another place")
     parser.add_argument("--report", help="report folder of evaluate.py: results, forgetting table and pictures")
-    parser.add_argument(
-        "--shift", help="picture of the router shift; default: what stage extend left there"
-    )
+    parser.add_argument("--shift", help="picture of the router shift; default: what stage extend left there")
     parser.add_argument("--license", help="of the adapter; default: the base's")
     parser.add_argument("--language", nargs="+", help="ISO 639 codes")
     parser.add_argument("--datasets", nargs="+", help="what it was trained on: Hub ids, or names of files")
