@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_base, shake
 from hub_server import running_hub
-from test_processing_moextend import build_tokenizer
+from test_processing_moextend import build_processor
 
 from modeling_moextend import MoExtendForCausalLM
 
@@ -24,7 +24,7 @@ import json, os, sys
 from pathlib import Path
 sys.modules["modeling_moextend"] = None  # installed or not, importing the package fails here
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 repo, trust = "me/my-adapter", {"trust_remote_code": True}
 commits, url = json.loads(sys.argv[1]), os.environ["HF_ENDPOINT"]
 
@@ -78,7 +78,7 @@ def published(tmp_path_factory):
             model = shake(MoExtendForCausalLM.from_base(str(root / "base"), PLAN, paper=True), seed=seed).eval()
             model.config.base_model_name_or_path, model.config.base_model_revision = BASE, made_on
             model.save_pretrained(root / revision)
-            build_tokenizer().save_pretrained(root / revision)
+            build_processor().save_pretrained(root / revision)
             hub.add(REPO, root / revision, private=True, revision=revision)
             with torch.no_grad():
                 expected[revision] = model(input_ids=torch.arange(3, 13)[None]).logits.tolist()
@@ -107,6 +107,7 @@ found["unknown"] = refused(revision="gone", **token)
 found["from cache"] = logits(local_files_only=True)
 found["from the other cache"] = logits(local_files_only=True, cache_dir="elsewhere", revision="first")
 found["text"] = AutoTokenizer.from_pretrained(repo, **trust, **token)("what?").input_ids
+found["processor"] = type(AutoProcessor.from_pretrained(repo, **trust, **token)).__name__
 config = AutoConfig.from_pretrained(repo, **trust, **token)
 found["config"] = [config.model_type, config.base_model_name_or_path, config.base_model_revision]
 """
@@ -121,7 +122,8 @@ found["config"] = [config.model_type, config.base_model_name_or_path, config.bas
     assert found["cached elsewhere"] == ["models--me--my-adapter", "models--org--base"]
     assert found["cached"] == [], "neither adapter, code nor base went to the default cache"
     assert found["unknown"].startswith("OSError") and "gone" in found["unknown"]
-    assert found["text"] == build_tokenizer()("what?").input_ids
+    assert found["text"] == build_processor().tokenizer("what?").input_ids
+    assert found["processor"] == "MoExtendProcessor"
     made_on = hub.repos[BASE].history[0][1]
     assert found["config"] == ["moextend", BASE, made_on]
 
@@ -166,7 +168,7 @@ found["new"] = refused(revision="sub")
     before = len(hub.requests)
     found = run(hub, warm, offline, HF_HUB_OFFLINE="1")
     assert len(hub.requests) == before, "offline asks nobody"
-    assert found["main"] == expected["main"] and found["text"] == build_tokenizer()("what?").input_ids
+    assert found["main"] == expected["main"] and found["text"] == build_processor().tokenizer("what?").input_ids
     assert found["new"].startswith("OSError")
     # no server at all: an address where nobody answers
     with running_hub() as gone:

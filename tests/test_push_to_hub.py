@@ -317,6 +317,9 @@ def test_a_trainer_pushes_the_same_files(hub, model, tmp_path):
     assert files["shift.png"] == (tmp_path / "extend" / "shift.png").read_bytes()
     pushed = load(files[FILE])
     assert all(torch.equal(pushed[name], tensor) for name, tensor in model.adapter_tensors().items())
+    kept = load_file(tmp_path / "checkpoint-2" / FILE)
+    assert (tmp_path / "checkpoint-2" / "training_args.bin").exists(), "else its absence on the Hub says nothing"
+    assert all(torch.equal(kept[name], pushed[name]) for name in kept)
     card = files["README.md"].decode()
     assert "| learning_rate | 0.01 |" in card and "| steps | 2 |" in card and "| seconds of training |" in card
     assert "![router shift](shift.png)" in card and f'AutoTokenizer.from_pretrained("{REPO}"' in card
