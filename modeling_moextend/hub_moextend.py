@@ -7,7 +7,10 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import is_jinja_available, validate_repo_id
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 PUBLISHED = [  # patterns of the files that make a published adapter; the card's own pictures come beside them
     "config.json",
@@ -109,7 +112,6 @@ def upload(
     create_pr=False,
     commit_message="Upload MoExtend adapter",
     commit_description=None,
-    run_as_future=False,
     card=None,
     report=None,
     shift=None,
@@ -122,28 +124,41 @@ def upload(
 
     Args:
         config: the adapter's `MoExtendConfig`.
-        token, private, revision, create_pr, commit_message, commit_description, run_as_future: as in
-            `HfApi.create_commit`; a branch named by `revision` is made where there is none.
-        card, report, shift, tags: see `write_card`. README.md is written if any is given, or where neither folder nor
-            repository has one: somebody may have written theirs by hand.
+        token, private, revision, create_pr, commit_message, commit_description: as in `HfApi.create_commit`; a branch
+            named by `revision` is made where there is none.
+        card: what `create_card` takes beside what the folder tells (`dict`).
+        report, shift, tags: see `publishing.folder_card`. README.md is written if one of these four is given, or where
+            neither folder nor repository has one: somebody may have written theirs by hand.
 
     Returns:
-        `huggingface_hub.CommitInfo`, or a future of it.
+        `huggingface_hub.CommitInfo`.
 
     Raises:
         ValueError: base or encoder are not on the Hub.
+        ImportError: something was given for the card, and it can't be written.
         HfHubHTTPError: the Hub refused; nothing was committed.
     """
+    given = {name: value for name, value in (("report", report), ("shift", shift), ("tags", tags)) if value}
+    given |= card or {}
+    write = card_writer()
+    if given and write is None:
+        raise ImportError(
+            f"{', '.join(given)}: a model card needs the moextend package and jinja2: pip install 'moextend[train]'."
+        )
     api = HfApi(token=token)
     check_published(config, api)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     known = set(api.list_repo_files(repo_id, revision=revision))
-    if card or report or shift or tags or not ("README.md" in known or (folder / "README.md").exists()):
-        license = base_license(config, api)
-        write_card(folder, config, repo_id, license, card=card, report=report, shift=shift, tags=tags)
+    if write is not None and (given or not ("README.md" in known or (folder / "README.md").exists())):
+        license = {} if "license" in given else base_license(config, api)
+        write(folder, config, repo_id, **license, **given).save(folder / "README.md")
     names = published_files(folder)
+    if config.encoder_config is not None and "processor_config.json" not in known.union(names):
+        logger.warning(
+            "No processor goes along, so AutoProcessor can't load it from there: push_to_hub(processor=...)."
+        )
     stale = [name for name in sorted(known) if fnmatch(name, "moextend_adapter*") and name not in names]
     operations = [CommitOperationDelete(path_in_repo=name) for name in stale]
     operations += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names]
@@ -154,7 +169,6 @@ def upload(
         commit_description=commit_description,
         revision=revision,
         create_pr=create_pr,
-        run_as_future=run_as_future,
     )
 
 
@@ -167,24 +181,9 @@ def base_license(config, api):
     return {name: data.get(name) for name in ("license", "license_name", "license_link") if data.get(name)}
 
 
-def write_card(folder, config, repo_id, license, *, card=None, report=None, shift=None, tags=None):
-    """README.md, where `publishing.py` and its template language are at hand: neither comes with the shipped code.
-
-    Args:
-        license: entries of the licence, which `card` may replace.
-        card: what `create_card` takes beside what the folder tells (`dict`).
-        report, shift, tags: see `publishing.folder_card`.
-
-    Raises:
-        ImportError: something was given for the card, and it can't be written.
-    """
+def card_writer():
+    """`publishing.folder_card`, or `None` without the package or its template language: neither is shipped code."""
     try:
-        folder_card = importlib.import_module(".publishing", __package__).folder_card
-        filled = folder_card(
-            folder, config, repo_id, report=report, shift=shift, tags=tags, **(license | (card or {}))
-        )
+        return importlib.import_module(".publishing", __package__).folder_card if is_jinja_available() else None
     except ImportError:
-        if card or report or shift or tags:
-            raise
-        return
-    filled.save(folder / "README.md")
+        return None

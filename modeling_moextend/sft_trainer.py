@@ -20,7 +20,7 @@ from transformers.utils import PushInProgress
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from .adapter_moextend import base_tensors_hash, reshard, stored_dtype
+from .adapter_moextend import base_tensors_hash, reshard, stored_dtype, write_text
 from .gate_training import train_gate
 from .hub_moextend import base_license, check_published, upload
 from .publishing import folder_card, write_training
@@ -337,16 +337,13 @@ class MoExtendSFTTrainer(SFTTrainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        self.create_model_card(**(base_license(config, HfApi(token=token)) | card))
-        return upload(
-            Path(self.args.output_dir),
-            self.hub_model_id,
-            config,
-            token=token,
-            revision=revision or self.args.hub_revision,
-            commit_message=commit_message,
-            run_as_future=not blocking,
-        )
+        api = HfApi(token=token)
+        if blocking and "license" not in card:  # a training does not wait, or end, for the Hub
+            card |= base_license(config, api)
+        self.create_model_card(**card)
+        options = {"revision": revision or self.args.hub_revision, "commit_message": commit_message, "token": token}
+        send = partial(upload, Path(self.args.output_dir), self.hub_model_id, config, **options)
+        return send() if blocking else api.run_as_future(send)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, **card):
         """Writes MoExtend's card: TRL's shows a way of loading that an adapter does not have.
@@ -368,7 +365,7 @@ class MoExtendSFTTrainer(SFTTrainer):
             name: torch.empty(tensor.shape, dtype=stored_dtype(name, dtype), device="meta")
             for name, tensor in core.adapter_tensors().items()
         }
-        folder_card(folder, core.config, self.hub_model_id, **card).save(folder / "README.md")
+        write_text(folder / "README.md", str(folder_card(folder, core.config, self.hub_model_id, **card)))
 
     def card_settings(self):
         """How the adapter was trained, for the card: setting -> number, text or `None`."""

@@ -129,6 +129,26 @@ found["config"] = [config.model_type, config.base_model_name_or_path, config.bas
 
 
 @pytest.mark.slow
+def test_remote_code_can_push_what_it_loaded(published, tmp_path):
+    hub, expected = published
+    script = """
+model = AutoModelForCausalLM.from_pretrained(repo, **trust)
+try:
+    model.push_to_hub("me/again", card={"license": "mit"})
+except ImportError as error:
+    found["card"] = str(error)
+found["message"] = model.push_to_hub("me/again", private=True).commit_message
+found["again"] = logits("me/again")
+"""
+    found = run(hub, tmp_path / "home", script, HF_TOKEN="hf_me")
+    assert found["message"] == "Upload MoExtend adapter" and found["again"] == expected["main"]
+    assert "pip install 'moextend[train]'" in found["card"], "the card's words are in the package"
+    code = {name for name in hub.files(REPO) if name.endswith(".py")} - {"processing_moextend.py"}
+    assert set(hub.files("me/again")) == code | {".gitattributes", "config.json", "moextend_adapter.safetensors"}
+    assert hub.repos["me/again"].private
+
+
+@pytest.mark.slow
 def test_code_revision_and_subfolder(published, tmp_path):
     hub, expected = published
     marked = b"print('code of another revision')\n" + hub.files(REPO)["modeling_moextend.py"]

@@ -16,7 +16,7 @@ from conftest import make_base, make_encoder, shake
 from hub_server import running_hub
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load, load_file
-from test_processing_moextend import build_tokenizer
+from test_processing_moextend import build_processor, build_tokenizer
 from test_report import make_results
 from test_sft_trainer import make_trainer
 from transformers import MixtralForCausalLM
@@ -238,7 +238,7 @@ def test_a_base_that_others_cannot_find_is_refused(hub, model, tmp_path, monkeyp
     model.push_to_hub(REPO)
 
 
-def test_an_encoder_that_others_cannot_find_is_refused(hub, tmp_path):
+def test_an_encoder_that_others_cannot_find_is_refused(hub, tmp_path, monkeypatch):
     make_encoder().save_pretrained(tmp_path / "encoder")
     model = MoExtendForCausalLM.from_base(BASE, PLAN, encoder=str(tmp_path / "encoder"), image_token_id=96)
     with pytest.raises(ValueError, match="its encoder is .*encoder', a path on this machine"):
@@ -246,7 +246,12 @@ def test_an_encoder_that_others_cannot_find_is_refused(hub, tmp_path):
     assert not writes(hub)
     hub.add("org/encoder", tmp_path / "encoder")
     model.config.encoder_name_or_path = "org/encoder"
+    warned = []
+    monkeypatch.setattr("modeling_moextend.hub_moextend.logger.warning", warned.append)
     model.push_to_hub(REPO)
+    assert len(warned) == 1 and "No processor goes along" in warned[0]
+    model.push_to_hub(REPO, processor=build_processor())
+    assert len(warned) == 1 and {"processor_config.json", "chat_template.jinja", *TOKENIZER} <= set(hub.files(REPO))
     again = MoExtendForCausalLM.from_pretrained(REPO)
     inputs = {"input_ids": torch.tensor([[5, 96, 96, 96, 96, 7]]), "pixel_values": torch.ones(1, 3, 16, 16)}
     assert torch.equal(again(**inputs).logits, model.eval()(**inputs).logits)
@@ -325,6 +330,20 @@ def test_a_trainer_pushes_the_same_files(hub, model, tmp_path):
     assert "![router shift](shift.png)" in card and f'AutoTokenizer.from_pretrained("{REPO}"' in card
     data = ModelCard(card).data
     assert data.datasets == ["me/letters"] and data.license == "mit" and data.language == "en" and "trl" in data.tags
+
+
+def test_a_training_goes_on_without_the_hub(hub, model, tmp_path):
+    options = {"push_to_hub": True, "hub_model_id": REPO, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    trainer = make_trainer(tmp_path, model=model, **options)
+    hub.fail("", "500", times=10**9)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    with pytest.raises(huggingface_hub.errors.HfHubHTTPError, match="500"):
+        trainer.push_to_hub()
+    assert set(hub.files(REPO)) == {".gitattributes"}
+    hub.failures.clear()
+    trainer.push_to_hub()
+    assert set(hub.files(REPO)) == ADAPTER | TOKENIZER
 
 
 def test_a_trainer_says_before_the_training_that_it_cannot_push(hub, model, tmp_path):
