@@ -7,8 +7,8 @@
 The folder is read and checked first: a damaged adapter is not published, and neither is one whose base or encoder is
 a path on this machine. --base and --encoder say where they lie on the Hub; that is written into the adapter. Nothing
 else in the folder (checkpoints, optimiser states, pickled arguments) is uploaded. The card is filled from the adapter,
-the trainer's training.json, the picture of the router shift and --report; a README.md in the folder goes up as it is,
-unless an option for the card is given.
+the trainer's card.json, the picture of the router shift and --report; a README.md of your own goes up as it is, unless
+an option for the card is given.
 """
 
 import argparse

@@ -32,6 +32,8 @@ PUBLISHED = [  # patterns of the files that make a published adapter; the card's
 ]
 PICTURE = re.compile(r"!\[[^\]]*\]\(([^()/\\\s]+\.png)\)")  # in Markdown, one that lies beside the card
 
+FILLED = "<!-- Filled by moextend:"  # in a card that nobody has made their own
+
 PUSH_KWARGS = ("repo_id", "token", "private", "revision", "create_pr", "commit_message", "commit_description")
 PUSH_KWARGS += ("card", "report", "shift", "tags")
 IGNORED_KWARGS = (  # what transformers' own save_pretrained takes and an adapter has no use for
@@ -127,8 +129,8 @@ def upload(
         token, private, revision, create_pr, commit_message, commit_description: as in `HfApi.create_commit`; a branch
             named by `revision` is made where there is none.
         card: what `create_card` takes beside what the folder tells (`dict`).
-        report, shift, tags: see `publishing.folder_card`. README.md is written if one of these four is given, or where
-            neither folder nor repository has one: somebody may have written theirs by hand.
+        report, shift, tags: see `publishing.folder_card`. README.md is filled if one of these four is given, and else
+            unless `written_by_hand`.
 
     Returns:
         `huggingface_hub.CommitInfo`.
@@ -151,7 +153,7 @@ def upload(
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     known = set(api.list_repo_files(repo_id, revision=revision))
-    if write is not None and (given or not ("README.md" in known or (folder / "README.md").exists())):
+    if write is not None and (given or not written_by_hand(folder, known)):
         license = {} if "license" in given else base_license(config, api)
         write(folder, config, repo_id, **license, **given).save(folder / "README.md")
     names = published_files(folder)
@@ -170,6 +172,13 @@ def upload(
         revision=revision,
         create_pr=create_pr,
     )
+
+
+def written_by_hand(folder, known):
+    """Whether there is a card to leave alone: the folder's without the line `FILLED`, or else any in the repository
+    (`known`: its files), which may tell more than this folder can."""
+    own = folder / "README.md"
+    return FILLED not in own.read_text(encoding="utf-8") if own.exists() else "README.md" in known
 
 
 def base_license(config, api):

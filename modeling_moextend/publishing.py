@@ -12,7 +12,7 @@ from .card import create_card
 from .configuration_moextend import MoExtendConfig
 from .hub_moextend import check_published, published_files, upload
 
-TRAINING = "training.json"  # settings of the run, beside the adapter; what the pickled arguments are not published for
+FACTS = "card.json"  # what a run leaves beside the adapter for its card: arguments of `create_card`
 SHIFT = "shift.png"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -66,9 +66,8 @@ def folder_card(folder, config, repo_id=None, *, report=None, shift=None, **give
         ImportError: jinja2 is missing.
     """
     folder = Path(folder)
-    known = (
-        {"tensors": read_shapes(folder)} | read_training(folder) | read_report(report or last_report(folder), folder)
-    )
+    known = {"tensors": read_shapes(folder), **read_facts(folder)}
+    known |= read_report(report or last_report(folder), folder)
     shift = shift or next((path for path in (folder / SHIFT, folder / "extend" / SHIFT) if path.exists()), None)
     if shift is not None:
         known["router_shift"] = copy_picture(Path(shift), folder / SHIFT)
@@ -88,15 +87,15 @@ def read_shapes(folder):
     return tensors
 
 
-def read_training(folder):
-    """{"training": settings} as the trainer left them in the folder; {} where it did not."""
-    path = folder / TRAINING
-    return {"training": json.loads(path.read_text(encoding="utf-8"))} if path.exists() else {}
+def read_facts(folder):
+    """What `write_facts` left in the folder, {} where nothing did."""
+    path = Path(folder, FACTS)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def write_training(folder, settings):
-    """Leaves the settings of a run (name -> number, text or `None`) for the card."""
-    write_text(Path(folder, TRAINING), json.dumps(settings, indent=2))
+def write_facts(folder, **facts):
+    """Leaves arguments of `create_card` in an adapter's folder, in place of those there: numbers, text and `None`."""
+    write_text(Path(folder, FACTS), json.dumps(facts, indent=2))
 
 
 def last_report(folder):

@@ -22,8 +22,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .adapter_moextend import base_tensors_hash, reshard, stored_dtype, write_text
 from .gate_training import train_gate
-from .hub_moextend import base_license, check_published, upload
-from .publishing import folder_card, write_training
+from .hub_moextend import check_published, upload
+from .publishing import folder_card, write_facts
 from .retention import last_hidden_states, prompt_distance
 from .sft_checks import (
     allow_missing_base,
@@ -268,7 +268,7 @@ class MoExtendSFTTrainer(SFTTrainer):
         if self._in_checkpoint:
             torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS))
         else:
-            write_training(output_dir, self.card_settings())
+            write_facts(output_dir, training=self.card_settings())
 
     def _save_optimizer_and_scheduler(self, output_dir):
         """Keeps the base out of what FSDP and DeepSpeed write beside the optimiser state."""
@@ -322,7 +322,7 @@ class MoExtendSFTTrainer(SFTTrainer):
         """As in Trainer, but one commit of exactly the adapter's files: Trainer sends all that lies in the folder.
 
         Args:
-            **card: as `create_model_card` takes it (`report`, `shift`, `license`, `dataset_name`, ...).
+            **card: see `card_facts` (`dataset_name`, `report`, `shift`, `license`, ...).
 
         Raises:
             ValueError: the base or the encoder is not on the Hub.
@@ -337,35 +337,32 @@ class MoExtendSFTTrainer(SFTTrainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        api = HfApi(token=token)
-        if blocking and "license" not in card:  # a training does not wait, or end, for the Hub
-            card |= base_license(config, api)
-        self.create_model_card(**card)
         options = {"revision": revision or self.args.hub_revision, "commit_message": commit_message, "token": token}
+        options["card"] = self.card_facts(**card)
         send = partial(upload, Path(self.args.output_dir), self.hub_model_id, config, **options)
-        return send() if blocking else api.run_as_future(send)
+        return send() if blocking else HfApi(token=token).run_as_future(send)  # a training does not wait for the Hub
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None, **card):
-        """Writes MoExtend's card: TRL's shows a way of loading that an adapter does not have.
-
-        Args:
-            model_name: not used, the repository has a name.
-            dataset_name, tags, **card: see `publishing.folder_card` and `create_card`.
-        """
+    def create_model_card(self, **card):
+        """Writes MoExtend's card: TRL's shows a way of loading that an adapter does not have. See `card_facts`."""
         if not self.is_world_process_zero():
             return
         core, folder = self.accelerator.unwrap_model(self.model), Path(self.args.output_dir)
         dtype = torch_dtype(self.args.adapter_dtype) or core.base.dtype
-        card = {
-            "datasets": dataset_name,
-            "tags": [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
-        } | card
-        card["training"] = self.card_settings()
-        card["tensors"] = {
+        tensors = {  # the folder's own file is older, or not there yet
             name: torch.empty(tensor.shape, dtype=stored_dtype(name, dtype), device="meta")
             for name, tensor in core.adapter_tensors().items()
         }
-        write_text(folder / "README.md", str(folder_card(folder, core.config, self.hub_model_id, **card)))
+        facts = {"tensors": tensors, **self.card_facts(**card)}
+        write_text(folder / "README.md", str(folder_card(folder, core.config, self.hub_model_id, **facts)))
+
+    def card_facts(self, model_name=None, dataset_name=None, tags=None, **card):
+        """Arguments of `folder_card`, from those that TRL hands to `create_model_card` and any of its own (`card`).
+
+        `model_name` is not used: the repository has a name.
+        """
+        tags = [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
+        facts = {"tags": tags, "training": self.card_settings()}
+        return facts | ({"datasets": dataset_name} if dataset_name else {}) | card
 
     def card_settings(self):
         """How the adapter was trained, for the card: setting -> number, text or `None`."""

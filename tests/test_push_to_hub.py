@@ -40,7 +40,7 @@ PRIVATE = (  # what may lie beside an adapter and is nobody else's business
     "scheduler.pt",
     "rng_state.pth",
     "trainer_state.json",
-    "training.json",
+    "card.json",
     "my_token.txt",
     ".env",
     "vocab.pkl",
@@ -166,6 +166,8 @@ def test_nothing_else_in_a_folder_goes_along(hub, model, tmp_path):
     model.save_pretrained(folder, push_to_hub=True, repo_id=REPO)
     assert set(hub.files(REPO)) == ADAPTER | given
     assert hub.files(REPO)["README.md"] == b"README.md", "the folder's own card"
+    model.save_pretrained(folder, push_to_hub=True, repo_id=REPO, tags=["law"])
+    assert f'from_pretrained("{REPO}"' in hub.files(REPO)["README.md"].decode(), "asked for"
     (folder / "README.md").write_text(
         "![mine](screenshot.png) ![not here](gone.png) ![no](report/step-5/frontier.png)"
     )
@@ -367,8 +369,10 @@ def publish(monkeypatch, capsys, *arguments):
 def folder(model, tmp_path):
     """An adapter on a local base, as training leaves it, with a report beside it."""
     model.config.base_model_name_or_path, model.config.base_model_revision = str(tmp_path / "base"), None
-    make_trainer(tmp_path / "adapter", model=model).save_model()
-    for name in set(PRIVATE) - {"training.json"}:
+    trainer = make_trainer(tmp_path / "adapter", model=model)
+    trainer.create_model_card()  # as at a checkpoint: it can't name base or repository
+    trainer.save_model()
+    for name in set(PRIVATE) - {"card.json"}:
         (tmp_path / "adapter" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "adapter" / name).write_text("{}")
     write_report(tmp_path / "report", make_results(), task="letters", text="held out")
@@ -405,6 +409,21 @@ def test_the_script_publishes_everything_it_knows(hub, model, folder, tmp_path, 
     for picture in pictures:
         assert f"]({picture})" in card.text
     assert str(tmp_path) not in card.content
+
+
+def test_a_filled_card_is_filled_anew_unless_somebody_has_made_it_their_own(hub, folder, monkeypatch, capsys):
+    arguments = ("--adapter", folder, "--repo_id", REPO, "--base", BASE)
+    filled = (folder / "README.md").read_text()
+    assert "path/to/this/adapter" in filled and ModelCard(filled).data.base_model is None
+    publish(monkeypatch, capsys, *arguments)
+    card = hub.files(REPO)["README.md"].decode()
+    assert (
+        ModelCard(card).data.base_model == BASE and f'from_pretrained("{REPO}"' in card and "| learning_rate |" in card
+    )
+    (folder / "README.md").write_text(card.replace("<!-- Filled by moextend", "<!-- Written by me"))
+    publish(monkeypatch, capsys, *arguments, "--revision", "mine")
+    assert hub.files(REPO, "mine")["README.md"].decode() == (folder / "README.md").read_text()
+    assert "Written by me" in hub.files(REPO, "mine")["README.md"].decode()
 
 
 def test_the_script_does_not_publish_a_damaged_adapter(hub, folder, monkeypatch, capsys):
