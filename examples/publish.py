@@ -31,7 +31,9 @@ def main():
     parser.add_argument("--license", help="of the adapter; default: the base's")
     parser.add_argument("--language", nargs="+", help="ISO 639 codes")
     parser.add_argument("--datasets", nargs="+", help="what it was trained on: Hub ids, or names of files")
-    parser.add_argument("--dry_run", action="store_true", help="say what would be uploaded, and stop")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="say what would be uploaded, beside the card's pictures, and stop"
+    )
     args = parser.parse_args()
 
     card = {name: value for name in CARD if (value := getattr(args, name))}

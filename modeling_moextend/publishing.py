@@ -33,6 +33,8 @@ def publish_folder(folder, repo_id, *, base=None, encoder=None, dry_run=False, *
         OSError, ValueError: no adapter there, or a damaged one; base or encoder are not on the Hub.
     """
     folder = Path(folder)
+    if not folder.is_dir():  # else the name would be looked for on the Hub
+        raise ValueError(f"{folder}: no such folder.")
     values, tensors, metadata = read_adapter(str(folder))
     check_tensors(tensors, tensors, metadata)  # against its own header: is the file whole?
     config = MoExtendConfig.from_dict(values)

@@ -432,6 +432,8 @@ def test_the_script_does_not_publish_a_damaged_adapter(hub, folder, monkeypatch,
     (folder / FILE).write_bytes(content)
     with pytest.raises(SystemExit, match="damaged"):
         publish(monkeypatch, capsys, "--adapter", folder, "--repo_id", REPO, "--base", BASE)
+    with pytest.raises(SystemExit, match="me/elsewhere: no such folder"):
+        publish(monkeypatch, capsys, "--adapter", "me/elsewhere", "--repo_id", REPO)
     with pytest.raises(SystemExit, match="neither .* nor .* is there"):
         publish(monkeypatch, capsys, "--adapter", folder / "report", "--repo_id", REPO)
     assert not writes(hub)
