@@ -76,7 +76,8 @@ def main():
     names = ("thresholds", "metric", "max_length", "max_new_tokens", "batch_size")
     options = {name: getattr(args, name) for name in names}
     results = evaluate_adapter(model, processor, documents, questions, **options)
-    card = write_report(args.output, results, title=args.title or Path(args.adapter).name, points=points)
+    data = {"text": Path(args.text).stem} | ({"task": Path(args.questions).stem} if args.questions else {})
+    card = write_report(args.output, results, title=args.title or Path(args.adapter).name, points=points, **data)
     numbers = {"adapter_bytes": model.adapter_bytes(), "num_parameters": model.num_parameters(only_trainable=True)}
     create_card(model.config, **numbers, **card).save(Path(args.output, "model_card.md"))
     for row in card["results"]:

@@ -5,12 +5,14 @@ import copy
 import math
 from pathlib import Path
 
+from huggingface_hub import ResolvedRevision
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedModel,
 )
+from transformers.utils.hub import resolve_revision
 
 from .adapter_moextend import fingerprint, same_fingerprint
 from .configuration_moextend import UnknownConfig
@@ -194,8 +196,13 @@ def random_base(config, auto_class):
 
 
 def load_base(name_or_path, auto_class, **kwargs):
-    """A base from its checkpoint; from safetensors only, unless `use_safetensors=False` allows pickled weights."""
+    """A base from its checkpoint; from safetensors only, unless `use_safetensors=False` allows pickled weights.
+
+    Its config remembers the commit (`_commit_hash`, which transformers itself sets no longer): see `identity`.
+    """
     kwargs["use_safetensors"] = kwargs.get("use_safetensors", True) or None  # False would refuse safetensors
+    shared = {key: kwargs[key] for key in SHARED_HUB_KWARGS if key in kwargs}
+    kwargs["revision"] = resolve_revision(name_or_path, kwargs.pop("revision", None), **shared)
     try:
         base, loading = auto_class.from_pretrained(name_or_path, **{**kwargs, "output_loading_info": True})
     except ValueError as error:
@@ -209,6 +216,8 @@ def load_base(name_or_path, auto_class, **kwargs):
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers would go on with random values in their place
         raise ValueError(f"base={name_or_path!r} is incomplete or no causal LM: it lacks {', '.join(missing[:8])}.")
+    if isinstance(kwargs["revision"], ResolvedRevision):
+        base.config._commit_hash = kwargs["revision"].resolved
     return base
 
 

@@ -20,7 +20,7 @@ from .adapter_moextend import (
     write_text,
 )
 from .configuration_moextend import MoExtendConfig, normalise_plan, routing_choices
-from .hub_moextend import PUSH_KWARGS, check_save_kwargs, upload, write_card
+from .hub_moextend import PUSH_KWARGS, check_published, check_save_kwargs, upload
 from .layers_moextend import (
     RoutingState,
     add_experts,
@@ -371,6 +371,8 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
         folder, writes = Path(save_directory), kwargs.pop("is_main_process", True)
         check_save_kwargs(kwargs)
         check_folder(folder, self.config)
+        if push_to_hub:
+            check_published(self.config)
         dtype = getattr(torch, adapter_dtype) if isinstance(adapter_dtype, str) else adapter_dtype or self.base.dtype
         tensors = gather(self.adapter_tensors(), dtype, keep=writes)
         if not writes:
@@ -384,15 +386,19 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
         write_text(folder / "config.json", config.to_json_string(use_diff=False))
         if push_to_hub:
             push = {name: kwargs[name] for name in PUSH_KWARGS if name in kwargs}
-            upload(folder, push.pop("repo_id", folder.name), **push)
+            upload(folder, push.pop("repo_id", folder.name), config, **push)
 
-    def push_to_hub(self, repo_id, *, adapter_dtype=None, max_shard_size="50GB", **kwargs):
-        """Saves the adapter to a temporary folder and uploads it as one commit, with a model card if none is there."""
+    def push_to_hub(self, repo_id, *, processor=None, adapter_dtype=None, max_shard_size="50GB", **kwargs):
+        """Saves the adapter to a temporary folder and uploads it as one commit: see `hub_moextend.upload`.
+
+        `processor` (or tokenizer) goes along. Refused (ValueError) where base or encoder are not on the Hub.
+        """
+        check_published(self.config)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, adapter_dtype=adapter_dtype, max_shard_size=max_shard_size)
-            parameters = sum(tensor.numel() for tensor in self.adapter_tensors().values())
-            make_card = partial(write_card, Path(folder), self.config, repo_id, parameters)
-            return upload(Path(folder), repo_id, make_card=make_card, **kwargs)
+            if processor is not None:
+                processor.save_pretrained(folder)
+            return upload(Path(folder), repo_id, self.config, **kwargs)
 
     @classmethod
     def from_pretrained(

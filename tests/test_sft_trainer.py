@@ -2,7 +2,6 @@
 
 import os
 import re
-import types
 
 import pytest
 import torch
@@ -376,39 +375,6 @@ def test_the_card_is_moextends(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "trust_remote_code=True" in card and "pipeline(" not in card
     assert "| learning_rate | 0.01 |" in card and "| lr_scheduler_type | linear |" in card
-
-
-def test_pushing_leaves_pickles_at_home(tmp_path, monkeypatch):
-    """Neither a push while training nor the last one sends training_args.bin or optimiser states."""
-    uploads = []
-
-    class Hub:
-        def create_repo(self, *args, **kwargs):
-            return types.SimpleNamespace(repo_id="me/adapter")
-
-        def upload_folder(self, folder_path, ignore_patterns, **kwargs):
-            names = sorted(name for name in os.listdir(folder_path) if not name.startswith("checkpoint-"))
-            uploads.append((names, kwargs["commit_message"]))
-            return types.SimpleNamespace(done=lambda: True, result=lambda: None, is_done=lambda: True)
-
-        def __getattr__(self, name):
-            return lambda *args, **kwargs: None
-
-    monkeypatch.setattr("transformers.trainer.hf_api", lambda *args, **kwargs: Hub())
-    trainer = make_trainer(
-        tmp_path, save_strategy="steps", save_steps=1, push_to_hub=True, hub_model_id="me/adapter", max_steps=2
-    )
-    trainer.train()
-    trainer.push_to_hub("the end")
-    assert [message for _, message in uploads] == [
-        "Training in progress, step 1",
-        "Training in progress, step 2",
-        "the end",
-    ]
-    for names, _ in uploads:
-        assert {"config.json", ADAPTER, "README.md", "modeling_moextend.py", "tokenizer.json"} <= set(names)
-        assert not [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
-    assert load_file(tmp_path / "checkpoint-2" / ADAPTER)["layers.1.router.weight"].dtype == torch.float32
 
 
 # ------------------------------------------------------------------ resuming
