@@ -1,0 +1,532 @@
+"""Layouts of a base: quantised, sharded, kernelised. Each extends as a plain base does, or is refused by its name."""
+
+import copy
+import os
+import types
+import warnings
+
+import pytest
+import torch
+from conftest import COMMON, FAMILIES, batch, in_two_processes, leave_group, make_base, make_encoder, shake
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    FineGrainedFP8Config,
+    GgufConfig,
+    Mxfp4Config,
+    TorchAoConfig,
+)
+from transformers.distributed import DistributedConfig
+from transformers.integrations.finegrained_fp8 import FP8Experts, replace_with_fp8_linear
+from transformers.integrations.mxfp4 import Mxfp4GptOssExperts, Mxfp4GptOssMLP
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+from modeling_moextend import MoExtendForCausalLM
+from modeling_moextend.adapter_moextend import base_tensors_hash
+from modeling_moextend.layouts_moextend import check_gradients, runs_own_forward
+
+PLAN = {1: [0, 3], 2: [1]}
+COMPETE = {"scope": "all", "selection": "compete", "calibration": "none"}
+SHARDED = "can't be extended where its tensors are spread over processes"
+
+
+def extend(base, plan=PLAN, **options):
+    return MoExtendForCausalLM.from_base(base, plan, **{**COMPETE, **options})
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**batch()).logits
+
+
+# ------------------------------------------------------------------ refused from the config, before loading
+
+
+def config_only(folder, family="mixtral", **quantisation):
+    """A checkpoint of nothing but its config: whatever reads weights fails on it."""
+    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family]})
+    config.architectures = [type(make_base(family)).__name__]
+    if quantisation:
+        config.quantization_config = quantisation
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "quantisation", "advice"),
+    [
+        ("gpt_oss", {"quant_method": "mxfp4"}, r"Mxfp4Config\(dequantize=True\)"),
+        ("mixtral", {"quant_method": "fp8"}, r"FineGrainedFP8Config\(dequantize=True\)"),
+        ("mixtral", {"quant_method": "mxfp8"}, r"FineGrainedFP8Config\(dequantize=True\)"),
+        ("mixtral", {"quant_method": "fbgemm_fp8"}, "the checkpoint that it was quantised from"),
+        ("mixtral", {"quant_method": "nvfp4"}, "the checkpoint that it was quantised from"),
+        ("mixtral", {"quant_method": "awq", "bits": 4}, "the checkpoint that it was quantised from"),
+        ("mixtral", {"quant_method": "bitnet"}, "the checkpoint that it was quantised from"),
+    ],
+)
+def test_a_packed_checkpoint_is_refused_before_its_weights_are_read(
+    family, quantisation, advice, tmp_path, monkeypatch
+):
+    method = quantisation["quant_method"]
+    # A machine that has what this format needs: on one without, transformers dequantises, or says what is missing.
+    monkeypatch.setattr(AUTO_QUANTIZER_MAPPING[method], "validate_environment", lambda self, **kwargs: None)
+    path = config_only(tmp_path, family, **quantisation)
+    with pytest.raises(ValueError, match=f"quantised with '{method}'.*bitsandbytes or torchao.*{advice}"):
+        extend(path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tp_plan": "auto"},
+        {"tp_size": 2},
+        {"device_mesh": "mesh"},
+        {"distributed_config": DistributedConfig(tp_size=2, tp_plan="auto")},
+        {"distributed_config": DistributedConfig(ep_size=2, tp_size=2)},
+        {"distributed_config": {"fsdp_size": 2}},
+    ],
+)
+def test_a_base_to_be_sharded_is_refused_before_anything_is_read(options):
+    with pytest.raises(ValueError, match=f"{SHARDED}: {next(iter(options))} was given.*device_map.*FSDP2"):
+        extend("no such folder", **options)
+
+
+def test_an_adapter_refuses_a_base_to_be_sharded_as_well(tmp_path):
+    make_base().save_pretrained(tmp_path / "base")
+    extend(str(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=f"{SHARDED}: tp_plan was given"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", tp_plan="auto")
+
+
+# ------------------------------------------------------------------ refused as loaded models
+
+
+def fp8_base():
+    """Experts and linear layers as a GPU that can FP8 would hold them, weights and scales."""
+    base = make_base()
+    replace_with_fp8_linear(base, ["lm_head"], FineGrainedFP8Config(weight_block_size=(32, 32)), pre_quantized=True)
+    assert isinstance(base.model.layers[1].mlp.experts, FP8Experts)
+    return base.to_empty(device="cpu")
+
+
+def mxfp4_base():
+    """gpt-oss as a machine with triton kernels holds it: packed experts, and a block that routes by itself."""
+    base = make_base("gpt_oss")
+    for layer in base.model.layers:
+        layer.mlp = Mxfp4GptOssMLP(layer.mlp.router, Mxfp4GptOssExperts(base.config))
+    return base
+
+
+def test_fp8_experts_are_refused_by_class_and_dtype():
+    base = fp8_base()
+    message = r"model.layers.0.mlp.experts.gate_up_proj .* quantised \(FP8Experts, torch.float8_e4m3fn\).*dequantised"
+    with pytest.raises(ValueError, match=message):
+        extend(base)
+
+
+def test_packed_mxfp4_experts_are_refused_by_class_and_dtype():
+    with pytest.raises(ValueError, match=r"experts.gate_up_proj .* quantised \(Mxfp4GptOssExperts, torch.uint8\)"):
+        extend(mxfp4_base())
+
+
+def test_a_packed_router_is_refused_by_name():
+    base = make_base()
+    router = base.model.layers[2].mlp.gate
+    router.weight = nn.Parameter(router.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"model.layers.2.mlp.gate.weight .*\(MixtralTopKRouter, torch.int8\)"):
+        extend(base)
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "message"),
+    [
+        (Mxfp4Config(), r"'mxfp4'.*Mxfp4Config\(dequantize=True\)"),
+        (FineGrainedFP8Config(), r"'fp8'.*FineGrainedFP8Config\(dequantize=True\)"),
+        (GgufConfig(gguf_file="x.gguf"), r"'gguf'.*GgufConfig\(dequantize=True\)"),
+    ],
+)
+def test_a_model_quantised_by_transformers_is_refused_by_its_method(quantisation, message):
+    base = make_base()
+    base.is_quantized, base.config.quantization_config = True, quantisation  # what its quantisers leave behind
+    with pytest.raises(ValueError, match=message):
+        extend(base)
+    base.is_quantized, base.config.quantization_config = True, BitsAndBytesConfig(load_in_8bit=True)
+    extend(base)
+
+
+def test_a_model_sharded_after_it_was_extended_takes_no_more_experts():
+    model = extend(make_base(), {1: [0]})
+    model.base.model.layers[2].mlp.experts._is_expert_parallel = True
+    with pytest.raises(ValueError, match=f"{SHARDED}: .*expert parallel"):
+        model.extend({2: [0]})
+
+
+# ------------------------------------------------------------------ packed on disk, dequantised on loading
+
+
+def fp8_blocks(tensor):
+    """Values and inverse scale [1, 1] of one block that holds the whole matrix."""
+    scale = tensor.abs().max() / torch.finfo(torch.float8_e4m3fn).max
+    return (tensor / scale).to(torch.float8_e4m3fn), scale.reshape(1, 1)
+
+
+def fp8_checkpoint(folder):
+    make_base("qwen3_moe").save_pretrained(folder)
+    tensors, packed = load_file(folder / "model.safetensors"), {}
+    for name, tensor in tensors.items():
+        if name.endswith("_proj.weight"):
+            packed[name], packed[f"{name}_scale_inv"] = fp8_blocks(tensor)
+        else:
+            packed[name] = tensor
+    save_file(packed, folder / "model.safetensors", {"format": "pt"})
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    config.save_pretrained(folder)
+    name = "model.layers.1.mlp.experts.3.down_proj.weight"
+    return packed[name].float() * packed[f"{name}_scale_inv"]
+
+
+FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def mxfp4_checkpoint(folder):
+    config = AutoConfig.for_model("gpt_oss", **{**COMMON, **FAMILIES["gpt_oss"], "intermediate_size": 64})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, width, height = tensors.pop(name).shape  # the family's experts are transposed
+        tensors[f"{name}_blocks"] = torch.randint(256, (experts, height, width // 32, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.full((experts, height, width // 32), 124, dtype=torch.uint8)  # 2 ** -3
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config.quantization_config = {"quant_method": "mxfp4"}
+    config.save_pretrained(folder)
+    blocks = tensors["model.layers.1.mlp.experts.down_proj_blocks"][3].flatten(1).long()  # [H, I / 2]
+    codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(1)
+    return (FP4[codes & 7] * (1 - 2 * (codes >> 3)) / 8).T
+
+
+CHECKPOINTS = {
+    "fp8": (fp8_checkpoint, FineGrainedFP8Config(dequantize=True)),
+    "mxfp4": (mxfp4_checkpoint, Mxfp4Config(dequantize=True)),
+}
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["asked", "by transformers"])
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_a_dequantised_checkpoint_extends(kind, asked, tmp_path):
+    """Asked for in the call, as a machine with a GPU needs, or done by transformers where there is none."""
+    make, quantisation = CHECKPOINTS[kind]
+    (tmp_path / "base").mkdir()
+    expert = make(tmp_path / "base")
+    options = {"quantization_config": copy.deepcopy(quantisation)} if asked else {}
+    expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base", **copy.deepcopy(options)))
+    model = extend(str(tmp_path / "base"), **copy.deepcopy(options))
+    copied = model.adapter_tensors()["layers.1.experts.down_proj"][1]
+    torch.testing.assert_close(copied, expert.to(model.base.dtype).float(), rtol=1e-2 if kind == "fp8" else 0, atol=0)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+    on = logits(shake(model))
+    assert not torch.equal(on, expected)
+    model.save_pretrained(tmp_path / "adapter", adapter_dtype="float32")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", **copy.deepcopy(options))
+    assert torch.equal(logits(loaded), on)
+
+
+# ------------------------------------------------------------------ hub kernels and other patches
+
+
+def kernel(self, hidden_states):
+    return torch.zeros_like(hidden_states), None
+
+
+def kernelise(module, forward=kernel):
+    """What `kernels.kernelize` does: binds another class's forward, or by way of fallback the module's own."""
+    module.forward = types.MethodType(forward, module)
+
+
+REPLACED = "In layer 1, kernel runs in the place of {}.forward.*new experts would take no part.*KernelConfig"
+
+
+@pytest.mark.parametrize("part", ["block", "router", "experts"])
+def test_a_kernelised_base_is_refused(part):
+    base = make_base("gpt_oss")
+    block = base.model.layers[1].mlp
+    module = block if part == "block" else getattr(block, part)
+    kernelise(module)
+    with pytest.raises(ValueError, match=REPLACED.format(f".*{type(module).__name__}")):
+        extend(base, {1: [0]})
+    assert type(block.router).__name__ == "GptOssTopKRouter" and not hasattr(block.router, "moextend")
+
+
+@pytest.mark.parametrize("part", ["block", "router", "experts"])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_kernel_that_comes_after_the_adapter_is_refused_in_the_next_pass(part, copied):
+    model = extend(make_base("gpt_oss"), {1: [0]})
+    logits(model)
+    if copied:
+        model = copy.deepcopy(model)
+    block = model.base.model.layers[1].mlp
+    module = block if part == "block" else getattr(block, part)
+    kernelise(module, lambda self, *args: kernel(*args))
+    with pytest.raises(ValueError, match="In layer 1, .*<lambda> runs in the place of"):
+        logits(model)
+    with pytest.raises(ValueError, match="In layer 1, .*<lambda> runs in the place of"), torch.no_grad():
+        model.model(**batch())  # the body, as trainers call it
+
+
+def test_a_kernel_in_a_layer_added_later_is_refused():
+    model = extend(make_base("gpt_oss"), {1: [0]})
+    kernelise(model.base.model.layers[2].mlp)
+    logits_before = logits(extend(make_base("gpt_oss"), {1: [0]}))
+    assert not torch.equal(logits(model), logits_before)  # layer 2 has no new experts: the base's own business
+    model.extend({2: [0]})
+    with pytest.raises(ValueError, match="In layer 2, kernel runs in the place of GptOssMLP.forward"):
+        logits(model)
+
+
+def test_a_switched_off_adapter_leaves_kernels_to_the_base():
+    model = extend(make_base("gpt_oss"), {1: [0]})
+    kernelise(model.base.model.layers[1].mlp)
+    base = make_base("gpt_oss")
+    kernelise(base.model.layers[1].mlp)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base))
+
+
+def test_kernels_that_fall_back_to_the_blocks_own_forward_change_nothing():
+    base = make_base("gpt_oss")
+    for layer in base.model.layers:
+        kernelise(layer.mlp, type(layer.mlp).forward)
+        kernelise(layer.input_layernorm, type(layer.input_layernorm).forward)
+    model, plain = shake(extend(base)), shake(extend(make_base("gpt_oss")))
+    assert torch.equal(logits(model), logits(plain))
+
+
+def test_a_router_bound_to_its_base_class_before_the_adapter_is_refused():
+    """Kernels bind a module's own forward where they have none: the swapped class would never be asked."""
+    base = make_base("qwen3_moe")
+    router = base.model.layers[1].mlp.gate
+    kernelise(router, type(router).forward)
+    assert runs_own_forward(router)
+    with pytest.raises(ValueError, match="Qwen3MoeTopKRouter.forward runs in the place of ExtendedRouter"):
+        extend(base)
+
+
+# ------------------------------------------------------------------ gradients through quantised layers
+
+
+class Packing(nn.Linear):
+    """Stands for bitsandbytes' 4-bit layer on a CPU that packs it at the first inference."""
+
+    support_avx512bf16_for_cpu = True
+
+
+def test_training_is_refused_where_a_quantised_layer_hands_on_no_gradient():
+    base = make_base()
+    attention = base.model.layers[3].self_attn
+    attention.o_proj.__class__ = Packing
+    base.is_quantized, base.config.quantization_config = True, BitsAndBytesConfig(load_in_4bit=True)
+    model = extend(base)
+    message = r"layers.3.self_attn.o_proj of the quantised base \(Packing, Parameter\) hands on no gradient"
+    with pytest.raises(ValueError, match=message + r".*load_in_8bit=True.*Int8WeightOnlyConfig"):
+        model.set_trainable()
+    with pytest.raises(ValueError, match=message):
+        model(**batch())
+    with pytest.raises(ValueError, match=message):
+        model.model(**batch())
+    assert torch.equal(logits(model), logits(extend(make_base())))  # without gradients it answers
+    with model.disable_adapter():
+        assert torch.equal(model(**batch()).logits, logits(make_base()))
+
+
+def test_a_projector_is_not_trained_through_such_a_layer_either():
+    base = make_base()
+    base.model.layers[0].self_attn.o_proj.__class__ = Packing
+    base.is_quantized, base.config.quantization_config = True, BitsAndBytesConfig(load_in_4bit=True)
+    model = MoExtendForCausalLM.from_base(base, {}, encoder=make_encoder())
+    with pytest.raises(ValueError, match="layers.0.self_attn.o_proj of the quantised base"):
+        model(**batch())
+
+
+def test_an_unquantised_base_is_asked_nothing():
+    base = make_base()
+    base.model.layers[3].self_attn.o_proj.__class__ = Packing
+    check_gradients(extend(base))
+
+
+# ------------------------------------------------------------------ bitsandbytes and torchao, for real
+
+
+def linear_base(family, folder):
+    """Wide enough for bitsandbytes' blocks of 64 values."""
+    width = {"hidden_size": 128, "head_dim": 32} if family == "qwen3_moe" else {"hidden_size": 128}
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **width}))
+    with torch.no_grad():
+        for name, tensor in base.named_parameters():
+            if name.endswith(".gate.weight") or "experts" in name:
+                tensor.normal_(std=0.2)
+    base.save_pretrained(folder)
+    return str(folder)
+
+
+def quantisation(kind):
+    if kind == "bitsandbytes 8-bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if kind == "bitsandbytes 4-bit":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
+
+    return TorchAoConfig({"torchao": Int8WeightOnlyConfig, "dynamic": Int8DynamicActivationInt8WeightConfig}[kind]())
+
+
+def whole(linear):
+    """The weight [O, I] of a quantised linear layer, in float32."""
+    if type(linear).__name__ == "Linear4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(linear.weight, linear.weight.quant_state).float()
+    if type(linear).__name__ == "Linear8bitLt":
+        return linear.weight.data.float() * linear.state.SCB.unsqueeze(-1) / 127  # moved there by its first pass
+    return linear.weight.dequantize().float()
+
+
+def dequantised(base, path):
+    """The unquantised base with the quantised base's weights: plain torch from here on."""
+    plain = AutoModelForCausalLM.from_pretrained(path)
+    for name, linear in base.named_modules():
+        if isinstance(linear, nn.Linear) and type(linear.weight) is not nn.Parameter:
+            plain.get_submodule(name).weight.data = whole(linear)
+    return plain
+
+
+def unpacked(base):
+    """Linear4bit as on a GPU, or a CPU without AVX512-BF16: never packed for inference."""
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return base
+
+
+def load(path, kind):
+    return unpacked(AutoModelForCausalLM.from_pretrained(path, quantization_config=quantisation(kind)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["bitsandbytes 8-bit", "bitsandbytes 4-bit", "torchao"])
+def test_a_base_with_quantised_linear_layers(kind, family, tmp_path):
+    path = linear_base(family, tmp_path / "base")
+    base = load(path, kind)
+    assert type(base.model.layers[1].self_attn.q_proj.weight) is not nn.Parameter
+    assert type(base.model.layers[1].mlp.experts.down_proj) is nn.Parameter
+    expected, frozen = logits(base), base_tensors_hash(types.SimpleNamespace(base=base, modules=base.modules))
+    model = extend(load(path, kind))
+    with model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+
+    # The gradient is that of plain linear layers with the same values, and only new tensors have any.
+    shake(model).set_trainable()
+    twin = shake(extend(dequantised(base, path)))
+    twin.set_trainable()
+    inputs = {**batch(), "labels": batch()["input_ids"]}
+    for one in (model, twin):
+        one(**inputs).loss.backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient and all("moextend" in name for name in with_gradient)
+    for name, tensor in model.adapter_tensors().items():
+        # 8-bit layers round their input to fp16, and it to 8 bits, in the forward pass alone
+        error = (tensor.grad - twin.adapter_tensors()[name].grad).norm() / tensor.grad.norm().clamp_min(1e-9)
+        assert error < (0.1 if kind == "bitsandbytes 8-bit" else 1e-4), (name, error)
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer.step()
+    after = base_tensors_hash(types.SimpleNamespace(base=model.base, modules=model.modules))
+    assert after == frozen
+    model.save_pretrained(tmp_path / "adapter", adapter_dtype="float32")
+    on = logits(model)
+    loaded = MoExtendForCausalLM.from_pretrained(tmp_path / "adapter", base=load(path, kind))
+    assert torch.equal(logits(loaded), on) and not torch.equal(on, expected)
+    assert torch.equal(logits(model.detach()), expected)
+
+
+@pytest.mark.slow
+def test_an_adapter_is_loaded_onto_a_quantised_base_by_its_options(tmp_path):
+    path = linear_base("mixtral", tmp_path / "base")
+    options = {"quantization_config": quantisation("bitsandbytes 8-bit")}
+    model = shake(extend(path, **options))
+    model.save_pretrained(tmp_path / "adapter", adapter_dtype="float32")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", **options)
+    assert type(loaded.base.model.layers[0].self_attn.q_proj).__name__ == "Linear8bitLt"
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bitsandbytes 4-bit", "dynamic"])
+def test_training_is_refused_where_the_packages_have_no_backward(kind, tmp_path):
+    path = linear_base("mixtral", tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(path, quantization_config=quantisation(kind))
+    if kind == "bitsandbytes 4-bit":  # also on a CPU that could not pack
+        for module in base.modules():
+            if type(module).__name__ == "Linear4bit":
+                module.support_avx512bf16_for_cpu = True
+    model = extend(base)
+    with pytest.raises(ValueError, match="q_proj of the quantised base.*hands on no gradient"):
+        model.set_trainable()
+
+
+@pytest.mark.slow
+def test_experts_quantised_by_torchao_are_refused(tmp_path):
+    from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
+
+    path = linear_base("mixtral", tmp_path / "base")
+    config = FqnToConfig({r"re:.*\.experts\.down_proj": Int8WeightOnlyConfig()})
+    with pytest.raises(ValueError, match=r"experts.down_proj of the base is quantised \(MixtralExperts, Int8Tensor"):
+        extend(path, quantization_config=TorchAoConfig(config))
+
+
+# ------------------------------------------------------------------ two processes
+
+PARALLEL = {
+    "tensor parallel": {"tp_plan": "auto"},
+    "expert parallel": {"tp_size": 2, "ep_size": 2},
+    "enable_expert_parallel": {"tp_size": 2, "tp_plan": "auto", "enable_expert_parallel": True},
+    "FSDP": {"fsdp_size": 2},
+}
+
+
+def work(rank, port, folder):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    found, expected = {}, logits(make_base())
+    for name, settings in PARALLEL.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            distributed = DistributedConfig(**settings)
+        base = AutoModelForCausalLM.from_pretrained(f"{folder}/base", distributed_config=distributed)
+        answer = logits(base)
+        answer = answer.full_tensor() if hasattr(answer, "full_tensor") else answer
+        torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-5)  # transformers did shard it, and rightly
+        with pytest.raises(ValueError, match=SHARDED) as error:
+            extend(base)
+        found[name] = str(error.value)
+    torch.save(found, f"{folder}/{rank}.pt")
+    leave_group()
+
+
+@pytest.mark.slow
+def test_a_base_sharded_over_two_processes_is_refused_by_name(tmp_path):
+    make_base().save_pretrained(tmp_path / "base")
+    in_two_processes(work, tmp_path)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found.keys() == PARALLEL.keys()
+        assert "sharded over processes (tp_plan or FSDP)" in found["tensor parallel"]
+        assert "(expert parallel)" in found["expert parallel"]
+        assert "(expert parallel)" in found["enable_expert_parallel"]
+        assert "sharded over processes (tp_plan or FSDP)" in found["FSDP"]
