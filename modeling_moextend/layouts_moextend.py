@@ -130,8 +130,8 @@ def check_plain(name, block):
 def sharded_message(found):
     return (
         f"A base can't be extended where its tensors are spread over processes: {found}. New experts are copied from "
-        "whole experts. Load the base without distributed_config, tp_plan or enable_expert_parallel; device_map spreads "
-        "it over the devices of one process, and for training FSDP2 shards the extended model (docs/layouts.md)."
+        "whole experts. Load the base without distributed_config, tp_plan or enable_expert_parallel; device_map "
+        "spreads it over the devices of one process, and FSDP2 shards the extended model for training."
     )
 
 
@@ -187,9 +187,9 @@ def runs_own_forward(module):
 def check_gradients(model):
     """Refuses to train over a quantised base whose linear layers hand on no gradient, or a wrong one.
 
-    What a new expert learns depends on the layers above it. bitsandbytes' 4-bit layers on a CPU with AVX512-BF16 repack
-    themselves at the first inference and have no backward after that; torchao's layers with quantised activations never
-    have one.
+    What a new expert learns depends on the layers above it. bitsandbytes' 4-bit layers on a CPU with AVX512-BF16
+    repack themselves at the first inference and have no backward after that; torchao's layers with quantised
+    activations never have one.
 
     Raises:
         ValueError: names the layer.

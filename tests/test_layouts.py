@@ -404,6 +404,18 @@ def dequantised(base, path):
     return plain
 
 
+def check_backward(base):
+    """The gradient at the input of every quantised layer is the one at its output times its weight."""
+    quantised = [one for one in base.modules() if isinstance(one, nn.Linear) and type(one.weight) is not nn.Parameter]
+    assert len(quantised) == 16  # attention's, in four layers
+    for linear in quantised:
+        rows = torch.randn(5, linear.in_features, requires_grad=True)
+        output = linear(rows)
+        after = torch.randn(output.shape)
+        output.backward(after)
+        torch.testing.assert_close(rows.grad, after @ whole(linear), rtol=1e-4, atol=1e-5)
+
+
 def unpacked(base):
     """Linear4bit as on a GPU, or a CPU without AVX512-BF16: never packed for inference."""
     for module in base.modules():
@@ -429,19 +441,18 @@ def test_a_base_with_quantised_linear_layers(kind, family, tmp_path):
     with model.disable_adapter():
         assert torch.equal(logits(model), expected)
 
-    # The gradient is that of plain linear layers with the same values, and only new tensors have any.
     shake(model).set_trainable()
-    twin = shake(extend(dequantised(base, path)))
-    twin.set_trainable()
     inputs = {**batch(), "labels": batch()["input_ids"]}
-    for one in (model, twin):
-        one(**inputs).loss.backward()
+    model(**inputs).loss.backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
     assert with_gradient and all("moextend" in name for name in with_gradient)
-    for name, tensor in model.adapter_tensors().items():
-        # 8-bit layers round their input to fp16, and it to 8 bits, in the forward pass alone
-        error = (tensor.grad - twin.adapter_tensors()[name].grad).norm() / tensor.grad.norm().clamp_min(1e-9)
-        assert error < (0.1 if kind == "bitsandbytes 8-bit" else 1e-4), (name, error)
+    check_backward(base)
+    if kind != "bitsandbytes 8-bit":  # it rounds activations as well, and a rounding turns the choice of some tokens
+        twin = shake(extend(dequantised(base, path)))
+        twin.set_trainable()
+        twin(**inputs).loss.backward()
+        for name, tensor in twin.adapter_tensors().items():
+            torch.testing.assert_close(model.adapter_tensors()[name].grad, tensor.grad, rtol=1e-3, atol=1e-6)
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     optimizer.step()
