@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import COMMON, FAMILIES, batch, in_two_processes, leave_group, make_base, make_encoder, shake
 from safetensors.torch import load_file, save_file
+from test_sft_trainer import make_trainer
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -474,6 +475,22 @@ def test_an_adapter_is_loaded_onto_a_quantised_base_by_its_options(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", **options)
     assert type(loaded.base.model.layers[0].self_attn.q_proj).__name__ == "Linear8bitLt"
     assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bitsandbytes 8-bit", "torchao"])
+def test_the_trainer_verifies_a_quantised_base(kind, tmp_path):
+    model = extend(load(linear_base("mixtral", tmp_path / "base"), kind))
+    before = {name: tensor.detach().clone() for name, tensor in model.adapter_tensors().items()}
+    trainer = make_trainer(tmp_path / "run", model, verify_base=True)  # hashes every base tensor before and after
+    trainer.train()
+    trainer.save_model(tmp_path / "adapter")
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in model.adapter_tensors().items())
+    hashes = base_tensors_hash(model)
+    weight = model.base.model.layers[0].self_attn.q_proj.weight
+    (weight.qdata if kind == "torchao" else weight.data)[0, 0] += 1
+    changed = {name for name, found in base_tensors_hash(model).items() if found != hashes[name]}
+    assert changed == {"base.model.layers.0.self_attn.q_proj.weight"}
 
 
 @pytest.mark.slow
