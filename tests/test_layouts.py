@@ -158,6 +158,12 @@ def test_a_model_quantised_by_transformers_is_refused_by_its_method(quantisation
     extend(base)
 
 
+def test_an_adapter_refuses_a_packed_base_given_as_a_model(tmp_path):
+    extend(make_base()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="FP8Experts, torch.float8_e4m3fn"):
+        MoExtendForCausalLM.from_pretrained(tmp_path, base=fp8_base(), check_base=False)
+
+
 def test_a_model_sharded_after_it_was_extended_takes_no_more_experts():
     model = extend(make_base(), {1: [0]})
     model.base.model.layers[2].mlp.experts._is_expert_parallel = True
@@ -305,6 +311,21 @@ def test_kernels_that_fall_back_to_the_blocks_own_forward_change_nothing():
         kernelise(layer.input_layernorm, type(layer.input_layernorm).forward)
     model, plain = shake(extend(base)), shake(extend(make_base("gpt_oss")))
     assert torch.equal(logits(model), logits(plain))
+
+
+def test_kernels_of_norms_are_the_bases_own():
+    def doubled(self, hidden_states):
+        return 2 * type(self).forward(self, hidden_states)
+
+    plain = [make_base("gpt_oss"), extend(make_base("gpt_oss"))]
+    before = [logits(model) for model in plain]
+    for model in plain:
+        for layer in model.get_decoder().layers:
+            kernelise(layer.input_layernorm, doubled)
+    base, model = plain
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base))
+    assert not torch.equal(logits(base), before[0]) and not torch.equal(logits(model), before[1])
 
 
 def test_a_router_bound_to_its_base_class_before_the_adapter_is_refused():
