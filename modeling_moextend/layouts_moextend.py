@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.quantizers.auto import get_hf_quantizer
 
 from .adapter_moextend import DTensor, is_plain
-from .layers_moextend import find_moe_layers
+from .families_moextend import find_moe_layers
 
 QUANTISED_LINEAR = ("bitsandbytes", "torchao")  # quantise only nn.Linear, so experts and routers stay as they are
 DEQUANTISE = {
@@ -28,7 +28,6 @@ DEQUANTISE = {
 DISTRIBUTED = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
 CONFIG_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 CONFIG_KWARGS += ("trust_remote_code", "code_revision")
-BLOCK_PARTS = ("experts", "gate", "router")
 
 
 # ---------------------------------------------------------------- before a base is loaded
@@ -95,10 +94,10 @@ def check_method(quantisation):
 
 
 def check_layout(base):
-    """Refuses a loaded base that is sharded over processes, or whose experts or router aren't plain numbers.
+    """Refuses a loaded base that is sharded over processes, or quantised in a way that reaches the experts.
 
     Raises:
-        ValueError: names the layout, or the module and tensor; says how to load the base instead.
+        ValueError: names the layout and says how to load the base instead.
     """
     if any(getattr(module, "_is_expert_parallel", False) for module in base.modules()):
         raise ValueError(sharded_message("the base's experts are spread over processes (expert parallel)"))
@@ -107,21 +106,27 @@ def check_layout(base):
         raise ValueError(sharded_message(f"the base's {sharded} is sharded over processes (tp_plan or FSDP)"))
     if getattr(base, "is_quantized", False):  # set by transformers' quantisers, and only by them
         check_method(quantisation_of(base.config))
-    for name, block in base.named_modules():
-        if "experts" in block._modules:
-            check_plain(name, block)
 
 
-def check_plain(name, block):
-    """Refuses a MoE block whose experts or router hold anything but floating-point numbers."""
-    for part in BLOCK_PARTS:
-        module = block._modules.get(part)
-        for key, tensor in module.named_parameters() if module is not None else ():
+def check_layer(index, layer):
+    """Refuses to extend a `MoELayer` that is kernelised, sharded, or whose experts or router aren't plain numbers.
+
+    Raises:
+        ValueError: names the module and tensor; says how to load the base instead.
+    """
+    if not runs_own_forward(layer.block):
+        raise ValueError(replaced_message(index, layer.block))
+    for module in (layer.router, layer.experts):
+        if bound_forward(module) is not None and "moextend" not in module._modules:  # it outlives the swapped class
+            raise ValueError(replaced_message(index, module))
+        for name, tensor in module.named_parameters():
+            if isinstance(tensor, DTensor):
+                raise ValueError(sharded_message(f"{name} of layer {index} is sharded over processes"))
             if not is_plain(tensor):
                 kind = tensor.dtype if type(tensor) is nn.Parameter else f"{type(tensor).__name__}, {tensor.dtype}"
                 raise ValueError(
-                    f"{name}.{part}.{key} of the base is quantised ({type(module).__name__}, {kind}): new experts and "
-                    "router rows are copied from plain float32, bfloat16 or float16 tensors. Load the base "
+                    f"{type(module).__name__}.{name} in layer {index} of the base is quantised ({kind}): new experts "
+                    "and router rows are copied from plain float32, bfloat16 or float16 tensors. Load the base "
                     "dequantised, or leave experts and routers out of its quantisation "
                     "(BitsAndBytesConfig(llm_int8_skip_modules=[...]), TorchAoConfig(modules_to_not_convert=[...]))."
                 )
@@ -138,47 +143,51 @@ def sharded_message(found):
 # ---------------------------------------------------------------- what runs in place of a module
 
 
-def check_forwards(model):
-    """Refuses a pass in which something runs in the place of an extended layer's block, router or experts.
+def check_pass(model):
+    """Refuses a pass in which new experts would take no part, or train on a wrong gradient.
 
     Hub kernels (`use_kernels=True`, `kernelize`) and other patches put a function of their own before a module's
-    forward; new experts then take no part, and nobody would notice. They may come after the adapter, so every pass
-    asks.
+    forward. They may come after the adapter, and nobody would notice; so every pass asks.
 
     Raises:
-        ValueError: names layer, module and what runs there.
+        ValueError: names layer, module and what runs there; or see `check_gradients`.
     """
-    plan = tuple(model.config.extended_layers)
-    if model.__dict__.get("_watched", (None, None))[0] != plan:
-        model.__dict__["_watched"] = plan, watched_modules(model.get_decoder(), plan)
-    for layer, module in model.__dict__["_watched"][1]:
-        if not runs_own_forward(module):
-            forward = module.__dict__["forward"]
-            raise ValueError(
-                f"In layer {layer}, {getattr(forward, '__qualname__', forward)} runs in the place of "
-                f"{type(module).__name__}.forward (a hub kernel or another patch), so new experts would take no part. "
-                "Load the base without use_kernels, or with a kernel_config whose mapping leaves MoE blocks and "
-                "routers out, e.g. KernelConfig({'RMSNorm': ...}, inherit_mapping=False)."
-            )
-
-
-def watched_modules(decoder, plan):
-    """(layer, module) of block, router and experts of every extended layer."""
-    layers = find_moe_layers(decoder)
-    owners = {id(child): module for module in decoder.modules() for child in module._modules.values()}
-    return [
-        (layer, module)
-        for layer in plan
-        for module in (owners[id(layers[layer].experts)], layers[layer].router, layers[layer].experts)
-    ]
+    if not model.routing.enabled:
+        return
+    if torch.is_grad_enabled():
+        check_gradients(model)
+    if "_moe_layers" not in model.__dict__:  # found once: it walks over every module
+        model.__dict__["_moe_layers"] = find_moe_layers(model.get_decoder())
+    for index, layer in model.__dict__["_moe_layers"].items():
+        if "moextend" in layer.experts._modules:
+            for module in (layer.block, layer.router, layer.experts):
+                if not runs_own_forward(module):
+                    raise ValueError(replaced_message(index, module))
 
 
 def runs_own_forward(module):
     """Whether a call of `module` runs the forward of its class: directly, bound, or inside accelerate's hook."""
-    forward = module.__dict__.get("forward")
-    if isinstance(forward, functools.partial):
-        forward = module.__dict__.get("_old_forward")
+    forward = bound_forward(module)
     return forward is None or getattr(forward, "__func__", None) is type(module).forward
+
+
+def bound_forward(module):
+    """The forward that lies on the instance, before its class's; `None`: there is none but accelerate's hook."""
+    forward = module.__dict__.get("forward")
+    if not isinstance(forward, functools.partial):
+        return forward
+    inner = module.__dict__.get("_old_forward")  # what accelerate's hook calls: the class's own, unless kernelised
+    return None if getattr(inner, "__func__", None) is type(module).forward else inner
+
+
+def replaced_message(layer, module):
+    forward = bound_forward(module)
+    return (
+        f"In layer {layer}, {getattr(forward, '__qualname__', forward)} lies before {type(module).__name__}.forward on the "
+        "instance (a hub kernel or another patch), so new experts would take no part. Load the base without "
+        "use_kernels, or with a kernel_config whose mapping leaves MoE blocks and routers out, e.g. "
+        "KernelConfig({'RMSNorm': ...}, inherit_mapping=False)."
+    )
 
 
 # ---------------------------------------------------------------- gradients through quantised layers

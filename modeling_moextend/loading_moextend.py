@@ -16,7 +16,7 @@ from .adapter_moextend import fingerprint, same_fingerprint
 from .configuration_moextend import UnknownConfig
 from .families_moextend import family_of, find_rule
 from .layers_moextend import detach, find_moe_layers, input_device
-from .layouts_moextend import check_layout, check_request
+from .layouts_moextend import check_layer, check_layout, check_request
 from .routing_moextend import Rule
 from .vision_moextend import load_encoder, vision_tower
 
@@ -247,7 +247,7 @@ def check_not_extended(base):
 
 
 def check_plan(layers, plan):
-    """Refuses layers that are no MoE layers, and source experts out of range.
+    """Refuses layers that are no MoE layers or in a layout that can't be extended, and source experts out of range.
 
     Raises:
         ValueError: says which layers and experts there are.
@@ -256,6 +256,7 @@ def check_plan(layers, plan):
     if wrong:
         raise ValueError(f"Layers {wrong} are not MoE layers of this base; its MoE layers are {sorted(layers)}.")
     for layer, sources in plan.items():
+        check_layer(layer, layers[layer])
         bad = [source for source in sources if not 0 <= source < layers[layer].num_experts]
         if bad:
             raise ValueError(

@@ -31,7 +31,7 @@ from .layers_moextend import (
     input_device,
     zero_tie,
 )
-from .layouts_moextend import check_forwards, check_gradients, check_layout
+from .layouts_moextend import check_pass
 from .loading_moextend import (
     HUB_KWARGS,
     SHARED_HUB_KWARGS,
@@ -88,7 +88,6 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
                 add_experts(layers[layer], sources, config)
         if config.scope == "gate" and config.extended_layers:
             add_gate(layers, config)
-        check_forwards(self)
         if encoder is not None:
             encoder.requires_grad_(False)
             self.projector = Projector(
@@ -111,12 +110,10 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
 
     def run_base(self, input_ids, position_ids, past_key_values, inputs_embeds, pixel_values, **kwargs):
         """Embeds images, marks the tokens in scope, runs the base. Arguments and outputs are the base's."""
+        check_pass(self)
         past_length = seen_tokens(past_key_values)
         scope = state = None
-        if self.routing.enabled and torch.is_grad_enabled():
-            check_gradients(self)
         if self.routing.enabled and self.config.extended_layers:
-            check_forwards(self)
             mask = kwargs.get("attention_mask")
             place = position_ids, mask, past_key_values, past_length
             scope, state = token_scope(self.config, input_ids, *place, inputs_embeds)
@@ -265,7 +262,6 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
         plan = normalise_plan(plan)
         if not plan:
             raise ValueError("The plan is empty: name layers and source experts, like {2: [1]}.")
-        check_layout(self.base)
         layers = find_moe_layers(self.get_decoder())
         check_plan(layers, plan)
         again = sorted(plan.keys() & self.config.extended_layers.keys())
@@ -320,11 +316,10 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
         expert has a fixed weight, so its row has no gradient and stays frozen.
 
         Raises:
-            ValueError: a stage with nothing to train, or a quantised base that hands on no gradient.
+            ValueError: a stage with nothing to train.
         """
         if stage not in ("align", "finetune"):
             raise ValueError(f"stage={stage!r} is not known; allowed: 'align', 'finetune'.")
-        check_gradients(self)
         with_projector = stage == "align" or (True if train_projector is None else train_projector)
         trained = {}
         for name, tensor in self.adapter_tensors().items():
