@@ -183,8 +183,8 @@ def bound_forward(module):
 def replaced_message(layer, module):
     forward = bound_forward(module)
     return (
-        f"In layer {layer}, {getattr(forward, '__qualname__', forward)} lies before {type(module).__name__}.forward on the "
-        "instance (a hub kernel or another patch), so new experts would take no part. Load the base without "
+        f"In layer {layer}, {getattr(forward, '__qualname__', forward)} lies before {type(module).__name__}.forward "
+        "on the instance (a hub kernel or another patch), so new experts would take no part. Load the base without "
         "use_kernels, or with a kernel_config whose mapping leaves MoE blocks and routers out, e.g. "
         "KernelConfig({'RMSNorm': ...}, inherit_mapping=False)."
     )

@@ -317,8 +317,11 @@ def test_a_kernel_in_a_layer_added_later_is_refused():
     kernelise(model.base.model.layers[2].mlp)
     logits_before = logits(extend(make_base("gpt_oss"), {1: [0]}))
     assert not torch.equal(logits(model), logits_before)  # layer 2 has no new experts: the base's own business
-    model.extend({2: [0]})
     with pytest.raises(ValueError, match="In layer 2, kernel lies before GptOssMLP.forward"):
+        model.extend({2: [0]})
+    model.extend({3: [0]})
+    kernelise(model.base.model.layers[3].mlp)
+    with pytest.raises(ValueError, match="In layer 3, kernel lies before GptOssMLP.forward"):
         logits(model)
 
 
