@@ -176,15 +176,16 @@ def bound_forward(module):
     forward = module.__dict__.get("forward")
     if not isinstance(forward, functools.partial):
         return forward
-    inner = module.__dict__.get("_old_forward")  # what accelerate's hook calls: the class's own, unless kernelised
+    inner = module.__dict__.get("_old_forward", forward)  # what accelerate's hook calls
     return None if getattr(inner, "__func__", None) is type(module).forward else inner
 
 
 def replaced_message(layer, module):
     forward = bound_forward(module)
+    found = getattr(forward, "__qualname__", type(forward).__name__)
     return (
-        f"In layer {layer}, {getattr(forward, '__qualname__', forward)} lies before {type(module).__name__}.forward "
-        "on the instance (a hub kernel or another patch), so new experts would take no part. Load the base without "
+        f"In layer {layer}, {found} lies before {type(module).__name__}.forward on the "
+        "instance (a hub kernel or another patch), so new experts would take no part. Load the base without "
         "use_kernels, or with a kernel_config whose mapping leaves MoE blocks and routers out, e.g. "
         "KernelConfig({'RMSNorm': ...}, inherit_mapping=False)."
     )

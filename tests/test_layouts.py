@@ -1,12 +1,14 @@
 """Layouts of a base: quantised, sharded, kernelised. Each extends as a plain base does, or is refused by its name."""
 
 import copy
+import functools
 import os
 import types
 import warnings
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from conftest import COMMON, FAMILIES, batch, in_two_processes, leave_group, make_base, make_encoder, shake
 from safetensors.torch import load_file, save_file
 from test_sft_trainer import make_trainer
@@ -286,11 +288,14 @@ REPLACED = r"In layer 1, kernel lies before {}.forward.*new experts would take n
 
 
 @pytest.mark.parametrize("part", ["block", "router", "experts"])
-def test_a_kernelised_base_is_refused(part):
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_a_kernelised_base_is_refused(part, offloaded):
     base = make_base("gpt_oss")
     block = base.model.layers[1].mlp
     module = block if part == "block" else getattr(block, part)
     kernelise(module)
+    if offloaded:
+        add_hook_to_module(module, AlignDevicesHook("cpu"))
     with pytest.raises(ValueError, match=REPLACED.format(type(module).__name__)):
         extend(base, {1: [0]})
     assert type(block.router).__name__ == "GptOssTopKRouter" and not hasattr(block.router, "moextend")
@@ -310,6 +315,14 @@ def test_a_kernel_that_comes_after_the_adapter_is_refused_in_the_next_pass(part,
         logits(model)
     with pytest.raises(ValueError, match="In layer 1, .*<lambda> lies before"), torch.no_grad():
         model.model(**batch())  # the body, as trainers call it
+
+
+def test_a_partial_function_in_place_of_a_block_is_refused():
+    base = make_base("gpt_oss")
+    block = base.model.layers[1].mlp
+    block.forward = functools.partial(kernel, block)
+    with pytest.raises(ValueError, match="In layer 1, partial lies before GptOssMLP.forward"):
+        extend(base)
 
 
 def test_a_kernel_in_a_layer_added_later_is_refused():
