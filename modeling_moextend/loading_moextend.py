@@ -18,6 +18,7 @@ from .adapter_moextend import fingerprint, same_fingerprint
 from .configuration_moextend import UnknownConfig
 from .families_moextend import family_of, find_rule, find_rules
 from .layers_moextend import detach, find_moe_layers, input_device
+from .layouts_moextend import check_layer, check_layout, check_request
 from .routing_moextend import Rule
 from .vision_moextend import load_encoder, vision_tower
 
@@ -49,6 +50,7 @@ def load_new_parts(base, encoder, plan, auto_class, options):
             f"{type(base).__name__} has an image encoder of its own: leave out encoder=..., and give images as the "
             "base takes them."
         )
+    check_layout(base)
     check_plan(find_moe_layers(base.get_decoder()), plan)
     if encoder is not None and not isinstance(encoder, PreTrainedModel):
         encoder = load_encoder(encoder, **{key: options[key] for key in ENCODER_KWARGS if key in options})
@@ -76,6 +78,7 @@ def load_parts(stored, base, encoder, auto_class, check_base, options):
         auto_class = auto_class_for(stored.text_config, auto_class)
         base = load_stored("base", base, stored, load_base, auto_class=auto_class, **revision, **options)
     check_not_extended(base)
+    check_layout(base)
     if isinstance(stored.text_config, UnknownConfig) or not check_base:
         stored.text_config = copy.deepcopy(base.config)
     if not check_base:
@@ -200,6 +203,7 @@ def load_base(name_or_path, auto_class, **kwargs):
 
     Its config remembers the commit (`_commit_hash`, which transformers itself sets no longer): see `identity`.
     """
+    check_request(name_or_path, kwargs)
     kwargs["use_safetensors"] = kwargs.get("use_safetensors", True) or None  # False would refuse safetensors
     shared = {key: kwargs[key] for key in SHARED_HUB_KWARGS if key in kwargs}
     kwargs["revision"] = resolve_revision(name_or_path, kwargs.pop("revision", None), **shared)
@@ -256,7 +260,7 @@ def check_not_extended(base):
 
 
 def check_plan(layers, plan):
-    """Refuses layers that are no MoE layers, source experts out of range, and experts spread over processes.
+    """Refuses layers that are no MoE layers or in a layout that can't be extended, and source experts out of range.
 
     Raises:
         ValueError: says which layers and experts there are.
@@ -264,12 +268,8 @@ def check_plan(layers, plan):
     wrong = sorted(plan.keys() - layers.keys())
     if wrong:
         raise ValueError(f"Layers {wrong} are not MoE layers of this base; its MoE layers are {sorted(layers)}.")
-    if any(layers[layer].experts._is_expert_parallel for layer in plan):
-        raise ValueError(
-            "The base's experts are spread over processes (expert parallel), so new experts have no sources to copy. "
-            "Load the base without expert parallelism."
-        )
     for layer, sources in plan.items():
+        check_layer(layer, layers[layer])
         bad = [source for source in sources if not 0 <= source < layers[layer].num_experts]
         if bad:
             raise ValueError(

@@ -31,6 +31,7 @@ from .layers_moextend import (
     input_device,
     zero_tie,
 )
+from .layouts_moextend import check_pass
 from .loading_moextend import (
     HUB_KWARGS,
     SHARED_HUB_KWARGS,
@@ -108,6 +109,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
 
     def run_base(self, input_ids, position_ids, past_key_values, inputs_embeds, pixel_values, **kwargs):
         """Embeds images, marks the tokens in scope, runs the base. Arguments and outputs are the base's."""
+        check_pass(self)
         past_length = seen_tokens(past_key_values)
         scope = state = None
         if self.routing.enabled and self.config.extended_layers:

@@ -4,6 +4,7 @@ from datasets import Dataset, IterableDataset
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from transformers.trainer_utils import HubStrategy
 
+from .layouts_moextend import check_gradients
 from .processing_moextend import load_processor
 from .sft_config import MoExtendSFTConfig
 
@@ -11,10 +12,10 @@ RETENTION_COLUMNS = ("messages", "conversations", "completion", "input_ids")
 
 
 def check_model(model):
-    """Refuses a model that has no adapter to train.
+    """Refuses a model that has no adapter to train, or whose quantised base hands on no gradient to it.
 
     Raises:
-        ValueError: says what was given and how to make a MoExtend model.
+        ValueError: says what was given and how to make or load one that trains.
     """
     if getattr(getattr(model, "config", None), "model_type", None) != "moextend":
         given = repr(model) if isinstance(model, str) else type(model).__name__
@@ -23,6 +24,7 @@ def check_model(model):
             "MoExtendForCausalLM.from_base(base, extended_layers=...), or load one with "
             "MoExtendForCausalLM.from_pretrained(folder)."
         )
+    check_gradients(model)
 
 
 def check_retention(model, args, retention_dataset):
