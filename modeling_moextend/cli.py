@@ -7,6 +7,8 @@ from functools import partial
 from inspect import getdoc
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from rich.table import Table
 
@@ -155,6 +157,16 @@ def push_command(args):
     return {"repo_id": args.repo_id, "commit": done.oid, "url": done.commit_url}
 
 
+def adapter_place(text):
+    """An adapter's argument, refused as wrong usage where it can be neither a folder nor a Hub id."""
+    if not Path(text).is_dir():
+        try:
+            validate_repo_id(text)
+        except HFValidationError:
+            raise argparse.ArgumentTypeError(f"{text} is no folder, and no Hub id like me/my-adapter") from None
+    return text
+
+
 def hub_options(args):
     """Those keywords for the Hub that were given."""
     given = {name: getattr(args, name) for name in ("revision", "subfolder", "cache_dir")}
@@ -255,12 +267,12 @@ def build_parser():
     commands = parser.add_subparsers(dest="command", required=True, metavar="<command>", help=more)
 
     one = add_command(commands, "inspect", inspect_command, show_inspect, refused=UNREADABLE)
-    one.add_argument("adapter", help=ADAPTER)
+    one.add_argument("adapter", type=adapter_place, help=ADAPTER)
     one.add_argument("--tensors", dest="show", action="store_const", const=show_inspect_all, help="list every tensor")
     add_hub_options(one)
 
     one = add_command(commands, "verify", verify_command, show_verify, well=lambda result: result["ok"])
-    one.add_argument("adapter", help=ADAPTER)
+    one.add_argument("adapter", type=adapter_place, help=ADAPTER)
     add_parts(one)
     one.add_argument("--dtype", default="auto", help="to load base and encoder in (default: what they were saved in)")
     one.add_argument(
@@ -272,11 +284,11 @@ def build_parser():
     one = add_command(
         commands, "diff", diff_command, show_diff, well=lambda result: result["equal"], refused=UNREADABLE
     )
-    one.add_argument("adapter", help=ADAPTER)
-    one.add_argument("other", help="another one")
+    one.add_argument("adapter", type=adapter_place, help=ADAPTER)
+    one.add_argument("other", type=adapter_place, help="another one")
 
     one = add_command(commands, "merge", merge_command, show_merge)
-    one.add_argument("adapter", help=ADAPTER)
+    one.add_argument("adapter", type=adapter_place, help=ADAPTER)
     one.add_argument("output", help="the new folder; may not exist yet")
     one.add_argument("--native", action="store_true", help="the base's own architecture with more experts")
     one.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of weights written anew (default: 5GB)")
