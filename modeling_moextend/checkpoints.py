@@ -16,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from .loading_moextend import auto_class_for
+
 EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")  # the expert's number in a key that holds one expert
 TOKENIZER = (
     "tokenizer.json",
@@ -122,11 +124,11 @@ def stored_parts(model, name, rows, first=0):
 def skeleton(config):
     """The causal LM of `config` on the meta device: names and shapes, no weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).eval()
+        return auto_class_for(config, AutoModelForCausalLM).from_config(config).eval()
 
 
 class FromDisk:
-    """In the place of accelerate's hook: `layers_moextend.materialised` finds a module's weights through it.
+    """In the place of accelerate's hook: `families_moextend.materialised` finds a module's weights through it.
 
     They are there for as long as someone looks at them, so that a fingerprint of any model needs one module's memory.
     """

@@ -25,10 +25,11 @@ from .native import check_native, write_native
 from .vision_moextend import load_encoder
 
 BASE, ENCODER = "base", "encoder"  # subfolders of a standalone checkpoint
+READER = (*TOKENIZER, "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 ABOUT_NATIVE = ("generation_config.json", *TOKENIZER)
-ABOUT_MODEL = ("config.json", "generation_config.json", *TOKENIZER, "LICENSE", "LICENSE.txt", "LICENSE.md")
+ABOUT_MODEL = ("config.json", "generation_config.json", *READER, "LICENSE", "LICENSE.txt", "LICENSE.md")
 ABOUT_ENCODER = ("config.json", "preprocessor_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md")
-ABOUT_ADAPTER = (*TOKENIZER, "processor_config.json", "preprocessor_config.json", "README.md")
+ABOUT_ADAPTER = (*READER, "README.md")
 
 
 def merge(
@@ -138,7 +139,7 @@ def write_standalone(folder, config, checkpoint, encoder, tensors, max_shard_siz
         copy_file(source, folder / source.name)
     write_adapter(folder, tensors, config, max_shard_size)
     write_text(folder / "config.json", config.to_json_string(use_diff=False))
-    copy_files(checkpoint.find, TOKENIZER, folder)
+    copy_files(checkpoint.find, READER, folder)
 
 
 def copy_checkpoint(checkpoint, about, folder):

@@ -15,7 +15,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .adapter_moextend import replace_file, write_text
 from .checkpoints import EXPERT, stored_parts
-from .layers_moextend import CORRECTION, GROUPS, find_moe_layers
+from .families_moextend import CORRECTION, GROUPS, find_moe_layers
 from .routing_moextend import Rule
 
 NUMBER = {  # family -> config entry with its number of experts; measured by tests/test_export.py

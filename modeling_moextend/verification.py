@@ -6,7 +6,7 @@ from transformers.utils import cached_file
 
 from .adapter_moextend import check_tensors, fingerprint, read_adapter, same_fingerprint
 from .configuration_moextend import MoExtendConfig
-from .loading_moextend import SHARED_HUB_KWARGS, load_base, load_stored, place_of
+from .loading_moextend import SHARED_HUB_KWARGS, auto_class_for, load_base, load_stored, place_of
 from .modeling_moextend import MoExtendForCausalLM
 
 PROMPT = "The"
@@ -48,7 +48,8 @@ def verify_adapter(
         checks = [row("file", False, str(error))]
     else:
         shared = {key: hub_kwargs[key] for key in SHARED_HUB_KWARGS if key in hub_kwargs}
-        kwargs = {"auto_class": AutoModelForCausalLM, "dtype": dtype, **shared}
+        auto_class = auto_class_for(config.text_config, AutoModelForCausalLM)
+        kwargs = {"auto_class": auto_class, "dtype": dtype, **shared}
         loaded = load_stored("base", base, config, load_base, home, **kwargs).eval()
         tokenizer = find_tokenizer(home, place_of("base", base, config, home))
         more, sample = base_checks(home, config, loaded, encoder, tokenizer, prompt, max_new_tokens)
