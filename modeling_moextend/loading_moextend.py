@@ -57,7 +57,7 @@ def load_new_parts(base, encoder, plan, auto_class, options):
     return base, None if encoder is None else vision_tower(encoder).to(input_device(base))
 
 
-def load_parts(stored, base, encoder, auto_class, check_base, options):
+def load_parts(stored, base, encoder, auto_class, check_base, options, home=None):
     """Base and encoder of a stored adapter, each loaded unless given as a model, and checked against it.
 
     Args:
@@ -66,17 +66,17 @@ def load_parts(stored, base, encoder, auto_class, check_base, options):
         auto_class: `AutoModelForCausalLM` or `AutoModel`.
         check_base: whether fingerprints must agree.
         options: to the base's `from_pretrained`.
+        home: (folder or Hub id, keywords for the Hub) of the adapter: see `within`.
 
     Raises:
         OSError, ValueError: not found; incomplete; of another kind; not the ones the adapter was made on.
     """
     if stored.encoder_config is not None and not isinstance(encoder, PreTrainedModel):
         chosen = {key: options[key] for key in ENCODER_KWARGS if key in options}
-        encoder = load_stored("encoder", encoder, stored, load_encoder, **chosen)
+        encoder = load_stored("encoder", encoder, stored, load_encoder, home, **chosen)
     if not isinstance(base, PreTrainedModel):
-        revision = {"revision": stored.base_model_revision} if base is None and stored.base_model_revision else {}
         auto_class = auto_class_for(stored.text_config, auto_class)
-        base = load_stored("base", base, stored, load_base, auto_class=auto_class, **revision, **options)
+        base = load_stored("base", base, stored, load_base, home, auto_class=auto_class, **options)
     check_not_extended(base)
     check_layout(base)
     if isinstance(stored.text_config, UnknownConfig) or not check_base:
@@ -225,18 +225,56 @@ def load_base(name_or_path, auto_class, **kwargs):
     return base
 
 
-def load_stored(role, given, config, loader, **kwargs):
-    """Base or encoder, from where the call or else the adapter's config says."""
-    path = given or getattr(config, "base_model_name_or_path" if role == "base" else "encoder_name_or_path")
-    if path is None:
-        raise ValueError(f"The adapter does not say where its {role} lies: pass {role}=<folder or Hub id>.")
+def load_stored(role, given, config, loader, home=None, **kwargs):
+    """Base or encoder, from where the call or else the adapter's config says; see `place_of`."""
+    path, inside = place_of(role, given, config, home)
     try:
-        return loader(path, **kwargs)
+        return loader(path, **kwargs, **inside)
     except OSError as error:
         raise OSError(
             f"The adapter's {role} {path!r} can't be loaded: pass {role}=<folder or Hub id> if it lies elsewhere, or "
             f"use_safetensors=False if it has only pickled weights and you trust them. ({error})"
         ) from error
+
+
+def place_of(role, given, config, home=None):
+    """Where base or encoder lies: (folder or Hub id, keywords for the Hub).
+
+    Args:
+        role: "base" or "encoder".
+        given: what the user says, which wins.
+        config: the adapter's.
+        home: (folder or Hub id, keywords for the Hub) of the adapter, if parts of it may lie there: see `within`.
+
+    Raises:
+        ValueError: nobody says where.
+    """
+    if given is not None:
+        return given, {}
+    subfolder = getattr(config, f"{role}_subfolder")
+    if subfolder is not None and home is not None:
+        return within(*home, subfolder)
+    name, revision = config.encoder_name_or_path, None
+    if role == "base":
+        name, revision = config.base_model_name_or_path, config.base_model_revision
+    if name is None:
+        raise ValueError(f"The adapter does not say where its {role} lies: pass {role}=<folder or Hub id>.")
+    return name, {"revision": revision} if revision else {}
+
+
+def within(name_or_path, hub_kwargs, subfolder):
+    """Where a subfolder of an adapter's own folder or repository lies: (folder or Hub id, keywords for the Hub).
+
+    Raises:
+        ValueError: a link that leads out of the folder.
+    """
+    below = "/".join(filter(None, (hub_kwargs.get("subfolder"), subfolder)))
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return name_or_path, {"subfolder": below, "revision": hub_kwargs.get("revision")}
+    if not (folder / below).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{folder / below} is a link that leads out of {folder}. Nothing was loaded.")
+    return str(folder / below), {}
 
 
 def check_causal_lm(base, auto_class):
@@ -286,6 +324,8 @@ def check_folder(folder, config):
             raise ValueError(
                 f"{folder} is the folder of the adapter's {role.split('_')[0]}: save the adapter elsewhere."
             )
+    if config.base_subfolder and (folder / config.base_subfolder).is_dir():
+        raise ValueError(f"{folder} is a standalone checkpoint with a base of its own: save the adapter elsewhere.")
 
 
 def check_same_kind(config, other, name, check_base):

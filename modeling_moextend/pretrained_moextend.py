@@ -425,8 +425,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
             OSError: no adapter there, or the base or encoder can't be found.
             ValueError: a damaged file, missing, unexpected or misshapen tensors (all named), or another base.
         """
-        hub = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
-        hub = {key: value for key, value in hub.items() if value is not None}
+        hub = {key: value for key in HUB_KWARGS if (value := kwargs.pop(key, None)) is not None}
         values, tensors, metadata = read_adapter(pretrained_model_name_or_path, **hub)
         stored = cls.config_class.from_dict(values)  # the header's config wins over config.json
         options = {key: value for key, value in kwargs.items() if key not in UNLOADED}
@@ -435,7 +434,8 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
             value = getattr(config, f"_{name}", None)
             if value is not None:
                 options.setdefault(name, value)
-        base, encoder = load_parts(stored, base, encoder, cls.auto_base_class, check_base, options)
+        home = (pretrained_model_name_or_path, hub)
+        base, encoder = load_parts(stored, base, encoder, cls.auto_base_class, check_base, options, home)
         stored.name_or_path = str(pretrained_model_name_or_path)
         with undone_on_error(base, encoder):
             model = cls(stored, base=base, encoder=encoder)
