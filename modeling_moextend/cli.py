@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from functools import partial
 from inspect import getdoc
 from pathlib import Path
 
@@ -12,11 +11,9 @@ from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from rich.table import Table
 
-from .adapter_moextend import check_tensors, read_adapter
-from .configuration_moextend import MoExtendConfig
 from .export import merge
-from .hub_moextend import upload, write_card
 from .inspection import diff_adapters, inspect_adapter
+from .publishing import publish_folder
 from .verification import PROMPT, verify_adapter
 
 OK, PROBLEM, UNREADABLE = 0, 1, 2
@@ -136,24 +133,13 @@ def push_command(args):
 
     examples:
       moextend push outputs/adapter me/my-adapter --private
-      moextend push outputs/adapter me/my-adapter --revision v2
+      moextend push outputs/adapter me/my-adapter --revision v2 --base me/the-base
     """
     folder = Path(args.folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder.")
-    values, tensors, metadata = read_adapter(str(folder))
-    check_tensors(tensors, tensors, metadata)  # against its own header: is the file whole?
-    config = MoExtendConfig.from_dict(values)
-    if config.base_subfolder is not None:
-        raise ValueError(
-            f"{folder} is a standalone checkpoint, of which only the adapter would go up. Push the adapter's own "
-            f"folder, or all of this one: hf upload {args.repo_id} {folder}"
-        )
-    num_parameters = sum(tensor.numel() for tensor in tensors.values())
-    make_card = partial(write_card, folder, config, args.repo_id, num_parameters)
-    if (folder / "README.md").exists():
-        make_card = None
-    done = upload(folder, args.repo_id, private=args.private or None, revision=args.revision, make_card=make_card)
+    options = {name: getattr(args, name) for name in ("base", "encoder", "report", "revision")}
+    done = publish_folder(folder, args.repo_id, private=args.private or None, **options)
     return {"repo_id": args.repo_id, "commit": done.oid, "url": done.commit_url}
 
 
@@ -303,6 +289,9 @@ def build_parser():
     one.add_argument("repo_id", help="where to, e.g. me/my-adapter; made if it is not there")
     one.add_argument("--private", action="store_true", help="make the repository private")
     one.add_argument("--revision", metavar="BRANCH", help="branch to push to; made if it is not there")
+    one.add_argument("--base", metavar="ID", help="Hub id of the base, where the adapter names another place")
+    one.add_argument("--encoder", metavar="ID", help="Hub id of the encoder, where the adapter names another place")
+    one.add_argument("--report", metavar="FOLDER", help="of examples/evaluate.py: results and pictures for the card")
     return parser
 
 

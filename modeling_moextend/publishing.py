@@ -38,6 +38,11 @@ def publish_folder(folder, repo_id, *, base=None, encoder=None, dry_run=False, *
     values, tensors, metadata = read_adapter(str(folder))
     check_tensors(tensors, tensors, metadata)  # against its own header: is the file whole?
     config = MoExtendConfig.from_dict(values)
+    if config.base_subfolder is not None:
+        raise ValueError(
+            f"{folder} is a standalone checkpoint, of which only the adapter would go up. Push the adapter's own "
+            f"folder, or all of this one: hf upload {repo_id} {folder}"
+        )
     if base is not None and base != config.base_model_name_or_path:
         config.base_model_name_or_path, config.base_model_revision = base, None
     if encoder is not None:
