@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -101,6 +102,25 @@ def published_files(folder):
         shown = PICTURE.findall((folder / "README.md").read_text(encoding="utf-8"))
         names |= {name for name in shown if (folder / name).is_file()}
     return sorted(names)
+
+
+def push(model, repo_id, *, processor=None, adapter_dtype=None, max_shard_size="50GB", **kwargs):
+    """What `push_to_hub` does: saves the adapter to a temporary folder and uploads it as one commit.
+
+    Args:
+        processor: tokenizer or `MoExtendProcessor` that goes along.
+        adapter_dtype, max_shard_size: as in `save_pretrained`.
+        **kwargs: see `upload`.
+
+    Raises:
+        ValueError: the base or the encoder is not on the Hub.
+    """
+    check_published(model.config)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, adapter_dtype=adapter_dtype, max_shard_size=max_shard_size)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        return upload(Path(folder), repo_id, model.config, **kwargs)
 
 
 def upload(

@@ -1,7 +1,6 @@
 """MoExtendPreTrainedModel: what body and causal LM share, from attaching to saving and loading."""
 
 import contextlib
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from .adapter_moextend import (
     write_text,
 )
 from .configuration_moextend import MoExtendConfig, normalise_plan, routing_choices
-from .hub_moextend import PUSH_KWARGS, check_published, check_save_kwargs, upload
+from .hub_moextend import PUSH_KWARGS, check_published, check_save_kwargs, push, upload
 from .layers_moextend import (
     RoutingState,
     add_experts,
@@ -387,20 +386,12 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
         write_adapter(folder, tensors, config, max_shard_size)
         write_text(folder / "config.json", config.to_json_string(use_diff=False))
         if push_to_hub:
-            push = {name: kwargs[name] for name in PUSH_KWARGS if name in kwargs}
-            upload(folder, push.pop("repo_id", folder.name), config, **push)
+            options = {name: kwargs[name] for name in PUSH_KWARGS if name in kwargs}
+            upload(folder, options.pop("repo_id", folder.name), config, **options)
 
-    def push_to_hub(self, repo_id, *, processor=None, adapter_dtype=None, max_shard_size="50GB", **kwargs):
-        """Saves the adapter to a temporary folder and uploads it as one commit: see `hub_moextend.upload`.
-
-        `processor` (or tokenizer) goes along. Refused (ValueError) where base or encoder are not on the Hub.
-        """
-        check_published(self.config)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, adapter_dtype=adapter_dtype, max_shard_size=max_shard_size)
-            if processor is not None:
-                processor.save_pretrained(folder)
-            return upload(Path(folder), repo_id, self.config, **kwargs)
+    def push_to_hub(self, repo_id, **kwargs):
+        """Uploads the adapter as one commit: see `hub_moextend.push`."""
+        return push(self, repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(
