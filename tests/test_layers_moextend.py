@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from conftest import COMMON, FAMILIES, PAPER, batch, make_base, make_encoder, shake
+from conftest import FAMILIES, PAPER, batch, make_base, make_encoder, shake
 from families import make_family
 from torch.nn import functional as F
 from transformers import (
@@ -557,57 +557,53 @@ def test_bf16_routing_of_new_rows_is_done_in_float32(family):
 
 # ---------------------------------------------------------------- correction biases, wherever a family keeps them
 
-CORRECTED = {
-    "ernie4_5_moe": {
-        "moe_num_experts": 6,
-        "moe_k": 2,
-        "moe_intermediate_size": 24,
-        "intermediate_size": 24,
-        "moe_layer_start_index": 0,
-        "moe_layer_end_index": 3,
-        "moe_num_shared_experts": 1,
-        "moe_layer_interval": 1,
-    },
-    "laguna": {
-        "num_experts": 6,
-        "moe_intermediate_size": 24,
-        "intermediate_size": 24,
-        "shared_expert_intermediate_size": 24,
-        "head_dim": 8,
-    },
+CORRECTED = {  # family -> whether its block hands the correction bias to the router, which has none of its own
+    "ernie4_5_moe": False,
+    "laguna": False,
+    "lfm2_moe": True,
+    "minimax_m2": True,
 }
-
-
-def corrected(family):
-    """A base whose correction bias is no buffer of its router."""
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **COMMON, **CORRECTED[family])).eval()
-    with torch.no_grad():
-        for name, tensor in base.named_parameters():
-            if name.endswith(".gate.weight") or "correction_bias" in name:
-                tensor.normal_(std=0.5 if "weight" in name else 0.2)
-    return base
 
 
 @pytest.mark.parametrize("family", sorted(CORRECTED))
 def test_a_copy_wins_beside_its_source_wherever_the_correction_bias_lies(family):
-    base = corrected(family)
-    model = extended(family, plan={3: list(range(6))}, shaken=False, base=base)
-    router, x = moe_layer(model, 3).router, tokens(200)
+    model = extended(plan={1: list(range(6))}, shaken=False, base=make_family(family))
+    layer, x = moe_layer(model, 1), tokens(200)
+    tensors = (*layer.block.named_parameters(), *layer.block.named_buffers())
+    bias = next(t.reshape(-1) for name, t in tensors if name.endswith(("e_score_correction_bias", "expert_bias")))
+    given = (bias,) if CORRECTED[family] else ()
     with model.disable_adapter():
-        expected = router(x)[2]
-    found = router(x)[2] % 6
-    best = (torch.gather(find_scores(model, router, x), 1, expected)).argmax(dim=1, keepdim=True)
-    assert torch.equal(found, expected.gather(1, best).expand(-1, 2))  # the winner and its copy
-    row = model.adapter_tensors()["layers.3.router.correction_bias"]
-    assert row.shape == (6,) and not row.requires_grad and row.any()
-    assert "layers.3.router.correction_bias" not in model.set_trainable()
+        winners = layer.router(x, *given)[2]
+    found = layer.router(x, *given)[2].sort().values
+    scores = SCORES[model.config.routing_rule["score"]](F.linear(x, layer.router.weight).repeat(1, 2))
+    beaten = torch.ones(200, 6, dtype=torch.bool).scatter(1, winners, False)
+    keys = (scores + bias.repeat(2)).masked_fill(torch.cat([beaten, torch.zeros_like(beaten)], dim=1), -torch.inf)
+    torch.testing.assert_close(keys.gather(1, found).sort().values, keys.topk(2).values.sort().values)
+    assert (found[:, 0] + 6 == found[:, 1]).float().mean() > 0.5  # the winner and its copy
+    row = model.adapter_tensors()["layers.1.router.correction_bias"]
+    assert torch.equal(row, bias) and row.any() and not row.requires_grad
+    assert "layers.1.router.correction_bias" not in model.set_trainable()
 
 
-def find_scores(model, router, x):
-    """score + correction bias [T, E], by the base's own bias; every row has a copy beside it."""
-    score = SCORES[model.config.routing_rule["score"]](F.linear(x, router.weight).repeat(1, 2))
-    return score[:, :6] + next(p for name, p in router.named_parameters() if "e_score" in name).reshape(-1)
+@torch.no_grad()
+def test_a_scale_for_each_expert_is_copied_frozen_and_named_by_role():
+    base = make_family("gemma4")
+    model = extended(plan={1: [3, 0, 3]}, shaken=False, base=base)
+    scale = moe_layer(model, 1).router.per_expert_scale
+    tensors = model.adapter_tensors()
+    assert torch.equal(tensors["layers.1.router.scale"], scale[[3, 0, 3]])
+    assert "layers.1.router.scale" not in model.set_trainable() and "layers.1.router.weight" in model.set_trainable()
+    told, weights, index = moe_layer(model, 1).router(tokens())
+    torch.testing.assert_close(told.sum(dim=-1), torch.ones(64))  # this router answers shares, of nine experts now
+    shares = told.gather(-1, index)
+    every = torch.cat([scale, scale[[3, 0, 3]]])
+    torch.testing.assert_close(weights, shares / shares.sum(-1, keepdim=True) * every[index])
+    with model.record_routing() as records:
+        model(**batch())
+    assert records[0].logits.shape == (30, 6) and records[1].logits.shape == (30, 9)
+    with model.disable_adapter(), model.record_routing() as off:
+        model(**batch())
+    torch.testing.assert_close(records[0].logits.softmax(-1), off[0].logits.softmax(-1))
 
 
 def test_a_router_that_chooses_by_something_else_than_its_scores_is_refused():
