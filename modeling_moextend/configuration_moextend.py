@@ -41,6 +41,7 @@ class MoExtendConfig(PreTrainedConfig):
         gate_threshold (`float`): the gate lets a token through when its routing margin is above this; the higher, the
             fewer tokens. Can be changed after training (`model.gate_threshold = ...`).
         routing_rule (`dict`, *optional*): the base family's routing rule, found when the experts were attached.
+        trained_on (`list[dict]`): the adapters on top of which this one was trained, each as {"name", "fingerprint"}.
 
     Raises:
         ValueError: a value outside the allowed ones, or a combination without meaning.
@@ -70,6 +71,7 @@ class MoExtendConfig(PreTrainedConfig):
         gate_hidden_size=64,
         gate_threshold=0.0,
         routing_rule=None,
+        trained_on=None,
         **kwargs,
     ):
         self.base_model_name_or_path = base_model_name_or_path
@@ -88,6 +90,7 @@ class MoExtendConfig(PreTrainedConfig):
         self.calibration_hidden_size = calibration_hidden_size
         self.gate_hidden_size, self.gate_threshold = gate_hidden_size, gate_threshold
         self.routing_rule = routing_rule
+        self.trained_on = [dict(entry) for entry in trained_on or []]
         kwargs.setdefault("tie_word_embeddings", False)  # the base ties its own weights; nothing here is tied
         super().__init__(**kwargs)
         check_routing_choices(self)

@@ -60,7 +60,7 @@ def gate_inputs(model, batches):
     device, seen, sequences, training = input_device(model.base), [], [], model.training
 
     def keep(module, args):
-        seen.append((args[0].detach(), module.moextend.state.gated))
+        seen.append((args[0].detach(), model.routing.gated[model.lead]))
         raise StopPass
 
     handle = router.register_forward_pre_hook(keep)

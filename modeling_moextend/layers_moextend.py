@@ -3,13 +3,13 @@
 Letters: T tokens, E base experts, N new experts of a layer, K experts a token selects, H hidden size.
 
 A base's router and experts modules keep their parameters, their names and their place; only their class is swapped for
-a subclass that asks one child module, `moextend`, what the new tensors add. Wrapping them instead would change every
-state-dict key and hide the router from transformers' output recorder. Detaching swaps the classes back.
+a subclass that asks one child module, `moextend`, what the new tensors add: it holds, by adapter name, the rows or the
+experts of every adapter that extends the layer. Wrapping them instead would change every state-dict key and hide the
+router from transformers' output recorder. Detaching swaps the classes back.
 """
 
 import contextlib
 import re
-import threading
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -34,141 +34,145 @@ class MoELayer(NamedTuple):
     num_experts: int
 
 
-class PassState(threading.local):
-    """What the forward passes of one thread tell every MoE layer; each thread has values of its own.
+class Additions(nn.ModuleDict):
+    """What adapters add to one router or experts module: adapter name -> its new rows or its new experts."""
 
-    Attributes:
-        enabled: whether new experts take part; `None`: as `RoutingState.switched_on` says.
-        scope: [T] bool, tokens that may use new experts; `None` for every token.
-        gated: with `scope="gate"`, the `GatedPass` from which the gate makes `scope`.
-        records: filled with a `RoutingRecord` a layer while someone listens.
-    """
-
-    enabled = None
-    scope = None
-    gated = None
-    records = None
-
-
-class RoutingState:
-    """One object a model, shared by its MoE layers: the switch for all threads, and the pass of each thread."""
-
-    def __init__(self, switched_on=True):
-        self.switched_on, self.now = switched_on, PassState()
-
-    def __reduce__(self):
-        return RoutingState, (self.switched_on,)  # a pass under way is not copied or pickled along
-
-    @property
-    def enabled(self):
-        return self.switched_on if self.now.enabled is None else self.now.enabled
-
-    @property
-    def scope(self):
-        return self.now.scope
-
-    @property
-    def gated(self):
-        return self.now.gated
-
-    @property
-    def records(self):
-        return self.now.records
-
-    @contextlib.contextmanager
-    def using(self, **values):
-        """Sets attributes of this thread's `PassState` for the length of a `with` block."""
-        before = [(name, getattr(self.now, name)) for name in values]
-        for name, value in values.items():  # one by one: torch.compile can't trace `__dict__.update`
-            setattr(self.now, name, value)
-        try:
-            yield
-        finally:
-            for name, value in before:
-                setattr(self.now, name, value)
-
-    def checkpoint_contexts(self, other=None):
-        """`context_fn` of `torch.utils.checkpoint`: the recomputation in backward sees what its forward saw.
-
-        Without it a layer recomputed after the forward pass would route every token as if in scope. `other` is a
-        `context_fn` to run inside this one. The values are set in the thread that recomputes.
-        """
-        forward, recompute = other() if other else (contextlib.nullcontext(), contextlib.nullcontext())
-        seen = {"enabled": self.enabled, "scope": self.scope, "gated": self.gated, "records": None}
-
-        @contextlib.contextmanager
-        def replay():
-            with self.using(**seen), recompute:
-                yield
-
-        return forward, replay()
-
-
-class RouterExtension(nn.Module):
-    """New router rows [N, H] of one layer, with bias, correction bias [N] and calibration where there are any.
-
-    With N = 0 it only records what the base's router decides, so that every MoE layer is heard. With `scope="gate"`
-    the lowest extended layer also holds the `TokenGate` that decides for itself and every layer above.
-    """
-
-    def __init__(self, layer, num_base, rule, state, config):
+    def __init__(self, num_base, state):
         super().__init__()
-        self.layer, self.num_base, self.rule, self.state = layer, num_base, rule, state
-        self.num_new = 0
-        self.config = config
+        self.num_base, self.state = num_base, state
+
+    def spans(self):
+        """Adapter name -> (first, stop): the indices that its new experts have in this pass, from E on."""
+        spans, first = {}, self.num_base
+        for name in self.state.names:
+            if name in self:
+                spans[name] = first, first + self[name].num_new
+                first += self[name].num_new
+        return spans
+
+
+class NewRows(nn.Module):
+    """New router rows [N, H] of one adapter in one layer, with bias, correction bias [N] and calibration where there
+    are any. With `scope="gate"` the adapter's lowest layer also holds the `TokenGate` that decides for all of them.
+    """
+
+    def __init__(self, num_new, config):
+        super().__init__()
+        self.num_new, self.config = num_new, config
         self.weight = self.bias = self.calibration = self.gate = None
         self.register_buffer("correction_bias", None)
 
+    def forward(self, hidden_states):
+        """[T, H] -> logits [T, N] in float32."""
+        return F.linear(hidden_states.to(self.weight.dtype), self.weight, self.bias).float()
+
+
+class RouterExtension(Additions):
+    """What adapters add to one router. Without any it only records what the base's router decides, so that every MoE
+    layer is heard."""
+
+    def __init__(self, layer, num_base, rule, state):
+        super().__init__(num_base, state)
+        self.layer, self.rule = layer, rule
+
     def forward(self, router, hidden_states, answer):
         """The base router's answer (logits [T, E], weights [T, K], index [T, K]), extended by the new rows."""
-        margins = None
-        if self.num_new and self.state.enabled:
-            if self.gate is not None and self.state.gated is not None:
-                margins = self.decide(hidden_states)
-            if self.in_use():
-                answer = self.extend(router, hidden_states.reshape(-1, hidden_states.shape[-1]), answer)
+        names = list(self.spans())
+        gates = [name for name in names if self[name].gate is not None and name in self.state.gated]
+        margins = {name: self.decide(name, hidden_states) for name in gates}
+        used = [name for name in names if self.in_use(name)]
+        if used:
+            answer = self.extend(router, hidden_states.reshape(-1, hidden_states.shape[-1]), answer, used)
         if self.state.records is not None:
-            num_new = answer[0].shape[-1] - self.num_base
-            scope = self.scope(answer[0].device)
+            num_new, scope = answer[0].shape[-1] - self.num_base, self.scope(names or self.state.names, answer[0])
             record = RoutingRecord(answer[0], answer[2], scope, self.num_base, num_new, margins)
             self.state.records[self.layer] = record
         return answer
 
-    def decide(self, hidden_states):
-        """Lets the gate set the scope of this pass; returns its margins [T]."""
-        gated = self.state.gated
-        margins = self.gate(hidden_states.reshape(*gated.is_real.shape, -1), gated)
-        in_scope = (margins > self.config.gate_threshold) & gated.is_real.to(margins.device)
-        self.state.now.scope = in_scope.detach().reshape(-1)
+    def decide(self, name, hidden_states):
+        """Lets an adapter's gate set its scope of this pass; returns the gate's margins [T]."""
+        gated = self.state.gated[name]
+        margins = self[name].gate(hidden_states.reshape(*gated.is_real.shape, -1), gated)
+        in_scope = (margins > self[name].config.gate_threshold) & gated.allowed.to(margins.device)
+        self.state.now.scopes = {**self.state.scopes, name: in_scope.detach().reshape(-1)}
         return margins.reshape(-1)
 
-    def in_use(self):
-        """False where no token is in scope and nobody needs a gradient or the new logits: the base's answer stands."""
-        if self.state.scope is None:
-            return self.config.scope != "gate"  # a gate that was not asked lets no token through
+    def in_use(self, name):
+        """False where no token is in scope and nobody needs a gradient or the new logits: as if not loaded."""
+        scope = self.state.scopes.get(name)
+        if scope is None:
+            return self[name].config.scope != "gate"  # a gate that was not asked lets no token through
         if self.state.records is not None or torch.is_grad_enabled():
             return True
-        return bool(self.state.scope.any())
+        return bool(scope.any())
 
-    def scope(self, device):
-        """[T] bool on `device`, or `None`."""
-        return None if self.state.scope is None else self.state.scope.to(device)
+    def scope(self, names, like):
+        """[T] bool: tokens in the scope of at least one of `names`; `None`: every token of `like` [T, ...]."""
+        scopes = [self.state.scopes.get(name) for name in names]
+        if not scopes or any(scope is None for scope in scopes):
+            return None
+        return torch.stack([scope.to(like.device) for scope in scopes]).any(dim=0)
 
-    def extend(self, router, hidden_states, answer):
-        new_logits = F.linear(hidden_states.to(self.weight.dtype), self.weight, self.bias)
-        correction = None
-        if self.correction_bias is not None:
-            correction = torch.cat([correction_of(router), self.correction_bias])
-        return route(
+    def extend(self, router, hidden_states, answer, used):
+        """`answer`, extended by the rows of this pass's adapters; only experts of the adapters `used` are chosen."""
+        new = {name: self[name](hidden_states) for name in self.spans()}
+        _, weights, index = answer
+        for group in self.state.groups:
+            names = [name for name in new if name in group and name in used]
+            if not names:
+                continue
+            found = self.share(router, answer, new, names)
+            mine = self.scope(names, weights) if len(self.state.groups) > 1 else None
+            if mine is not None:  # other tokens are another group's
+                found = [torch.where(mine.unsqueeze(-1), *pair) for pair in zip(found, (weights, index), strict=True)]
+            weights, index = found
+        return torch.cat([answer[0].float(), *new.values()], dim=-1), weights, index
+
+    def share(self, router, answer, new, names):
+        """Weights and index [T, K] where the adapters `names` share tokens.
+
+        Adapters of which no token selects an expert are left out and the others asked again, so that a batch which
+        does not use an adapter is computed as if that were not loaded, to the last bit.
+        """
+        weights, index = self.choose(router, answer, new, names)
+        while len(names) > 1:
+            spans = self.spans()
+            hits = torch.stack([((index >= spans[name][0]) & (index < spans[name][1])).any() for name in names])
+            left_out = [name for name, hit in zip(names, hits.tolist(), strict=True) if not hit]
+            names = [name for name in names if name not in left_out]
+            if not left_out or not names:
+                break
+            weights, index = self.choose(router, answer, new, names)
+            weights = zero_tie(weights, [p for name in left_out for p in self[name].parameters(recurse=False)])
+        return weights, index
+
+    def choose(self, router, answer, new, names):
+        """Weights and index [T, K] by the routing rule over base rows and those of `names`."""
+        correction = correction_of(router)
+        if correction is not None:
+            correction = torch.cat([correction, *(self[name].correction_bias for name in names)])
+        scopes, lead = [self.scope([name], answer[0]) for name in names], self[names[0]]
+        _, weights, index = route(
             answer,
-            new_logits.float(),
+            torch.cat([new[name] for name in names], dim=-1),
             self.rule,
-            selection=self.config.selection,
-            calibrate=self.config.calibration,
-            calibration=self.calibration,
+            selection=lead.config.selection,  # adapters that share tokens select alike; only one alone calibrates
+            calibrate=lead.config.calibration,
+            calibration=lead.calibration,
             correction=correction,
-            scope=self.scope(answer[0].device),
+            scope=scopes[0] if len(names) == 1 else scopes,
+            sizes=[self[name].num_new for name in names],
         )
+        return weights, self.placed(index, names)
+
+    def placed(self, index, names):
+        """`index`, whose new experts are counted over `names` alone, counted over all adapters of this pass."""
+        spans = self.spans()
+        if list(spans) == names:
+            return index
+        places = torch.cat([torch.arange(*spans[name]) for name in names]).to(index.device)
+        is_new = index >= self.num_base
+        return torch.where(is_new, places[(index - self.num_base).clamp(min=0)], index)
 
 
 class ExtendedRouter:
@@ -183,17 +187,25 @@ class ExtendedExperts:
 
     def forward(self, hidden_states, index, weights):
         """[T, H], [T, K], [T, K] -> [T, H]. Where no token selects a new expert, this is the base's own call."""
-        num_base = self.num_experts
-        new_pairs = (index >= num_base).reshape(-1).nonzero().squeeze(-1)
-        if len(new_pairs) == 0:
-            return zero_tie(super().forward(hidden_states, index, weights), self.moextend.parameters(recurse=False))
-        base_pairs = ((index >= 0) & (index < num_base)).reshape(-1).nonzero().squeeze(-1)
-        pairs = hidden_states.new_zeros(index.numel(), hidden_states.shape[-1])
-        for experts, chosen, first in ((super().forward, base_pairs, 0), (self.moextend, new_pairs, num_base)):
+        num_base, spans = self.num_experts, self.moextend.spans()
+        if not bool((index >= num_base).any()):
+            return zero_tie(super().forward(hidden_states, index, weights), own_parameters(self.moextend.values()))
+        pairs, idle = hidden_states.new_zeros(index.numel(), hidden_states.shape[-1]), set(self.moextend) - set(spans)
+        parts = [(super().forward, (0, num_base)), *((self.moextend[name], span) for name, span in spans.items())]
+        for experts, (first, stop) in parts:
+            chosen = ((index >= first) & (index < stop)).reshape(-1).nonzero().squeeze(-1)
             if len(chosen):
                 output = run_pairs(experts, hidden_states, index, weights, chosen, first)
                 pairs = pairs.index_copy(0, chosen, output.to(pairs.dtype))
+            elif isinstance(experts, nn.Module):
+                pairs = zero_tie(pairs, own_parameters([experts]))
+        pairs = zero_tie(pairs, own_parameters(self.moextend[name] for name in idle))
         return pairs.view(*index.shape, -1).sum(dim=1)
+
+
+def own_parameters(modules):
+    """Parameters of the modules themselves: what they share with the base's is left out."""
+    return [parameter for module in modules for parameter in module.parameters(recurse=False)]
 
 
 def run_pairs(experts, hidden_states, index, weights, chosen, first):
@@ -308,7 +320,8 @@ def correction_of(router):
 
 def sibling(module, parameters, buffers=(), **attributes):
     """A module of the same class and settings with tensors of its own; `module` and its tensors stay untouched."""
-    twin = type(module).__new__(type(module))
+    kind = base_class(type(module)) if "moextend" in module._modules else type(module)
+    twin = kind.__new__(kind)
     nn.Module.__init__(twin)
     own = set(twin.__dict__) | {"forward", "_old_forward", "_hf_hook"}
     twin.__dict__.update({name: value for name, value in module.__dict__.items() if name not in own})
@@ -369,45 +382,48 @@ def find_rule(model_type, layer):
     return row or found
 
 
-def attach(decoder, config, state, rule):
-    """Swaps the classes of every MoE layer of `decoder`; layers without new experts are only listened to."""
+def attach(decoder, state, rule):
+    """Swaps the classes of every MoE router of `decoder`; layers without new experts are only listened to."""
     for index, layer in find_moe_layers(decoder).items():
         swap_class(layer.router, extended_class(ExtendedRouter, type(layer.router)))
-        layer.router.moextend = RouterExtension(index, layer.num_experts, rule, state, config)
+        layer.router.moextend = RouterExtension(index, layer.num_experts, rule, state)
 
 
-def add_experts(layer, sources, config):
-    """Adds new experts to one attached layer: copies of `sources`, one each.
+def add_experts(layer, name, sources, config):
+    """Adds new experts of the adapter `name` to one attached layer: copies of `sources`, one each.
 
     Raises:
-        ValueError: the layer has new experts already.
+        ValueError: the adapter has new experts in the layer already.
     """
     extension = layer.router.moextend
-    if extension.num_new:
+    if name in extension:
         raise ValueError(f"Layer {extension.layer} has new experts already; a layer is extended once.")
-    for part, values in start_values(layer, sources, config).items():
-        if part == "experts":
-            experts = sibling(layer.experts, values, num_experts=len(sources))
-        elif part == "calibration":
-            extension.calibration = values
-        else:
-            fixed = config.selection == "exclusive" and len(sources) == 1  # its weight is the base's sum: no gradient
-            for name, value in values.items():
-                if name == "correction_bias":
-                    extension.correction_bias = value
-                else:
-                    setattr(extension, name, nn.Parameter(value, requires_grad=not fixed))
-    extension.num_new = len(sources)
-    swap_class(layer.experts, extended_class(ExtendedExperts, type(layer.experts)))
-    layer.experts.moextend = experts
+    values, rows = start_values(layer, sources, config), NewRows(len(sources), config)
+    rows.calibration, rows.correction_bias = values.get("calibration"), values["router"].pop("correction_bias", None)
+    fixed = config.selection == "exclusive" and len(sources) == 1  # its weight is the base's sum: no gradient
+    for part, value in values["router"].items():
+        setattr(rows, part, nn.Parameter(value, requires_grad=not fixed))
+    experts = sibling(layer.experts, values["experts"], num_experts=len(sources), num_new=len(sources))
+    if "moextend" not in layer.experts._modules:
+        swap_class(layer.experts, extended_class(ExtendedExperts, type(layer.experts)))
+        layer.experts.moextend = Additions(layer.num_experts, extension.state)
+    extension[name], layer.experts.moextend[name] = rows, experts
 
 
-def add_gate(layers, config):
-    """Puts a closed `TokenGate` into the lowest extended layer, unless it is there."""
-    extension = layers[min(config.extended_layers)].router.moextend
-    if extension.gate is None:
-        hidden_size = extension.weight.shape[-1]
-        extension.gate = TokenGate(hidden_size, config.gate_hidden_size, device=extension.weight.device)
+def remove_experts(layer, name):
+    """Takes the new experts of the adapter `name` out of one layer again, if it has any there."""
+    if name in layer.router.moextend:
+        del layer.router.moextend[name], layer.experts.moextend[name]
+        if not len(layer.experts.moextend):
+            del layer.experts._modules["moextend"]
+            swap_class(layer.experts, base_class(type(layer.experts)))
+
+
+def add_gate(layers, name, config):
+    """Puts a closed `TokenGate` into the adapter's lowest extended layer, unless it is there."""
+    rows = layers[min(config.extended_layers)].router.moextend[name]
+    if rows.gate is None:
+        rows.gate = TokenGate(rows.weight.shape[-1], config.gate_hidden_size, device=rows.weight.device)
 
 
 def start_values(layer, sources, config):

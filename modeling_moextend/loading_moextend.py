@@ -37,9 +37,38 @@ def load_new_parts(base, encoder, plan, auto_class, options):
     base = load_base(base, auto_class, **options) if not isinstance(base, PreTrainedModel) else base
     check_causal_lm(base, auto_class)
     check_plan(find_moe_layers(base.get_decoder()), plan)
-    if encoder is not None and not isinstance(encoder, PreTrainedModel):
+    return base, load_new_encoder(encoder, base, options)
+
+
+def load_new_encoder(encoder, base, options=None):
+    """The vision tower of `encoder`, a model or where it lies, beside `base`; `None` for `None`."""
+    if encoder is None:
+        return None
+    if not isinstance(encoder, PreTrainedModel):
+        options = {"dtype": base.dtype} if options is None else options
         encoder = load_encoder(encoder, **{key: options[key] for key in ENCODER_KWARGS if key in options})
-    return base, None if encoder is None else vision_tower(encoder).to(input_device(base))
+    return vision_tower(encoder).to(input_device(base))
+
+
+def load_stored_encoder(model, stored, encoder, check_base, hub_kwargs):
+    """The encoder of a stored adapter that is loaded beside others; one of theirs, where it is the same.
+
+    Raises:
+        OSError, ValueError: not found; of another kind; not the one the adapter was made on.
+    """
+    if stored.encoder_config is None:
+        return None
+    for adapter in model.adapters.values() if encoder is None and stored.encoder_fingerprint else ():
+        known = adapter.config.encoder_fingerprint
+        if adapter.encoder is not None and known and same_fingerprint(known, stored.encoder_fingerprint):
+            return adapter.encoder
+    if not isinstance(encoder, PreTrainedModel):
+        options = {key: hub_kwargs[key] for key in SHARED_HUB_KWARGS if key in hub_kwargs}
+        encoder = load_stored("encoder", encoder, stored, load_encoder, dtype=model.base.dtype, **options)
+    encoder = vision_tower(encoder).to(input_device(model.base))
+    if check_base:
+        check_fingerprint("encoder", stored.encoder_fingerprint, encoder)
+    return encoder
 
 
 def load_parts(stored, base, encoder, auto_class, check_base, options):
@@ -84,6 +113,15 @@ def base_rule(base, layers, config):
     found = find_rule(base.config.model_type, next(iter(layers.values())))
     if config.routing_rule is None:
         config.routing_rule = found._asdict()
+    return same_rule(config, found)
+
+
+def same_rule(config, found):
+    """The `Rule` of `config`, which has to be the base's own, the `Rule` `found`.
+
+    Raises:
+        ValueError: names both.
+    """
     rule = Rule(**config.routing_rule)
     if rule[:2] != found[:2] or not math.isclose(rule.scale, found.scale, rel_tol=1e-4):
         raise ValueError(
@@ -229,11 +267,11 @@ def check_same_kind(config, other, name, check_base):
         raise ValueError(f"The adapter {name} does not belong to this model; nothing was loaded.\n  {lines}")
 
 
-def check_fingerprint(role, stored, module):
+def check_fingerprint(role, stored, module, advice=None):
     """Refuses a base or encoder that is not the one the adapter was made on."""
     found = fingerprint(module) if stored else None
     if found is not None and not same_fingerprint(stored, found):
         raise ValueError(
             f"This is a different {role} than the adapter was made on: its weights do not match the adapter's "
-            f"{role} fingerprint. Pass {role}=<the right one>; check_base=False loads it all the same."
+            f"{role} fingerprint. {advice or f'Pass {role}=<the right one>'}; check_base=False loads it all the same."
         )
