@@ -117,8 +117,8 @@ def base_tensors_hash(model):
     Where tensors are sharded, of this process's shards.
     """
     reshard(model)
-    parts = {"base": model.base} | {f"{name}.encoder": adapter.encoder for name, adapter in model.adapters.items()}
-    hashes = {}
+    encoders = {f"adapters.{name}.encoder": adapter.encoder for name, adapter in model.adapters.items()}
+    parts, hashes = {"base": model.base, **encoders}, {}
     for part, module in parts.items():
         for prefix, owner in module.named_modules() if module is not None else ():
             if "moextend" in prefix.split("."):

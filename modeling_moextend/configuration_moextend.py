@@ -90,7 +90,7 @@ class MoExtendConfig(PreTrainedConfig):
         self.calibration_hidden_size = calibration_hidden_size
         self.gate_hidden_size, self.gate_threshold = gate_hidden_size, gate_threshold
         self.routing_rule = routing_rule
-        self.trained_on = [dict(entry) for entry in trained_on or []]
+        self.trained_on = check_trained_on([] if trained_on is None else trained_on)
         kwargs.setdefault("tie_word_embeddings", False)  # the base ties its own weights; nothing here is tied
         super().__init__(**kwargs)
         check_routing_choices(self)
@@ -249,6 +249,27 @@ def check_routing_choices(config):
         raise ValueError(f"gate_hidden_size={config.gate_hidden_size} must be at least 1.")
     if config.scope == "modality" and config.encoder_name_or_path is None and config.encoder_config is None:
         raise ValueError("scope='modality' needs an encoder: without images no token would ever use a new expert.")
+
+
+def check_trained_on(entries):
+    """A copy of `trained_on`.
+
+    Raises:
+        ValueError: no list of {"name": str, "fingerprint": str or None}.
+    """
+    good = isinstance(entries, list) and all(
+        isinstance(entry, dict)
+        and set(entry) == {"name", "fingerprint"}
+        and isinstance(entry["name"], str)
+        and isinstance(entry["fingerprint"], str | None)
+        for entry in entries
+    )
+    if not good:
+        raise ValueError(
+            f'trained_on must be a list of {{"name": ..., "fingerprint": ...}}, one for each adapter that was below, '
+            f"not {entries!r}."
+        )
+    return [dict(entry) for entry in entries]
 
 
 def check_threshold(threshold):

@@ -223,7 +223,7 @@ def train_gate(trainer):
             model.gate,
             task,
             retention,
-            prefix=shared_prefix(task, model.config.image_token_id),
+            prefix=shared_prefix(task, model.image_token_id),
             steps=args.gate_steps,
             learning_rate=args.gate_learning_rate,
             task_weight=args.gate_task_weight,

@@ -290,6 +290,11 @@ class AdapterSwitch:
         return None if self.eyes is None else self.eyes.projector
 
     @property
+    def image_token_id(self):
+        """What stands for image features: of the adapter that sees, or else of `lead`."""
+        return (self.config if self.eyes is None else self.eyes.config).image_token_id
+
+    @property
     def gate_threshold(self):
         """With `scope="gate"`: a token may use new experts when its routing margin is above this (default 0).
 
