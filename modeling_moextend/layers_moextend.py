@@ -8,30 +8,23 @@ experts of every adapter that extends the layer. Wrapping them instead would cha
 router from transformers' output recorder. Detaching swaps the classes back.
 """
 
-import contextlib
-import re
-from functools import cache, partial
-from typing import NamedTuple
+from functools import cache
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .families_moextend import (
+    bias_path,
+    correction_of,
+    find_moe_layers,
+    materialised,
+    plain_class,
+    sibling,
+    tensor_at,
+)
 from .gate_moextend import TokenGate
-from .routing_moextend import Calibration, RoutingRecord, explains, family_rule, probe_rule, route
-
-EXPERTS_INTERFACE = ("_is_expert_parallel", "has_gate", "is_transposed", "down_proj")
-ROUTER_NAMES = ("gate", "router")
-CORRECTION = "e_score_correction_bias"
-GROUPS = ("num_group", "n_group")
-
-
-class MoELayer(NamedTuple):
-    """The two modules of one MoE layer that matter here, and the number E of its base experts."""
-
-    router: nn.Module
-    experts: nn.Module
-    num_experts: int
+from .routing_moextend import INPUTS, SCORES, Calibration, RoutingRecord, cap, route
 
 
 class Additions(nn.ModuleDict):
@@ -52,8 +45,8 @@ class Additions(nn.ModuleDict):
 
 
 class NewRows(nn.Module):
-    """New router rows [N, H] of one adapter in one layer, with bias, correction bias [N] and calibration where there
-    are any. With `scope="gate"` the adapter's lowest layer also holds the `TokenGate` that decides for all of them.
+    """New router rows [N, H] of one adapter in one layer, with bias, correction bias, scale [N] and calibration where
+    there are any. With `scope="gate"` the adapter's lowest layer also holds the `TokenGate` that decides for them all.
     """
 
     def __init__(self, num_new, config):
@@ -61,10 +54,11 @@ class NewRows(nn.Module):
         self.num_new, self.config = num_new, config
         self.weight = self.bias = self.calibration = self.gate = None
         self.register_buffer("correction_bias", None)
+        self.register_buffer("scale", None)
 
-    def forward(self, hidden_states):
-        """[T, H] -> logits [T, N] in float32."""
-        return F.linear(hidden_states.to(self.weight.dtype), self.weight, self.bias).float()
+    def forward(self, inputs, rule):
+        """What rows are multiplied with, [T, H] -> logits [T, N] in float32."""
+        return cap(F.linear(inputs.to(self.weight.dtype), self.weight, self.bias).float(), rule)
 
 
 class RouterExtension(Additions):
@@ -75,17 +69,24 @@ class RouterExtension(Additions):
         super().__init__(num_base, state)
         self.layer, self.rule = layer, rule
 
-    def forward(self, router, hidden_states, answer):
-        """The base router's answer (logits [T, E], weights [T, K], index [T, K]), extended by the new rows."""
-        names = list(self.spans())
+    def forward(self, router, hidden_states, answer, given=None):
+        """The base router's answer (logits [T, E], weights [T, K], index [T, K]), extended by the new rows.
+
+        `given`: what the router got beside hidden states; in some families the correction bias [E].
+        """
+        logits, names = None, list(self.spans())
         gates = [name for name in names if self[name].gate is not None and name in self.state.gated]
         margins = {name: self.decide(name, hidden_states) for name in gates}
         used = [name for name in names if self.in_use(name)]
         if used:
-            answer = self.extend(router, hidden_states.reshape(-1, hidden_states.shape[-1]), answer, used)
+            logits, weights, index = self.extend(router, hidden_states.flatten(0, -2), answer, used, given)
+            told = logits if self.rule.answers == "logits" else SCORES[self.rule.score](logits)
+            answer = told, weights, index
         if self.state.records is not None:
-            num_new, scope = answer[0].shape[-1] - self.num_base, self.scope(names or self.state.names, answer[0])
-            record = RoutingRecord(answer[0], answer[2], scope, self.num_base, num_new, margins)
+            if logits is None:  # the logarithm of a softmax has the same softmax
+                logits = answer[0] if self.rule.answers == "logits" else answer[0].log()
+            num_new, scope = logits.shape[-1] - self.num_base, self.scope(names or self.state.names, logits)
+            record = RoutingRecord(logits, answer[2], scope, self.num_base, num_new, margins)
             self.state.records[self.layer] = record
         return answer
 
@@ -113,28 +114,43 @@ class RouterExtension(Additions):
             return None
         return torch.stack([scope.to(like.device) for scope in scopes]).any(dim=0)
 
-    def extend(self, router, hidden_states, answer, used):
+    def logits(self, router, hidden_states, told, names):
+        """The base's logits [T, E] of hidden states [T, H], and those of the adapters `names`, name -> [T, N]; `told`:
+        what the router answers."""
+        inputs = INPUTS[self.rule.inputs](router, hidden_states)
+        new = {name: self[name](inputs, self.rule) for name in names}
+        if self.rule.answers == "logits":
+            return told, new
+        rows = router.get_submodule(self.rule.rows.rpartition(".")[0])  # scores do not say how far apart logits are
+        return rows(inputs), new
+
+    def extend(self, router, hidden_states, answer, used, given):
         """`answer`, extended by the rows of this pass's adapters; only experts of the adapters `used` are chosen."""
-        new = {name: self[name](hidden_states) for name in self.spans()}
-        _, weights, index = answer
+        base_logits, new = self.logits(router, hidden_states, answer[0], self.spans())
+        _, weights, index = answer = base_logits, *answer[1:]
+        kept = {"correction_bias": None, "scale": None}  # what there is one of for every expert of the base
+        if self.rule.correction:
+            kept["correction_bias"] = given if ":" in self.rule.correction else tensor_at(router, self.rule.correction)
+        if self.rule.expert_scale:
+            kept["scale"] = tensor_at(router, self.rule.expert_scale)
         for group in self.state.groups:
             names = [name for name in new if name in group and name in used]
             if not names:
                 continue
-            found = self.share(router, answer, new, names)
+            found = self.share(answer, new, names, kept)
             mine = self.scope(names, weights) if len(self.state.groups) > 1 else None
             if mine is not None:  # other tokens are another group's
                 found = [torch.where(mine.unsqueeze(-1), *pair) for pair in zip(found, (weights, index), strict=True)]
             weights, index = found
-        return torch.cat([answer[0].float(), *new.values()], dim=-1), weights, index
+        return torch.cat([base_logits.float(), *new.values()], dim=-1), weights, index
 
-    def share(self, router, answer, new, names):
+    def share(self, answer, new, names, kept):
         """Weights and index [T, K] where the adapters `names` share tokens.
 
         Adapters of which no token selects an expert are left out and the others asked again, so that a batch which
         does not use an adapter is computed as if that were not loaded, to the last bit.
         """
-        weights, index = self.choose(router, answer, new, names)
+        weights, index = self.choose(answer, new, names, kept)
         while len(names) > 1:
             spans = self.spans()
             hits = torch.stack([((index >= spans[name][0]) & (index < spans[name][1])).any() for name in names])
@@ -142,15 +158,18 @@ class RouterExtension(Additions):
             names = [name for name in names if name not in left_out]
             if not left_out or not names:
                 break
-            weights, index = self.choose(router, answer, new, names)
-            weights = zero_tie(weights, [p for name in left_out for p in self[name].parameters(recurse=False)])
+            weights, index = self.choose(answer, new, names, kept)
+            weights = zero_tie(weights, own_parameters(self[name] for name in left_out))
         return weights, index
 
-    def choose(self, router, answer, new, names):
+    def choose(self, answer, new, names, kept):
         """Weights and index [T, K] by the routing rule over base rows and those of `names`."""
-        correction = correction_of(router)
-        if correction is not None:
-            correction = torch.cat([correction, *(self[name].correction_bias for name in names)])
+        of_all = {
+            part: None
+            if own is None
+            else torch.cat([own.detach().reshape(-1), *(getattr(self[n], part) for n in names)])
+            for part, own in kept.items()
+        }
         scopes, lead = [self.scope([name], answer[0]) for name in names], self[names[0]]
         _, weights, index = route(
             answer,
@@ -159,8 +178,9 @@ class RouterExtension(Additions):
             selection=lead.config.selection,  # adapters that share tokens select alike; only one alone calibrates
             calibrate=lead.config.calibration,
             calibration=lead.calibration,
-            correction=correction,
+            correction=of_all["correction_bias"],
             scope=scopes[0] if len(names) == 1 else scopes,
+            expert_scale=of_all["scale"],
             sizes=[self[name].num_new for name in names],
         )
         return weights, self.placed(index, names)
@@ -179,7 +199,8 @@ class ExtendedRouter:
     """Mixed in before a base router's class."""
 
     def forward(self, hidden_states, *args, **kwargs):
-        return self.moextend(self, hidden_states, super().forward(hidden_states, *args, **kwargs))
+        given = next(iter((*args, *kwargs.values())), None)
+        return self.moextend(self, hidden_states, super().forward(hidden_states, *args, **kwargs), given)
 
 
 class ExtendedExperts:
@@ -240,12 +261,8 @@ def extended_class(mixin, base_class):
         return extended_instance, (mixin, base_class), module.__dict__
 
     name = f"{mixin.__name__}{base_class.__name__}"
-    return type(name, (mixin, base_class), {"__module__": base_class.__module__, "__reduce_ex__": reduce})
-
-
-def base_class(extended):
-    """The class that `extended_class` was given: after the extended class itself and its mixin."""
-    return extended.__mro__[2]
+    own = {"__module__": base_class.__module__, "__reduce_ex__": reduce, "moextend_base": base_class}
+    return type(name, (mixin, base_class), own)
 
 
 def extended_instance(mixin, base_class):
@@ -261,44 +278,6 @@ def swap_class(module, new_class):
         module._old_forward = new_class.forward.__get__(module)
 
 
-def find_moe_layers(decoder):
-    """The MoE layers of a base: decoder layer index -> `MoELayer`.
-
-    Raises:
-        ValueError: the model has no MoE layers, or has some without transformers' router/experts interface.
-    """
-    layers = {}
-    for name, module in decoder.named_modules():
-        experts = getattr(module, "experts", None)
-        routers = [getattr(module, router, None) for router in ROUTER_NAMES]
-        router = next((router for router in routers if isinstance(router, nn.Module)), None)
-        place = re.search(r"(?:^|\.)(\d+)\.", f"{name}.")
-        if place and router is not None and all(hasattr(experts, attribute) for attribute in EXPERTS_INTERFACE):
-            layers[int(place.group(1))] = MoELayer(router, experts, experts.down_proj.shape[0])
-    if layers:
-        return layers
-    name = type(decoder).__name__
-    if any("experts" in type(module).__name__.lower() for module in decoder.modules()):
-        raise ValueError(
-            f"{name} has experts, but not through transformers' router/experts interface (a module with 3-D "
-            "`down_proj` that is called with top_k_index and top_k_weights), so this family can't be extended."
-        )
-    raise ValueError(f"{name} has no MoE layers: MoExtend adds experts to a Mixture-of-Experts model.")
-
-
-@contextlib.contextmanager
-def materialised(module):
-    """Makes offloaded weights of `module` readable inside the `with` block, by its own accelerate hook."""
-    hook = getattr(module, "_hf_hook", None)
-    if hook is not None:
-        hook.pre_forward(module)
-    try:
-        yield module
-    finally:
-        if hook is not None:
-            hook.post_forward(module, torch.empty(0))
-
-
 def input_device(base):
     """Where a base takes its token ids: offloaded embeddings lie elsewhere (on meta) between passes."""
     embedding = base.get_input_embeddings()
@@ -306,87 +285,13 @@ def input_device(base):
     return torch.device(embedding.weight.device if device is None else device)
 
 
-def correction_of(router):
-    """The correction bias [E] of a router (DeepSeek-V3, Eq. 16), or `None`.
-
-    Families keep it in a buffer, in a parameter, or in a child module `moe_statics` (ernie4_5_moe).
-    """
-    owner = getattr(router, "moe_statics", router)
-    if getattr(owner, CORRECTION, None) is None:
-        return None
-    with contextlib.nullcontext() if owner is router else materialised(owner):
-        return getattr(owner, CORRECTION).detach().reshape(-1)
-
-
-def sibling(module, parameters, buffers=(), **attributes):
-    """A module of the same class and settings with tensors of its own; `module` and its tensors stay untouched."""
-    kind = base_class(type(module)) if "moextend" in module._modules else type(module)
-    twin = kind.__new__(kind)
-    nn.Module.__init__(twin)
-    own = set(twin.__dict__) | {"forward", "_old_forward", "_hf_hook"}
-    twin.__dict__.update({name: value for name, value in module.__dict__.items() if name not in own})
-    for name, child in module._modules.items():
-        if name != "moextend":
-            twin._modules[name] = child  # activations and the like: shared, they have no weights of their own
-    for name, tensor in parameters.items():
-        twin.register_parameter(name, nn.Parameter(tensor))
-    for name, tensor in dict(buffers).items():
-        twin.register_buffer(name, tensor)
-    twin.__dict__.update(attributes)
-    return twin
-
-
-def find_rule(model_type, layer):
-    """The routing rule of this router: its family's row, checked against what the router really does.
-
-    The check runs a float32 sibling with random rows on random tokens, so it needs no weights (meta devices) and can't
-    be fooled by a checkpoint's.
-
-    Raises:
-        ValueError: the router answers otherwise than any known rule.
-    """
-    router = layer.router
-    generator = torch.Generator().manual_seed(0)
-    random = partial(torch.randn, generator=generator)
-    hidden_size = router.weight.shape[-1] if getattr(router, "weight", None) is not None else 0
-    error = ValueError(
-        f"{type(router).__name__} ({model_type}) does not follow the router interface: logits = weight @ hidden state "
-        "(+ bias), the top k of their scores (+ correction bias), and weights by a known rule (see FAMILIES in "
-        "routing_moextend.py). This family can't be extended without a rule of its own."
-    )
-    if hidden_size == 0:
-        raise error
-    with torch.device("cpu"), torch.no_grad():
-        rows = {name: random(p.shape) / hidden_size**0.5 for name, p in router._parameters.items() if p is not None}
-        buffers = {name: torch.zeros(b.shape) for name, b in router._buffers.items() if b is not None}
-        tokens = random(64, hidden_size)
-        twin = sibling(router, rows, buffers).eval()
-        for name in twin._modules.keys() & {"moe_statics"}:
-            parameters = {key: random(p.shape) for key, p in twin.moe_statics._parameters.items()}
-            twin._modules[name] = sibling(twin.moe_statics, parameters)
-        correction = correction_of(twin)
-        if correction is not None:
-            correction.copy_(random(correction.shape) / 4)  # of the size of scores, so that both decide
-        choice = correction, next((getattr(router, name) for name in GROUPS if getattr(router, name, None)), 1)
-        try:
-            answer = twin(tokens)
-            found = probe_rule(answer, *choice)
-        except Exception as cause:
-            raise error from cause
-        expected = F.linear(tokens, rows["weight"], rows.get("bias"))
-    if found is None or not torch.allclose(answer[0], expected, rtol=1e-4, atol=1e-5):
-        raise error
-    row = family_rule(model_type, router)
-    if row is not None and not explains(row, answer, *choice):  # several rules may explain one answer, as with K = 1
-        raise ValueError(f"FAMILIES says {row} of {model_type}, but the router does {found}. Please report this.")
-    return row or found
-
-
 def attach(decoder, state, rule):
-    """Swaps the classes of every MoE router of `decoder`; layers without new experts are only listened to."""
+    """Swaps the classes of every MoE router of `decoder` that has its own yet; layers without new experts are only
+    listened to."""
     for index, layer in find_moe_layers(decoder).items():
-        swap_class(layer.router, extended_class(ExtendedRouter, type(layer.router)))
-        layer.router.moextend = RouterExtension(index, layer.num_experts, rule, state)
+        if "moextend" not in layer.router._modules:
+            swap_class(layer.router, extended_class(ExtendedRouter, type(layer.router)))
+            layer.router.moextend = RouterExtension(index, layer.num_experts, rule, state)
 
 
 def add_experts(layer, name, sources, config):
@@ -398,11 +303,12 @@ def add_experts(layer, name, sources, config):
     extension = layer.router.moextend
     if name in extension:
         raise ValueError(f"Layer {extension.layer} has new experts already; a layer is extended once.")
-    values, rows = start_values(layer, sources, config), NewRows(len(sources), config)
-    rows.calibration, rows.correction_bias = values.get("calibration"), values["router"].pop("correction_bias", None)
+    values, rows = start_values(layer, sources, config, extension.rule), NewRows(len(sources), config)
+    rows.calibration = values.get("calibration")
     fixed = config.selection == "exclusive" and len(sources) == 1  # its weight is the base's sum: no gradient
     for part, value in values["router"].items():
-        setattr(rows, part, nn.Parameter(value, requires_grad=not fixed))
+        is_buffer = part in rows._buffers
+        setattr(rows, part, value if is_buffer else nn.Parameter(value, requires_grad=not fixed))
     experts = sibling(layer.experts, values["experts"], num_experts=len(sources), num_new=len(sources))
     if "moextend" not in layer.experts._modules:
         swap_class(layer.experts, extended_class(ExtendedExperts, type(layer.experts)))
@@ -416,7 +322,7 @@ def remove_experts(layer, name):
         del layer.router.moextend[name], layer.experts.moextend[name]
         if not len(layer.experts.moextend):
             del layer.experts._modules["moextend"]
-            swap_class(layer.experts, base_class(type(layer.experts)))
+            swap_class(layer.experts, plain_class(layer.experts))
 
 
 def add_gate(layers, name, config):
@@ -426,31 +332,31 @@ def add_gate(layers, name, config):
         rows.gate = TokenGate(rows.weight.shape[-1], config.gate_hidden_size, device=rows.weight.device)
 
 
-def start_values(layer, sources, config):
+def start_values(layer, sources, config, rule):
     """Where every new tensor of a layer starts, in float32: part -> name -> value; the calibration as a module.
 
     | tensor | start | why |
     |---|---|---|
     | expert | copy of its source expert | Eq. 8: knows what the base knows |
-    | router row, bias, correction bias | copy of its source's | Eq. 8: chosen where its source is |
+    | router row, bias, correction bias, scale | copy of its source's | Eq. 8: chosen and weighed where its source is |
     | calibration fc1 | uniform, 1/sqrt(E + N) (nn.Linear's) | something to learn from |
     | calibration fc2 | zero | identity at first |
     | gate | `TokenGate`: last layer zero, bias -1 | closed: an untrained adapter is the base, bit for bit |
     """
-    with materialised(layer.experts), materialised(layer.router):
-        values = {
-            "experts": {name: copy_rows(p, sources) for name, p in layer.experts._parameters.items() if p is not None},
-            "router": {
-                name: copy_rows(p, sources)
-                for name, p in layer.router._parameters.items()
-                if p is not None and name != CORRECTION
-            },
+    with materialised(layer.experts), materialised(layer.router) as router:
+        experts = {name: copy_rows(p, sources) for name, p in layer.experts._parameters.items() if p is not None}
+        own = {
+            "weight": tensor_at(router, rule.rows),
+            "bias": tensor_at(router, bias_path(rule)),
+            "scale": tensor_at(router, rule.expert_scale) if rule.expert_scale else None,
         }
-        correction = correction_of(layer.router)
-        if correction is not None:
-            values["router"]["correction_bias"] = copy_rows(correction, sources)
+        rows = {name: copy_rows(tensor, sources) for name, tensor in own.items() if tensor is not None}
+    correction = correction_of(layer, rule)
+    if correction is not None:
+        rows["correction_bias"] = copy_rows(correction, sources)
+    values = {"experts": experts, "router": rows}
     if config.calibration != "none":
-        device = values["router"]["weight"].device
+        device = rows["weight"].device
         calibration = Calibration(layer.num_experts + len(sources), config.calibration_hidden_size, device=device)
         nn.init.zeros_(calibration.fc2.weight)
         values["calibration"] = calibration
@@ -467,4 +373,4 @@ def detach(decoder):
     for module in decoder.modules():
         if "moextend" in module._modules:
             del module._modules["moextend"]
-            swap_class(module, base_class(type(module)))
+            swap_class(module, plain_class(module))

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .adapter_moextend import fingerprint, same_fingerprint
 from .configuration_moextend import UnknownConfig
-from .layers_moextend import detach, find_moe_layers, find_rule, input_device
+from .families_moextend import family_of, find_rule
+from .layers_moextend import detach, find_moe_layers, input_device
 from .routing_moextend import Rule
 from .vision_moextend import load_encoder, vision_tower
 
@@ -104,31 +105,66 @@ def load_parts(stored, base, encoder, auto_class, check_base, options):
     return base, encoder
 
 
-def base_rule(base, layers, config):
-    """The routing `Rule` that the base's first MoE layer goes by; kept in `config`.
+def base_rule(layers, config):
+    """The routing `Rule` that the base's MoE layers go by; kept in `config`.
+
+    Layers that are to be extended must all follow it. Without any (stage align) it is that of the first layer that
+    follows a known rule.
 
     Raises:
         ValueError: no known rule, or another one than in the config of an adapter that was made before.
     """
-    found = find_rule(base.config.model_type, next(iter(layers.values())))
-    if config.routing_rule is None:
-        config.routing_rule = found._asdict()
-    return same_rule(config, found)
+    plan = config.extended_layers
+    found = find_rule(min(plan), layers[min(plan)]) if plan else first_rule(layers)
+    check_rule(layers, plan, found)
+    rule = agreed_rule(config, found)
+    config.routing_rule = rule._asdict()
+    return rule
 
 
-def same_rule(config, found):
-    """The `Rule` of `config`, which has to be the base's own, the `Rule` `found`.
+def agreed_rule(config, found):
+    """The rule of an adapter's `config`, which has to be `found`, the base's own.
 
     Raises:
         ValueError: names both.
     """
-    rule = Rule(**config.routing_rule)
-    if rule[:2] != found[:2] or not math.isclose(rule.scale, found.scale, rel_tol=1e-4):
+    rule = Rule(**{**found._asdict(), **(config.routing_rule or {})})  # older adapters store less
+    if not same_rule(rule, found):
         raise ValueError(
             f"The adapter was made on a base that routes by {rule}, but this one routes by {found}. Pass base=<the "
             "right one>; check_base=False loads it all the same."
         )
     return rule
+
+
+def first_rule(layers):
+    """The rule of the first layer that follows a known one."""
+    errors = []
+    for index, layer in layers.items():
+        try:
+            return find_rule(index, layer)
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def check_rule(layers, plan, rule):
+    """Refuses a plan with a layer whose router follows another rule than `rule`, or none that is known."""
+    for index in plan:
+        found = find_rule(index, layers[index])
+        if not same_rule(found, rule):
+            raise ValueError(
+                f"Layer {index} of {family_of(layers[index].router)} routes by {found}, the other extended layers by "
+                f"{rule}: an adapter extends layers of one rule. Leave this layer out."
+            )
+
+
+def same_rule(one, other):
+    """Whether two rules are the same up to the rounding of probed numbers."""
+    return all(
+        math.isclose(ours, theirs, rel_tol=1e-4) if isinstance(ours, float) and theirs is not None else ours == theirs
+        for ours, theirs in zip(one, other, strict=True)
+    )
 
 
 @contextlib.contextmanager

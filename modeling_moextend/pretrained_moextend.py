@@ -12,8 +12,9 @@ from transformers import AutoModel, PreTrainedModel
 
 from .adapter_moextend import copy_file, gather, put_tensors, read_adapter, write_adapter, write_text
 from .configuration_moextend import MoExtendConfig, normalise_plan, routing_choices
+from .families_moextend import find_moe_layers
 from .hub_moextend import PUSH_KWARGS, check_save_kwargs, upload, write_card
-from .layers_moextend import add_experts, add_gate, attach, detach, find_moe_layers, zero_tie
+from .layers_moextend import add_experts, add_gate, detach, zero_tie
 from .loading_moextend import (
     HUB_KWARGS,
     SHARED_HUB_KWARGS,
@@ -21,6 +22,7 @@ from .loading_moextend import (
     base_rule,
     check_folder,
     check_plan,
+    check_rule,
     check_same_kind,
     identity,
     load_new_parts,
@@ -29,6 +31,7 @@ from .loading_moextend import (
 )
 from .routing_moextend import Rule, balance_loss
 from .scope_moextend import Pass, remember, seen_tokens, token_scopes
+from .selfcheck_moextend import self_checked
 from .state_moextend import RoutingState
 from .switch_moextend import DEFAULT, AdapterSwitch
 from .together_moextend import check_below, check_image_rows, check_new_name, check_one_selection
@@ -57,11 +60,10 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
         self.adapters, self.routing = nn.ModuleDict(), RoutingState()
         # Names, not parameters: held here, each process would keep the whole of what FSDP2 shards.
         self.base_trainable = [name for name, parameter in self.base.named_parameters() if parameter.requires_grad]
-        rule = base_rule(self.base, find_moe_layers(self.get_decoder()), config)
+        rule = base_rule(find_moe_layers(self.get_decoder()), config)
         self.base.requires_grad_(False)
-        attach(self.get_decoder(), self.routing, rule)
         check_new_name(adapter_name, self)
-        self.put_on(adapter_name, config, encoder)
+        self.put_on(adapter_name, config, encoder, rule)
         self.switch_to([adapter_name])
         self.post_init()
         # Not the encoder's: FSDP would gather its layers where the batch has images, and wait for the other processes.
@@ -266,8 +268,11 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
                 f"The gate reads the input of layer {min(self.config.extended_layers)}, so layer {min(plan)} below it "
                 "can't be added. Name all layers at once, or begin anew with from_base(...)."
             )
-        for layer, sources in plan.items():
-            add_experts(layers[layer], self.lead, sources, self.config)
+        rule = Rule(**self.config.routing_rule)
+        check_rule(layers, plan, rule)
+        with self_checked(layers, plan, rule, self.routing, self.lead):
+            for layer, sources in plan.items():
+                add_experts(layers[layer], self.lead, sources, self.config)
         self.config.extended_layers = normalise_plan({**self.config.extended_layers, **plan})
         if self.config.scope == "gate":
             add_gate(layers, self.lead, self.config)

@@ -18,41 +18,56 @@ UNUSED = -1  # index of a slot that holds no expert: an exclusive token has only
 
 
 class Rule(NamedTuple):
-    """How a family turns router logits into weights: one row of `FAMILIES`.
+    """How a base's routers work: all that new experts need to know of them. Found by `families_moextend.find_rule`.
 
-    score: `"softmax"` over all experts, or `"sigmoid"` of each. Which experts win is decided by score + correction
-        bias (DeepSeek-V3, arXiv 2412.19437, Eq. 16); the weights are made from the score alone.
-    renormalise: whether the weights of the chosen experts are divided by their sum. A softmax over only the chosen
-        logits (granitemoe, gpt_oss) is the same function as softmax, then renormalise.
-    scale: factor on the weights (DeepSeek's `routed_scaling_factor`).
+    What a token gets of the experts it chose:
+        score: function in `SCORES` that makes scores of logits. With a correction bias (DeepSeek-V3, arXiv 2412.19437,
+            Eq. 16), score + bias decides which experts win; the weights are made from the score alone.
+        renormalise: whether the weights of the chosen experts are divided by their sum. A softmax over only the chosen
+            logits (granitemoe, gpt_oss) is the same function as softmax, then renormalise.
+        scale: factor on the weights (DeepSeek's `routed_scaling_factor`).
+        epsilon: added to the sum that renormalises (lfm2_moe: 1e-6); 0 where it is too small to matter.
+        floor: the least sum that renormalises (ernie4_5_moe's `moe_norm_min`).
+        jitter: of routers that weigh by SparseMixer (phimoe); `None` elsewhere.
+        corrected: what the correction bias is added to, `"score"` or `"logit"` (kolibri1).
+
+    How a row makes a logit:
+        inputs: function in `INPUTS` that makes what rows are multiplied with of the hidden state.
+        multiplier: factor on the logits (muse_spark).
+        softcap: logits are softcap * tanh(logits / softcap); 0: as they are (laguna).
+        answers: what the router returns first, `"logits"` or `"scores"` (gemma4).
+
+    Where a router keeps what there is one of for every expert; "": nowhere.
+        rows: parameter [E, H]; its bias, if any, is beside it.
+        correction: tensor [E], or `"argument:name"`: handed to the router, and kept in its block under that name.
+        expert_scale: factor [E] on an expert's weight after all else (gemma4).
     """
 
     score: str
     renormalise: bool
     scale: float = 1.0
+    epsilon: float = 0.0
+    floor: float = 0.0
+    jitter: float | None = None
+    corrected: str = "score"
+    inputs: str = "plain"
+    multiplier: float = 1.0
+    softcap: float = 0.0
+    answers: str = "logits"
+    rows: str = "weight"
+    correction: str = ""
+    expert_scale: str = ""
 
 
-SCORES = {"softmax": lambda logits: logits.softmax(dim=-1), "sigmoid": torch.sigmoid}
+SCORES = {
+    "softmax": lambda logits: logits.softmax(dim=-1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
+}
 
-# One row a family: the score, then the router's attribute that says whether it renormalises and the one that holds its
-# scale; a plain value where the family has no such switch. Families without a row are found by `probe_rule`.
-FAMILIES = {
-    "mixtral": ("softmax", True, 1.0),
-    "minimax": ("softmax", True, 1.0),
-    "granitemoe": ("softmax", True, 1.0),
-    "granitemoeshared": ("softmax", True, 1.0),
-    "granitemoehybrid": ("softmax", True, 1.0),
-    "gpt_oss": ("softmax", True, 1.0),
-    "olmoe": ("softmax", "norm_topk_prob", 1.0),
-    "flex_olmo": ("softmax", "norm_topk_prob", 1.0),
-    "qwen2_moe": ("softmax", "norm_topk_prob", 1.0),
-    "qwen3_moe": ("softmax", "norm_topk_prob", 1.0),
-    "qwen3_next": ("softmax", "norm_topk_prob", 1.0),
-    "jamba": ("softmax", False, 1.0),
-    "deepseek_v2": ("softmax", False, "routed_scaling_factor"),
-    "deepseek_v3": ("sigmoid", "norm_topk_prob", "routed_scaling_factor"),
-    "glm4_moe": ("sigmoid", "norm_topk_prob", "routed_scaling_factor"),
-    "dots1": ("sigmoid", "norm_topk_prob", "routed_scaling_factor"),
+INPUTS = {
+    "plain": lambda router, hidden: hidden,
+    "normed": lambda router, hidden: router.norm(hidden) * router.scale * router.scalar_root_size,
 }
 
 
@@ -94,57 +109,40 @@ class Calibration(nn.Module):
         return (scores + self.fc2(hidden)).clamp_min(WEIGHT_FLOOR)
 
 
-def family_rule(model_type, router):
-    """The family's `Rule` with this router's own switches filled in, or `None` where `FAMILIES` has no row."""
-    if model_type not in FAMILIES:
-        return None
-    score, renormalise, scale = FAMILIES[model_type]
-    renormalise = getattr(router, renormalise) if isinstance(renormalise, str) else renormalise
-    scale = getattr(router, scale) if isinstance(scale, str) else scale
-    return Rule(score, bool(renormalise), float(scale))
+def cap(logits, rule):
+    """Logits of plain products rows @ input: what the family makes of them before scoring."""
+    logits = logits * rule.multiplier
+    return torch.tanh(logits / rule.softcap) * rule.softcap if rule.softcap else logits
+
+
+def choice_keys(logits, rule, correction=None):
+    """[T, E] -> [T, E]: whoever has the highest keys is chosen."""
+    keys = logits if rule.corrected == "logit" else SCORES[rule.score](logits)
+    return keys if correction is None else keys + correction
 
 
 def rule_weights(scores, index, rule):
     """Weights [T, K] of the experts `index` [T, K], from scores (or calibrated scores) [T, E + N]."""
     weights = scores.gather(-1, index)
     if rule.renormalise:
-        weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(TINY)
+        total = weights.sum(dim=-1, keepdim=True).clamp_min(max(rule.floor, TINY))
+        weights = weights / (total + rule.epsilon)
     return weights * rule.scale
 
 
-def explains(rule, answer, correction=None, num_groups=1):
-    """Whether `rule` makes the choice and the weights of a base router's answer; arguments as in `probe_rule`."""
-    logits, weights, index = answer
-    scores = SCORES[rule.score](logits.float())
-    same_weights = torch.allclose(rule_weights(scores, index, rule), weights.float(), rtol=1e-4, atol=1e-6)
-    return same_weights and is_top_k(index, scores if correction is None else scores + correction, num_groups)
+def sparsemixer(logits, index, jitter):
+    """Weights [T, K] by SparseMixer (arXiv 2409.12136) as in evaluation, without its sampling.
 
-
-def is_top_k(index, keys, num_groups):
-    """Whether `index` [T, K] holds the best of `keys` [T, E], among the experts of the groups chosen from."""
-    chosen = torch.zeros_like(keys, dtype=torch.bool).scatter(-1, index, True)
-    in_group = chosen.unflatten(-1, (num_groups, -1)).any(dim=-1, keepdim=True)
-    rivals = in_group.expand(-1, -1, keys.shape[-1] // num_groups).flatten(1) & ~chosen
-    worst_chosen = keys.masked_fill(~chosen, torch.inf).amin(dim=-1)
-    return bool((worst_chosen >= keys.masked_fill(~rivals, -torch.inf).amax(dim=-1) - 1e-6).all())
-
-
-def probe_rule(answer, correction=None, num_groups=1):
-    """Finds the rule that explains a base router's answer, or `None`.
-
-    Args:
-        answer: (logits [T, E], weights [T, K], index [T, K]) of a float32 copy of the router on random tokens.
-        correction: that copy's correction bias [E], or `None`.
-        num_groups: groups of neighbouring experts that the router first chooses among.
+    The k-th expert weighs its softmax among those not chosen before it that come near the best of them: not further
+    below than 2 * jitter of the larger of the two.
     """
-    logits, weights, index = answer
-    for score in SCORES:
-        for renormalise in (True, False):
-            plain = rule_weights(SCORES[score](logits.float()), index, Rule(score, renormalise))
-            rule = Rule(score, renormalise, round((weights.float() / plain).median().item(), 6))
-            if explains(rule, answer, correction, num_groups):
-                return rule
-    return None
+    weights, left = [], logits
+    for chosen in index.split(1, dim=-1):
+        best = left.amax(dim=-1, keepdim=True)
+        far = (best - logits) / torch.maximum(logits.abs(), best) > 2 * jitter
+        weights.append(left.masked_fill(far, -torch.inf).softmax(dim=-1).gather(-1, chosen))
+        left = left.scatter(-1, chosen, -torch.inf)
+    return torch.cat(weights, dim=-1)
 
 
 def route(
@@ -157,6 +155,7 @@ def route(
     calibration=None,
     correction=None,
     scope=None,
+    expert_scale=None,
     sizes=(),
 ):
     """Extends a base router's answer by the new rows of one adapter, or of several that share tokens.
@@ -176,6 +175,7 @@ def route(
         calibration: a `Calibration`, unless `calibrate` is `"none"`.
         correction: [E + N] correction bias of the families that have one.
         scope: [T] bool, tokens that may use new experts; `None` for every token. With several adapters a list.
+        expert_scale: [E + N] factor on an expert's weight, in the families that have one.
         sizes: with several adapters, how many of the N rows belong to each, in order.
 
     Returns:
@@ -188,9 +188,9 @@ def route(
         every = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
         scopes = torch.stack([every if one is None else one for one in scope], dim=-1)  # [T, adapters]
         owner = torch.arange(len(sizes), device=logits.device).repeat_interleave(torch.tensor(sizes).to(logits.device))
-        _, index = choose(logits, base_answer, rule, None, correction, ~scopes[:, owner])
+        _, index = choose(logits, base_answer, rule, None, correction, None, ~scopes[:, owner])
         closed, scope = ~selected_owners(index, base_logits.shape[-1], owner)[:, owner], scopes.any(dim=-1)
-    weights, index = choose(logits, base_answer, rule, calibration, correction, closed)
+    weights, index = choose(logits, base_answer, rule, calibration, correction, expert_scale, closed)
     # A token is changed where it selects a new expert; calibration="all" reweights every token in scope.
     changed = (index >= base_logits.shape[-1]).any(dim=-1)
     if calibrate == "all":
@@ -217,29 +217,36 @@ def shut(tensor, closed, value):
     return tensor.masked_fill(F.pad(closed, (tensor.shape[-1] - closed.shape[-1], 0)), value)
 
 
-def compete(logits, base_answer, rule, calibration, correction, closed=None):
+def compete(logits, base_answer, rule, calibration, correction, expert_scale, closed=None):
     """The paper's selection (Eq. 7-10): old and new rows share one top-k. Returns weights and index, [T, K] each."""
     base_logits, _, base_index = base_answer
-    scores = SCORES[rule.score](shut(logits, closed, torch.finfo(logits.dtype).min))
-    new_index = torch.arange(base_logits.shape[-1], scores.shape[-1], device=scores.device)
-    candidates = torch.cat([base_index, new_index.expand(len(scores), -1)], dim=-1)  # [T, K + N]
-    keys = shut(scores if correction is None else scores + correction, closed, -torch.inf)
+    logits = shut(logits, closed, torch.finfo(logits.dtype).min)
+    keys = shut(choice_keys(logits, rule, correction), closed, -torch.inf)
+    new_index = torch.arange(base_logits.shape[-1], logits.shape[-1], device=logits.device)
+    candidates = torch.cat([base_index, new_index.expand(len(logits), -1)], dim=-1)  # [T, K + N]
     best = keys.gather(-1, candidates).topk(base_index.shape[-1], dim=-1).indices
     index = candidates.gather(-1, best)
-    return rule_weights(scores if calibration is None else calibration(scores), index, rule), index
+    if rule.jitter is not None:
+        return sparsemixer(logits, index, rule.jitter), index
+    scores = SCORES[rule.score](logits)
+    weights = rule_weights(scores if calibration is None else calibration(scores), index, rule)
+    return weights if expert_scale is None else weights * expert_scale[index], index
 
 
-def exclusive(logits, base_answer, rule, calibration, correction, closed=None):
+def exclusive(logits, base_answer, rule, calibration, correction, expert_scale, closed=None):
     """New experts only: the best min(K, N), their weights sharing what the base's own weights sum to.
 
-    Families differ in that sum (some do not renormalise, some scale). Slots past min(K, N) stay `UNUSED`.
+    Families differ in that sum (some do not renormalise, some scale, some have a scale for every expert, which
+    therefore counts through the base's sum and not again). Slots past min(K, N) stay `UNUSED`.
     """
     base_logits, base_weights, base_index = base_answer
     num_base, num_slots = base_logits.shape[-1], base_index.shape[-1]
-    new_scores = SCORES[rule.score](shut(logits[:, num_base:], closed, torch.finfo(logits.dtype).min))
-    keys = shut(new_scores if correction is None else new_scores + correction[num_base:], closed, -torch.inf)
-    best = keys.topk(min(num_slots, new_scores.shape[-1]), dim=-1)
-    weights = rule_weights(new_scores, best.indices, Rule(rule.score, renormalise=True))
+    new_logits = shut(logits[:, num_base:], closed, torch.finfo(logits.dtype).min)
+    keys = shut(
+        choice_keys(new_logits, rule, None if correction is None else correction[num_base:]), closed, -torch.inf
+    )
+    best = keys.topk(min(num_slots, new_logits.shape[-1]), dim=-1)
+    weights = rule_weights(SCORES[rule.score](new_logits), best.indices, Rule(rule.score, renormalise=True))
     weights = weights * base_weights.float().sum(dim=-1, keepdim=True)
     chosen = torch.where(best.values == -torch.inf, UNUSED, best.indices + num_base)
     empty = num_slots - chosen.shape[-1]
@@ -282,7 +289,7 @@ def group_balance(logits, index, tokens, rule):
     num_experts = logits.shape[-1]
     weight = tokens.to(logits.dtype)
     scores = SCORES[rule.score](logits)
-    if rule.score == "sigmoid":
+    if rule.score != "softmax":
         scores = scores / scores.sum(dim=-1, keepdim=True)  # DeepSeek-V3, Eq. 19: shares, so that layers compare
     mean_score = (scores * weight.unsqueeze(-1)).sum(dim=0) / weight.sum().clamp(min=1)
     picks = F.one_hot(torch.where((index >= 0) & (index < num_experts), index, num_experts), num_experts + 1)

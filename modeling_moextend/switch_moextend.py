@@ -11,8 +11,11 @@ from torch import nn
 
 from .adapter_moextend import put_tensors, read_adapter, reshard, stored_dtype, tensors_fingerprint
 from .configuration_moextend import check_threshold, normalise_plan, routing_choices
-from .layers_moextend import add_experts, add_gate, find_moe_layers, input_device, remove_experts
-from .loading_moextend import check_plan, identity, load_new_encoder, load_stored_encoder
+from .families_moextend import find_moe_layers
+from .layers_moextend import add_experts, add_gate, attach, input_device, remove_experts
+from .loading_moextend import check_plan, check_rule, identity, load_new_encoder, load_stored_encoder
+from .routing_moextend import Rule
+from .selfcheck_moextend import self_checked
 from .state_moextend import BASE
 from .together_moextend import (
     check_belongs,
@@ -54,11 +57,13 @@ class AdapterSwitch:
 
     # ------------------------------------------------------------ adding, loading and deleting
 
-    def put_on(self, name, config, encoder=None):
+    def put_on(self, name, config, encoder, rule):
         """Attaches an adapter's new experts, gate and projector at their start values; nobody uses them yet."""
         layers = find_moe_layers(self.get_decoder())
-        for layer, sources in config.extended_layers.items():
-            add_experts(layers[layer], name, sources, config)
+        with self_checked(layers, config.extended_layers, rule, self.routing, name):
+            attach(self.get_decoder(), self.routing, rule)
+            for layer, sources in config.extended_layers.items():
+                add_experts(layers[layer], name, sources, config)
         if config.scope == "gate" and config.extended_layers:
             add_gate(layers, name, config)
         self.adapters[name] = Adapter(config, encoder, input_device(self.base)).train(self.training)
@@ -115,7 +120,7 @@ class AdapterSwitch:
             check_below(stored, self.fingerprints(), name_or_path)
         encoder = load_stored_encoder(self, stored, encoder, check_base, hub_kwargs)
         with self.put_back_on_error(adapter_name):
-            self.put_on(adapter_name, stored, encoder)
+            self.put_on(adapter_name, stored, encoder, Rule(**stored.routing_rule))
             put_tensors(self.adapter_tensors(adapter_name), tensors, metadata, base_dtype=self.base.dtype)
         self.ask_gradients(adapter_name, is_trainable)
 
@@ -152,7 +157,9 @@ class AdapterSwitch:
             raise ValueError("The adapters are off, and a new one goes on top of the active ones: enable_adapters().")
         if not plan and encoder is None:
             raise ValueError("Nothing to add: give extended_layers, like {2: [1]}, or encoder=... for a projector.")
-        check_plan(find_moe_layers(self.get_decoder()), plan)
+        layers, rule = find_moe_layers(self.get_decoder()), Rule(**self.config.routing_rule)
+        check_plan(layers, plan)
+        check_rule(layers, plan, rule)
         encoder = load_new_encoder(encoder, self.base)
         vocab_size = self.get_input_embeddings().weight.shape[0]
         config = self.config_class(
@@ -167,7 +174,7 @@ class AdapterSwitch:
         )
         check_together({**{name: self.adapters[name].config for name in below}, adapter_name: config}, self)
         with self.put_back_on_error(adapter_name):
-            self.put_on(adapter_name, config, encoder)
+            self.put_on(adapter_name, config, encoder, rule)
         for name in self.adapters:
             self.ask_gradients(name, name == adapter_name)
         self.switch_to([*below, adapter_name], target=adapter_name)
@@ -382,7 +389,7 @@ class AdapterSwitch:
 
     def learns(self, name, adapter_name=None):
         """Whether stage finetune moves this tensor: one that a gradient reaches. The gate is trained before it."""
-        if name.endswith("correction_bias") or name.startswith(("gate.", "projector.")):
+        if name.endswith((".correction_bias", ".router.scale")) or name.startswith(("gate.", "projector.")):
             return False
         config = self.adapters[self.named(adapter_name)].config
         return not (".router." in name and config.selection == "exclusive" and self.rows_at(name, adapter_name) == 1)

@@ -5,8 +5,9 @@ import re
 
 from .adapter_moextend import same_fingerprint
 from .configuration_moextend import UnknownConfig
-from .layers_moextend import correction_of, find_moe_layers
-from .loading_moextend import check_fingerprint, check_plan, same_rule
+from .families_moextend import find_moe_layers
+from .layers_moextend import RouterExtension
+from .loading_moextend import agreed_rule, check_fingerprint, check_plan, check_rule
 from .routing_moextend import Rule
 
 
@@ -21,9 +22,8 @@ def check_new_name(name, model):
             f"An adapter {name!r} is loaded already; this model has {list(model.adapters)}. Choose another name, or "
             f"delete_adapter({name!r}) first."
         )
-    holders = [model.adapters, *(layer.router.moextend for layer in find_moe_layers(model.get_decoder()).values())]
     allowed = isinstance(name, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name)
-    if not allowed or any(hasattr(holder, name) for holder in holders[:2]):
+    if not allowed or hasattr(RouterExtension(0, 0, None, None), name):
         raise ValueError(
             f"{name!r} can't be the name of an adapter: it has to begin with a letter, hold only letters, digits, _ "
             "and -, and be no attribute of a PyTorch module."
@@ -40,10 +40,12 @@ def check_belongs(model, stored, name, check_base):
         check_fingerprint("base", stored.base_fingerprint, model.get_decoder(), advice=f"Load {name} on its own base")
     if isinstance(stored.text_config, UnknownConfig) or not check_base:
         stored.text_config = copy.deepcopy(model.base.config)
-    if stored.routing_rule is None or not check_base:
-        stored.routing_rule = model.config.routing_rule
-    same_rule(stored, Rule(**model.config.routing_rule))
-    check_plan(find_moe_layers(model.get_decoder()), stored.extended_layers)
+    if not check_base:
+        stored.routing_rule = None
+    layers, rule = find_moe_layers(model.get_decoder()), Rule(**model.config.routing_rule)
+    stored.routing_rule = agreed_rule(stored, rule)._asdict()
+    check_plan(layers, stored.extended_layers)
+    check_rule(layers, stored.extended_layers, rule)
 
 
 def check_together(configs, model):
@@ -71,9 +73,8 @@ def check_together(configs, model):
     seeing = [name for name, config in configs.items() if config.encoder_config is not None]
     if len(seeing) > 1:
         raise ValueError(f"Adapters {seeing} have an encoder each, and an image goes through one. {apart}")
-    layers = find_moe_layers(model.get_decoder()).values()
-    score = model.config.routing_rule["score"]
-    if len(extending) > 1 and score == "softmax" and any(correction_of(layer.router) is not None for layer in layers):
+    rule = Rule(**model.config.routing_rule)
+    if len(extending) > 1 and rule.correction and rule.score == "softmax" and rule.corrected == "score":
         raise ValueError(
             f"Adapters {list(extending)} can't be active together on this base ({model.base.config.model_type}): it "
             "adds a correction bias to softmax scores, so each adapter's rows would change which of the other's are "

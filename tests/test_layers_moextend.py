@@ -440,8 +440,15 @@ def test_a_model_without_experts_is_refused():
         MoExtendForCausalLM.from_base(LlamaForCausalLM(config), {0: [0]})
 
 
-@pytest.mark.parametrize("model_type", ["llama4_text", "dbrx", "jetmoe"])
-def test_a_family_without_the_experts_interface_is_refused(model_type):
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("llama4_text", r"Llama4ForCausalLM \(llama4\) can't be extended: its experts get their input scaled"),
+        ("dbrx", r"DbrxModel \(dbrx\) can't be extended: its router gives bare logits"),
+        ("jetmoe", r"JetMoeModel \(jetmoe\) can't be extended: its experts take tokens that its router has sorted"),
+    ],
+)
+def test_a_family_without_the_experts_interface_is_refused(model_type, reason):
     small = {
         "llama4_text": {
             "hidden_size": 32,
@@ -471,8 +478,15 @@ def test_a_family_without_the_experts_interface_is_refused(model_type):
     }
     config = AutoConfig.for_model(model_type, vocab_size=96, **small[model_type])
     base = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match="has experts, but not through transformers' router/experts interface"):
+    with pytest.raises(ValueError, match=reason):
         MoExtendForCausalLM.from_base(base, {0: [0]})
+
+
+def test_a_newer_family_without_the_experts_interface_is_refused(monkeypatch):
+    monkeypatch.setattr("modeling_moextend.families_moextend.EXPERTS_INTERFACE", ("an attribute of tomorrow",))
+    message = r"MixtralModel \(mixtral\) has experts, but not through transformers' router/experts interface"
+    with pytest.raises(ValueError, match=message):
+        MoExtendForCausalLM.from_base(make_base(), {0: [0]})
 
 
 def test_a_router_that_follows_no_known_rule_is_refused(monkeypatch):
@@ -485,7 +499,7 @@ def test_a_router_that_follows_no_known_rule_is_refused(monkeypatch):
         return logits, weights.sqrt(), index
 
     monkeypatch.setattr(router_class, "forward", odd)
-    with pytest.raises(ValueError, match=r"MixtralTopKRouter \(mixtral\) does not follow the router interface"):
+    with pytest.raises(ValueError, match="Layer 0 of mixtral can't be extended. MixtralTopKRouter does not follow"):
         MoExtendForCausalLM.from_base(base, {0: [0]})
 
 

@@ -1,25 +1,23 @@
 """Routing as pure functions: hand-computed tables, and the paper's formula in a few lines of plain torch."""
 
-from types import SimpleNamespace
+import math
 
 import pytest
 import torch
-from conftest import FAMILIES, make_base
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from modeling_moextend.layers_moextend import find_moe_layers, find_rule
-from modeling_moextend.routing_moextend import FAMILIES as FAMILY_RULES
 from modeling_moextend.routing_moextend import (
+    SCORES,
     UNUSED,
     Calibration,
     RoutingRecord,
     Rule,
     balance_loss,
-    family_rule,
-    probe_rule,
+    cap,
+    choice_keys,
     route,
     rule_weights,
+    sparsemixer,
 )
 
 SOFTMAX = Rule("softmax", renormalise=True)
@@ -69,72 +67,52 @@ def test_scores_that_underflowed_give_zero_weights_and_no_nan():
     assert rule_weights(torch.zeros(1, 3), torch.tensor([[0, 1]]), SOFTMAX).tolist() == [[0.0, 0.0]]
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("renormalise", [True, False])
-@pytest.mark.parametrize("scale", [1.0, 2.5])
-def test_probing_finds_the_rule_that_made_an_answer(score, renormalise, scale):
-    rule = Rule(score, renormalise, scale)
-    answer = base_answer(torch.randn(64, 6, generator=torch.Generator().manual_seed(0)), rule)
-    assert probe_rule(answer) == rule
+def test_an_epsilon_is_added_to_the_sum_and_a_floor_is_its_least_value():
+    scores, index = torch.tensor([[0.1, 0.3, 0.2]]), torch.tensor([[1, 0]])  # they sum to 0.4
+    weights = rule_weights(scores, index, Rule("sigmoid", True, scale=2.0, epsilon=0.1))
+    torch.testing.assert_close(weights, torch.tensor([[1.2, 0.4]]))  # 2 * (0.3, 0.1) / 0.5
+    weights = rule_weights(scores, index, Rule("softmax", True, floor=0.8))
+    torch.testing.assert_close(weights, torch.tensor([[0.375, 0.125]]))  # (0.3, 0.1) / 0.8
 
 
-def test_probing_gives_up_on_an_unknown_rule():
-    logits, weights, index = base_answer(torch.randn(64, 6), SOFTMAX)
-    assert probe_rule((logits, weights.sqrt(), index)) is None
-
-
-def test_a_familys_rule_takes_the_routers_own_switches():
-    router = SimpleNamespace(norm_topk_prob=False, routed_scaling_factor=2.5)
-    assert family_rule("olmoe", router) == Rule("softmax", False, 1.0)
-    assert family_rule("deepseek_v3", router) == Rule("sigmoid", False, 2.5)
-    assert family_rule("mixtral", router) == Rule("softmax", True, 1.0)
-    assert family_rule("no_such_family", router) is None
-
-
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_the_rule_probed_from_the_router_is_the_familys(family):
-    layer = find_moe_layers(make_base(family).get_decoder())[0]
+def test_every_score_function_is_what_its_name_says():
+    logits = torch.tensor([[0.0, math.log(3.0)]])
     expected = {
-        "deepseek_v3": Rule("sigmoid", True, 2.5),
-        "olmoe": Rule("softmax", False),
-        "qwen2_moe": Rule("softmax", False),
+        "softmax": [[0.25, 0.75]],
+        "sigmoid": [[0.5, 0.75]],
+        "sqrtsoftplus": [[math.sqrt(math.log(2.0)), math.sqrt(math.log(4.0))]],  # softplus(x) = log(1 + e^x)
     }
-    assert find_rule(family, layer) == expected.get(family, SOFTMAX)
-    assert find_rule("a family without a row", layer) == expected.get(family, SOFTMAX)
+    assert expected.keys() == SCORES.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(SCORES[name](logits), torch.tensor(value))
 
 
-def test_with_one_expert_a_token_a_familys_rule_needs_only_to_explain_the_router():
-    """Renormalised, K = 1 always weighs 1: softmax explains it as well as the family's sigmoid."""
-    layer = find_moe_layers(make_base("deepseek_v3").get_decoder())[0]
-    layer.router.top_k = 1
-    assert find_rule("deepseek_v3", layer) == Rule("sigmoid", True, 2.5)
+def test_logits_are_multiplied_then_capped():
+    products = torch.tensor([1.0, -6.0])
+    assert torch.equal(cap(products, Rule("sigmoid", True)), products)
+    torch.testing.assert_close(cap(products, Rule("sigmoid", True, multiplier=0.5)), torch.tensor([0.5, -3.0]))
+    capped = [2 * math.tanh(1.0), 2 * math.tanh(-6.0)]  # 2 tanh(2 x / 2)
+    torch.testing.assert_close(cap(products, Rule("sigmoid", True, multiplier=2.0, softcap=2.0)), torch.tensor(capped))
 
 
-def test_a_familys_row_that_its_router_contradicts_is_an_error(monkeypatch):
-    monkeypatch.setitem(FAMILY_RULES, "mixtral", ("softmax", False, 1.0))
-    layer = find_moe_layers(make_base().get_decoder())[0]
-    with pytest.raises(ValueError, match="FAMILIES says Rule.* of mixtral, but the router does Rule"):
-        find_rule("mixtral", layer)
+def test_the_correction_bias_is_added_to_scores_or_to_logits():
+    logits, correction = torch.tensor([[0.0, math.log(3.0)]]), torch.tensor([0.5, 0.0])
+    keys = choice_keys(logits, Rule("sigmoid", True), correction)
+    torch.testing.assert_close(keys, torch.tensor([[1.0, 0.75]]))
+    keys = choice_keys(logits, Rule("sigmoid", True, corrected="logit"), correction)
+    torch.testing.assert_close(keys, torch.tensor([[0.5, math.log(3.0)]]))
 
 
-UNSET = {  # what some families' default configs leave open
-    "deepseek_v2": {
-        "num_experts_per_tok": 2,
-        "n_group": 8,
-        "topk_group": 3,
-        "topk_method": "group_limited_greedy",
-        "routed_scaling_factor": 16.0,
-    },
-    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 2},
-}
-
-
-@pytest.mark.parametrize("family", sorted(FAMILY_RULES.keys() - FAMILIES.keys()))
-def test_every_other_row_of_the_table_is_what_the_familys_router_does(family):
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **UNSET.get(family, {})))
-    layer = next(iter(find_moe_layers(base.get_decoder()).values()))
-    assert find_rule(family, layer) == family_rule(family, layer.router)
+def test_sparsemixer_weighs_each_expert_among_those_that_come_near_the_best_that_is_left():
+    # jitter 0.1: near means (best - l) / max(|l|, best) <= 0.2.
+    # First, 2.0: 1.7 is near (0.15), 1.2 is not (0.4): e^2 / (e^2 + e^1.7) = 0.57444.
+    # Then, without it, 1.7: 1.2 is far (0.29): weight 1.
+    logits = torch.tensor([[1.2, 2.0, 1.7]])
+    weights = sparsemixer(logits, torch.tensor([[1, 2]]), jitter=0.1)
+    torch.testing.assert_close(weights, torch.tensor([[0.57444, 1.0]]), atol=1e-5, rtol=0)
+    # jitter 0.15, limit 0.3: then 1.2 is near 1.7: e^1.7 / (e^1.7 + e^1.2) = 0.62246.
+    weights = sparsemixer(logits, torch.tensor([[1, 2]]), jitter=0.15)
+    torch.testing.assert_close(weights, torch.tensor([[0.57444, 0.62246]]), atol=1e-5, rtol=0)
 
 
 # ---------------------------------------------------------------- compete
@@ -211,6 +189,38 @@ def test_experts_that_the_bases_groups_ruled_out_stay_out():
     assert index.tolist() == [[0, 2]]
 
 
+def test_the_top_k_is_taken_over_logit_plus_correction_where_the_family_does_so():
+    rule = Rule("sigmoid", False, corrected="logit")
+    answer = (torch.tensor([[2.0, 1.0, -1.0]]), torch.tensor([[0.8808, 0.7311]]), torch.tensor([[0, 1]]))
+    correction = torch.tensor([0.0, 0.0, 0.0, 0.5])
+    options = {"selection": "compete", "calibrate": "none", "correction": correction}
+    assert route(answer, torch.tensor([[0.4]]), rule, **options)[2].tolist() == [
+        [0, 1]
+    ]  # 0.9 < 1.0; scores: 1.1 > 0.7
+    _, weights, index = route(answer, torch.tensor([[0.6]]), rule, **options)
+    assert index.tolist() == [[0, 3]]
+    torch.testing.assert_close(weights, torch.tensor([[0.8808, 0.6457]]), atol=1e-4, rtol=0)
+
+
+def test_a_scale_for_each_expert_multiplies_its_weight_after_all_else():
+    logits, new_logits = logits_of([0.4, 0.1, 0.05, 0.05]), logits_of([0.3, 0.1])
+    scale = torch.tensor([2.0, 1.0, 1.0, 1.0, 0.5, 1.0])
+    _, weights, index = call(logits, new_logits, expert_scale=scale)
+    assert index.tolist() == [[0, 4]]
+    torch.testing.assert_close(weights, torch.tensor([[2.0 * 0.4 / 0.7, 0.5 * 0.3 / 0.7]]))
+
+
+def test_sparsemixer_weighs_new_experts_among_all():
+    answer = (torch.tensor([[1.2, 2.0, 1.7]]), torch.tensor([[0.57444, 1.0]]), torch.tensor([[1, 2]]))
+    rule = Rule("softmax", False, jitter=0.1)
+    _, weights, index = route(answer, torch.tensor([[1.9]]), rule, selection="compete", calibrate="none")
+    assert index.tolist() == [[1, 3]]
+    # First, 2.0: 1.9 and 1.7 are near. Then 1.9: 1.7 is near (0.105), 1.2 is not (0.37).
+    first = 1 / (1 + math.exp(-0.1) + math.exp(-0.3))
+    second = 1 / (1 + math.exp(-0.2))
+    torch.testing.assert_close(weights, torch.tensor([[first, second]]))
+
+
 # ---------------------------------------------------------------- exclusive
 
 
@@ -234,6 +244,15 @@ def test_exclusive_tokens_share_the_bases_sum_among_the_best_new_experts(num_new
 def test_exclusive_with_fewer_slots_than_new_experts_uses_k_of_them():
     _, weights, index = call(logits_of([0.7, 0.3]), logits_of([0.1, 0.2, 0.3]), k=1, selection="exclusive")
     assert index.tolist() == [[4]] and weights.tolist() == [[1.0]]
+
+
+def test_exclusive_counts_a_scale_for_each_expert_once_in_the_bases_sum():
+    answer = (torch.zeros(1, 2), torch.tensor([[0.9, 0.3]]), torch.tensor([[0, 1]]))  # the base's scales are in it
+    scale = torch.tensor([1.8, 0.6, 5.0, 7.0])
+    _, weights, _ = route(
+        answer, logits_of([0.3, 0.1]), SOFTMAX, selection="exclusive", calibrate="none", expert_scale=scale
+    )
+    torch.testing.assert_close(weights, torch.tensor([[0.9, 0.3]]))
 
 
 @pytest.mark.parametrize(("selection", "calibrate"), [("compete", "all"), ("compete", "none"), ("exclusive", "none")])

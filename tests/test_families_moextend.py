@@ -1,0 +1,196 @@
+"""Finding rules: from routers of known families, from routers made up here, and refusals of those that fit none."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import COMMON, FAMILIES, make_base
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from modeling_moextend.families_moextend import MoELayer, family_of, find_moe_layers, find_rule, is_top_k
+from modeling_moextend.routing_moextend import SCORES, Rule
+
+E_, H, K = 6, 16, 2
+
+
+class Router(nn.Module):
+    """A router of any rule, written out: what `find_rule` is to find from its answers alone."""
+
+    def __init__(self, rule, top_k=K, groups=1, keep=1):
+        super().__init__()
+        self.__dict__["rule"], self.top_k, self.num_group, self.keep = rule, top_k, groups, keep
+        self.weight = nn.Parameter(torch.zeros(E_, H))
+        if rule.correction:
+            self.register_buffer("e_score_correction_bias", torch.zeros(E_))
+
+    def forward(self, hidden_states):
+        rule = self.rule
+        logits = F.linear(hidden_states, self.weight) * rule.multiplier
+        scores = SCORES[rule.score](logits)
+        keys = scores if rule.corrected == "score" else logits
+        keys = keys + self.e_score_correction_bias if rule.correction else keys
+        if self.num_group > 1:
+            groups = keys.unflatten(-1, (self.num_group, -1))
+            kept = torch.zeros_like(groups[..., 0]).scatter(-1, groups.amax(-1).topk(self.keep).indices, 1).bool()
+            keys = groups.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(1)
+        index = keys.topk(self.top_k).indices
+        weights = scores.gather(-1, index)
+        if rule.renormalise:
+            weights = weights / (weights.sum(-1, keepdim=True) + rule.epsilon)
+        return logits, weights * rule.scale, index
+
+
+def layer_of(router, **tensors):
+    block = nn.Module()
+    for name, tensor in tensors.items():
+        block.register_buffer(name, tensor)
+    return MoELayer(router, SimpleNamespace(), E_, block)
+
+
+@pytest.mark.parametrize("score", sorted(SCORES))
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+@pytest.mark.parametrize("corrected", ["", "score", "logit"])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_rule_that_made_an_answer_is_found(score, renormalise, scale, corrected, groups):
+    rule = Rule(score, renormalise, scale, corrected=corrected or "score")
+    rule = rule._replace(correction="e_score_correction_bias" if corrected else "")
+    assert find_rule(0, layer_of(Router(rule, groups=groups, keep=2))) == rule
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule("sigmoid", True, 1.5, epsilon=1e-6),
+        Rule("sigmoid", True, epsilon=0.02),
+        Rule("sqrtsoftplus", True, multiplier=0.25),
+        Rule("softmax", False, multiplier=3.0),
+    ],
+)
+def test_an_epsilon_and_a_multiplier_are_found(rule):
+    assert find_rule(0, layer_of(Router(rule))) == rule
+
+
+@pytest.mark.parametrize("score", sorted(SCORES))
+def test_one_expert_a_token_does_not_hide_the_score(score):
+    """Renormalised, K = 1 always weighs 1: only with a second expert does the answer say what made it."""
+    assert find_rule(0, layer_of(Router(Rule(score, True, 2.5), top_k=1))) == Rule(score, True, 2.5)
+
+
+def test_rows_may_lie_in_a_child_and_the_correction_bias_in_the_block():
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(H, E_)
+
+        def forward(self, hidden_states, some_bias):
+            logits = self.inner(hidden_states)
+            index = (logits.sigmoid() + some_bias).topk(K).indices
+            return logits, logits.sigmoid().gather(-1, index), index
+
+    rule = find_rule(0, layer_of(Asks(), some_bias=torch.zeros(E_)))
+    assert rule == Rule("sigmoid", False, rows="inner.weight", correction="argument:some_bias")
+
+
+def test_the_search_needs_no_weights_and_leaves_the_random_state_alone():
+    with torch.device("meta"):
+        layer = layer_of(Router(Rule("sigmoid", True, 2.5)))
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    assert find_rule(0, layer) == Rule("sigmoid", True, 2.5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def changed(change):
+    """A softmax router whose answer goes through `change`."""
+    router = Router(Rule("softmax", True))
+    forward = type(router).forward
+    router.__class__ = type("Changed", (Router,), {"forward": lambda self, x: change(*forward(self, x), x)})
+    return router
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda logits, weights, index, x: (logits, weights.sqrt(), index), "its weights follow no known rule"),
+        (lambda logits, weights, index, x: (logits + x[:, :1], weights, index), "its logits are not weight @ hidden"),
+        (lambda logits, weights, index, x: (logits, weights, 5 - index), "it does not choose the top k"),
+        (lambda logits, weights, index, x: (logits, weights), "it does not answer"),
+        (lambda logits, weights, index, x: (logits[:, 1:], weights, index), r"it answers shapes \[64, 5\], \[64, 2\]"),
+        (lambda logits, weights, index, x: 1 / 0, r"asked for random tokens it fails \(ZeroDivisionError"),
+    ],
+)
+def test_a_router_that_follows_no_known_rule_is_refused_with_the_reason(change, reason):
+    with pytest.raises(ValueError, match=f"Layer 7 of .* can't be extended. Changed does not follow .*: {reason}"):
+        find_rule(7, layer_of(changed(change)))
+
+
+def test_a_router_that_chooses_by_more_than_the_hidden_state_is_refused():
+    router = Router(Rule("softmax", True))
+    router.__class__ = type("Hash", (Router,), {"forward": lambda self, x, input_ids: None})
+    with pytest.raises(ValueError, match="its choice also depends on input_ids"):
+        find_rule(0, layer_of(router))
+
+
+def test_a_router_without_rows_is_refused():
+    router = Router(Rule("softmax", True))
+    router.weight = nn.Parameter(torch.zeros(E_ + 1, H))
+    with pytest.raises(ValueError, match="it has 0 parameters with a row for each expert, not one"):
+        find_rule(0, layer_of(router))
+
+
+def test_groups_are_those_the_router_chose_from():
+    keys = torch.tensor([[0.9, 0.1, 0.8, 0.7]])
+    assert is_top_k(torch.tensor([[0, 2]]), keys, 1)
+    assert is_top_k(torch.tensor([[2, 3]]), keys, 2) and not is_top_k(torch.tensor([[2, 3]]), keys, 1)
+    assert not is_top_k(torch.tensor([[0, 3]]), keys, 2)  # 2 is of the group that 3 was chosen from
+    assert not is_top_k(torch.tensor([[0, 0]]), keys, 1)
+
+
+# ---------------------------------------------------------------- families
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_rule_of_a_family_is_found(family):
+    correction = {"correction": "e_score_correction_bias"}
+    expected = {
+        "deepseek_v3": Rule("sigmoid", True, 2.5, **correction),
+        "olmoe": Rule("softmax", False),
+        "qwen2_moe": Rule("softmax", False),
+    }
+    base = make_base(family)
+    layer = find_moe_layers(base.get_decoder())[0]
+    assert find_rule(0, layer) == expected.get(family, Rule("softmax", True))
+    assert family_of(layer.router) == family
+
+
+def test_a_layer_with_two_moe_blocks_is_refused():
+    base = make_base()
+    base.model.layers[1].other = nn.Module()
+    base.model.layers[1].other.gate, base.model.layers[1].other.experts = (
+        base.model.layers[1].mlp.gate,
+        base.model.layers[1].mlp.experts,
+    )
+    with pytest.raises(
+        ValueError, match=r"MixtralModel \(mixtral\) can't be extended: layer 1 has several MoE blocks"
+    ):
+        find_moe_layers(base.get_decoder())
+
+
+def test_a_hash_layer_is_refused_by_its_number():
+    config = AutoConfig.for_model(
+        "deepseek_v4",
+        **{**COMMON, "num_hidden_layers": 2, "num_key_value_heads": 1},
+        mlp_layer_types=["hash_moe", "moe"],
+        layer_types=["sliding_attention"] * 2,
+    )
+    with torch.device("meta"):
+        layers = find_moe_layers(AutoModelForCausalLM.from_config(config).get_decoder())
+    with pytest.raises(ValueError, match="Layer 0 of deepseek_v4 can't be extended.*input_ids"):
+        find_rule(0, layers[0])
+    assert find_rule(1, layers[1]).score == "sqrtsoftplus"
