@@ -10,11 +10,13 @@ from its own start (documents, chats, questions), in domains of the retention da
 
 import argparse
 from pathlib import Path
+from statistics import mean, pstdev
 
 from runs import GROUPS, latest, read_runs, rise, spread, winner
 
+from modeling_moextend.figures import draw_frontier, new_figure
+
 COLUMNS = ("method", "rate", "seeds", "accuracy", *GROUPS, "captured", "seconds")
-LINEAR_BELOW = 0.1  # percent: the picture's axis is linear there, for zero must be on it
 
 
 def by_pair(runs):
@@ -73,8 +75,8 @@ def markdown(runs):
 
 
 def cells(method, row):
-    mean, lowest, highest = (100 * value for value in row["accuracy"])
-    accuracy = f"{mean:.1f}%" + (f" ({lowest:.1f} to {highest:.1f})" if row["seeds"] > 1 else "")
+    average, lowest, highest = (100 * value for value in row["accuracy"])
+    accuracy = f"{average:.1f}%" + (f" ({lowest:.1f} to {highest:.1f})" if row["seeds"] > 1 else "")
     rises = ["bit-equal" if row["bit_equal"] else rises_in(row[group], row["seeds"]) for group in GROUPS]
     captured = "" if row["captured"] is None else f"{100 * row['captured'][0]:.2f}%"
     return [method, f"{row['rate']:g}", str(row["seeds"]), accuracy, *rises, captured, f"{row['seconds'][0]:.0f}"]
@@ -82,8 +84,8 @@ def cells(method, row):
 
 def rises_in(values, seeds):
     """Mean over seeds, and the highest where there are several."""
-    mean, _, highest = map(percent, values)
-    return mean if seeds == 1 or highest == mean else f"{mean} (to {highest})"
+    average, _, highest = map(percent, values)
+    return average if seeds == 1 or highest == average else f"{average} (to {highest})"
 
 
 def percent(value):
@@ -94,34 +96,38 @@ def percent(value):
 
 
 def plot(runs, path):
-    """The frontier: base perplexity's rise against accuracy, a panel a task; up and left is better.
+    """The frontier, a panel a task: what the base lost against accuracy; up and left is better.
 
-    Large: the test split at the winning rate, mean over seeds. Small: the validation split at the rates swept.
+    Large: the test split at the winning rate, mean and standard deviation over seeds. Small: the validation split at
+    the rates swept.
     """
-    from matplotlib.figure import Figure  # not pyplot: no display, no global state
-
-    tasks = by_pair(runs)
-    names = sorted({method for methods in tasks.values() for method in methods})
-    figure = Figure(figsize=(5.2 * max(1, len(tasks)), 4.6), layout="constrained")
+    ran = by_pair(runs)
+    tasks = {task: {m: part for m in methods if (part := chosen(methods[m]))} for task, methods in ran.items()}
+    names = sorted({name for methods in tasks.values() for name in methods})
+    places = {name: place for place, name in enumerate(names)}
+    figure = new_figure(6.2 * max(1, len(tasks)), 4.6)
     panels = figure.subplots(1, max(1, len(tasks)), squeeze=False)[0]
     for axes, (task, methods) in zip(panels, tasks.items(), strict=False):
-        for method, ran in methods.items():
-            draw(axes, method, ran, f"C{names.index(method) % 10}")
-        axes.set_xscale("symlog", linthresh=LINEAR_BELOW)
-        axes.set(title=task, xlabel="rise of base perplexity, %", ylabel="accuracy", ylim=(0, 1.02))
-        axes.grid(alpha=0.3)
+        draw_frontier(axes, [point(name, part) for name, part in methods.items()], places)
+        swept = [run for part in ran[task].values() for run in part if not run["error"]]
+        validation = [100 * run["validation"] for run in swept]
+        axes.plot([rise(run) for run in swept], validation, ".", color="0.6", zorder=1)
+        axes.set_title(task)
     handles = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
     figure.savefig(path, dpi=150)
 
 
-def draw(axes, method, runs, colour):
-    """One method's points; a rise below zero (replay may improve the base on its text) stands left of zero."""
-    swept = [run for run in runs if not run["error"]]
-    axes.plot([rise(run) for run in swept], [run["validation"] for run in swept], ".", color=colour, alpha=0.35)
-    if part := chosen(runs):
-        point = spread([rise(run) for run in part])[0], spread([run["test"] for run in part])[0]
-        axes.plot(*point, "o", color=colour, markersize=9, label=method)
+def point(name, runs):
+    """A method's point in `figures.plot_frontier`'s terms."""
+    lost, gained = [rise(run) for run in runs], [run["test"] for run in runs]
+    return {
+        "name": name,
+        "accuracy": mean(gained),
+        "accuracy_std": pstdev(gained),
+        "perplexity_ratio": 1 + mean(lost) / 100,
+        "perplexity_ratio_std": pstdev(lost) / 100,
+    }
 
 
 def show(path):

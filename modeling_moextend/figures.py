@@ -29,26 +29,37 @@ def plot_frontier(points, path):
         path: the image file; its ending says the format.
     """
     figure = new_figure(7.5, 4.2)
-    axes = figure.add_subplot()
+    draw_frontier(figure.add_subplot(), points)
+    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def draw_frontier(axes, points, places=None):
+    """One panel of `plot_frontier`.
+
+    Args:
+        points: as there.
+        places: {name: number that chooses its marker}, so that several panels agree; default: the order of `points`.
+    """
     axes.set_xscale("symlog", linthresh=0.1)
     for number, point in enumerate(points):
-        grey = GREYS[number % len(GREYS)]
+        place = number if places is None else places[point["name"]]
         axes.errorbar(
             100 * (point["perplexity_ratio"] - 1),
             100 * point["accuracy"],
             xerr=100 * point.get("perplexity_ratio_std", 0.0) or None,
             yerr=100 * point.get("accuracy_std", 0.0) or None,
-            fmt=MARKERS[number % len(MARKERS)],
+            fmt=MARKERS[place % len(MARKERS)],
             markersize=9,
             capsize=3,
             color="0.3",
-            markerfacecolor=grey if number < len(MARKERS) else "white",
+            markerfacecolor=GREYS[place % len(GREYS)] if place < len(MARKERS) else "white",
             markeredgecolor="black",
             label=point["name"],
         )
     lost, gained = ([100 * point[name] for point in points] for name in ("perplexity_ratio", "accuracy"))
     low, high = min(lost) - 100, max(lost) - 100
-    ticks = [tick for tick in TICKS if low <= tick <= max(1, 10 * high)]
+    ticks = [tick for tick in TICKS if min(0, low) <= tick <= max(1, 10 * high)]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xlim(min(-0.03, 1.3 * low), max(1.3, 1.3 * high))
     axes.set_ylim(-3, min(103, 10 + 1.1 * max(gained)))
@@ -57,8 +68,6 @@ def plot_frontier(points, path):
     axes.set_ylabel("accuracy on the new task (%)")
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
-    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
-    figure.savefig(path, dpi=150)
 
 
 def plot_expert_use(use, new_experts, path):

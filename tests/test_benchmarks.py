@@ -165,7 +165,7 @@ def test_winner_is_most_accurate_on_validation_then_least_forgetful():
 
 
 def test_every_method_sweeps_as_many_rates():
-    assert {len(method.rates) for method in methods.METHODS.values()} == {3}
+    assert {len(method.rates) for method in methods.METHODS.values()} == {4}
 
 
 # ---------------------------------------------------------------- the schedule
@@ -173,7 +173,7 @@ def test_every_method_sweeps_as_many_rates():
 
 @pytest.fixture
 def fake(monkeypatch):
-    """`in_own_process` without a process; the middle rate is the best one, and "lora" fails at the highest."""
+    """`in_own_process` without a process; the second rate is the best one, and "lora" fails at the highest."""
     seen = []
 
     def measure(wanted):
@@ -195,20 +195,20 @@ def run_main(monkeypatch, tmp_path, *more):
     forgetting.main()
 
 
-def test_three_rates_on_one_seed_then_the_winner_on_two_and_nothing_twice(monkeypatch, tmp_path, fake, capsys):
+def test_four_rates_on_one_seed_then_the_winner_on_two_and_nothing_twice(monkeypatch, tmp_path, fake, capsys):
     run_main(monkeypatch, tmp_path, "--methods", "full", "lora")
-    assert len(fake) == 2 * (3 + 2) and "boom" in capsys.readouterr().out
+    assert len(fake) == 2 * (4 + 2) and "boom" in capsys.readouterr().out
     for method in ("full", "lora"):
         ran = [(run["rate"], run["seed"]) for run in fake if run["method"] == method]
         grid = methods.METHODS[method].rates
         assert sorted(ran) == sorted([(rate, 0) for rate in grid] + [(grid[1], 1), (grid[1], 2)])
     run_main(monkeypatch, tmp_path, "--methods", "full", "lora")
-    assert len(fake) == 10
+    assert len(fake) == 12
     run_main(monkeypatch, tmp_path, "--methods", "lora", "--retry")
-    assert len(fake) == 11 and fake[-1]["rate"] == max(methods.METHODS["lora"].rates)
+    assert len(fake) == 13 and fake[-1]["rate"] == max(methods.METHODS["lora"].rates)
 
 
-def test_quick_runs_the_middle_rate_on_one_seed_where_a_method_fits(monkeypatch, tmp_path, fake):
+def test_quick_runs_the_second_rate_on_one_seed_where_a_method_fits(monkeypatch, tmp_path, fake):
     run_main(monkeypatch, tmp_path, "--quick")
     assert [run["method"] for run in fake] == ["paper", "gate", "full_replay", "lora_replay"]
     assert all(run["rate"] == methods.METHODS[run["method"]].rates[1] and run["seed"] == 0 for run in fake)
