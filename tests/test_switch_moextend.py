@@ -10,12 +10,13 @@ import torch
 from conftest import PAPER, batch, make_base, make_encoder, shake
 from safetensors.torch import load_file
 from test_gate_moextend import open_gate
+from test_layers_moextend import corrected
 from transformers import DynamicCache
 
 from modeling_moextend import MoExtendForCausalLM, MoExtendModel
 from modeling_moextend.adapter_moextend import FILE, base_tensors_hash
 from modeling_moextend.layers_moextend import find_moe_layers
-from modeling_moextend.routing_moextend import Rule, route
+from modeling_moextend.routing_moextend import Rule, choice_keys, route
 from modeling_moextend.scope_moextend import IMAGES, STATE, cached_state
 
 IMAGE = 96
@@ -324,6 +325,60 @@ def test_a_closed_row_is_not_chosen_for_its_correction_bias():
             sizes=[1, 1],
         )
         assert found[2].tolist() == expected
+
+
+RULES = {
+    "softmax": Rule("softmax", True),
+    "softmax, not renormalised": Rule("softmax", False),
+    "sigmoid": Rule("sigmoid", True, 2.5),
+    "sigmoid, corrected": Rule("sigmoid", True, correction="bias"),
+    "sigmoid, corrected logits": Rule("sigmoid", True, epsilon=1e-6, corrected="logit", correction="bias"),
+    "sqrtsoftplus, corrected": Rule("sqrtsoftplus", False, 1.5, correction="bias"),
+    "a scale for every expert": Rule("softmax", True, expert_scale="scale"),
+    "sparsemixer": Rule("softmax", True, jitter=0.01),
+}
+
+
+@pytest.mark.parametrize("selection", ["compete", "exclusive"])
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_under_every_rule_a_token_that_selects_none_of_b_is_routed_as_without_b(name, selection):
+    """Base: 6 experts, K = 2. a: 3 new ones, b: 2, in the scope of two thirds of the tokens each."""
+    rule, generator = RULES[name], torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(400, 11, generator=generator)
+    bias = torch.randn(11, generator=generator) / 3 if rule.correction else None
+    scale = 1 + torch.rand(11, generator=generator) if rule.expert_scale else None
+    a, b = torch.arange(400) % 3 < 2, torch.arange(400) % 3 > 0
+
+    def cut(tensor, stop):
+        return None if tensor is None else tensor[..., :stop]
+
+    index = choice_keys(logits[:, :6], rule, cut(bias, 6)).topk(2, dim=-1).indices
+    weights = torch.rand(400, 2, generator=generator)
+    given = {"selection": selection, "calibrate": "none"}
+
+    def routed(stop, **options):
+        options |= {"correction": cut(bias, stop), "expert_scale": cut(scale, stop), **given}
+        return route((logits[:, :6], weights, index), logits[:, 6:stop], rule, **options)[1:]
+
+    found_weights, found = routed(11, scope=[a, b], sizes=[3, 2])
+    expected_weights, expected = routed(9, scope=a)
+    uses_a, uses_b = ((found >= 6) & (found < 9)).any(-1), (found >= 9).any(-1)
+    assert not (uses_a & ~a).any() and not (uses_b & ~b).any() and (uses_a & uses_b).any()
+    assert 30 < int((~uses_b).sum()) < 370 and (uses_a & ~uses_b).any()
+    assert torch.equal(found[~uses_b], expected[~uses_b])
+    torch.testing.assert_close(found_weights[~uses_b], expected_weights[~uses_b], rtol=1e-6, atol=1e-7)
+    assert found_weights.isfinite().all()
+
+
+def test_rows_of_others_would_decide_under_softmax_with_a_correction_bias_so_it_is_refused(made):
+    base = corrected("ernie4_5_moe")
+    model = MoExtendForCausalLM.from_base(base, {1: [0, 3]}, **COMPETE)
+    with pytest.raises(ValueError, match=r"can't be active together on this base \(ernie4_5_moe\).*adapter_names"):
+        model.add_adapter("b", {1: [2]}, **COMPETE)
+    # Why: with b's row in the sum of the softmax the base's second expert beats a's, though b itself is not selected.
+    logits, bias = torch.tensor([[4.0, 1.0, 3.0, 8.0]]).log(), torch.tensor([0.0, 0.2, 0.0, -9.0])
+    one, both = logits[:, :3].softmax(-1) + bias[:3], logits.softmax(-1) + bias
+    assert one.topk(2).indices.tolist() == [[0, 2]] and both.topk(2).indices.tolist() == [[1, 0]]
 
 
 # ---------------------------------------------------------------- switching
