@@ -67,9 +67,9 @@ class RoutingState:
 
     @property
     def names(self):
-        """Adapters whose new experts take part in this pass, in ascending order: no order of loading or naming
-        changes a sum."""
-        return sorted(name for group in self.groups for name in group)
+        """Adapters whose new experts take part in this pass. In ascending order, as `active` and `wanted` are, so that
+        the order of loading or naming changes no sum."""
+        return [name for group in self.groups for name in group]
 
     def rows_of(self, names, tokens):
         """Adapter name -> [B] bool, the rows of `tokens` [B, ...] that it serves; `{}`: every adapter serves all.

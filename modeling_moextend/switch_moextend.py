@@ -28,6 +28,7 @@ from .together_moextend import (
 from .vision_moextend import Projector
 
 DEFAULT = "default"  # the adapter that a model is made or loaded with
+IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 
 
 class Adapter(nn.Module):
@@ -219,7 +220,9 @@ class AdapterSwitch:
         """Makes `names` the active adapters. `target`: what trains and is saved; default: the only active one."""
         self.routing.active = tuple(sorted(names))
         self.routing.target = names[0] if target is None and len(names) == 1 else target
-        self.config = self.adapters[self.lead].config
+        before, self.config = self.config, self.adapters[self.lead].config
+        for name in IMPLEMENTATIONS:  # the base's, whoever leads
+            setattr(self.config, name, getattr(before, name))
 
     def active_adapters(self):
         """Names of the adapters that take part, in ascending order; `[]` while switched off."""

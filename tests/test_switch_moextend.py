@@ -1,7 +1,6 @@
 """Several adapters on one base: switching leaves no trace, sharing a token keeps guarantee 3, rows have their own."""
 
 import copy
-import itertools
 import threading
 import time
 
@@ -27,6 +26,7 @@ GATED = {"scope": "gate", "selection": "exclusive", "gate_hidden_size": 8, **NON
 GATED_COMPETE = {**GATED, "selection": "compete"}
 SEEING = {"scope": "modality", "selection": "exclusive", **NONE}
 SEEING_COMPETE = {**SEEING, "selection": "compete"}
+SEEING_ALL = {"encoder": True, **EXCLUSIVE}
 PLANS = {"a": {1: [0, 3], 3: [2, 5]}, "b": {0: [1, 4], 1: [2, 0], 3: [4]}, "c": {1: [5, 1], 2: [3, 3]}}
 SOME = ("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss")  # one a rule: softmax that renormalises, and one that does
 # not; sigmoid with groups and correction bias; biases and other experts
@@ -49,9 +49,8 @@ def made(tmp_path_factory):
         key = name, str(choices), family
         if key not in folders:
             torch.manual_seed(ord(name))
-            encoder = make_encoder() if choices["scope"] == "modality" else None
-            base = make_base(family)
-            model = MoExtendForCausalLM.from_base(base, PLANS[name], encoder=encoder, **choices)
+            given = {**choices, "encoder": make_encoder() if sees(choices) else None}
+            model = MoExtendForCausalLM.from_base(make_base(family), PLANS[name], **given)
             shake(model, seed=ord(name), std=0.6)
             if choices["scope"] == "gate":
                 open_gate(model, seed=ord(name))
@@ -62,15 +61,19 @@ def made(tmp_path_factory):
     return make
 
 
+def sees(choices):
+    return choices["scope"] == "modality" or "encoder" in choices
+
+
 def load(made, *adapters, family="mixtral", **base):
     """A model with the adapters (name, choices) on one base, loaded in this order; the first one is active."""
     (first, choices), *others = adapters
     eyes = {"encoder": make_encoder()}
-    given = eyes if choices["scope"] == "modality" else {}
+    given = eyes if sees(choices) else {}
     folder = made(first, choices, family)
     model = MoExtendForCausalLM.from_pretrained(folder, base=make_base(family, **base), adapter_name=first, **given)
     for name, choices in others:
-        given = eyes if choices["scope"] == "modality" else {}
+        given = eyes if sees(choices) else {}
         model.load_adapter(made(name, choices, family), adapter_name=name, **given)
     return model
 
@@ -90,7 +93,7 @@ def inputs(seed=0, images=True):
 
 
 def given_to(choices, seed=0):
-    return inputs(seed, images=any(one["scope"] == "modality" for one in choices))
+    return inputs(seed, images=any(map(sees, choices)))
 
 
 @torch.no_grad()
@@ -116,8 +119,10 @@ def run(layer, x):
 # ---------------------------------------------------------------- guarantee 2: off is the base, one is one
 
 
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
-@pytest.mark.parametrize("kind", sorted(TOGETHER))
+@pytest.mark.parametrize(
+    ("kind", "implementation"),
+    [*((kind, "eager") for kind in sorted(TOGETHER)), ("compete", "batched_mm"), ("exclusive", "grouped_mm")],
+)
 def test_off_with_several_loaded_is_the_base_bit_for_bit(kind, implementation, made):
     a, b = TOGETHER[kind]
     model = load(made, ("a", a), ("b", b), experts_implementation=implementation)
@@ -157,7 +162,7 @@ def test_the_order_of_loading_and_of_setting_does_not_matter(kind, made):
     a, b = TOGETHER[kind]
     c = b if b["scope"] != "modality" else a
     loaded, found = {"a": a, "b": b, "c": c}, []
-    for order in itertools.permutations("abc"):
+    for order in ("abc", "cab", "bca"):
         model = load(made, *((name, loaded[name]) for name in order))
         model.set_adapter(list(order))
         found.append(logits(model, given_to([a, b])))
@@ -213,7 +218,7 @@ def test_a_batch_that_selects_no_expert_of_b_gives_the_logits_of_a_model_without
         if b["scope"] == "gate":
             moe_layer(both, 0).router.moextend["b"].gate.fc2.bias.sub_(2.0)
     used = []
-    for seed in range(40):
+    for seed in range(24):
         given = given_to([a, b], seed)
         given = {name: tensor[:1, :6] if name == "input_ids" else tensor[:1] for name, tensor in given.items()}
         with both.record_routing() as records:
@@ -221,7 +226,7 @@ def test_a_batch_that_selects_no_expert_of_b_gives_the_logits_of_a_model_without
         used.append(any(selects(records, both, "b")))
         same = torch.equal(logits(both, given), logits(alone, given))
         assert same or used[-1]
-    assert 3 <= sum(used) <= 37
+    assert 3 <= sum(used) <= 21
 
 
 def selects(records, model, name):
@@ -404,16 +409,16 @@ def test_switching_is_quick_and_touches_no_base_tensor(made):
 
 def test_a_deleted_adapter_leaves_nothing_behind(made):
     model = load(made, ("a", COMPETE), ("b", COMPETE))
-    alone = load(made, ("b", COMPETE))
+    alone = load(made, ("a", COMPETE))
     model.set_adapter(["a", "b"])
-    model.delete_adapter("a")
-    assert model.active_adapters() == ["b"] and list(model.adapters) == ["b"]
+    model.delete_adapter("b")
+    assert model.active_adapters() == ["a"] and list(model.adapters) == ["a"]
     assert sorted(model.state_dict()) == sorted(alone.state_dict())
     assert {name: type(module) for name, module in model.named_modules()} == {
         name: type(module) for name, module in alone.named_modules()
     }
     assert torch.equal(logits(model, batch()), logits(alone, batch()))
-    model.load_adapter(made("a", COMPETE), adapter_name="a")
+    model.load_adapter(made("b", COMPETE), adapter_name="b")
     model.set_adapter("a")
     model.delete_adapter(["a"])
     assert model.active_adapters() == [] and torch.equal(logits(model, batch()), logits(make_base(), batch()))
@@ -532,6 +537,22 @@ def test_generate_serves_each_prompt_with_its_own_adapter(options, made):
     assert torch.equal(generate(model, adapter_names=["a"] * 3), generate(singles["a"]))
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+def test_prompts_with_images_generate_beside_prompts_of_other_adapters(options, made):
+    model, given = load(made, ("a", SEEING), ("b", COMPETE)), inputs()
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **options}
+    mask = {"attention_mask": torch.ones_like(given["input_ids"])}
+    model.set_adapter("b")
+    found = model.generate(**given, **mask, **settings, adapter_names=["a", "b", "a", "__base__"])
+    assert model.active_adapters() == ["b"] and model.encoder is None
+    seen = load(made, ("a", SEEING)).generate(**given, **mask, **settings)
+    text_only = {"input_ids": given["input_ids"] % 96, **mask}
+    expected = {0: seen, 1: model.generate(**text_only, **settings), 2: seen}
+    expected[3] = make_base().generate(**text_only, **settings)
+    for row, output in expected.items():
+        assert torch.equal(found[row, 12:], output[row, 12:])
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -588,9 +609,10 @@ def test_cropping_and_reordering_move_every_adapters_state(made):
     torch.testing.assert_close(found, expected[[2, 0, 1]], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("first", [SEEING, SEEING_ALL], ids=["modality", "all"])
 @torch.no_grad()
-def test_an_adapter_that_joins_later_knows_where_the_images_are(made):
-    model = load(made, ("a", SEEING), ("b", SEEING))
+def test_an_adapter_that_joins_later_knows_where_the_images_are(first, made):
+    model = load(made, ("a", first), ("b", SEEING))
     given, later = inputs(), text(4, 3, seed=3)
     cache = DynamicCache()
     model(**given, past_key_values=cache)

@@ -295,8 +295,7 @@ def test_what_another_adapter_stands_on_is_not_deleted_below_it(stacked):
 def test_training_beside_another_active_adapter_is_recorded(tmp_path):
     model = saved(tmp_path)
     model.delete_adapter("law")
-    model.load_adapter(tmp_path / "law", adapter_name="law")
-    model.config.trained_on = []
+    model.load_adapter(tmp_path / "law", adapter_name="law", is_trainable=True)
     model.set_adapter(["default", "law"])
     with pytest.raises(ValueError, match="so it takes a name"):
         model.set_trainable()
