@@ -40,7 +40,8 @@ class MoExtendConfig(PreTrainedConfig):
         gate_hidden_size (`int`): width D of the gate.
         gate_threshold (`float`): the gate lets a token through when its routing margin is above this; the higher, the
             fewer tokens. Can be changed after training (`model.gate_threshold = ...`).
-        routing_rule (`dict`, *optional*): the base family's routing rule, found when the experts were attached.
+        routing_rule (`dict`, *optional*): entries of `routing_moextend.Rule`: how the base's routers work, found when
+            the experts were attached. Adapters of version 0.1.0 have three of them; the rest is found anew.
         trained_on (`list[dict]`): the adapters on top of which this one was trained, each as {"name", "fingerprint"}.
 
     Raises:
@@ -104,12 +105,12 @@ class MoExtendConfig(PreTrainedConfig):
         return count_image_tokens(self.encoder_config, self.encoder_select_feature)
 
     def get_text_config(self, decoder=None, encoder=None):
-        """A view of `text_config`: trainers write to what they get here, and the base's own config must not change."""
+        """A view of the language model's config: trainers write to it, and the base's own must not change."""
         if self.text_config is None:
             return self
         view = self.__dict__.get("_text_view")
         if view is None:
-            view = self.__dict__["_text_view"] = copy.deepcopy(self.text_config)
+            view = self.__dict__["_text_view"] = copy.deepcopy(self.text_config.get_text_config())
         return view
 
     def to_dict(self):

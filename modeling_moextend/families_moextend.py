@@ -24,8 +24,9 @@ GROUPS = ("num_group", "n_group")
 CORRECTION = "e_score_correction_bias"
 EXPERT_SCALE = "per_expert_scale"
 FLOOR, SOFTCAP, JITTER = "norm_min", "router_logit_softcapping", "router_jitter_noise"
-NUM_TOKENS = 64
-COLD = 8.0  # how far below zero the logits of half of the random tokens lie: there an epsilon shows
+SHARED = "n_shared_experts"
+NUM_TOKENS = 16  # random tokens of each kind, see `random_tokens`
+COLD, FLAT, SHARP = 8.0, 0.05, 4.0
 
 REASONS = {  # families that no rule can carry, and why
     "llama4": "its experts get their input scaled by the score, and all of them run on all tokens, without an index "
@@ -172,8 +173,9 @@ def random_twin(module, generator, **attributes):
 
 
 def rows_of(router, num_experts):
-    """The path of the router's rows: its only parameter [E, H]."""
-    paths = [name for name, p in router.named_parameters() if p.dim() == 2 and len(p) == num_experts]
+    """The path of the router's rows: its only parameter [E, H], or [E + S, H] with S shared experts."""
+    lengths = num_experts, num_experts + router.__dict__.get(SHARED, 0)
+    paths = [name for name, p in router.named_parameters() if p.dim() == 2 and len(p) in lengths]
     paths = [path for path in paths if "moextend" not in path.split(".") and CORRECTION not in path]
     if len(paths) != 1:
         raise NoRule(f"it has {len(paths)} parameters with a row for each expert, not one ({', '.join(paths)})")
@@ -187,7 +189,7 @@ def correction_at(layer):
     for path, tensor in tensors.items():
         if path.split(".")[-1] == CORRECTION and tensor.numel() == num_experts:
             return path
-    for name in (parameter.name for parameter in asked_for(router)):
+    for name in (parameter.name for parameter in asked_for(router)[:1]):
         tensor = block._parameters.get(name, block._buffers.get(name))
         if tensor is not None and tensor.numel() == num_experts:
             return f"argument:{name}"
@@ -217,7 +219,7 @@ def ask(router, tokens, *given):
     """The router's answer for tokens [T, H]; some routers take them as [1, T, H] only."""
     try:
         return router.forward(tokens, *given)
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, RuntimeError):
         return router.forward(tokens.unsqueeze(0), *given)
 
 
@@ -243,6 +245,31 @@ def find_rule(index, layer):
         ) from error
 
 
+def find_rules(layers, indices):
+    """The rule of each of the layers `indices`, as `find_rule`; routers of one kind and setting are asked once."""
+    seen = {}
+    for index in indices:
+        kind = settings(layers[index].router), correction_at(layers[index])
+        if kind not in seen:
+            seen[kind] = find_rule(index, layers[index])
+        yield index, seen[kind]
+
+
+def settings(module):
+    """What makes the twin of a module, hashable: class, attributes, shapes, and the same of its children."""
+    tensors = (*module._parameters.items(), *module._buffers.items())
+    return (
+        plain_class(module),
+        tuple((name, tuple(tensor.shape)) for name, tensor in tensors if tensor is not None),
+        tuple(
+            (name, value if isinstance(value, (int, float, str)) else id(value))
+            for name, value in sorted(module.__dict__.items())
+            if not name.startswith("_") and name not in ("forward", "training")
+        ),
+        tuple(settings(child) for name, child in module._modules.items() if name != "moextend" and child is not None),
+    )
+
+
 def probe(layer):
     """The `Rule` of a layer's router, or `NoRule`."""
     generator = torch.Generator().manual_seed(0)
@@ -251,26 +278,37 @@ def probe(layer):
     widened = {"top_k": 2} if layer.router.__dict__.get("top_k") == 1 and not grouped and layer.num_experts > 1 else {}
     twin = random_twin(layer.router, generator, **widened).eval()  # renormalised, K = 1 always weighs 1: says nothing
     weight = twin.get_parameter(rows)
+    tokens = random_tokens(weight, generator)
+    bias = torch.rand(layer.num_experts, generator=generator) / 4 if correction else None
+    given = (bias,) if ":" in correction else ()
+    if correction and not given:
+        tensor = tensor_at(twin, correction)
+        tensor.copy_(bias.reshape(tensor.shape))
+    scale = EXPERT_SCALE if EXPERT_SCALE in twin._parameters else ""
+    shared = len(weight) - layer.num_experts
+    known = Rule("softmax", True, shared=shared, rows=rows, correction=correction, expert_scale=scale)
+    answer = checked_answer(twin, layer, tokens, given, shared)
+    rule, logits = find_link(twin, tokens, answer[0], known)
+    return find_weights(twin, tokens, logits, answer, rule, bias)
+
+
+def random_tokens(weight, generator):
+    """Tokens [T, H] whose logits are near zero, cold (all far below it), flat (nearly equal) and sharp, by turns.
+
+    What a rule does to small sums shows where scores are small: an epsilon with sigmoid scores of cold tokens, a floor
+    with softmax scores of flat ones. So that there are cold tokens, rows get a direction in common.
+    """
     direction = F.normalize(torch.randn(weight.shape[-1], generator=generator), dim=0)
     weight += direction
-    tokens = torch.randn(NUM_TOKENS, weight.shape[-1], generator=generator)
-    tokens[NUM_TOKENS // 2 :] -= COLD * direction
-    bias = torch.rand(layer.num_experts, generator=generator) / 4 if correction else None
-    given = ()
-    if correction.startswith("argument:"):
-        given = (bias,)
-    elif correction:
-        owner, _, name = correction.rpartition(".")
-        getattr(twin.get_submodule(owner), name).copy_(bias.reshape(getattr(twin.get_submodule(owner), name).shape))
-    scale = EXPERT_SCALE if EXPERT_SCALE in twin._parameters else ""
-    known = Rule("softmax", True, rows=rows, correction=correction, expert_scale=scale)
-    answer = checked_answer(twin, layer, tokens, given)
-    rule, logits = find_link(twin, tokens, answer[0], known)
-    return find_weights(twin, logits, answer, rule, bias)
+    tokens = torch.randn(4, NUM_TOKENS, weight.shape[-1], generator=generator)
+    tokens[1] -= COLD * direction
+    tokens[2] *= FLAT
+    tokens[3] *= SHARP
+    return tokens.flatten(0, 1)
 
 
-def checked_answer(twin, layer, tokens, given):
-    """The twin's (logits [T, E], weights [T, K], index [T, K]), or `NoRule`."""
+def checked_answer(twin, layer, tokens, given, shared):
+    """The twin's (logits [T, E], weights [T, K], index [T, K], weights [T, S] of shared experts), or `NoRule`."""
     wanted = asked_for(layer.router)[len(given) :]
     missing = [parameter.name for parameter in wanted if parameter.default is parameter.empty]
     if missing:
@@ -279,13 +317,14 @@ def checked_answer(twin, layer, tokens, given):
         answer = ask(twin, tokens, *given)
     except Exception as error:
         raise NoRule(f"asked for random tokens it fails ({type(error).__name__}: {error})") from error
-    if not isinstance(answer, tuple) or len(answer) != 3 or not all(torch.is_tensor(part) for part in answer):
+    parts = 4 if shared else 3
+    if not isinstance(answer, tuple) or len(answer) != parts or not all(torch.is_tensor(part) for part in answer):
         raise NoRule("it does not answer (logits, weights, index)")
-    logits, weights, index = answer
+    logits, weights, index, *rest = answer
     if logits.shape != (len(tokens), layer.num_experts) or weights.shape != index.shape or len(index) != len(tokens):
         shapes = ", ".join(str(list(part.shape)) for part in answer)
         raise NoRule(f"it answers shapes {shapes}, not [T, E], [T, K], [T, K]")
-    return logits.float(), weights.float(), index
+    return logits.float(), weights.float(), index, *rest
 
 
 def find_link(twin, tokens, answered, known):
@@ -293,7 +332,7 @@ def find_link(twin, tokens, answered, known):
     weight, bias = twin.get_parameter(known.rows), tensor_at(twin, bias_path(known))
     for inputs, transform in INPUTS.items():
         try:
-            products = F.linear(transform(twin, tokens), weight, bias)
+            products = F.linear(transform(twin, tokens), weight, bias)[:, : answered.shape[-1]]
         except AttributeError:
             continue  # this router has not what the transform needs
         for answers in ("logits", *SCORES):
@@ -307,9 +346,9 @@ def find_link(twin, tokens, answered, known):
     raise NoRule("its logits are not weight @ hidden state (+ bias)")
 
 
-def find_weights(twin, logits, answer, rule, bias):
+def find_weights(twin, tokens, logits, answer, rule, bias):
     """`rule` with what makes choice and weights filled in, or `NoRule`."""
-    _, weights, index = answer
+    _, weights, index, *_ = answer
     if rule.expert_scale:
         weights = weights / twin.get_parameter(rule.expert_scale)[index]
     chosen = False
@@ -319,7 +358,9 @@ def find_weights(twin, logits, answer, rule, bias):
             if not is_top_k(index, choice_keys(logits, tried, bias), num_groups(twin)):
                 continue
             chosen = True
-            for renormalise in (True, False):
+            if rule.shared and shares(twin, tokens, logits, answer, tried):
+                return tried
+            for renormalise in () if rule.shared else (True, False):
                 found = fitted(tried._replace(renormalise=renormalise), SCORES[score](logits), index, weights)
                 if close(rule_weights(SCORES[score](logits), index, found), weights):
                     return found
@@ -327,6 +368,17 @@ def find_weights(twin, logits, answer, rule, bias):
     if jitter is not None and close(sparsemixer(logits, index, jitter), weights):
         return rule._replace(score="softmax", renormalise=False, jitter=jitter)
     raise NoRule("its weights follow no known rule" if chosen else "it does not choose the top k of any known score")
+
+
+def shares(twin, tokens, logits, answer, rule):
+    """Whether chosen and shared experts share one sum: all weights over all scores are one number for all tokens."""
+    _, weights, index, shared = answer
+    rows = twin.get_parameter(rule.rows)[-rule.shared :]
+    scores = [SCORES[rule.score](part) for part in (logits, cap(F.linear(tokens, rows), rule))]
+    scores = torch.cat([scores[0].gather(-1, index), scores[1]], dim=-1)
+    found = scores / scores.sum(dim=-1, keepdim=True)
+    answered = torch.cat([weights, shared], dim=-1)
+    return close(found * factor(found, answered), answered)
 
 
 def fitted(rule, scores, index, weights):

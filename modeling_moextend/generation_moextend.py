@@ -32,6 +32,15 @@ class ImageGenerationMixin(GenerationMixin):
         """The base's own cache: some families bring a class of theirs."""
         return self.base._prepare_cache_for_generation(*args, **kwargs)
 
+    def _prepare_position_ids_for_generation(self, *args, **kwargs):
+        """The base's own: multimodal ones have positions of several dimensions."""
+        return self.base._prepare_position_ids_for_generation(*args, **kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs):
+        """Without an encoder here, the base's own: what a multimodal one takes is its affair."""
+        validate = super() if self.encoder is not None else self.base
+        validate._validate_model_kwargs(model_kwargs)
+
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, pixel_values=None, **kwargs):
         """The base's own preparation; images go with the pass that has their tokens, and with no other."""
         inputs = self.base.prepare_inputs_for_generation(
@@ -53,6 +62,8 @@ class ImageGenerationMixin(GenerationMixin):
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Repeats rows for beams; images are per image, not per row, and are repeated with their row."""
+        if self.encoder is None:  # a multimodal base knows its own images
+            return self.base._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
         pixel_values = model_kwargs.pop("pixel_values", None)
         if pixel_values is not None and expand_size > 1 and self.eyes is not None:
             config = self.eyes.config

@@ -24,7 +24,7 @@ from .families_moextend import (
     tensor_at,
 )
 from .gate_moextend import TokenGate
-from .routing_moextend import INPUTS, SCORES, Calibration, RoutingRecord, cap, route
+from .routing_moextend import INPUTS, SCORES, Calibration, RoutingRecord, cap, left_to_shared, route, sharing
 
 
 class Additions(nn.ModuleDict):
@@ -79,9 +79,9 @@ class RouterExtension(Additions):
         margins = {name: self.decide(name, hidden_states) for name in gates}
         used = [name for name in names if self.in_use(name)]
         if used:
-            logits, weights, index = self.extend(router, hidden_states.flatten(0, -2), answer, used, given)
+            logits, weights, index, *rest = self.extend(router, hidden_states.flatten(0, -2), answer, used, given)
             told = logits if self.rule.answers == "logits" else SCORES[self.rule.score](logits)
-            answer = told, weights, index
+            answer = told, weights, index, *rest
         if self.state.records is not None:
             if logits is None:  # the logarithm of a softmax has the same softmax
                 logits = answer[0] if self.rule.answers == "logits" else answer[0].log()
@@ -127,7 +127,8 @@ class RouterExtension(Additions):
     def extend(self, router, hidden_states, answer, used, given):
         """`answer`, extended by the rows of this pass's adapters; only experts of the adapters `used` are chosen."""
         base_logits, new = self.logits(router, hidden_states, answer[0], self.spans())
-        _, weights, index = answer = base_logits, *answer[1:]
+        rule = sharing(self.rule, base_logits, answer) if self.rule.shared else self.rule
+        weights, index = answer[1:3]
         kept = {"correction_bias": None, "scale": None}  # what there is one of for every expert of the base
         if self.rule.correction:
             kept["correction_bias"] = given if ":" in self.rule.correction else tensor_at(router, self.rule.correction)
@@ -137,20 +138,21 @@ class RouterExtension(Additions):
             names = [name for name in new if name in group and name in used]
             if not names:
                 continue
-            found = self.share(answer, new, names, kept)
+            found = self.share((base_logits, *answer[1:3]), new, names, rule, kept)
             mine = self.scope(names, weights) if len(self.state.groups) > 1 else None
             if mine is not None:  # other tokens are another group's
                 found = [torch.where(mine.unsqueeze(-1), *pair) for pair in zip(found, (weights, index), strict=True)]
             weights, index = found
-        return torch.cat([base_logits.float(), *new.values()], dim=-1), weights, index
+        logits, rest = torch.cat([base_logits.float(), *new.values()], dim=-1), answer[3:]
+        return logits, weights, index, *([left_to_shared(answer, weights)] if rule.shared else rest)
 
-    def share(self, answer, new, names, kept):
+    def share(self, answer, new, names, rule, kept):
         """Weights and index [T, K] where the adapters `names` share tokens.
 
         Adapters of which no token selects an expert are left out and the others asked again, so that a batch which
         does not use an adapter is computed as if that were not loaded, to the last bit.
         """
-        weights, index = self.choose(answer, new, names, kept)
+        weights, index = self.choose(answer, new, names, rule, kept)
         while len(names) > 1:
             spans = self.spans()
             hits = torch.stack([((index >= spans[name][0]) & (index < spans[name][1])).any() for name in names])
@@ -158,11 +160,11 @@ class RouterExtension(Additions):
             names = [name for name in names if name not in left_out]
             if not left_out or not names:
                 break
-            weights, index = self.choose(answer, new, names, kept)
+            weights, index = self.choose(answer, new, names, rule, kept)
             weights = zero_tie(weights, own_parameters(self[name] for name in left_out))
         return weights, index
 
-    def choose(self, answer, new, names, kept):
+    def choose(self, answer, new, names, rule, kept):
         """Weights and index [T, K] by the routing rule over base rows and those of `names`."""
         of_all = {
             part: None
@@ -174,7 +176,7 @@ class RouterExtension(Additions):
         _, weights, index = route(
             answer,
             torch.cat([new[name] for name in names], dim=-1),
-            self.rule,
+            rule,
             selection=lead.config.selection,  # adapters that share tokens select alike; only one alone calibrates
             calibrate=lead.config.calibration,
             calibration=lead.calibration,

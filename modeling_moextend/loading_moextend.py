@@ -5,11 +5,16 @@ import copy
 import math
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 from .adapter_moextend import fingerprint, same_fingerprint
 from .configuration_moextend import UnknownConfig
-from .families_moextend import family_of, find_rule
+from .families_moextend import family_of, find_rule, find_rules
 from .layers_moextend import detach, find_moe_layers, input_device
 from .routing_moextend import Rule
 from .vision_moextend import load_encoder, vision_tower
@@ -33,7 +38,7 @@ def load_new_parts(base, encoder, plan, auto_class, options):
     """Base and encoder of a new adapter, each loaded unless given as a model, and checked; see `from_base`.
 
     Raises:
-        ValueError: no causal LM, no MoE layers, a plan that does not fit, an encoder of another kind.
+        ValueError: no causal LM, no MoE layers, a plan that does not fit, an encoder of another kind or one too many.
     """
     base = load_base(base, auto_class, **options) if not isinstance(base, PreTrainedModel) else base
     check_causal_lm(base, auto_class)
@@ -45,6 +50,11 @@ def load_new_encoder(encoder, base, options=None):
     """The vision tower of `encoder`, a model or where it lies, beside `base`; `None` for `None`."""
     if encoder is None:
         return None
+    if is_multimodal(base.config):
+        raise ValueError(
+            f"{type(base).__name__} has an image encoder of its own: leave out encoder=..., and give images as the "
+            "base takes them."
+        )
     if not isinstance(encoder, PreTrainedModel):
         options = {"dtype": base.dtype} if options is None else options
         encoder = load_encoder(encoder, **{key: options[key] for key in ENCODER_KWARGS if key in options})
@@ -90,6 +100,7 @@ def load_parts(stored, base, encoder, auto_class, check_base, options):
         encoder = load_stored("encoder", encoder, stored, load_encoder, **chosen)
     if not isinstance(base, PreTrainedModel):
         revision = {"revision": stored.base_model_revision} if base is None and stored.base_model_revision else {}
+        auto_class = auto_class_for(stored.text_config, auto_class)
         base = load_stored("base", base, stored, load_base, auto_class=auto_class, **revision, **options)
     check_not_extended(base)
     if isinstance(stored.text_config, UnknownConfig) or not check_base:
@@ -134,6 +145,11 @@ def agreed_rule(config, found):
             f"The adapter was made on a base that routes by {rule}, but this one routes by {found}. Pass base=<the "
             "right one>; check_base=False loads it all the same."
         )
+    if rule.jitter is not None and config.calibration != "none":
+        raise ValueError(
+            f"calibration={config.calibration!r} has no meaning for a base that weighs its experts by SparseMixer: "
+            "it mends shares of a softmax over all of them. Use calibration='none'."
+        )
     return rule
 
 
@@ -150,8 +166,7 @@ def first_rule(layers):
 
 def check_rule(layers, plan, rule):
     """Refuses a plan with a layer whose router follows another rule than `rule`, or none that is known."""
-    for index in plan:
-        found = find_rule(index, layers[index])
+    for index, found in find_rules(layers, plan):
         if not same_rule(found, rule):
             raise ValueError(
                 f"Layer {index} of {family_of(layers[index].router)} routes by {found}, the other extended layers by "
@@ -199,6 +214,23 @@ def identity(base, encoder):
     return known
 
 
+def is_multimodal(config):
+    """Whether a base of this config has a language model inside a model that sees."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def auto_class_for(config, auto_class):
+    """The auto class of a base with a causal head: multimodal ones have one of their own."""
+    if auto_class is AutoModelForCausalLM and is_multimodal(config):
+        return AutoModelForImageTextToText
+    return auto_class
+
+
+def random_base(config, auto_class):
+    """A base with random weights."""
+    return auto_class_for(config, auto_class).from_config(config)
+
+
 def load_base(name_or_path, auto_class, **kwargs):
     """A base from its checkpoint; from safetensors only, unless `use_safetensors=False` allows pickled weights."""
     kwargs["use_safetensors"] = kwargs.get("use_safetensors", True) or None  # False would refuse safetensors
@@ -206,6 +238,8 @@ def load_base(name_or_path, auto_class, **kwargs):
         base, loading = auto_class.from_pretrained(name_or_path, **{**kwargs, "output_loading_info": True})
     except ValueError as error:
         if "Unrecognized configuration class" in str(error):
+            if auto_class is AutoModelForCausalLM:  # a language model inside a multimodal one
+                return load_base(name_or_path, AutoModelForImageTextToText, **kwargs)
             raise ValueError(
                 f"base={name_or_path!r} is no causal LM: transformers has no causal head for it."
             ) from error

@@ -25,8 +25,10 @@ from .loading_moextend import (
     check_rule,
     check_same_kind,
     identity,
+    is_multimodal,
     load_new_parts,
     load_parts,
+    random_base,
     undone_on_error,
 )
 from .routing_moextend import Rule, balance_loss
@@ -54,7 +56,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
     def __init__(self, config, base=None, encoder=None, adapter_name=DEFAULT):
         """`base` and `encoder` are loaded models; without them, random ones are made from the config."""
         super().__init__(config)
-        self.base = base if base is not None else self.auto_base_class.from_config(config.text_config)
+        self.base = base if base is not None else random_base(config.text_config, self.auto_base_class)
         if encoder is None and config.encoder_config is not None:
             encoder = AutoModel.from_config(config.encoder_config)
         self.adapters, self.routing = nn.ModuleDict(), RoutingState()
@@ -90,6 +92,8 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
             place = position_ids, kwargs.get("attention_mask"), past_key_values, past_length
             scopes, gated, state = self.token_scopes(input_ids, inputs_embeds, *place)
             projector = self.projector
+            if self.eyes is None and is_multimodal(self.base.config):
+                kwargs["pixel_values"], pixel_values = pixel_values, None  # seen by the base's own eyes
             if pixel_values is not None or self.has_image_tokens(input_ids):
                 inputs_embeds, input_ids = self.embed_images(input_ids, inputs_embeds, pixel_values), None
             elif inputs_embeds is not None and projector is not None:
@@ -177,7 +181,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
 
         f_i here is a share of all selections, so the loss is 1/K of transformers' own, which counts K a token.
         """
-        return float(getattr(self.config.text_config, "router_aux_loss_coef", 0.0) or 0.0)
+        return float(getattr(self.config.text_config.get_text_config(), "router_aux_loss_coef", 0.0) or 0.0)
 
     # ------------------------------------------------------------ attach and switch
 
@@ -268,8 +272,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
                 f"The gate reads the input of layer {min(self.config.extended_layers)}, so layer {min(plan)} below it "
                 "can't be added. Name all layers at once, or begin anew with from_base(...)."
             )
-        rule = Rule(**self.config.routing_rule)
-        check_rule(layers, plan, rule)
+        check_rule(layers, plan, rule := Rule(**self.config.routing_rule))
         with self_checked(layers, plan, rule, self.routing, self.lead):
             for layer, sources in plan.items():
                 add_experts(layers[layer], self.lead, sources, self.config)

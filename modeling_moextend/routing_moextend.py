@@ -29,6 +29,7 @@ class Rule(NamedTuple):
         epsilon: added to the sum that renormalises (lfm2_moe: 1e-6); 0 where it is too small to matter.
         floor: the least sum that renormalises (ernie4_5_moe's `moe_norm_min`).
         jitter: of routers that weigh by SparseMixer (phimoe); `None` elsewhere.
+        shared: experts that every token uses and that the chosen ones share their sum with (inkling), see `sharing`.
         corrected: what the correction bias is added to, `"score"` or `"logit"` (kolibri1).
 
     How a row makes a logit:
@@ -49,6 +50,7 @@ class Rule(NamedTuple):
     epsilon: float = 0.0
     floor: float = 0.0
     jitter: float | None = None
+    shared: int = 0
     corrected: str = "score"
     inputs: str = "plain"
     multiplier: float = 1.0
@@ -128,6 +130,28 @@ def rule_weights(scores, index, rule):
         total = weights.sum(dim=-1, keepdim=True).clamp_min(max(rule.floor, TINY))
         weights = weights / (total + rule.epsilon)
     return weights * rule.scale
+
+
+def sharing(rule, base_logits, base_answer):
+    """`rule` for the tokens of an answer whose chosen experts share their sum with shared experts (inkling).
+
+    The answer is (logits, weights w [T, K], index, weights g [T, S] of the shared experts): w_i = c s_i / D and
+    g_j = c s_j / D with D = sum of all those scores s. So c = sum w + sum g, and the shared experts' part of D is
+    sum s_i * sum g / sum w: to other experts that are chosen it is an epsilon, and c their scale; [T, 1] each.
+    """
+    _, weights, index, shared = base_answer
+    chosen = SCORES[rule.score](base_logits.float()).gather(-1, index).sum(dim=-1, keepdim=True)
+    total, rest = weights.float().sum(dim=-1, keepdim=True), shared.float().sum(dim=-1, keepdim=True)
+    return rule._replace(epsilon=chosen * rest / total.clamp_min(TINY), scale=total + rest)
+
+
+def left_to_shared(base_answer, weights):
+    """Weights [T, S] of the shared experts where chosen ones now weigh `weights` [T, K]: the sum of all stays."""
+    _, base_weights, _, shared = base_answer
+    same = (weights == base_weights).all(dim=-1, keepdim=True)
+    rest = shared.float().sum(dim=-1, keepdim=True)
+    now = rest + base_weights.float().sum(dim=-1, keepdim=True) - weights.float().sum(dim=-1, keepdim=True)
+    return torch.where(same, shared, (shared.float() * now / rest.clamp_min(TINY)).to(shared.dtype))
 
 
 def sparsemixer(logits, index, jitter):

@@ -131,6 +131,8 @@ def sequence_starts(is_real, position_ids, places):
     A token starts a sequence whose position is not above that of the token before it, or is 0 where this pass has none
     before it. Padding (not `is_real` [B, S]) is passed over: it starts nothing, whatever its positions say.
     """
+    if position_ids is not None and position_ids.dim() == 3:  # of a multimodal base: text, time, height and width
+        position_ids = position_ids[0] if len(position_ids) == 4 else None
     if position_ids is None:
         return torch.full_like(places, -1)
     position_ids = position_ids.expand_as(is_real)

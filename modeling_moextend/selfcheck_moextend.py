@@ -58,14 +58,14 @@ def sample(layer, rule):
 
 @torch.no_grad()
 def run(layer, rule, tokens):
-    """(what the router says, weights, index, the experts' output) for tokens of `sample`; hooks don't see it."""
+    """What the router answers and then the experts' output, for tokens of `sample`; forward hooks don't see it."""
     training = layer.router.training
     layer.router.training = False  # some routers draw at random in training
     try:
-        told, weights, index = ask(layer.router, tokens[0].clone(), *given_to(layer, rule))[:3]
+        told, weights, index, *rest = ask(layer.router, tokens[0].clone(), *given_to(layer, rule))
     finally:
         layer.router.training = training
-    return told, weights, index, layer.experts.forward(tokens[1].clone(), index, weights)
+    return told, weights, index, *rest, layer.experts.forward(tokens[1].clone(), index, weights)
 
 
 def check_off(again, expected):

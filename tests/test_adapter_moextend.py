@@ -550,6 +550,21 @@ def test_the_stored_rule_is_compared_with_the_routers_own(tmp_path):
     assert all(p.requires_grad for p in base.parameters())
 
 
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_adapters_that_store_three_entries_of_the_rule_are_read_for_ever(family, tmp_path):
+    """As version 0.1.0 wrote them."""
+    model = shake(extended(family=family, calibration="none"))
+    whole = dict(model.config.routing_rule)
+    model.config.routing_rule = {name: whole[name] for name in ("score", "renormalise", "scale")}
+    model.save_pretrained(tmp_path)
+    assert len(json.loads((tmp_path / "config.json").read_text())["routing_rule"]) == 3
+    loaded = MoExtendForCausalLM.from_pretrained(tmp_path, base=make_base(family))
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.config.routing_rule == whole
+    loaded.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["routing_rule"] == whole
+
+
 def test_a_base_with_fewer_layers_is_refused_by_name(saved):
     _, folder = saved
     config = copy.deepcopy(make_base().config)

@@ -5,11 +5,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import COMMON, FAMILIES, make_base
+from families import FAMILIES as EVERY_FAMILY
+from families import auto_class, make_config, make_family
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from modeling_moextend.families_moextend import MoELayer, family_of, find_moe_layers, find_rule, is_top_k
+from modeling_moextend import families_moextend
+from modeling_moextend.families_moextend import (
+    REASONS,
+    MoELayer,
+    family_of,
+    find_moe_layers,
+    find_rule,
+    find_rules,
+    is_top_k,
+)
 from modeling_moextend.routing_moextend import SCORES, Rule
 
 E_, H, K = 6, 16, 2
@@ -103,6 +114,41 @@ def test_the_search_needs_no_weights_and_leaves_the_random_state_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+class Sharing(Router):
+    """Two shared experts, whose rows come after the others', are weighed together with the chosen ones."""
+
+    def __init__(self, change=1.0):
+        super().__init__(Rule("sigmoid", True, 1.5, correction="e_score_correction_bias"))
+        self.n_shared_experts, self.change = 2, change
+        self.weight = nn.Parameter(torch.zeros(E_ + 2, H))
+
+    def forward(self, hidden_states):
+        logits = F.linear(hidden_states, self.weight)
+        index = (logits[:, :E_].sigmoid() + self.e_score_correction_bias).topk(K).indices
+        scores = torch.cat([logits[:, :E_].sigmoid().gather(-1, index), logits[:, E_:].sigmoid()], dim=-1)
+        weights = 1.5 * scores / scores.sum(-1, keepdim=True)
+        return logits[:, :E_], weights[:, :K], index, weights[:, K:] * self.change
+
+
+def test_shared_experts_among_the_rows_are_found():
+    rule = find_rule(0, layer_of(Sharing()))
+    assert rule == Rule("sigmoid", True, shared=2, correction="e_score_correction_bias")
+    with pytest.raises(ValueError, match="its weights follow no known rule"):
+        find_rule(0, layer_of(Sharing(change=1.1)))
+
+
+def test_routers_of_one_kind_and_setting_are_asked_once(monkeypatch):
+    base = make_base("qwen3_moe")
+    layers, asked = find_moe_layers(base.get_decoder()), []
+    monkeypatch.setattr(
+        families_moextend, "find_rule", lambda index, layer: asked.append(index) or find_rule(index, layer)
+    )
+    layers[2].router.norm_topk_prob = False
+    rules = dict(find_rules(layers, [0, 1, 2, 3]))
+    assert asked == [0, 2]
+    assert [rules[index].renormalise for index in range(4)] == [True, True, False, True]
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -167,6 +213,26 @@ def test_the_rule_of_a_family_is_found(family):
     layer = find_moe_layers(base.get_decoder())[0]
     assert find_rule(0, layer) == expected.get(family, Rule("softmax", True))
     assert family_of(layer.router) == family
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(EVERY_FAMILY.keys() - REASONS.keys() - {"openai_privacy_filter"}))
+def test_rules_are_found_in_every_setting_and_without_weights(family):
+    for variant in (None, *EVERY_FAMILY[family].variants):
+        layers = find_moe_layers(make_family(family, variant).get_decoder())
+        index = max(layers)
+        rule = find_rule(index, layers[index])
+        with torch.device("meta"):
+            config = make_config(family, variant)
+            empty = find_moe_layers(auto_class(config).from_config(config).get_decoder())[index]
+        assert empty.experts.down_proj.is_meta
+        assert find_rule(index, empty) == rule
+
+
+@pytest.mark.parametrize("family", sorted(REASONS))
+def test_what_no_rule_can_carry_is_refused_with_the_reason(family):
+    with pytest.raises(ValueError, match=rf"\({family}\) can't be extended: {REASONS[family][:30]}"):
+        find_moe_layers(make_family(family).get_decoder())
 
 
 def test_a_layer_with_two_moe_blocks_is_refused():

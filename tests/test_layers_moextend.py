@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from conftest import COMMON, FAMILIES, PAPER, batch, make_base, make_encoder, shake
+from families import make_family
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -628,6 +629,53 @@ def test_a_router_that_chooses_by_something_else_than_its_scores_is_refused():
         layer.router.__class__ = Worst
     with pytest.raises(ValueError, match="does not follow the router interface"):
         MoExtendForCausalLM.from_base(base, {2: [0]})
+
+
+def test_layers_of_different_rules_are_refused_together_and_extended_apart():
+    base = make_base("qwen3_moe")
+    base.model.layers[2].mlp.gate.norm_topk_prob = False
+    with pytest.raises(ValueError, match="Layer 2 of qwen3_moe routes by Rule.*False.*, the other extended layers by"):
+        MoExtendForCausalLM.from_base(base, {1: [0], 2: [0]})
+    model = MoExtendForCausalLM.from_base(base, {2: [0]})
+    assert not model.config.routing_rule["renormalise"]
+    with pytest.raises(ValueError, match="Layer 3 of qwen3_moe routes by Rule"):
+        model.extend({3: [0]})
+    assert model.config.extended_layers == {2: [0]}
+
+
+# ---------------------------------------------------------------- shared experts among the rows
+
+
+@pytest.mark.parametrize("selection", ["compete", "exclusive"])
+@torch.no_grad()
+def test_inkling_weighs_new_experts_together_with_its_shared_ones(selection):
+    base = make_family("inkling")
+    base_router = find_moe_layers(base.get_decoder())[1].router
+    base_router.global_scale.fill_(0.7)
+    model = extended(plan={1: [3, 0, 5]}, base=copy.deepcopy(base), selection=selection)
+    router, x = moe_layer(model, 1).router, tokens(60)
+    logits, weights, index, shared = router(x)
+    _, base_weights, _, base_shared = base_router(x)
+    changed = (index >= 6).any(dim=-1)
+    for found, before in ((weights, base_weights), (shared, base_shared)):
+        assert torch.equal(found[~changed], before[~changed])
+    assert changed.any() and (selection == "exclusive" or not changed.all())
+    rows = torch.cat([router.weight[:6], router.moextend["default"].weight])
+    scores, of_shared = F.linear(x, rows).sigmoid(), F.linear(x, router.weight[6:]).sigmoid()
+    torch.testing.assert_close(logits, F.linear(x, rows))
+    if selection == "exclusive":
+        new_keys = scores[:, 6:] + router.moextend["default"].correction_bias
+        assert torch.equal(index, new_keys.topk(2).indices + 6)
+        picked = scores.gather(-1, index)
+        torch.testing.assert_close(weights, picked / picked.sum(-1, keepdim=True) * base_weights.sum(-1, keepdim=True))
+        torch.testing.assert_close(shared, base_shared)
+        return
+    keys = scores + torch.cat([router.e_score_correction_bias, router.moextend["default"].correction_bias])
+    assert torch.equal(index[changed].sort().values, keys.topk(2).indices[changed].sort().values)
+    together = torch.cat([scores.gather(-1, index), of_shared], dim=-1)
+    together = together / together.sum(-1, keepdim=True) * router.route_scale * 0.7
+    torch.testing.assert_close(weights[changed], together[:, :2][changed], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(shared[changed], together[:, 2:][changed], rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------- threads, ties

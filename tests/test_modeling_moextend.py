@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from conftest import COMMON, FAMILIES, PAPER, batch, make_base, make_encoder, shake
+from families import make_family
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
@@ -19,6 +20,7 @@ from transformers import (
 from modeling_moextend import MoExtendForCausalLM, MoExtendModel, switch_moextend
 from modeling_moextend.layers_moextend import find_moe_layers
 from modeling_moextend.routing_moextend import Rule, balance_loss
+from modeling_moextend.scope_moextend import sequence_starts
 
 IMAGE = 96
 PLAN = {1: [0, 3], 2: [2]}
@@ -588,3 +590,87 @@ def test_the_body_of_the_causal_model_shares_its_tensors():
     assert torch.equal(model.get_output_embeddings()(hidden), model(**inputs).logits)
     model.disable_adapters()
     assert torch.equal(model.model(**batch()).last_hidden_state, make_base().model(**batch()).last_hidden_state)
+
+
+# ---------------------------------------------------------------- multimodal bases, extended in their language model
+
+
+def seeing(family="qwen3_vl_moe"):
+    """A multimodal base and a batch with an image of its own in each row."""
+    base = make_family(family, "multimodal")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(7, 80, (2, 9), generator=generator)
+    ids[:, 2], ids[:, 3] = base.config.vision_start_token_id, base.config.image_token_id
+    images = {
+        "pixel_values": torch.randn(8, 3 * 2 * 4 * 4, generator=generator),  # four patches of two frames an image
+        "image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 2]]),
+        "mm_token_type_ids": (ids == base.config.image_token_id).int(),
+    }
+    return base, {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}
+
+
+@pytest.mark.parametrize("scope", ["all", "gate"])
+@torch.no_grad()
+def test_a_multimodal_base_sees_its_own_images_with_the_adapter_off_and_on(scope):
+    base, inputs = seeing()
+    expected = base(**inputs).logits
+    model = shake(MoExtendForCausalLM.from_base(copy.deepcopy(base), {1: [3, 0, 5]}, scope=scope))
+    if scope == "gate":
+        model.gate_threshold = 1e9
+        assert torch.equal(model(**inputs).logits, expected)
+        model.gate_threshold = -1e9
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs).logits, expected)
+    found = model(**inputs).logits
+    assert not torch.equal(found, expected)
+    assert not torch.equal(model(**{**inputs, "pixel_values": inputs["pixel_values"] * 2}).logits, found)
+    for module in model.base.model.visual.modules():
+        assert "moextend" not in module._modules
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_multimodal_base_generates_from_its_own_images(beams):
+    base, inputs = seeing()
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": beams}
+    expected = base.generate(**inputs, **settings)
+    model = shake(MoExtendForCausalLM.from_base(copy.deepcopy(base), {1: [3, 0, 5]}, scope="all"))
+    with model.disable_adapter():
+        assert torch.equal(model.generate(**inputs, **settings), expected)
+    found = model.generate(**inputs, **settings)
+    assert torch.equal(found, model.generate(**inputs, **settings, use_cache=False))
+
+
+def test_a_multimodal_base_is_loaded_whole_by_name_and_from_an_adapter(tmp_path):
+    base, inputs = seeing()
+    base.save_pretrained(tmp_path / "base")
+    model = shake(MoExtendForCausalLM.from_base(str(tmp_path / "base"), {1: [3, 0, 5]}, scope="all"))
+    assert type(model.base) is type(base)
+    assert model.config.get_text_config().num_experts == 6  # what trainers ask for
+    assert model.router_aux_loss_coef == base.config.get_text_config().router_aux_loss_coef > 0
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = MoExtendForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    body = MoExtendModel.from_pretrained(tmp_path / "adapter")
+    hidden = body(**inputs).last_hidden_state
+    assert torch.equal(loaded.get_output_embeddings()(hidden), loaded(**inputs).logits)
+
+
+def test_a_multimodal_base_takes_no_second_encoder():
+    base, _ = seeing()
+    with pytest.raises(ValueError, match="Qwen3VLMoeForConditionalGeneration has an image encoder of its own"):
+        MoExtendForCausalLM.from_base(base, {1: [0]}, encoder=make_encoder())
+
+
+def test_a_gate_reads_the_text_positions_of_a_multimodal_base():
+    """Positions [4, B, S]: text, then time, height and width, which stand still inside an image."""
+    text = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])
+    still = torch.tensor([[0, 1, 1, 1, 2, 0, 1, 1, 1]])
+    real, places = torch.ones(1, 9, dtype=torch.bool), torch.arange(9)[None]
+    expected = [[0] * 5 + [5] * 4]
+    assert sequence_starts(real, torch.stack([text, still, still, still]), places).tolist() == expected
+    assert sequence_starts(real, torch.stack([still, still, still]), places).tolist() == [[-1] * 9]  # nothing known
+
+
+def test_sparsemixer_takes_no_calibration():
+    with pytest.raises(ValueError, match="calibration='all' has no meaning for a base that weighs .* by SparseMixer"):
+        MoExtendForCausalLM.from_base(make_family("phimoe"), {1: [0]}, paper=True)

@@ -15,8 +15,10 @@ from modeling_moextend.routing_moextend import (
     balance_loss,
     cap,
     choice_keys,
+    left_to_shared,
     route,
     rule_weights,
+    sharing,
     sparsemixer,
 )
 
@@ -219,6 +221,24 @@ def test_sparsemixer_weighs_new_experts_among_all():
     first = 1 / (1 + math.exp(-0.1) + math.exp(-0.3))
     second = 1 / (1 + math.exp(-0.2))
     torch.testing.assert_close(weights, torch.tensor([[first, second]]))
+
+
+def test_new_experts_share_one_sum_with_the_experts_that_every_token_uses():
+    # Scores 0.6 and 0.3 of the chosen, 0.1 of the shared one, c = 2: over their sum, 1, weights 1.2, 0.6 and 0.2.
+    logits = torch.tensor([[0.6, 0.3, 0.2]]).logit()
+    answer = (logits, torch.tensor([[1.2, 0.6]]), torch.tensor([[0, 1]]), torch.tensor([[0.2]]))
+    rule = sharing(Rule("sigmoid", True, shared=1), logits, answer)
+    torch.testing.assert_close(rule.epsilon, torch.tensor([[0.1]]))
+    torch.testing.assert_close(rule.scale, torch.tensor([[2.0]]))
+    new_logits, options = torch.tensor([[0.9]]).logit(), {"selection": "compete", "calibrate": "none"}
+    _, weights, index = route(answer[:3], new_logits, rule, **options)
+    assert index.tolist() == [[2 + 1, 0]]  # 0.9 and 0.6, with 0.1 a sum of 1.6
+    torch.testing.assert_close(weights, torch.tensor([[2 * 0.9 / 1.6, 2 * 0.6 / 1.6]]))
+    torch.testing.assert_close(left_to_shared(answer, weights), torch.tensor([[2 * 0.1 / 1.6]]))
+    _, weights, _ = route(answer[:3], new_logits, rule, **{**options, "selection": "exclusive"})
+    torch.testing.assert_close(weights, torch.tensor([[1.8, 0.0]]))  # what the base's chosen ones weigh
+    torch.testing.assert_close(left_to_shared(answer, weights), answer[3])
+    assert torch.equal(left_to_shared(answer, answer[1]), answer[3])
 
 
 # ---------------------------------------------------------------- exclusive
