@@ -11,7 +11,7 @@ READY_TO_RUN := $(VENV)/.installed-quickstart
 READY_TO_TEST := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart forgetting test test-fast test-slow quality style
+.PHONY: help quickstart forgetting families test test-fast test-slow quality style
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -26,6 +26,10 @@ quickstart: $(READY_TO_RUN) ## set up, then run examples/quickstart.py (options:
 
 forgetting: $(READY_TO_TEST) ## set up, then run the benchmark of benchmarks/ (options: ARGS="--quick")
 	$(BIN)/python benchmarks/forgetting.py $(ARGS)
+
+families: export HF_HUB_OFFLINE = 1
+families: $(READY_TO_TEST) ## extend every MoE family of transformers, write the table of the README
+	$(BIN)/python tests/family_table.py
 
 test: test-fast test-slow ## set up, then run every test: the fast ones first
 

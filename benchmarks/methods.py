@@ -55,8 +55,8 @@ METHODS = {
     for method in (
         Method("paper", NEW, PAPER, new_experts=1),
         Method("modality", (5e-4, 1.5e-3, 2e-3, 4e-3), {**ALL, "scope": "modality"}, vision=True),
-        Method("gate", NEW, GATE, retention="real"),
-        Method("gate_self", NEW, GATE, trainer={"retention": "self"}),
+        Method("gate", NEW, GATE, retention="real", vision=False),
+        Method("gate_self", NEW, GATE, trainer={"retention": "self"}, vision=False),
         Method("full", (3e-4, 1e-3, 2e-3, 3e-3), trains="all"),
         Method("full_replay", (3e-4, 1e-3, 3e-3, 1e-2), trains="all", replay=True),
         Method("lora", LORA, trains="lora"),

@@ -40,8 +40,7 @@ KINDS = {  # how a documented type begins -> the answer
     "list": "sequence",
 }
 DOCUMENTED = ("numpy", "matplotlib", "sympy", "pandas", "networkx")  # packages that document types
-RETENTION_DOMAINS = ("code", "manual", "chat")
-LEFT_OUT = "science"
+RETENTION_DOMAINS = ("code", "manual", "chat")  # of the base's own domains; science is left out
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoProcessor
+from transformers import AutoProcessor, AutoTokenizer
 
 from modeling_moextend import MoExtendForCausalLM, load_processor
 from modeling_moextend.card import create_card
@@ -57,7 +57,8 @@ def load(args):
     device_map = "auto" if torch.accelerator.is_available() else None
     model = MoExtendForCausalLM.from_pretrained(args.adapter, dtype=args.dtype, device_map=device_map, **places)
     if not Path(args.adapter).is_dir() or Path(args.adapter, "tokenizer_config.json").exists():
-        return model.eval(), AutoProcessor.from_pretrained(args.adapter)
+        reader = AutoTokenizer if model.encoder is None else AutoProcessor
+        return model.eval(), reader.from_pretrained(args.adapter)
     config = model.config
     return model.eval(), load_processor(
         args.base or config.base_model_name_or_path, args.encoder or config.encoder_name_or_path
@@ -75,7 +76,8 @@ def main():
     names = ("thresholds", "metric", "max_length", "max_new_tokens", "batch_size")
     options = {name: getattr(args, name) for name in names}
     results = evaluate_adapter(model, processor, documents, questions, **options)
-    card = write_report(args.output, results, title=args.title or Path(args.adapter).name, points=points)
+    data = {"text": Path(args.text).stem} | ({"task": Path(args.questions).stem} if args.questions else {})
+    card = write_report(args.output, results, title=args.title or Path(args.adapter).name, points=points, **data)
     numbers = {"adapter_bytes": model.adapter_bytes(), "num_parameters": model.num_parameters(only_trainable=True)}
     create_card(model.config, **numbers, **card).save(Path(args.output, "model_card.md"))
     for row in card["results"]:

@@ -1,28 +1,21 @@
 """Pushes an adapter folder to the Hub as one commit: adapter, config, shipped code, processor, model card.
 
     python examples/publish.py --adapter outputs/easy-vqa/adapter --repo_id me/my-adapter --private
-    python examples/publish.py --adapter outputs/easy-vqa/adapter --repo_id me/my-adapter --report report --dry_run
+    python examples/publish.py --adapter outputs/x --repo_id me/x --report report --license mit --datasets me/questions
+    python examples/publish.py --adapter outputs/x --repo_id me/x --base me/the-base --dry_run
 
-The folder is read and checked first: a damaged adapter is not published. Nothing else in it (checkpoints, optimiser
-states, pickled arguments) is uploaded.
+The folder is read and checked first: a damaged adapter is not published, and neither is one whose base or encoder is
+a path on this machine. --base and --encoder say where they lie on the Hub; that is written into the adapter. Nothing
+else in the folder (checkpoints, optimiser states, pickled arguments) is uploaded. The card is filled from the adapter,
+the trainer's card.json, the picture of the router shift and --report; a README.md of your own goes up as it is, unless
+an option for the card is given.
 """
 
 import argparse
-import shutil
-from pathlib import Path
 
-from modeling_moextend import MoExtendConfig
-from modeling_moextend.adapter_moextend import check_tensors, read_adapter
-from modeling_moextend.hub_moextend import PUBLISHED, upload, write_card
+from modeling_moextend.publishing import publish_folder
 
-
-def add_report(report, folder):
-    """Copies a report's model card and pictures into the adapter's folder."""
-    if not (report / "model_card.md").exists():
-        raise SystemExit(f"--report {report}: no model_card.md there; write one with examples/evaluate.py")
-    shutil.copyfile(report / "model_card.md", folder / "README.md")
-    for picture in report.glob("*.png"):
-        shutil.copyfile(picture, folder / picture.name)
+CARD = ("license", "language", "datasets")
 
 
 def main():
@@ -30,30 +23,27 @@ def main():
     parser.add_argument("--adapter", required=True, help="folder that save_pretrained or the trainer wrote")
     parser.add_argument("--repo_id", required=True, help="e.g. me/my-adapter")
     parser.add_argument("--private", action="store_true", help="make the repository private")
-    parser.add_argument("--report", help="report folder of evaluate.py: its card and pictures go along")
     parser.add_argument("--revision", help="branch to push to")
-    parser.add_argument("--dry_run", action="store_true", help="say what would be uploaded, and stop")
+    parser.add_argument("--base", help="Hub id of the base, where the adapter names another place")
+    parser.add_argument("--encoder", help="Hub id of the encoder, where the adapter names another place")
+    parser.add_argument("--report", help="report folder of evaluate.py: results, forgetting table and pictures")
+    parser.add_argument("--shift", help="picture of the router shift; default: what stage extend left there")
+    parser.add_argument("--license", help="of the adapter; default: the base's")
+    parser.add_argument("--language", nargs="+", help="ISO 639 codes")
+    parser.add_argument("--datasets", nargs="+", help="what it was trained on: Hub ids, or names of files")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="say what would be uploaded, beside the card's pictures, and stop"
+    )
     args = parser.parse_args()
 
-    folder = Path(args.adapter)
-    if not folder.is_dir():
-        parser.error(f"--adapter {args.adapter}: no such folder")
-    values, tensors, metadata = read_adapter(args.adapter)
-    check_tensors(tensors, tensors, metadata)  # against its own header: is the file whole?
-    config = MoExtendConfig.from_dict(values)
-    for role in ("base_model", "encoder"):
-        where = getattr(config, f"{role}_name_or_path")
-        if where is not None and Path(where).exists():
-            print(f"Note: the {role.split('_')[0]} is {where}, a local folder; others need it too, or one on the Hub.")
-    if args.report:
-        add_report(Path(args.report), folder)
-    files = {path.name for pattern in PUBLISHED for path in folder.glob(pattern)} | {"README.md"}
-    print("\n".join(sorted(files)))
-    if args.dry_run:
-        return
-    if not (folder / "README.md").exists():
-        write_card(folder, config, args.repo_id, sum(tensor.numel() for tensor in tensors.values()))
-    print(f"Published: {upload(folder, args.repo_id, private=args.private or None, revision=args.revision)}")
+    card = {name: value for name in CARD if (value := getattr(args, name))}
+    names = ("base", "encoder", "report", "shift", "revision", "dry_run")
+    options = {name: getattr(args, name) for name in names}
+    try:
+        done = publish_folder(args.adapter, args.repo_id, private=args.private or None, card=card, **options)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{args.adapter}: {error}") from error
+    print("\n".join(done) if args.dry_run else f"Published: {done}")
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ from rich.table import Table
 from transformers import AutoTokenizer, logging
 from trl import TrlParser
 
-from modeling_moextend import MoExtendForCausalLM, create_card
+from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.adapter_moextend import base_tensors_hash
 from modeling_moextend.processing_moextend import MoExtendProcessor
+from modeling_moextend.publishing import folder_card, read_facts, write_facts
 from modeling_moextend.sft_config import MoExtendSFTConfig
 from modeling_moextend.stages import STAGES, StagesConfig, run_stages
 
@@ -120,9 +121,8 @@ def main():
     results["seconds"] = time.time() - start
     Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     rows = [{"": name, **{k: percent(v) for k, v in part.items()}} for name, part in results["accuracy"].items()]
-    create_card(model.config, results=rows, adapter_bytes=results["adapter_bytes"]).save(
-        f"{args.output_dir}/README.md"
-    )
+    write_facts(args.output_dir, **read_facts(args.output_dir), results=rows)
+    folder_card(args.output_dir, model.config).save(f"{args.output_dir}/README.md")
     show(results, text)
 
 

@@ -8,8 +8,11 @@
 Options on the command line win over the recipe; unknown ones are an error.
 """
 
+from pathlib import Path
+
 from trl import TrlParser
 
+from modeling_moextend.publishing import publish_folder
 from modeling_moextend.sft_config import MoExtendSFTConfig
 from modeling_moextend.stages import StagesConfig, run_stages
 
@@ -18,8 +21,10 @@ def main():
     config, args = TrlParser((StagesConfig, MoExtendSFTConfig)).parse_args_and_config()
     model = run_stages(config, args)
     model.print_trainable_parameters()
-    if args.push_to_hub:
-        model.push_to_hub(args.hub_model_id)
+    pushed = "finetune" in config.stages  # by the trainer
+    if args.push_to_hub and not pushed and args.process_index == 0:
+        options = {"private": args.hub_private_repo, "token": args.hub_token, "revision": args.hub_revision}
+        publish_folder(args.output_dir, args.hub_model_id or Path(args.output_dir).name, **options)
     print(f"Adapter in {args.output_dir}")
 
 

@@ -16,6 +16,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.utils import cached_file
 
 from .layers_moextend import materialised
@@ -30,6 +31,7 @@ FILE = "moextend_adapter.safetensors"
 INDEX = FILE + ".index.json"
 FORMAT = 1
 FINGERPRINT_SIZE = 1024
+PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 # ---------------------------------------------------------------- fingerprint
@@ -68,10 +70,15 @@ def sampled(names, read):
         tensor = read(name)
         if tensor.is_meta:
             return None
-        if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if is_plain(tensor):
             spots = torch.linspace(0, tensor.numel() - 1, len(slots) + 2, dtype=torch.float64)[1:-1].long()
             values[slots] = tensor.reshape(-1)[spots.to(tensor.device)].float().cpu()
     return base64.b64encode(values.numpy().tobytes()).decode()
+
+
+def is_plain(tensor):
+    """Whether a weight is an ordinary tensor of floating-point numbers: not quantised, packed or sharded."""
+    return tensor.dtype in PLAIN and not is_traceable_wrapper_subclass(tensor)
 
 
 def owned_parameters(module):
@@ -131,7 +138,8 @@ def base_tensors_hash(model):
 
 
 def tensor_bytes(tensor):
-    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if is_traceable_wrapper_subclass(tensor):  # of a sharded one this process's shard, of torchao's values and scales
+        return b"".join(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 

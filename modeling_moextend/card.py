@@ -3,8 +3,10 @@
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, is_jinja_available, validate_repo_id
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import is_jinja_available
+
+from .hub_moextend import hub_id
 
 TAGS = ["moextend", "moe", "mixture-of-experts", "adapter"]
 
@@ -13,14 +15,22 @@ def create_card(
     config,
     *,
     repo_id=None,
-    results=None,
-    figures=None,
+    tensors=None,
     training=None,
+    datasets=None,
+    results=None,
+    forgetting=None,
+    metrics=None,
+    figures=None,
+    router_shift=None,
+    tokenizer=None,
     adapter_bytes=None,
     num_parameters=None,
-    license="apache-2.0",
+    license=None,
+    license_name=None,
+    license_link=None,
     language=None,
-    datasets=None,
+    tags=None,
 ):
     """
     Fill the model card of an adapter. What is not given is left out; nothing is guessed.
@@ -28,14 +38,23 @@ def create_card(
     Args:
         config (`MoExtendConfig`): the adapter's config.
         repo_id (`str`, *optional*): Hub id the adapter is published under, for the title and the code to load it.
-        results (`list[dict]`, *optional*): rows of the results table; columns are the keys, in order of appearance.
-        figures (`dict[str, str]`, *optional*): caption -> image file, relative to the repository.
+        tensors (`dict[str, Tensor]`, *optional*): the adapter's tensors as they are stored; only their shapes and
+            dtypes are read, so those on the meta device do.
         training (`dict`, *optional*): setting -> value, e.g. of the training arguments; `None` values are left out.
-        adapter_bytes (`int`, *optional*): size of the adapter file in bytes.
-        num_parameters (`int`, *optional*): how many parameters the adapter holds.
-        license (`str`, *optional*): license of the adapter, as the Hub abbreviates it.
-        language (`str` or `list[str]`, *optional*): ISO 639 codes.
         datasets (`str` or `list[str]`, *optional*): what it was trained on: Hub ids, or files (shown by name only).
+        results (`list[dict]`, *optional*): rows of the results table; columns are the keys, in order of appearance.
+        forgetting (`list[dict]`, *optional*): rows of the forgetting table, what the base lost of what it knew.
+        metrics (`list[dict]`, *optional*): measured values for the metadata's model-index, each with `type` (the
+            metric's id on the Hub), `value` and `dataset` (its name); if known, `name` and `dataset_type` (a Hub id).
+        figures (`dict[str, str]`, *optional*): caption -> image file, relative to the repository.
+        router_shift (`str`, *optional*): image file of the router shift, relative to the repository.
+        tokenizer (`str`, *optional*): where the tokenizer lies, if not in the repository.
+        adapter_bytes (`int`, *optional*): size of the adapter in bytes; default: that of `tensors`.
+        num_parameters (`int`, *optional*): how many parameters the adapter holds; default: those of `tensors`.
+        license (`str`, *optional*): license of the adapter, as the Hub abbreviates it; with "other", also
+            `license_name` and `license_link`.
+        language (`str` or `list[str]`, *optional*): ISO 639 codes.
+        tags (`list[str]`, *optional*): further tags.
 
     Returns:
         `huggingface_hub.ModelCard`: `str(card)` is the README.md, `card.save(path)` writes it.
@@ -47,23 +66,46 @@ def create_card(
     if not is_jinja_available():
         raise ImportError("Filling the model card needs jinja2: `pip install 'moextend[train]'` brings it.")
     datasets = [datasets] if isinstance(datasets, str) else list(datasets or [])
+    title = repo_id.split("/")[-1] if repo_id else "MoExtend adapter"
+    tensors = tensors or {}
+    if tensors:
+        adapter_bytes = sum(map(_bytes, tensors.values())) if adapter_bytes is None else adapter_bytes
+        num_parameters = sum(t.numel() for t in tensors.values()) if num_parameters is None else num_parameters
+    metadata = ModelCardData(
+        **_metadata(config),
+        tags=list(dict.fromkeys([*_tags(config), *(tags or [])])),
+        license=license,
+        license_name=license_name,
+        license_link=license_link,
+        language=language,
+        datasets=[name for name in datasets if hub_id(name)] or None,
+        **_model_index(config, title, metrics or []),
+    )
     return ModelCard.from_template(
-        _metadata(config, license=license, language=language, datasets=datasets),
+        metadata,
         template_str=read_template(),
-        title=repo_id.split("/")[-1] if repo_id else "MoExtend adapter",
+        title=title,
         source=repo_id or "path/to/this/adapter",
+        tokenizer=tokenizer or repo_id or "path/to/this/adapter",
         base=_link(config.base_model_name_or_path),
         encoder=_has_encoder(config),
-        overview=_overview(config, adapter_bytes, num_parameters),
+        overview=_overview(config, adapter_bytes, num_parameters, tensors),
         layers=sorted((int(layer), experts) for layer, experts in config.extended_layers.items()),
+        parts=_parts(tensors),
+        tensors=[
+            (name, list(tensor.shape), _dtype(tensor), f"{_bytes(tensor):,}") for name, tensor in tensors.items()
+        ],
         num_new_experts=_num_new_experts(config),
         scope=config.scope,
         selection=config.selection,
         calibration=config.calibration,
+        license=license_link and f"[{license_name or license}]({license_link})" or license,
         datasets=[_link(name, "datasets/") for name in datasets],
         training=[(_cell(name), _cell(value)) for name, value in (training or {}).items() if value is not None],
         results=_table(results or []),
+        forgetting=_table(forgetting or []),
         figures=[(_cell(caption), _repo_file(file)) for caption, file in (figures or {}).items()],
+        router_shift=router_shift and _repo_file(router_shift),
     )
 
 
@@ -72,22 +114,48 @@ def read_template():
     return files(__package__).joinpath("model_card_template.md").read_text(encoding="utf-8")
 
 
-def _metadata(config, *, license, language, datasets):
-    """The YAML header. Only what is on the Hub is named there: local paths say nothing to other people."""
-    base = _hub_id(config.base_model_name_or_path)
-    return ModelCardData(
-        base_model=base,
-        base_model_relation="adapter" if base else None,
-        library_name="transformers",
-        pipeline_tag="image-text-to-text" if _has_encoder(config) else "text-generation",
-        tags=TAGS + (["multimodal", "vision-language"] if _has_encoder(config) else []),
-        license=license,
-        language=language,
-        datasets=[name for name in datasets if _hub_id(name)] or None,
-    )
+def _metadata(config):
+    """What the header says of every adapter. Only what is on the Hub is named: local paths say nothing to others."""
+    base = hub_id(config.base_model_name_or_path)
+    return {
+        "base_model": base,
+        "base_model_relation": "adapter" if base else None,
+        "library_name": "transformers",
+        "pipeline_tag": _task(config),
+    }
 
 
-def _overview(config, adapter_bytes, num_parameters):
+def _task(config):
+    return "image-text-to-text" if _has_encoder(config) else "text-generation"
+
+
+def _tags(config):
+    return TAGS + (["multimodal", "vision-language"] if _has_encoder(config) else [])
+
+
+def _model_index(config, title, metrics):
+    """The header's entries for measured values: `model-index` (huggingface_hub writes it) and the metrics' ids."""
+    if not metrics:
+        return {}
+    results = [
+        EvalResult(
+            task_type=_task(config),
+            dataset_type=metric.get("dataset_type") or metric["dataset"],
+            dataset_name=metric["dataset"],
+            metric_type=metric["type"],
+            metric_value=metric["value"],
+            metric_name=metric.get("name"),
+        )
+        for metric in metrics
+    ]
+    return {
+        "metrics": list(dict.fromkeys(metric["type"] for metric in metrics)),
+        "model_name": title,
+        "eval_results": results,
+    }
+
+
+def _overview(config, adapter_bytes, num_parameters, tensors):
     """Rows (name, value) of the first table, without those that have no value."""
     base = _link(config.base_model_name_or_path)
     if base and config.base_model_revision:
@@ -97,6 +165,7 @@ def _overview(config, adapter_bytes, num_parameters):
         "base": base,
         "encoder": encoder and f"{encoder} (frozen)",
         "new experts": _num_new_experts(config) or None,
+        "tensors in the adapter": len(tensors) or None,
         "parameters in the adapter": None if num_parameters is None else f"{num_parameters:,}",
         "size of the adapter": None if adapter_bytes is None else _size(adapter_bytes),
     }
@@ -111,22 +180,30 @@ def _num_new_experts(config):
     return sum(len(experts) for experts in config.extended_layers.values())
 
 
-def _hub_id(name):
-    """`name` if it can be a Hub id, None for nothing, a local folder or file, or anything the Hub would refuse."""
-    if not name or Path(name).exists():
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
+def _parts(tensors):
+    """Part of the adapter (decoder layer as `str`, "gate", "projector") -> (tensors, parameters, bytes), as text."""
+    sums = {}
+    for name, tensor in tensors.items():
+        first, *rest = name.split(".")
+        part = rest[0] if first == "layers" else first
+        old = sums.get(part, (0, 0, 0))
+        sums[part] = (old[0] + 1, old[1] + tensor.numel(), old[2] + _bytes(tensor))
+    return {part: [f"{number:,}" for number in numbers] for part, numbers in sums.items()}
+
+
+def _bytes(tensor):
+    return tensor.numel() * tensor.dtype.itemsize
+
+
+def _dtype(tensor):
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _link(name, kind=""):
     """Markdown for a model or, with kind "datasets/", a dataset; of a local path only the last part is shown."""
     if not name:
         return None
-    if _hub_id(name):
+    if hub_id(name):
         return f"[{name}](https://huggingface.co/{kind}{name})"
     return f"`{Path(name).name}` (local)"
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from operator import index
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -12,6 +13,7 @@ SELECTIONS = ("compete", "exclusive")
 CALIBRATIONS = ("all", "routed", "none")
 PAPER = {"scope": "all", "selection": "compete", "calibration": "all"}
 SELECT_FEATURES = ("patch", "full")
+PLAIN_NAME = re.compile(r"\w[\w.-]*")  # of a folder: no dot in front, so neither hidden nor "..", and no separator
 
 
 class MoExtendConfig(PreTrainedConfig):
@@ -43,6 +45,8 @@ class MoExtendConfig(PreTrainedConfig):
         routing_rule (`dict`, *optional*): entries of `routing_moextend.Rule`: how the base's routers work, found when
             the experts were attached. Adapters of version 0.1.0 have three of them; the rest is found anew.
         trained_on (`list[dict]`): the adapters on top of which this one was trained, each as {"name", "fingerprint"}.
+        base_subfolder, encoder_subfolder (`str`, *optional*): where base and encoder lie inside the adapter's own
+            folder or repository, if they came along (a standalone checkpoint of `moextend merge`).
 
     Raises:
         ValueError: a value outside the allowed ones, or a combination without meaning.
@@ -73,6 +77,8 @@ class MoExtendConfig(PreTrainedConfig):
         gate_threshold=0.0,
         routing_rule=None,
         trained_on=None,
+        base_subfolder=None,
+        encoder_subfolder=None,
         **kwargs,
     ):
         self.base_model_name_or_path = base_model_name_or_path
@@ -92,6 +98,8 @@ class MoExtendConfig(PreTrainedConfig):
         self.gate_hidden_size, self.gate_threshold = gate_hidden_size, gate_threshold
         self.routing_rule = routing_rule
         self.trained_on = check_trained_on([] if trained_on is None else trained_on)
+        self.base_subfolder = check_subfolder("base_subfolder", base_subfolder)
+        self.encoder_subfolder = check_subfolder("encoder_subfolder", encoder_subfolder)
         kwargs.setdefault("tie_word_embeddings", False)  # the base ties its own weights; nothing here is tied
         super().__init__(**kwargs)
         check_routing_choices(self)
@@ -125,9 +133,13 @@ class MoExtendConfig(PreTrainedConfig):
         return self.to_dict()
 
     def published(self):
-        """The config as it is saved: with the auto classes that load it, and without the place it was loaded from."""
+        """The config as it is saved: with the auto classes that load it, and without the place it was loaded from.
+
+        What is saved is an adapter, which names its base; the base of a standalone checkpoint stays where it is.
+        """
         config = copy.deepcopy(self)
         config.name_or_path = ""
+        config.base_subfolder = config.encoder_subfolder = None
         config.architectures = ["MoExtendForCausalLM"]
         config.auto_map = {
             "AutoConfig": "configuration_moextend.MoExtendConfig",
@@ -289,6 +301,20 @@ def check_threshold(threshold):
             "lets no token through, -1e9 every one."
         )
     return value
+
+
+def check_subfolder(name, value):
+    """`value`, if it is `None` or plain names with `/` between them: a place inside the adapter's own folder.
+
+    Raises:
+        ValueError: anything else, above all what leads out of the folder.
+    """
+    if value is None or (isinstance(value, str) and all(PLAIN_NAME.fullmatch(part) for part in value.split("/"))):
+        return value
+    raise ValueError(
+        f"{name}={value!r} must name a folder inside the adapter's own, like 'base': no '..', no absolute path, no "
+        "backslash. Nothing was loaded."
+    )
 
 
 def check_vision_choices(config):

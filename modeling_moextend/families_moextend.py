@@ -274,8 +274,8 @@ def probe(layer):
     """The `Rule` of a layer's router, or `NoRule`."""
     generator = torch.Generator().manual_seed(0)
     rows, correction = rows_of(layer.router, layer.num_experts), correction_at(layer)
-    grouped = num_groups(layer.router) > 1
-    widened = {"top_k": 2} if layer.router.__dict__.get("top_k") == 1 and not grouped and layer.num_experts > 1 else {}
+    in_group = layer.num_experts // num_groups(layer.router)
+    widened = {"top_k": 2} if layer.router.__dict__.get("top_k") == 1 and in_group > 1 else {}
     twin = random_twin(layer.router, generator, **widened).eval()  # renormalised, K = 1 always weighs 1: says nothing
     weight = twin.get_parameter(rows)
     tokens = random_tokens(weight, generator)

@@ -214,7 +214,7 @@ def train_gate(trainer):
         size = 2 * states_bytes(model, args.retention_tokens) / 2**20
         print(
             f"MoExtend, gate: keeps hidden states of about {args.retention_tokens:,} task tokens and as many of "
-            f"retention text, at most {size:,.0f} MiB of memory"
+            f"retention text, {size:,.0f} MiB of memory and at most a batch more"
         )
         task = gate_inputs(model, read("the task", task_rows(trainer), trainer.data_collator, args))
         text = sampled_retention(trainer) if given is None else given

@@ -5,17 +5,20 @@ import copy
 import math
 from pathlib import Path
 
+from huggingface_hub import ResolvedRevision
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedModel,
 )
+from transformers.utils.hub import resolve_revision
 
 from .adapter_moextend import fingerprint, same_fingerprint
 from .configuration_moextend import UnknownConfig
 from .families_moextend import family_of, find_rule, find_rules
 from .layers_moextend import detach, find_moe_layers, input_device
+from .layouts_moextend import check_layer, check_layout, check_request
 from .routing_moextend import Rule
 from .vision_moextend import load_encoder, vision_tower
 
@@ -42,6 +45,7 @@ def load_new_parts(base, encoder, plan, auto_class, options):
     """
     base = load_base(base, auto_class, **options) if not isinstance(base, PreTrainedModel) else base
     check_causal_lm(base, auto_class)
+    check_layout(base)
     check_plan(find_moe_layers(base.get_decoder()), plan)
     return base, load_new_encoder(encoder, base, options)
 
@@ -61,8 +65,10 @@ def load_new_encoder(encoder, base, options=None):
     return vision_tower(encoder).to(input_device(base))
 
 
-def load_stored_encoder(model, stored, encoder, check_base, hub_kwargs):
+def load_stored_encoder(model, stored, encoder, check_base, home):
     """The encoder of a stored adapter that is loaded beside others; one of theirs, where it is the same.
+
+    `home`: (folder or Hub id, keywords for the Hub) of the adapter: see `within`.
 
     Raises:
         OSError, ValueError: not found; of another kind; not the one the adapter was made on.
@@ -74,15 +80,15 @@ def load_stored_encoder(model, stored, encoder, check_base, hub_kwargs):
         if adapter.encoder is not None and known and same_fingerprint(known, stored.encoder_fingerprint):
             return adapter.encoder
     if not isinstance(encoder, PreTrainedModel):
-        options = {key: hub_kwargs[key] for key in SHARED_HUB_KWARGS if key in hub_kwargs}
-        encoder = load_stored("encoder", encoder, stored, load_encoder, dtype=model.base.dtype, **options)
+        options = {key: home[1][key] for key in SHARED_HUB_KWARGS if key in home[1]}
+        encoder = load_stored("encoder", encoder, stored, load_encoder, home, dtype=model.base.dtype, **options)
     encoder = vision_tower(encoder).to(input_device(model.base))
     if check_base:
         check_fingerprint("encoder", stored.encoder_fingerprint, encoder)
     return encoder
 
 
-def load_parts(stored, base, encoder, auto_class, check_base, options):
+def load_parts(stored, base, encoder, auto_class, check_base, options, home=None):
     """Base and encoder of a stored adapter, each loaded unless given as a model, and checked against it.
 
     Args:
@@ -91,18 +97,19 @@ def load_parts(stored, base, encoder, auto_class, check_base, options):
         auto_class: `AutoModelForCausalLM` or `AutoModel`.
         check_base: whether fingerprints must agree.
         options: to the base's `from_pretrained`.
+        home: (folder or Hub id, keywords for the Hub) of the adapter: see `within`.
 
     Raises:
         OSError, ValueError: not found; incomplete; of another kind; not the ones the adapter was made on.
     """
     if stored.encoder_config is not None and not isinstance(encoder, PreTrainedModel):
         chosen = {key: options[key] for key in ENCODER_KWARGS if key in options}
-        encoder = load_stored("encoder", encoder, stored, load_encoder, **chosen)
+        encoder = load_stored("encoder", encoder, stored, load_encoder, home, **chosen)
     if not isinstance(base, PreTrainedModel):
-        revision = {"revision": stored.base_model_revision} if base is None and stored.base_model_revision else {}
         auto_class = auto_class_for(stored.text_config, auto_class)
-        base = load_stored("base", base, stored, load_base, auto_class=auto_class, **revision, **options)
+        base = load_stored("base", base, stored, load_base, home, auto_class=auto_class, **options)
     check_not_extended(base)
+    check_layout(base)
     if isinstance(stored.text_config, UnknownConfig) or not check_base:
         stored.text_config = copy.deepcopy(base.config)
     if not check_base:
@@ -232,8 +239,14 @@ def random_base(config, auto_class):
 
 
 def load_base(name_or_path, auto_class, **kwargs):
-    """A base from its checkpoint; from safetensors only, unless `use_safetensors=False` allows pickled weights."""
+    """A base from its checkpoint; from safetensors only, unless `use_safetensors=False` allows pickled weights.
+
+    Its config remembers the commit (`_commit_hash`, which transformers itself sets no longer): see `identity`.
+    """
+    check_request(name_or_path, kwargs)
     kwargs["use_safetensors"] = kwargs.get("use_safetensors", True) or None  # False would refuse safetensors
+    shared = {key: kwargs[key] for key in SHARED_HUB_KWARGS if key in kwargs}
+    kwargs["revision"] = resolve_revision(name_or_path, kwargs.pop("revision", None), **shared)
     try:
         base, loading = auto_class.from_pretrained(name_or_path, **{**kwargs, "output_loading_info": True})
     except ValueError as error:
@@ -247,21 +260,61 @@ def load_base(name_or_path, auto_class, **kwargs):
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers would go on with random values in their place
         raise ValueError(f"base={name_or_path!r} is incomplete or no causal LM: it lacks {', '.join(missing[:8])}.")
+    if isinstance(kwargs["revision"], ResolvedRevision):
+        base.config._commit_hash = kwargs["revision"].resolved
     return base
 
 
-def load_stored(role, given, config, loader, **kwargs):
-    """Base or encoder, from where the call or else the adapter's config says."""
-    path = given or getattr(config, "base_model_name_or_path" if role == "base" else "encoder_name_or_path")
-    if path is None:
-        raise ValueError(f"The adapter does not say where its {role} lies: pass {role}=<folder or Hub id>.")
+def load_stored(role, given, config, loader, home=None, **kwargs):
+    """Base or encoder, from where the call or else the adapter's config says; see `place_of`."""
+    path, inside = place_of(role, given, config, home)
     try:
-        return loader(path, **kwargs)
+        return loader(path, **kwargs, **inside)
     except OSError as error:
         raise OSError(
             f"The adapter's {role} {path!r} can't be loaded: pass {role}=<folder or Hub id> if it lies elsewhere, or "
             f"use_safetensors=False if it has only pickled weights and you trust them. ({error})"
         ) from error
+
+
+def place_of(role, given, config, home=None):
+    """Where base or encoder lies: (folder or Hub id, keywords for the Hub).
+
+    Args:
+        role: "base" or "encoder".
+        given: what the user says, which wins.
+        config: the adapter's.
+        home: (folder or Hub id, keywords for the Hub) of the adapter, if parts of it may lie there: see `within`.
+
+    Raises:
+        ValueError: nobody says where.
+    """
+    if given is not None:
+        return given, {}
+    subfolder = getattr(config, f"{role}_subfolder")
+    if subfolder is not None and home is not None:
+        return within(*home, subfolder)
+    name, revision = config.encoder_name_or_path, None
+    if role == "base":
+        name, revision = config.base_model_name_or_path, config.base_model_revision
+    if name is None:
+        raise ValueError(f"The adapter does not say where its {role} lies: pass {role}=<folder or Hub id>.")
+    return name, {"revision": revision} if revision else {}
+
+
+def within(name_or_path, hub_kwargs, subfolder):
+    """Where a subfolder of an adapter's own folder or repository lies: (folder or Hub id, keywords for the Hub).
+
+    Raises:
+        ValueError: a link that leads out of the folder.
+    """
+    below = "/".join(filter(None, (hub_kwargs.get("subfolder"), subfolder)))
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return name_or_path, {"subfolder": below, "revision": hub_kwargs.get("revision")}
+    if not (folder / below).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{folder / below} is a link that leads out of {folder}. Nothing was loaded.")
+    return str(folder / below), {}
 
 
 def check_causal_lm(base, auto_class):
@@ -285,7 +338,7 @@ def check_not_extended(base):
 
 
 def check_plan(layers, plan):
-    """Refuses layers that are no MoE layers, source experts out of range, and experts spread over processes.
+    """Refuses layers that are no MoE layers or in a layout that can't be extended, and source experts out of range.
 
     Raises:
         ValueError: says which layers and experts there are.
@@ -293,12 +346,8 @@ def check_plan(layers, plan):
     wrong = sorted(plan.keys() - layers.keys())
     if wrong:
         raise ValueError(f"Layers {wrong} are not MoE layers of this base; its MoE layers are {sorted(layers)}.")
-    if any(layers[layer].experts._is_expert_parallel for layer in plan):
-        raise ValueError(
-            "The base's experts are spread over processes (expert parallel), so new experts have no sources to copy. "
-            "Load the base without expert parallelism."
-        )
     for layer, sources in plan.items():
+        check_layer(layer, layers[layer])
         bad = [source for source in sources if not 0 <= source < layers[layer].num_experts]
         if bad:
             raise ValueError(
@@ -315,6 +364,8 @@ def check_folder(folder, config):
             raise ValueError(
                 f"{folder} is the folder of the adapter's {role.split('_')[0]}: save the adapter elsewhere."
             )
+    if config.base_subfolder and (folder / config.base_subfolder).is_dir():
+        raise ValueError(f"{folder} is a standalone checkpoint with a base of its own: save the adapter elsewhere.")
 
 
 def check_same_kind(config, other, name, check_base):

@@ -13,8 +13,9 @@ from transformers import AutoModel, PreTrainedModel
 from .adapter_moextend import copy_file, gather, put_tensors, read_adapter, write_adapter, write_text
 from .configuration_moextend import MoExtendConfig, normalise_plan, routing_choices
 from .families_moextend import find_moe_layers
-from .hub_moextend import PUSH_KWARGS, check_save_kwargs, upload, write_card
+from .hub_moextend import PUSH_KWARGS, check_published, check_save_kwargs, upload
 from .layers_moextend import add_experts, add_gate, detach, zero_tie
+from .layouts_moextend import check_pass
 from .loading_moextend import (
     HUB_KWARGS,
     SHARED_HUB_KWARGS,
@@ -86,6 +87,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
 
         `adapter_names`: an adapter a row, see `MoExtendForCausalLM.forward`.
         """
+        check_pass(self)
         tokens = inputs_embeds if input_ids is None else input_ids
         with self.serving(adapter_names, None if tokens is None else len(tokens)):
             past_length = seen_tokens(past_key_values)
@@ -320,6 +322,8 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
         adapter_name = self.named(adapter_name)
         config = self.adapters[adapter_name].config
         check_folder(folder, config)
+        if push_to_hub:
+            check_published(config)
         dtype = getattr(torch, adapter_dtype) if isinstance(adapter_dtype, str) else adapter_dtype or self.base.dtype
         tensors = gather(self.adapter_tensors(adapter_name), dtype, keep=writes)
         if not writes:
@@ -333,17 +337,24 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
         write_text(folder / "config.json", config.to_json_string(use_diff=False))
         if push_to_hub:
             push = {name: kwargs[name] for name in PUSH_KWARGS if name in kwargs}
-            upload(folder, push.pop("repo_id", folder.name), **push)
+            upload(folder, push.pop("repo_id", folder.name), config, **push)
 
-    def push_to_hub(self, repo_id, *, adapter_name=None, adapter_dtype=None, max_shard_size="50GB", **kwargs):
-        """Saves the adapter to a temporary folder and uploads it as one commit, with a model card if none is there."""
+    def push_to_hub(
+        self, repo_id, *, adapter_name=None, processor=None, adapter_dtype=None, max_shard_size="50GB", **kwargs
+    ):
+        """Saves the adapter to a temporary folder and uploads it as one commit: see `hub_moextend.upload`.
+
+        `processor` (or tokenizer) goes along. Refused (ValueError) where base or encoder are not on the Hub.
+        """
         adapter_name = self.named(adapter_name)
+        config = self.adapters[adapter_name].config
+        check_published(config)
         with tempfile.TemporaryDirectory() as folder:
             options = {"adapter_dtype": adapter_dtype, "max_shard_size": max_shard_size}
             self.save_pretrained(folder, adapter_name=adapter_name, **options)
-            parameters = sum(tensor.numel() for tensor in self.adapter_tensors(adapter_name).values())
-            make_card = partial(write_card, Path(folder), self.adapters[adapter_name].config, repo_id, parameters)
-            return upload(Path(folder), repo_id, make_card=make_card, **kwargs)
+            if processor is not None:
+                processor.save_pretrained(folder)
+            return upload(Path(folder), repo_id, config, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -373,8 +384,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
             ValueError: a damaged file, missing, unexpected or misshapen tensors (all named), another base, or an
                 adapter that was trained on top of others.
         """
-        hub = {key: kwargs.pop(key) for key in HUB_KWARGS if key in kwargs}
-        hub = {key: value for key, value in hub.items() if value is not None}
+        hub = {key: value for key in HUB_KWARGS if (value := kwargs.pop(key, None)) is not None}
         values, tensors, metadata = read_adapter(pretrained_model_name_or_path, **hub)
         stored = cls.config_class.from_dict(values)  # the header's config wins over config.json
         if check_trained_on:
@@ -385,7 +395,8 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
             value = getattr(config, f"_{name}", None)
             if value is not None:
                 options.setdefault(name, value)
-        base, encoder = load_parts(stored, base, encoder, cls.auto_base_class, check_base, options)
+        home = (pretrained_model_name_or_path, hub)
+        base, encoder = load_parts(stored, base, encoder, cls.auto_base_class, check_base, options, home)
         stored.name_or_path = str(pretrained_model_name_or_path)
         with undone_on_error(base, encoder):
             model = cls(stored, base=base, encoder=encoder, adapter_name=adapter_name)

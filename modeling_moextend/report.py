@@ -2,7 +2,7 @@
 
     results = evaluate_adapter(model, tokenizer, documents, questions)
     card = write_report("report", results, title="my adapter")
-    create_card(model.config, **card).save("report/model_card.md")  # publish.py --report takes it along
+    create_card(model.config, **card).save("report/model_card.md")  # publish.py --report fills one with all it knows
 
 In training: `MoExtendSFTTrainer(..., callbacks=[ReportCallback(documents, questions)])`.
 """
@@ -29,6 +29,7 @@ from .evaluation import (
 from .figures import plot_captured, plot_expert_use, plot_frontier, plot_threshold_curve
 
 TASK = "new task"  # the domain that questions are counted under in tables of expert use
+TEXT = "text the base knew"
 SAMPLES = 10  # questions shown with their answers
 
 
@@ -152,7 +153,7 @@ def accuracy(model, tokenizer, questions, metric, **ask):
 # ---------------------------------------------------------------- the folder
 
 
-def write_report(folder, results, *, title="MoExtend adapter", points=()):
+def write_report(folder, results, *, title="MoExtend adapter", points=(), task=TASK, text=TEXT):
     """Writes report.json, report.md and the pictures.
 
     Args:
@@ -160,9 +161,11 @@ def write_report(folder, results, *, title="MoExtend adapter", points=()):
         results: of `evaluate_adapter`.
         title: heading, and the adapter's name in the frontier.
         points: others for the frontier, [{"name", "accuracy", "perplexity_ratio"}], e.g. of `read_point`.
+        task, text: names of the data sets that questions and the base's text are from, for the model-index.
 
     Returns:
-        {"results": rows, "figures": {caption: file in `folder`}}, the part of `create_card` that was measured.
+        {"results": rows, "forgetting": rows, "metrics": for the model-index, "figures": {caption: file in `folder`}},
+        the part of `create_card` that was measured.
 
     Raises:
         ValueError: a result that is NaN or infinite.
@@ -171,9 +174,14 @@ def write_report(folder, results, *, title="MoExtend adapter", points=()):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     own = point(title, results)
-    card = {"results": card_rows(results), "figures": draw(folder, results, [*([own] if own else []), *points])}
-    text = json.dumps({"title": title, **results, "card": card}, indent=2, allow_nan=False)
-    (folder / "report.json").write_text(text, encoding="utf-8")
+    card = {
+        "results": card_rows(results),
+        "forgetting": domain_rows(results["retention"]["domains"]),
+        "metrics": card_metrics(results, task, text),
+        "figures": draw(folder, results, [*([own] if own else []), *points]),
+    }
+    content = json.dumps({"title": title, **results, "card": card}, indent=2, allow_nan=False)
+    (folder / "report.json").write_text(content, encoding="utf-8")
     (folder / "report.md").write_text(markdown(title, results, card), encoding="utf-8")
     return card
 
@@ -241,7 +249,10 @@ def card_rows(results):
     if results["task_captured"]:
         share = sum(results["task_captured"].values()) / len(results["task_captured"])
         rows.append(row("the questions' tokens that do", "", percent(share), ""))
-    return [*rows, row("texts with every logit bit-equal", "", percent(results["bit_equal"]), "higher")]
+    return [
+        *rows,
+        row("texts with every logit bit-equal, read in batches", "", percent(results["bit_equal"]), "higher"),
+    ]
 
 
 def row(measure, base, adapter, better):
@@ -253,9 +264,22 @@ def percent(share):
     return "" if share is None else f"{100 * share:.3g}%"
 
 
-def markdown(title, results, card):
-    """The text of report.md."""
-    domains = [
+def card_metrics(results, task, text):
+    """What was measured, with the adapter, as `create_card` takes it for the model-index."""
+    retention = results["retention"]
+    found = [
+        ("perplexity", "perplexity", text, retention["perplexity_after"]),
+        ("perplexity_ratio", "perplexity, after / before", text, retention["perplexity_ratio"]),
+        ("kl_divergence", "KL from the base, nats a token", text, retention["kl"]),
+    ]
+    if results["accuracy"] is not None:
+        found.insert(0, (results["metric"], results["metric"].replace("_", " "), task, results["accuracy"]))
+    return [{"type": kind, "name": name, "dataset": data, "value": value} for kind, name, data, value in found]
+
+
+def domain_rows(domains):
+    """Rows of the forgetting table: a domain of the base's own text each."""
+    return [
         {
             "domain": domain,
             "perplexity before": f"{values['perplexity_before']:.2f}",
@@ -267,9 +291,14 @@ def markdown(title, results, card):
             "texts": values["documents"],
             "tokens": f"{values['tokens']:,}",
         }
-        for domain, values in results["retention"]["domains"].items()
+        for domain, values in domains.items()
     ]
-    parts = [f"# {title}", table(card["results"]), "## The base's own text, by domain", table(domains), MEANING]
+
+
+def markdown(title, results, card):
+    """The text of report.md."""
+    parts = [f"# {title}", table(card["results"]), "## The base's own text, by domain", table(card["forgetting"])]
+    parts += [MEANING]
     if results["threshold_curve"]:
         parts += ["## Threshold of the gate", table([curve_row(part) for part in results["threshold_curve"]])]
     if results["samples"]:

@@ -9,10 +9,13 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 
+import pyarrow
 import torch
 from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.constants import HF_HOME
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
@@ -49,11 +52,14 @@ def sample_retention(model, tokenizer, *, tokens, length, seed=0, batch_size=32,
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     path = Path(cache_dir or Path(HF_HOME, "moextend"), f"self-retention-{key}.parquet")
     if path.is_file():
-        return Dataset.from_parquet(str(path), keep_in_memory=True)["input_ids"][:]
+        try:
+            return Dataset.from_parquet(str(path), keep_in_memory=True)["input_ids"][:]
+        except (DatasetGenerationError, OSError, pyarrow.ArrowException) as error:
+            warnings.warn(f"{path} can't be read ({error}): the text is sampled anew.", stacklevel=2)
+    path.parent.mkdir(parents=True, exist_ok=True)  # before hours of sampling, not after
     generator = torch.Generator().manual_seed(seed)
     starts = [start_of(kind, tokenizer, model, generator) for kind in cycle(STARTS, -(-tokens // length), tokenizer)]
     rows = draw(model, starts, length, batch_size, seed, progress)
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     Dataset.from_dict({"input_ids": rows}).to_parquet(str(unfinished))
     os.replace(unfinished, path)

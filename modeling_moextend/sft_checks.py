@@ -4,17 +4,18 @@ from datasets import Dataset, IterableDataset
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from transformers.trainer_utils import HubStrategy
 
+from .layouts_moextend import check_gradients
 from .processing_moextend import load_processor
 from .sft_config import MoExtendSFTConfig
 
-RETENTION_COLUMNS = ("messages", "conversations", "prompt", "input_ids")
+RETENTION_COLUMNS = ("messages", "conversations", "completion", "input_ids")
 
 
 def check_model(model):
-    """Refuses a model that has no adapter to train.
+    """Refuses a model that has no adapter to train, or whose quantised base hands on no gradient to it.
 
     Raises:
-        ValueError: says what was given and how to make a MoExtend model.
+        ValueError: says what was given and how to make or load one that trains.
     """
     if getattr(getattr(model, "config", None), "model_type", None) != "moextend":
         given = repr(model) if isinstance(model, str) else type(model).__name__
@@ -23,6 +24,7 @@ def check_model(model):
             "MoExtendForCausalLM.from_base(base, extended_layers=...), or load one with "
             "MoExtendForCausalLM.from_pretrained(folder)."
         )
+    check_gradients(model)
 
 
 def check_retention(model, args, retention_dataset):
@@ -53,6 +55,11 @@ def check_retention(model, args, retention_dataset):
     wanted = (args.dataset_text_field, *RETENTION_COLUMNS)
     if columns and not set(columns) & set(wanted):
         raise ValueError(f"retention_dataset has the columns {columns}; one of them must be {', '.join(wanted)}.")
+    if columns and {"image", "images"} & set(columns):
+        raise ValueError(
+            f"retention_dataset has the columns {columns}, but retention data is text: what the base knew without "
+            "images. Leave out the rows with images and the column."
+        )
     if hasattr(retention_dataset, "__len__") and len(retention_dataset) == 0:
         raise ValueError("retention_dataset is empty: give text, or leave it out to have text sampled from the base.")
     if retention_dataset is not None and args.retention is not None:

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, save_fsdp_optimizer
+from huggingface_hub import HfApi
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import HubStrategy
@@ -17,9 +20,10 @@ from transformers.utils import PushInProgress
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from .adapter_moextend import base_tensors_hash, reshard
-from .card import create_card
+from .adapter_moextend import base_tensors_hash, reshard, stored_dtype, write_text
 from .gate_training import train_gate
+from .hub_moextend import check_published, upload
+from .publishing import folder_card, write_facts
 from .retention import last_hidden_states, prompt_distance
 from .sft_checks import (
     allow_missing_base,
@@ -51,6 +55,8 @@ CARD_SETTINGS = (
     "max_length",
     "seed",
 )
+CARD_GATE = ("gate_steps", "retention_weight")  # of scope "gate" only
+CARD_LOGS = {"task_loss": "last task loss", "train_runtime": "seconds of training"}  # what the log calls them
 
 
 @dataclass
@@ -112,6 +118,8 @@ class MoExtendSFTTrainer(SFTTrainer):
         check_model(model)
         if args is None:
             args = MoExtendSFTConfig("moextend-sft")
+        if args.push_to_hub:  # said before the training, not after it
+            check_published(model.config)
         coefficient = model.router_aux_loss_coef if args.router_aux_loss_coef is None else args.router_aux_loss_coef
         check_options(args, coefficient, kwargs)
         check_retention(model, args, retention_dataset)
@@ -145,10 +153,13 @@ class MoExtendSFTTrainer(SFTTrainer):
     def train(self, resume_from_checkpoint=None, **kwargs):
         """As in Trainer; with `scope="gate"`, stage finetune begins with the gate's own training (`gate_training`).
 
-        A resumed run has its gate in the checkpoint.
+        A resumed run has its gate in the checkpoint; a trainer that trains a second time keeps the gate it has.
         """
         gate = self.accelerator.unwrap_model(self.model).gate
         begins = gate is not None and self.args.stage == "finetune" and not resume_from_checkpoint
+        begins = (
+            begins and self.gate_report is None
+        )  # trained again, it would leave experts trained behind the old one
         if begins and not self.args.gate_steps:
             check_trained(gate)
         elif begins:
@@ -254,6 +265,8 @@ class MoExtendSFTTrainer(SFTTrainer):
             self.processing_class.save_pretrained(output_dir)
         if self._in_checkpoint:
             torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS))
+        else:
+            write_facts(output_dir, training=self.card_settings())
 
     def _save_optimizer_and_scheduler(self, output_dir):
         """Keeps the base out of what FSDP and DeepSpeed write beside the optimiser state."""
@@ -301,20 +314,63 @@ class MoExtendSFTTrainer(SFTTrainer):
         if push is not None:
             self.push_in_progress = PushInProgress([push])
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
-        """Writes MoExtend's card: TRL's shows a way of loading that an adapter does not have."""
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **card
+    ):
+        """As in Trainer, but one commit of exactly the adapter's files: Trainer sends all that lies in the folder.
+
+        Args:
+            **card: see `card_facts` (`dataset_name`, `report`, `shift`, `license`, ...).
+
+        Raises:
+            ValueError: the base or the encoder is not on the Hub.
+        """
+        config, token = self.accelerator.unwrap_model(self.model).config, token or self.args.hub_token
+        check_published(config)
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        if self.is_world_process_zero():
+            self._finish_current_push()  # it reads the files that are written next
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        options = {"revision": revision or self.args.hub_revision, "commit_message": commit_message, "token": token}
+        options["card"] = self.card_facts(**card)
+        send = partial(upload, Path(self.args.output_dir), self.hub_model_id, config, **options)
+        return send() if blocking else HfApi(token=token).run_as_future(send)  # a training does not wait for the Hub
+
+    def create_model_card(self, **card):
+        """Writes MoExtend's card: TRL's shows a way of loading that an adapter does not have. See `card_facts`."""
         if not self.is_world_process_zero():
             return
-        core = self.accelerator.unwrap_model(self.model)
-        card = create_card(
-            core.config,
-            repo_id=self.hub_model_id,
-            adapter_bytes=core.adapter_bytes(torch_dtype(self.args.adapter_dtype)),
-            num_parameters=sum(tensor.numel() for tensor in core.adapter_tensors().values()),
-            training={name: plain(getattr(self.args, name)) for name in CARD_SETTINGS},
-            datasets=dataset_name,
-        )
-        card.save(os.path.join(self.args.output_dir, "README.md"))
+        core, folder = self.accelerator.unwrap_model(self.model), Path(self.args.output_dir)
+        dtype = torch_dtype(self.args.adapter_dtype) or core.base.dtype
+        tensors = {  # the folder's own file is older, or not there yet
+            name: torch.empty(tensor.shape, dtype=stored_dtype(name, dtype), device="meta")
+            for name, tensor in core.adapter_tensors().items()
+        }
+        facts = {"tensors": tensors, **self.card_facts(**card)}
+        write_text(folder / "README.md", str(folder_card(folder, core.config, self.hub_model_id, **facts)))
+
+    def card_facts(self, model_name=None, dataset_name=None, tags=None, **card):
+        """Arguments of `folder_card`, from those that TRL hands to `create_model_card` and any of its own (`card`).
+
+        `model_name` is not used: the repository has a name.
+        """
+        tags = [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
+        facts = {"tags": tags, "training": self.card_settings()}
+        return facts | ({"datasets": dataset_name} if dataset_name else {}) | card
+
+    def card_settings(self):
+        """How the adapter was trained, for the card: setting -> number, text or `None`."""
+        names = CARD_SETTINGS if self.accelerator.unwrap_model(self.model).gate is None else CARD_SETTINGS + CARD_GATE
+        settings = {name: plain(getattr(self.args, name)) for name in names}
+        settings["processes"] = self.args.world_size
+        settings["steps"] = self.state.global_step or None
+        for log in self.state.log_history:
+            settings |= {CARD_LOGS[name]: log[name] for name in CARD_LOGS if name in log}
+        return settings | {library: version(library) for library in ("transformers", "trl", "torch")}
 
 
 class AdapterReport(TrainerCallback):

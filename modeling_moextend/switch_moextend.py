@@ -119,7 +119,7 @@ class AdapterSwitch:
         check_belongs(self, stored, name_or_path, check_base)
         if check_trained_on:
             check_below(stored, self.fingerprints(), name_or_path)
-        encoder = load_stored_encoder(self, stored, encoder, check_base, hub_kwargs)
+        encoder = load_stored_encoder(self, stored, encoder, check_base, (name_or_path, hub_kwargs))
         with self.put_back_on_error(adapter_name):
             self.put_on(adapter_name, stored, encoder, Rule(**stored.routing_rule))
             put_tensors(self.adapter_tensors(adapter_name), tensors, metadata, base_dtype=self.base.dtype)

@@ -55,7 +55,9 @@ def load_encoder(name_or_path, **kwargs):
         ValueError: the checkpoint is of another kind, or lacks tensors.
     """
     config_kwargs = {
-        key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs
+        key: kwargs[key]
+        for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+        if key in kwargs
     }
     config = AutoConfig.from_pretrained(name_or_path, **config_kwargs)
     config = getattr(config, "vision_config", config)

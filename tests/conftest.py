@@ -1,95 +1,27 @@
-"""Tiny random bases of every family, built in memory. The Hub is off."""
+"""Tiny random bases of the default families, built in memory (all others: families.py). The Hub is off."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import copy
-import functools
 import socket
 import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
+from families import COMMON as COMMON
+from families import DEFAULT, VOCAB, make_family
+from families import FAMILIES as EVERY_FAMILY
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
-VOCAB = 96
+FAMILIES = {name: EVERY_FAMILY[name].config for name in DEFAULT}  # those that every test of a family runs with
 PAPER = {"scope": "all", "selection": "compete", "calibration": "all"}  # the paper's routing, not from_base's default
-COMMON = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "tie_word_embeddings": False,
-}
-FAMILIES = {  # family -> what its config needs beside COMMON: four MoE layers, E = 6 experts, K = 2
-    "mixtral": {"num_local_experts": 6, "intermediate_size": 24},
-    "qwen2_moe": {
-        "num_experts": 6,
-        "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 24,
-        "intermediate_size": 24,
-        "decoder_sparse_step": 1,
-    },
-    "qwen3_moe": {
-        "num_experts": 6,
-        "moe_intermediate_size": 24,
-        "intermediate_size": 24,
-        "decoder_sparse_step": 1,
-        "head_dim": 8,
-        "norm_topk_prob": True,
-    },
-    "olmoe": {"num_experts": 6, "intermediate_size": 24},
-    "granitemoe": {"num_local_experts": 6, "intermediate_size": 24, "logits_scaling": 2.0},
-    "deepseek_v3": {
-        "n_routed_experts": 6,
-        "moe_intermediate_size": 24,
-        "intermediate_size": 24,
-        "first_k_dense_replace": 0,
-        "n_group": 3,
-        "topk_group": 2,
-        "num_key_value_heads": 4,
-        "q_lora_rank": 16,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-        "n_shared_experts": 1,
-    },
-    "gpt_oss": {"num_local_experts": 6, "intermediate_size": 24, "head_dim": 8, "sliding_window": 16},
-}
-
-
-@functools.cache
-def _base(family):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family]})
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():  # routers start at zero or near it in some families: make their choices differ
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if name.endswith((".gate.weight", ".router.weight")) or "correction_bias" in name:
-                tensor.normal_(std=0.5 if "weight" in name else 0.1)
-            elif "experts" in name or name.endswith("bias"):
-                tensor.normal_(std=0.2)
-    return model
 
 
 def make_base(family="mixtral", dtype=torch.float32, **config):
     """A private copy of the family's random base; `config` is set on it (e.g. `_experts_implementation`)."""
-    model = copy.deepcopy(_base(family)).to(dtype)
-    implementation = config.pop("experts_implementation", None)
-    if implementation:
-        model.set_experts_implementation(implementation)
-    for name, value in config.items():
-        setattr(model.config, name, value)
-    return model
+    return make_family(family, dtype=dtype, **config)
 
 
 def make_encoder():

@@ -6,6 +6,7 @@ and for three MoE families that don't. It is the one place where tests learn how
 
 import copy
 import functools
+import re
 from typing import NamedTuple
 
 import torch
@@ -70,6 +71,7 @@ GROUPED = {**ROUTED, "n_group": 3, "topk_group": 2, "routed_scaling_factor": 1.5
 QWEN = {"num_experts": 6, "moe_intermediate_size": 24, "intermediate_size": 24, "head_dim": 8}
 SHARED = {"shared_expert_intermediate_size": 24}
 TWO, THREE = {"num_hidden_layers": 2}, {"num_hidden_layers": 3}
+ONE, MANY = {"num_experts_per_tok": 1}, {"num_experts_per_tok": 3}
 NORM, NO_NORM = {"norm_topk_prob": True}, {"norm_topk_prob": False}
 GROUPS, NO_GROUPS = {"n_group": 3, "topk_group": 2}, {"n_group": 1, "topk_group": 1}
 TWO_GROUPS = {"n_group": 2, "topk_group": 1}
@@ -235,7 +237,7 @@ FAMILIES = {
             "v_head_dim": 8,
             "n_shared_experts": 1,
         },
-        SWITCHES_DENSE,
+        {**SWITCHES_DENSE, "one_expert": ONE, "three_experts": MANY},
     ),
     "deepseek_v32": Family(
         {**GROUPED, **MLA, **INDEXER, **TWO, "first_k_dense_replace": 0, "head_dim": 8}, SWITCHES_DENSE
@@ -532,7 +534,6 @@ FAMILIES = {
         },
         {"dense_first": DENSE_FIRST},
         model_type="inkling_text",  # the multimodal model needs scipy
-        why="its router weighs its shared experts together with the chosen ones",
     ),
     "inkling2": Family(
         {
@@ -582,7 +583,7 @@ FAMILIES = {
             "mamba_dt_rank": 4,
             "use_mamba_kernels": False,
         },
-        {"dense_first": {"expert_layer_period": 2, "expert_layer_offset": 1}},
+        {"dense_first": {"expert_layer_period": 2, "expert_layer_offset": 1}, "one_expert": ONE},
     ),
     "kimi_linear": Family(
         {
@@ -672,7 +673,7 @@ FAMILIES = {
             "image_token_index": IMAGE_TOKEN,
         },
     ),
-    "mixtral": Family({"num_local_experts": 6, "intermediate_size": 24}),
+    "mixtral": Family({"num_local_experts": 6, "intermediate_size": 24}, {"one_expert": ONE, "three_experts": MANY}),
     "muse_spark": Family(
         {
             **TWO,
@@ -972,7 +973,13 @@ def make_family(name, variant=None, dtype=torch.float32, experts_implementation=
 
     A causal LM, or the multimodal model where only that has a head. Two families have neither: see their `why`.
     """
-    model = copy.deepcopy(random_base(name, variant)).to(dtype)
+    original = random_base(name, variant)
+    model = copy.deepcopy(original).to(dtype)
+    kept = [re.compile(pattern) for pattern in model._get_dtype_plan(dtype)]  # float32 whatever dtype is asked for
+    values = original.state_dict()
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if key in values and any(pattern.search(key) for pattern in kept):
+            tensor.data = values[key].clone()
     if experts_implementation:
         model.set_experts_implementation(experts_implementation)
     for key, value in config.items():

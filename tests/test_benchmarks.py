@@ -112,6 +112,13 @@ def test_every_pass_has_every_row_once_in_the_seeds_order():
     assert order == tasks.training_rows(rows, 25, seed=1) != tasks.training_rows(rows, 25, seed=2)
 
 
+def test_each_split_asks_its_own_rows_as_many_as_the_task_says(monkeypatch):
+    monkeypatch.setattr(tasks, "read", lambda name: {split: [(name, split)] * 5000 for split in tasks.SPLITS})
+    for task in tasks.TASKS.values():
+        for split in ("validation", "test"):
+            assert tasks.held_out_rows(task, split) == [(task.name, split)] * getattr(task, split)
+
+
 # ---------------------------------------------------------------- the results file
 
 
@@ -265,12 +272,15 @@ def test_replay_takes_turns_with_the_task_batch_by_batch():
 def test_two_steps_of_two_methods(monkeypatch, tmp_path):
     pytest.importorskip("peft")
     import run
+    import training
 
     rows = {split: tasks.number_rows(200)[split] for split in tasks.SPLITS}
     text = {"domain": "windows/code", "text": "def f(x):\n    return x"}
     for name, part in {"numbers": rows, "retention": [text] * 40, "documents": [text] * 4}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(part))
     monkeypatch.setattr(tasks, "data_folder", lambda: tmp_path)
+    only = {"numbers": {"train": rows["train"]}}  # training, and the choice of source experts, see no other split
+    monkeypatch.setattr(training, "read", lambda name: only.get(name) or tasks.read(name))
     found = {
         name: run.run(tasks.TASKS["numbers"], methods.METHODS[name], 1e-2, seed=0, steps=2, limit=4)
         for name in ("paper", "lora_replay")

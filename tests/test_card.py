@@ -5,8 +5,11 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from conftest import PAPER
+from hub_server import card_problems
+from huggingface_hub import ModelCard
 
 from modeling_moextend import card as card_module
 from modeling_moextend.card import create_card, read_template
@@ -40,21 +43,21 @@ def table(card, heading):
 
 
 def test_metadata_of_a_vision_adapter():
-    card = create_card(make_config(), language="en", datasets=["liuhaotian/LLaVA-Instruct-150K"])
+    card = create_card(make_config(), license="mit", language="en", datasets=["liuhaotian/LLaVA-Instruct-150K"])
     assert metadata(card) == {
         "base_model": "mistralai/Mixtral-8x7B-Instruct-v0.1",
         "base_model_relation": "adapter",
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
         "tags": ["moextend", "moe", "mixture-of-experts", "adapter", "multimodal", "vision-language"],
-        "license": "apache-2.0",
+        "license": "mit",
         "language": "en",
         "datasets": ["liuhaotian/LLaVA-Instruct-150K"],
     }
 
 
 def test_metadata_of_a_text_adapter_holds_only_what_is_known():
-    found = metadata(create_card(make_config(TEXT, base_model_name_or_path=None), license=None))
+    found = metadata(create_card(make_config(TEXT, base_model_name_or_path=None)))
     assert found == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -145,6 +148,8 @@ def test_sections_without_data_are_left_out():
     for absent in (
         "## Training",
         "## Results",
+        "## Forgetting",
+        "## Tensors",
         "| base |",
         "revision `",
         "![",
@@ -183,6 +188,124 @@ def test_missing_jinja_names_the_extra(monkeypatch):
     monkeypatch.setattr(card_module, "is_jinja_available", lambda: False)
     with pytest.raises(ImportError, match=r"pip install 'moextend\[train\]'"):
         create_card(make_config())
+
+
+def test_measured_values_become_a_model_index():
+    metrics = [
+        {
+            "type": "exact_match",
+            "name": "exact match",
+            "value": 0.45,
+            "dataset": "letters",
+            "dataset_type": "me/letters",
+        },
+        {"type": "perplexity", "value": 40.5, "dataset": "held out"},
+        {"type": "exact_match", "value": 0.5, "dataset": "digits"},
+    ]
+    card = create_card(make_config(), repo_id="me/eyes", metrics=metrics)
+    found = metadata(card)
+    task = {"type": "image-text-to-text"}
+    assert found["metrics"] == ["exact_match", "perplexity"]
+    assert found["model-index"] == [
+        {
+            "name": "eyes",
+            "results": [
+                {
+                    "task": task,
+                    "dataset": {"name": "letters", "type": "me/letters"},
+                    "metrics": [{"type": "exact_match", "value": 0.45, "name": "exact match"}],
+                },
+                {
+                    "task": task,
+                    "dataset": {"name": "held out", "type": "held out"},
+                    "metrics": [{"type": "perplexity", "value": 40.5}],
+                },
+                {
+                    "task": task,
+                    "dataset": {"name": "digits", "type": "digits"},
+                    "metrics": [{"type": "exact_match", "value": 0.5}],
+                },
+            ],
+        }
+    ]
+    again = ModelCard(str(card)).data
+    assert [(one.dataset_name, one.metric_value) for one in again.eval_results] == [
+        ("letters", 0.45),
+        ("held out", 40.5),
+        ("digits", 0.5),
+    ]
+    assert card_problems(str(card)) == []
+    assert "metrics" not in metadata(create_card(make_config()))
+
+
+def test_licences_that_need_a_name_are_linked():
+    license = {"license": "other", "license_name": "base-2.0", "license_link": "https://example.org/base"}
+    card = create_card(make_config(), **license)
+    assert license.items() <= metadata(card).items()
+    assert "This adapter's licence: [base-2.0](https://example.org/base)." in str(card)
+    assert "No licence is named for the adapter itself." in str(create_card(make_config()))
+
+
+def test_further_tags_come_behind_and_once():
+    assert metadata(create_card(make_config(TEXT), tags=["law", "moe"]))["tags"] == [
+        "moextend",
+        "moe",
+        "mixture-of-experts",
+        "adapter",
+        "law",
+    ]
+
+
+TENSORS = {  # of layers 2 and 5, one of them of 2 x 3 values
+    "layers.2.router.weight": torch.empty(2, 3, dtype=torch.bfloat16, device="meta"),
+    "layers.2.experts.down_proj": torch.empty(10, device="meta"),
+    "layers.5.router.weight": torch.empty(1000, 4, dtype=torch.bfloat16, device="meta"),
+    "gate.mean": torch.empty(7, device="meta"),
+    "projector.linear_1.bias": torch.empty(5, dtype=torch.float16, device="meta"),
+}
+
+
+def test_tensors_are_counted_by_part_and_listed():
+    card = create_card(make_config(), tensors=TENSORS)
+    assert table(card, "Extended layers") == [
+        ["decoder layer", "new experts", "copied at the start from base expert", "tensors", "parameters", "bytes"],
+        ["2", "1", "1", "2", "16", "52"],
+        ["5", "2", "3, 0", "1", "4,000", "8,000"],
+        ["gate", "", "", "1", "7", "28"],
+        ["projector", "", "", "1", "5", "10"],
+    ]
+    assert table(card, "Tensors")[1] == ["`layers.2.router.weight`", "[2, 3]", "bfloat16", "12"]
+    assert len(table(card, "Tensors")) == 1 + len(TENSORS)
+    for row in ("| tensors in the adapter | 5 |", "| parameters in the adapter | 4,028 |", "8.1 kB (8,090 bytes)"):
+        assert row in str(card)
+
+
+def test_forgetting_and_router_shift_are_shown():
+    rows = [{"domain": "law", "ratio": "1.0000"}, {"domain": "code", "ratio": "1.2500"}]
+    card = create_card(make_config(), forgetting=rows, router_shift="shift.png")
+    assert table(card, "Forgetting") == [["domain", "ratio"], ["law", "1.0000"], ["code", "1.2500"]]
+    assert "![router shift](shift.png)" in str(card).split("## Extended layers")[1].split("\n## ")[0]
+    with pytest.raises(ValueError, match="relative to the repository"):
+        create_card(make_config(), router_shift="../shift.png")
+
+
+def limits(card):
+    return str(card).split("## Limits\n")[1].split("\n## ")[0]
+
+
+def test_limits_say_what_is_not_known_and_what_the_scope_lets_through():
+    bare = limits(create_card(make_config(TEXT, **PAPER)))
+    assert "Nothing was measured" in bare and "was not measured for this card" in bare and "Any token may use" in bare
+    full = limits(create_card(make_config(), results=[{"n": 1}], forgetting=[{"n": 1}]))
+    assert "measured" not in full and "after the first image" in full and "and the encoder's" in full
+    assert "begins like the new task" in limits(create_card(make_config(TEXT, scope="gate")))
+    aligned = limits(create_card(make_config(extended_layers={})))
+    assert "new experts" not in aligned and "What the base lost" not in aligned
+
+
+def test_the_tokenizer_may_lie_elsewhere():
+    text = str(create_card(make_config(TEXT), repo_id="me/law", tokenizer="org/base"))
+    assert 'AutoTokenizer.from_pretrained("org/base")' in text
 
 
 def test_card_survives_saving(tmp_path):

@@ -305,11 +305,12 @@ def test_the_callback_reads_files_and_can_wait_for_the_end(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_script_writes_a_report_and_a_card(tmp_path):
+@pytest.mark.parametrize("place", ["law", "base"])
+def test_the_script_writes_a_report_and_a_card(tmp_path, place):
     make_model(calibration="none").save_pretrained(tmp_path / "law")
     base = make_model().detach()
     base.save_pretrained(tmp_path / "base")
-    make_tokenizer().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / place)
     (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, DOCUMENTS)))
     rows = [{"messages": [*row["prompt"], {"role": "assistant", "content": "a"}]} for row in QUESTIONS]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -228,6 +228,7 @@ def test_wheel_holds_the_modules_and_the_template(source_tree, new_python, tmp_p
     assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
     pip(new_python, "install", "--ignore-installed", wheel, cwd=tmp_path)
     assert check_installed(new_python, cwd=tmp_path).is_relative_to(tmp_path / "venv")
+    assert run(new_python.with_name("moextend"), "--help", cwd=tmp_path).startswith("usage: moextend")
 
 
 @pytest.mark.slow

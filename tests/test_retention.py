@@ -287,6 +287,22 @@ def test_a_half_written_file_is_never_read(tmp_path, monkeypatch, where):
     assert files(tmp_path / "whole") == [path.name for path in (tmp_path / "killed").glob("*.parquet")]
 
 
+def test_a_damaged_file_is_told_and_sampled_anew(tmp_path):
+    expected = sample(tmp_path)
+    (path,) = tmp_path.glob("*.parquet")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.warns(UserWarning, match=f"{path.name} can't be read"):
+        assert sample(tmp_path) == expected
+    assert sample(tmp_path) == expected  # written again
+
+
+def test_a_place_that_can_hold_no_file_is_refused_before_the_sampling(tmp_path, monkeypatch):
+    monkeypatch.setattr(retention, "draw", None)
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(FileExistsError):
+        sample(tmp_path / "taken")
+
+
 # ------------------------------------------------------------------ the distance of prompts
 
 

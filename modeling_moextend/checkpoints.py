@@ -1,0 +1,155 @@
+"""A base's checkpoint as it lies on disk, read tensor by tensor: nothing here holds a whole model.
+
+Checkpoints name tensors otherwise than models do: mixtral's fused `mlp.experts.gate_up_proj` [E, 2I, H] lies on disk
+as `block_sparse_moe.experts.{e}.w1.weight` and `.w3.weight`. transformers knows the way back (it saves by it), so the
+names here come from it, family by family, and no table of ours has to follow.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from .loading_moextend import auto_class_for
+
+EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")  # the expert's number in a key that holds one expert
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+class Checkpoint:
+    """The safetensors files of one model in a folder or on the Hub.
+
+    Attributes:
+        files: file name -> path, of every file with weights and of the index, if there is one.
+        place: key -> path of the file that holds the tensor.
+
+    Raises:
+        OSError: no weights in safetensors there.
+        ValueError: an index that names something else than files beside it.
+    """
+
+    def __init__(self, name_or_path, **hub_kwargs):
+        self.name, self.hub_kwargs = str(name_or_path), hub_kwargs
+        index = self.find(SAFE_WEIGHTS_INDEX_NAME)
+        names = [SAFE_WEIGHTS_NAME] if index is None else shard_names(index)
+        found = {name: self.find(name) for name in names}
+        missing = [name for name, path in found.items() if path is None]
+        if missing:
+            raise OSError(f"{self.name} lacks weights in safetensors: {', '.join(missing[:8])}.")
+        self.place = {}
+        for path in found.values():
+            with safe_open(path, framework="pt") as file:
+                self.place |= dict.fromkeys(file.keys(), path)
+        self.files = found | ({} if index is None else {SAFE_WEIGHTS_INDEX_NAME: index})
+
+    def find(self, name):
+        """Path of a file of the checkpoint, or `None`."""
+        return cached_file(self.name, name, _raise_exceptions_for_missing_entries=False, **self.hub_kwargs)
+
+    def config(self):
+        return AutoConfig.from_pretrained(self.name, **self.hub_kwargs)
+
+    def tensor(self, key):
+        """One tensor, mapped from its file (read where it is looked at); the map ends with the tensor.
+
+        Raises:
+            ValueError: the checkpoint has no such key.
+        """
+        if key not in self.place:
+            raise ValueError(
+                f"{self.name} has no tensor {key}: it is stored otherwise than transformers itself would save it "
+                "(quantised, or of an older layout). Load it, save it with save_pretrained, and give that folder."
+            )
+        with safe_open(self.place[key], framework="pt") as file:
+            return file.get_tensor(key)
+
+    def parameter(self, model, name, shape):
+        """A parameter as `model` holds it, put together from what the checkpoint has in its place.
+
+        Args:
+            model: causal LM, on the meta device or not.
+            name, shape: of the parameter, e.g. "model.layers.0.mlp.experts.gate_up_proj" [E, 2I, H].
+        """
+        parts = {name: None} if name in self.place else stored_parts(model, name, torch.empty(shape, device="meta"))
+        if len(parts) == 1:
+            return self.tensor(next(iter(parts)))
+        whole = torch.empty(shape, dtype=self.tensor(next(iter(parts))).dtype)
+        for expert in range(shape[0]):
+            for key, part in stored_parts(model, name, whole[expert : expert + 1], expert).items():
+                if (
+                    part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr()
+                ):  # a copy: nothing would arrive
+                    raise ValueError(
+                        f"{self.name} stores {name} in a way that can't be read tensor by tensor ({key})."
+                    )
+                part.copy_(self.tensor(key))
+        return whole
+
+
+def shard_names(index):
+    """Names of the files that an index (its path) speaks of."""
+    names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    strange = [name for name in names if Path(name).name != name]
+    if strange:
+        raise ValueError(f"{index} names files outside the checkpoint's folder: {', '.join(strange[:8])}.")
+    return names
+
+
+def stored_parts(model, name, rows, first=0):
+    """How a checkpoint stores `rows` of a parameter: key -> tensor.
+
+    Where each expert has a key of its own, the first of the rows is expert `first`. For a single row the tensors are
+    views of it.
+    """
+    parts = revert_weight_conversion(model, {name: rows})
+    return {EXPERT.sub(lambda number: str(int(number[0]) + first), key): part for key, part in parts.items()}
+
+
+def skeleton(config):
+    """The causal LM of `config` on the meta device: names and shapes, no weights."""
+    with torch.device("meta"):
+        return auto_class_for(config, AutoModelForCausalLM).from_config(config).eval()
+
+
+class FromDisk:
+    """In the place of accelerate's hook: `families_moextend.materialised` finds a module's weights through it.
+
+    They are there for as long as someone looks at them, so that a fingerprint of any model needs one module's memory.
+    """
+
+    def __init__(self, checkpoint, model, prefix):
+        self.checkpoint, self.model, self.prefix = checkpoint, model, prefix
+
+    def pre_forward(self, module):
+        self.meta = dict(module._parameters)
+        for key, parameter in self.meta.items():
+            if parameter is not None:
+                tensor = self.checkpoint.parameter(self.model, f"{self.prefix}.{key}", parameter.shape)
+                module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+
+    def post_forward(self, module, output):
+        module._parameters.update(self.meta)
+
+
+def reading_from(checkpoint, model):
+    """`model`, a `skeleton`, with weights that come from `checkpoint` when a fingerprint looks at them."""
+    for prefix, module in model.named_modules():
+        if module._parameters:
+            module._hf_hook = FromDisk(checkpoint, model, prefix)
+    return model

@@ -1,0 +1,327 @@
+"""`moextend`: a command line for adapters. `moextend --help` tells all; docs/cli.md is that text."""
+
+import argparse
+import json
+import sys
+from inspect import getdoc
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from rich.console import Console
+from rich.table import Table
+
+from .export import merge
+from .inspection import diff_adapters, inspect_adapter
+from .publishing import publish_folder
+from .verification import PROMPT, verify_adapter
+
+OK, PROBLEM, UNREADABLE = 0, 1, 2
+EXIT_CODES = """\
+exit codes:
+  0  all is well: read, every check passed, equal, written, pushed
+  1  a problem was found: a check failed, the adapters differ, the merge or push was refused
+  2  wrong usage, or something can't be read: not there, damaged, no network"""
+AS_WRITTEN = argparse.RawDescriptionHelpFormatter
+ADAPTER = "folder or Hub id of an adapter"
+
+
+def main(argv=None):
+    """Runs one command (default: that of `sys.argv`); returns its exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        result = args.run(args)
+    except (OSError, ValueError) as error:
+        if args.json:
+            print(json.dumps({"error": str(error)}))
+        else:
+            printer(stderr=True).print(f"moextend: {error}")
+        return UNREADABLE if isinstance(error, OSError) else args.refused
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        args.show(printer(), result)
+    return OK if args.well(result) else PROBLEM
+
+
+def printer(**options):
+    """A console that prints texts as they are: names may hold brackets, and long lines are for the reader to wrap."""
+    return Console(markup=False, highlight=False, soft_wrap=True, **options)
+
+
+# ---------------------------------------------------------------- commands: arguments -> result; texts of --help
+
+
+def inspect_command(args):
+    """Say what is in an adapter.
+
+    For which base it is, how tokens reach its experts, and what it holds, layer by
+    layer with the source experts. Reads only headers, and never a base: of a
+    repository on the Hub a few kilobytes are fetched.
+
+    examples:
+      moextend inspect outputs/adapter
+      moextend inspect me/my-adapter --revision v2 --tensors
+      moextend inspect me/my-adapter --json
+    """
+    return inspect_adapter(args.adapter, **hub_options(args))
+
+
+def verify_command(args):
+    """Check an adapter against its base.
+
+    Loads the base, and checks
+      file    it is whole: the checksum of its tensors
+      finite  no tensor holds NaN or infinity
+      base    the base is the one it was made on: its fingerprint
+      fit     names and shapes are what base and config ask for
+      off     with the adapter off, logits are the base's, bit for bit
+      sample  a greedy answer with the adapter: its logits are finite
+    and prints the answer of base and adapter. What a failed check makes void is left out.
+
+    examples:
+      moextend verify outputs/adapter
+      moextend verify me/my-adapter --base /data/mixtral --prompt "What is a monad?"
+    """
+    names = ("base", "encoder", "prompt", "max_new_tokens", "dtype")
+    return verify_adapter(args.adapter, **{name: getattr(args, name) for name in names}, **hub_options(args))
+
+
+def diff_command(args):
+    """Compare two adapters.
+
+    Entries of the config, tensors that one of them lacks, and for tensors in both the
+    largest difference and the norm of the difference relative to the first one's.
+    Reads both adapters whole, and never a base.
+
+    examples:
+      moextend diff outputs/checkpoint-100 outputs/checkpoint-200
+      moextend diff me/my-adapter outputs/adapter --json
+    """
+    return diff_adapters(args.adapter, args.other)
+
+
+def merge_command(args):
+    """Write base and adapter into one new folder.
+
+    A standalone checkpoint: the adapter's folder, with base and encoder in subfolders.
+    It loads with trust_remote_code=True and needs nothing from elsewhere.
+
+    With --native: the base's own architecture with more experts a layer, which loads
+    without code of ours. It exists where it gives the same answers (up to rounding):
+    every MoE layer extended by the same number, scope "all", selection "compete",
+    calibration "none", no encoder, and a base whose router allows it. Elsewhere every
+    condition that fails is named.
+
+    Needs memory for the adapter and about one file of the base, not for the base. The
+    folder appears whole or not at all.
+
+    examples:
+      moextend merge me/my-adapter outputs/standalone
+      moextend merge outputs/adapter outputs/more-experts --native --max-shard-size 2GB
+    """
+    names = ("base", "encoder", "native", "check_base", "max_shard_size")
+    return merge(args.adapter, args.output, **{name: getattr(args, name) for name in names}, **hub_options(args))
+
+
+def push_command(args):
+    """Publish an adapter's folder on the Hub.
+
+    One commit of exactly the files that make an adapter: weights, config, code,
+    processor, card. The adapter is read and checked first. The token is that of
+    `hf auth login`, or HF_TOKEN.
+
+    examples:
+      moextend push outputs/adapter me/my-adapter --private
+      moextend push outputs/adapter me/my-adapter --revision v2 --base me/the-base
+    """
+    folder = Path(args.folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder.")
+    options = {name: getattr(args, name) for name in ("base", "encoder", "report", "revision")}
+    done = publish_folder(folder, args.repo_id, private=args.private or None, **options)
+    return {"repo_id": args.repo_id, "commit": done.oid, "url": done.commit_url}
+
+
+def adapter_place(text):
+    """An adapter's argument, refused as wrong usage where it can be neither a folder nor a Hub id."""
+    if not Path(text).is_dir():
+        try:
+            validate_repo_id(text)
+        except HFValidationError:
+            raise argparse.ArgumentTypeError(f"{text} is no folder, and no Hub id like me/my-adapter") from None
+    return text
+
+
+def hub_options(args):
+    """Those keywords for the Hub that were given."""
+    given = {name: getattr(args, name) for name in ("revision", "subfolder", "cache_dir")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+# ---------------------------------------------------------------- printing results
+
+
+def show_inspect(console, found):
+    console.print(f"{found['adapter']} (format {found['format']}, {', '.join(found['files'])})")
+    for role in ("base", "encoder"):
+        if found[role] is not None:
+            part = found[role]
+            place = f"{part['subfolder']}/ in this checkpoint" if part["subfolder"] else part["name_or_path"]
+            at = f" at {part['revision']}" if part["revision"] and not part["subfolder"] else ""
+            console.print(f"{role}: {place}{at} ({part['model_type']})")
+    console.print(", ".join(f"{name} {found[name]}" for name in ("scope", "selection", "calibration")))
+    if found["gate_threshold"] is not None:
+        console.print(f"gate threshold {found['gate_threshold']}")
+    rows = [[row["layer"], " ".join(map(str, row["source_experts"])), *sizes(row)] for row in found["layers"]]
+    rows += [[row["part"], "", *sizes(row)] for row in found["others"]] + [["all", "", *sizes(found)]]
+    show_table(console, ["layer", "source experts", "tensors", "parameters", "bytes"], rows)
+
+
+def show_inspect_all(console, found):
+    show_inspect(console, found)
+    rows = [[row["name"], row["dtype"], " x ".join(map(str, row["shape"]))] for row in found["tensors"]]
+    show_table(console, ["tensor", "dtype", "shape"], rows)
+
+
+def sizes(row):
+    return [f"{row[name]:,}" for name in ("num_tensors", "num_parameters", "num_bytes")]
+
+
+def show_verify(console, found):
+    rows = [["ok" if row["ok"] else "FAILED", row["check"], row["detail"]] for row in found["checks"]]
+    show_table(console, ["", "check", found["adapter"]], rows)
+    for name, text in (found["sample"] or {}).items():
+        console.print(f"{name}: {text}")
+
+
+def show_diff(console, found):
+    if found["equal"]:
+        console.print("equal: config and every tensor, bit by bit")
+        return
+    names = found["adapters"]
+    rows = [[row["entry"], *map(short, row["values"])] for row in found["config"]]
+    rows += [[row["name"], *map(short, row["values"])] for row in found["shapes"]]
+    rows += [[name, "is there", ""] for name in found["only_in"][0]]
+    rows += [[name, "", "is there"] for name in found["only_in"][1]]
+    show_table(console, ["entry or tensor", *names], rows)
+    rows = [
+        [row["name"], number(row["max_abs"]), number(row["relative"])] for row in found["tensors"] if not row["equal"]
+    ]
+    show_table(console, ["tensor", "max |a - b|", "|a - b| / |a|"], rows)
+    console.print(
+        f"{len(found['tensors']) - len(rows)} of {len(found['tensors'])} tensors in both are equal, bit by bit"
+    )
+
+
+def short(value, length=60):
+    text = json.dumps(value)
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def number(value):
+    return "not finite" if value is None else f"{value:.3g}"
+
+
+def show_merge(console, done):
+    console.print(f"{done['folder']}: a {done['kind']} checkpoint, {done['files']} files, {done['bytes']:,} bytes")
+
+
+def show_push(console, done):
+    console.print(f"published: {done['url']}")
+
+
+def show_table(console, columns, rows):
+    """A table, unless there is nothing in it."""
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    if rows:
+        console.print(table)
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def build_parser():
+    """The parser of all commands."""
+    text = "Look into MoExtend adapters; check, compare, export and publish them."
+    parser = argparse.ArgumentParser("moextend", description=text, epilog=EXIT_CODES, formatter_class=AS_WRITTEN)
+    more = "`moextend <command> --help` says more"
+    commands = parser.add_subparsers(dest="command", required=True, metavar="<command>", help=more)
+
+    one = add_command(commands, "inspect", inspect_command, show_inspect, refused=UNREADABLE)
+    one.add_argument("adapter", type=adapter_place, help=ADAPTER)
+    one.add_argument("--tensors", dest="show", action="store_const", const=show_inspect_all, help="list every tensor")
+    add_hub_options(one)
+
+    one = add_command(commands, "verify", verify_command, show_verify, well=lambda result: result["ok"])
+    one.add_argument("adapter", type=adapter_place, help=ADAPTER)
+    add_parts(one)
+    one.add_argument("--dtype", default="auto", help="to load base and encoder in (default: what they were saved in)")
+    one.add_argument(
+        "--prompt", default=PROMPT, help="what the sample answers; without a tokenizer some token ids are"
+    )
+    one.add_argument("--max-new-tokens", type=int, default=20, metavar="N", help="length of the sample (default: 20)")
+    add_hub_options(one)
+
+    one = add_command(
+        commands, "diff", diff_command, show_diff, well=lambda result: result["equal"], refused=UNREADABLE
+    )
+    one.add_argument("adapter", type=adapter_place, help=ADAPTER)
+    one.add_argument("other", type=adapter_place, help="another one")
+
+    one = add_command(commands, "merge", merge_command, show_merge)
+    one.add_argument("adapter", type=adapter_place, help=ADAPTER)
+    one.add_argument("output", help="the new folder; may not exist yet")
+    one.add_argument("--native", action="store_true", help="the base's own architecture with more experts")
+    one.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of weights written anew (default: 5GB)")
+    one.add_argument(
+        "--no-check-base", dest="check_base", action="store_false", help="take another base than it was made on"
+    )
+    add_parts(one)
+    add_hub_options(one)
+
+    one = add_command(commands, "push", push_command, show_push)
+    one.add_argument("folder", help="that save_pretrained or the trainer wrote")
+    one.add_argument("repo_id", help="where to, e.g. me/my-adapter; made if it is not there")
+    one.add_argument("--private", action="store_true", help="make the repository private")
+    one.add_argument("--revision", metavar="BRANCH", help="branch to push to; made if it is not there")
+    one.add_argument("--base", metavar="ID", help="Hub id of the base, where the adapter names another place")
+    one.add_argument("--encoder", metavar="ID", help="Hub id of the encoder, where the adapter names another place")
+    one.add_argument("--report", metavar="FOLDER", help="of examples/evaluate.py: results and pictures for the card")
+    return parser
+
+
+def add_command(commands, name, run, show, *, well=lambda result: True, refused=PROBLEM):
+    """A command's parser.
+
+    Args:
+        run: parsed arguments -> JSON-ready result; its docstring is the help text.
+        show: prints the result.
+        well: result -> whether the exit code is 0 (else 1).
+        refused: exit code when `run` raises `ValueError`.
+    """
+    text = getdoc(run)
+    brief = text.split("\n", 1)[0]
+    parser = commands.add_parser(name, help=brief, description=text, epilog=EXIT_CODES, formatter_class=AS_WRITTEN)
+    parser.set_defaults(run=run, show=show, well=well, refused=refused)
+    parser.add_argument("--json", action="store_true", help='print JSON: the result, or {"error": ...}')
+    return parser
+
+
+def add_parts(parser):
+    parser.add_argument("--base", help="folder or Hub id of the base, if it lies elsewhere than the adapter says")
+    parser.add_argument("--encoder", help="the same for its encoder")
+
+
+def add_hub_options(parser):
+    parser.add_argument("--revision", help="branch, tag or commit of the adapter's repository")
+    parser.add_argument("--subfolder", help="of the adapter in its repository")
+    parser.add_argument("--cache-dir", metavar="DIR", help="of downloads (default: the usual one)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

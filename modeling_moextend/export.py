@@ -1,0 +1,163 @@
+"""`moextend merge`: base and adapter in one folder, written shard by shard.
+
+A *standalone* checkpoint is the adapter's folder with the base (and encoder) in subfolders of it: it loads with
+`trust_remote_code=True` and needs nothing from elsewhere. A *native* checkpoint (native.py) is of the base's own
+architecture with more experts. Memory: the adapter and about one shard of the base, never the model.
+"""
+
+import contextlib
+import copy
+import os
+import secrets
+import shutil
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers.utils import cached_file
+
+from .adapter_moextend import check_tensors, copy_file, fingerprint, read_adapter, write_adapter, write_text
+from .checkpoints import TOKENIZER, Checkpoint, reading_from, skeleton
+from .configuration_moextend import MoExtendConfig
+from .loading_moextend import SHARED_HUB_KWARGS, check_fingerprint, place_of
+from .modeling_moextend import MoExtendForCausalLM
+from .native import check_native, write_native
+from .vision_moextend import load_encoder
+
+BASE, ENCODER = "base", "encoder"  # subfolders of a standalone checkpoint
+READER = (*TOKENIZER, "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+ABOUT_NATIVE = ("generation_config.json", *TOKENIZER)
+ABOUT_MODEL = ("config.json", "generation_config.json", *READER, "LICENSE", "LICENSE.txt", "LICENSE.md")
+ABOUT_ENCODER = ("config.json", "preprocessor_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md")
+ABOUT_ADAPTER = (*READER, "README.md")
+
+
+def merge(
+    adapter,
+    output,
+    *,
+    base=None,
+    encoder=None,
+    native=False,
+    check_base=True,
+    max_shard_size="5GB",
+    **hub_kwargs,
+):
+    """Writes a folder that holds base and adapter, whole or not at all.
+
+    Args:
+        adapter: folder or Hub id.
+        output: the new folder; may not exist.
+        base, encoder: folder or Hub id, if they lie elsewhere than the adapter says.
+        native: write the base's own architecture with E + n experts a layer instead of base beside adapter.
+        check_base: `False` merges with another base than the adapter was made on.
+        max_shard_size: of the files that are written anew; the base's own are copied as they are.
+        **hub_kwargs: `revision`, `token`, `cache_dir`, ... of the adapter.
+
+    Returns:
+        `dict`: folder, kind ("standalone" or "native"), files, bytes.
+
+    Raises:
+        FileExistsError: something is at `output` already.
+        OSError: adapter, base or encoder can't be found.
+        ValueError: a damaged adapter, another base, tensors that do not fit, or no native form: all that stands
+            against it is named.
+    """
+    with new_folder(output) as folder:
+        values, tensors, metadata = read_adapter(adapter, **hub_kwargs)
+        config = MoExtendConfig.from_dict(values)
+        home, shared = (adapter, hub_kwargs), {key: hub_kwargs[key] for key in SHARED_HUB_KWARGS if key in hub_kwargs}
+        path, inside = place_of("base", base, config, home)
+        checkpoint = Checkpoint(path, **shared, **inside)
+        base_config = checkpoint.config()
+        check_fit(config, base_config, checkpoint, tensors, metadata, check_base)
+        if native:
+            model = skeleton(base_config)
+            check_native(config, base_config, model, checkpoint, tensors)
+            write_native(folder, config, base_config, model, checkpoint, tensors, max_shard_size)
+            copy_files(checkpoint.find, ABOUT_NATIVE, folder)
+        else:
+            place = place_of("encoder", encoder, config, home) if config.encoder_config is not None else None
+            eyes = None if place is None else Checkpoint(place[0], **shared, **place[1])
+            write_standalone(folder, config, checkpoint, eyes, tensors, max_shard_size, check_base)
+        copy_files(finder(adapter, hub_kwargs), ABOUT_ADAPTER if not native else TOKENIZER, folder)
+    files = [path for path in Path(output).rglob("*") if path.is_file()]
+    return {
+        "folder": str(output),
+        "kind": "native" if native else "standalone",
+        "files": len(files),
+        "bytes": sum(path.stat().st_size for path in files),
+    }
+
+
+@contextlib.contextmanager
+def new_folder(target):
+    """Yields a hidden folder beside `target`, which takes that name once the block is through, or is removed."""
+    target = Path(target).absolute()
+    if target.exists() or target.is_symlink():
+        raise FileExistsError(f"{target} exists already: name a folder that does not, or remove that one first.")
+    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        os.rename(unfinished, target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def check_fit(config, base_config, checkpoint, tensors, metadata, check_base):
+    """Refuses another base than the adapter's, and tensors that do not fit it; no weight stays in memory.
+
+    Without `check_base` the config is made to say which base it is.
+    """
+    decoder = reading_from(checkpoint, skeleton(base_config)).get_decoder()
+    if check_base:
+        check_fingerprint("base", config.base_fingerprint, decoder)
+    else:
+        config.text_config, config.routing_rule = copy.deepcopy(base_config), None
+        config.base_model_name_or_path, config.base_model_revision = checkpoint.name, None
+        config.base_fingerprint = fingerprint(decoder)
+    with torch.device("meta"):
+        model = MoExtendForCausalLM(config, base=skeleton(base_config))
+    check_tensors(model.adapter_tensors(), tensors, metadata)
+
+
+def write_standalone(folder, config, checkpoint, encoder, tensors, max_shard_size, check_base):
+    """The adapter with the code of this version, the base in `base/` and the encoder (or `None`) in `encoder/`."""
+    config = config.published()
+    config.base_subfolder = BASE
+    copy_checkpoint(checkpoint, ABOUT_MODEL, folder / BASE)
+    if encoder is not None:
+        config.encoder_subfolder = ENCODER
+        copy_checkpoint(encoder, ABOUT_ENCODER, folder / ENCODER)
+        tower = load_encoder(str(folder / ENCODER))
+        if check_base:
+            check_fingerprint("encoder", config.encoder_fingerprint, tower)
+        config.encoder_fingerprint = fingerprint(tower)
+    for source in Path(__file__).parent.glob("*_moextend.py"):
+        copy_file(source, folder / source.name)
+    write_adapter(folder, tensors, config, max_shard_size)
+    write_text(folder / "config.json", config.to_json_string(use_diff=False))
+    copy_files(checkpoint.find, READER, folder)
+
+
+def copy_checkpoint(checkpoint, about, folder):
+    """Copies weights as they are, file by file, and what else of the names `about` is there."""
+    folder.mkdir()
+    for name, path in checkpoint.files.items():
+        copy_file(path, folder / name)
+    copy_files(checkpoint.find, about, folder)
+
+
+def copy_files(find, names, folder):
+    """Copies those of `names` for which `find` has a path."""
+    for name in names:
+        path = find(name)
+        if path is not None:
+            copy_file(path, folder / name)
+
+
+def finder(name_or_path, hub_kwargs):
+    """name -> path of that file of a folder or repository, or `None`."""
+    return partial(cached_file, name_or_path, _raise_exceptions_for_missing_entries=False, **hub_kwargs)

@@ -1,0 +1,197 @@
+"""What is in an adapter, and how two of them differ: read from their files, without any base."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import SafetensorsParsingError
+from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file
+
+from .adapter_moextend import FILE, INDEX, check_format, check_tensors, find_files, read_adapter, tensor_bytes
+from .checkpoints import shard_names
+from .configuration_moextend import MoExtendConfig
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+ROUTING = ("scope", "selection", "calibration")
+
+
+def inspect_adapter(name_or_path, **hub_kwargs):
+    """What an adapter holds, as a JSON-ready `dict`; only the headers of its files are read (or fetched).
+
+    Keys: adapter, format, base, encoder (`None`: none), scope, selection, calibration, gate_threshold (`None`: no
+    gate), num_tensors, num_parameters, num_bytes (of tensors), files, layers (a row for each extended layer),
+    others (the same for gate and projector), tensors (a row for each).
+
+    Raises:
+        OSError: no adapter there.
+        ValueError: a damaged header, or a newer format.
+    """
+    files = read_headers(name_or_path, hub_kwargs)
+    metadata = next(iter(files.values()))[0]
+    config = MoExtendConfig.from_dict(read_config(name_or_path, metadata))
+    tensors = {key: tensor for _, held in files.values() for key, tensor in held.items()}
+    return {
+        "adapter": str(name_or_path),
+        "format": int(metadata["moextend_format"]),
+        "base": part_of(config, "base_model", "base", config.text_config),
+        "encoder": part_of(config, "encoder", "encoder", config.encoder_config) if config.encoder_config else None,
+        **{name: getattr(config, name) for name in ROUTING},
+        "gate_threshold": config.gate_threshold if config.scope == "gate" else None,
+        **size_of(tensors),
+        "files": list(files),
+        "layers": [
+            {"layer": layer, "source_experts": sources, **size_of(under(tensors, f"layers.{layer}."))}
+            for layer, sources in config.extended_layers.items()
+        ],
+        "others": [
+            {"part": part, **size_of(held)} for part in ("gate", "projector") if (held := under(tensors, f"{part}."))
+        ],
+        "tensors": [
+            {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+            for name, tensor in sorted(tensors.items())
+        ],
+    }
+
+
+def read_config(name_or_path, metadata):
+    """The config in a header, as a `dict`."""
+    try:
+        return json.loads(metadata["config"])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name_or_path} is damaged: the config in its header is no JSON ({error}).") from error
+
+
+def part_of(config, role, word, own_config):
+    """Where base or encoder of an adapter lies, and of what kind it is."""
+    return {
+        "name_or_path": getattr(config, f"{role}_name_or_path"),
+        "subfolder": getattr(config, f"{word}_subfolder"),
+        "revision": config.base_model_revision if word == "base" else None,
+        "model_type": own_config.model_type if own_config is not None else None,
+    }
+
+
+def under(tensors, prefix):
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def size_of(tensors):
+    """num_tensors, num_parameters, num_bytes of name -> tensor."""
+    return {
+        "num_tensors": len(tensors),
+        "num_parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "num_bytes": sum(tensor.nbytes for tensor in tensors.values()),
+    }
+
+
+def read_headers(name_or_path, hub_kwargs):
+    """File name -> (header metadata, name -> tensor on the meta device) of every file of an adapter.
+
+    Of a repository on the Hub only the headers are fetched, unless the user is offline (then: from the cache).
+
+    Raises:
+        OSError, ValueError: see `inspect_adapter`.
+    """
+    local = Path(name_or_path).is_dir() or hub_kwargs.get("local_files_only") or constants.HF_HUB_OFFLINE
+    found = local_headers(name_or_path, hub_kwargs) if local else remote_headers(name_or_path, hub_kwargs)
+    for name, (metadata, _) in found.items():
+        check_format(f"{name_or_path}/{name}", metadata)
+    return found
+
+
+def local_headers(name_or_path, hub_kwargs):
+    found = {}
+    for path in map(Path, find_files(name_or_path, hub_kwargs)):
+        try:
+            with safe_open(path, framework="pt") as file:
+                parts = {key: file.get_slice(key) for key in file.keys()}
+                tensors = {key: nothing(part.get_dtype(), part.get_shape()) for key, part in parts.items()}
+                found[path.name] = file.metadata() or {}, tensors
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is damaged or truncated ({error}).") from error
+    return found
+
+
+def remote_headers(repo_id, hub_kwargs):
+    index = cached_file(repo_id, INDEX, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    api, found = HfApi(token=hub_kwargs.get("token")), {}
+    for name in [FILE] if index is None else shard_names(index):
+        place = "/".join(filter(None, (hub_kwargs.get("subfolder"), name)))
+        try:
+            header = api.parse_safetensors_file_metadata(repo_id, place, revision=hub_kwargs.get("revision"))
+        except SafetensorsParsingError as error:
+            raise ValueError(f"{repo_id}/{place} is damaged ({error}).") from error
+        tensors = {key: nothing(tensor.dtype, tensor.shape) for key, tensor in header.tensors.items()}
+        found[name] = header.metadata, tensors
+    return found
+
+
+def nothing(dtype, shape):
+    """A tensor of this dtype (safetensors' word) and shape, without data."""
+    if dtype not in DTYPES:
+        raise ValueError(f"An adapter holds tensors of {', '.join(DTYPES)}; this one has {dtype}: it is damaged.")
+    return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+
+
+def diff_adapters(one, other, **hub_kwargs):
+    """How two adapters differ, as a JSON-ready `dict`.
+
+    Keys: adapters (the two names), equal (nothing differs), config (rows entry, values), only_in (for each of the
+    two, tensors that the other lacks), shapes (rows name, values), tensors (rows of those in both: name, equal (bit by
+    bit), max_abs (largest |a - b|), relative (|a - b| / |a|, Euclidean)); `None` where a number is not finite.
+
+    Raises:
+        OSError: an adapter is not there.
+        ValueError: a damaged one.
+    """
+    pair = []
+    for name in (one, other):
+        values, tensors, metadata = read_adapter(name, **hub_kwargs)
+        check_tensors(tensors, tensors, metadata)  # against its own header: is the file whole?
+        pair.append((flat(values), tensors))
+    (config, tensors), (other_config, other_tensors) = pair
+    shared = sorted(tensors.keys() & other_tensors.keys())
+    same_shape = [name for name in shared if tensors[name].shape == other_tensors[name].shape]
+    entries = sorted(config.keys() | other_config.keys())
+    found = {
+        "config": [
+            {"entry": entry, "values": [config.get(entry), other_config.get(entry)]}
+            for entry in entries
+            if config.get(entry) != other_config.get(entry)
+        ],
+        "only_in": [sorted(tensors.keys() - other_tensors.keys()), sorted(other_tensors.keys() - tensors.keys())],
+        "shapes": [
+            {"name": name, "values": [list(tensors[name].shape), list(other_tensors[name].shape)]}
+            for name in shared
+            if name not in same_shape
+        ],
+        "tensors": [{"name": name, **distance(tensors[name], other_tensors[name])} for name in same_shape],
+    }
+    differ = found["config"] or any(found["only_in"]) or found["shapes"]
+    equal = not differ and all(row["equal"] for row in found["tensors"])
+    return {"adapters": [str(one), str(other)], "equal": equal, **found}
+
+
+def flat(values, prefix=""):
+    """Nested mappings as one, keys joined by dots."""
+    found = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
+
+
+def distance(one, other):
+    """equal, max_abs and relative of two tensors of one shape; see `diff_adapters`."""
+    equal = one.dtype == other.dtype and tensor_bytes(one) == tensor_bytes(other)
+    gap = one.double() - other.double()
+    largest, size, length = (value.item() for value in (gap.abs().max(), one.double().norm(), gap.norm()))
+    relative = length / size if size else (math.inf if length else 0.0)
+    return {"equal": equal, "max_abs": finite(largest), "relative": finite(relative)}
+
+
+def finite(value):
+    """`value`, or `None` where JSON has no number for it."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,178 @@
+"""The native form of an extended base: its own architecture with E + n experts a layer, no code of ours.
+
+It exists where the base's own router, given n more rows, chooses and weighs as `routing_moextend.route` does. Letters:
+E experts of the base, n new experts a layer.
+"""
+
+import json
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import save_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from .adapter_moextend import replace_file, write_text
+from .checkpoints import EXPERT, stored_parts
+from .families_moextend import CORRECTION, GROUPS, find_moe_layers
+from .routing_moextend import Rule
+
+NUMBER = {  # family -> config entry with its number of experts; measured by tests/test_export.py
+    "mixtral": "num_local_experts",
+    "olmoe": "num_experts",
+    "qwen2_moe": "num_experts",
+    "qwen3_moe": "num_experts",
+    "granitemoe": "num_local_experts",
+    "gpt_oss": "num_local_experts",
+    "deepseek_v3": "n_routed_experts",
+}
+
+
+def obstacles(config, base_config, model, checkpoint, tensors):
+    """What stands against a native form: condition -> what is the case. Empty where there is one.
+
+    Args:
+        config: the adapter's `MoExtendConfig`.
+        base_config, model, checkpoint: of the base; `model` is its `skeleton`.
+        tensors: the adapter's, name -> tensor.
+    """
+    numbers = sorted({len(sources) for sources in config.extended_layers.values()})
+    groups = [getattr(base_config, name) for name in GROUPS if getattr(base_config, name, None)]
+    missing = sorted(find_moe_layers(model.get_decoder()).keys() - config.extended_layers.keys())
+    rule, family = Rule(**config.routing_rule), base_config.model_type
+    rows = [  # condition, whether it fails, what is the case and what would have to be
+        ("family", family not in NUMBER, f"{family}; known are {', '.join(NUMBER)}"),
+        (
+            "groups",
+            groups not in ([], [1]),
+            f"the base first chooses among {groups} groups of experts; new experts stand outside of them",
+        ),
+        (
+            "weights",
+            rule.score == "softmax" and not rule.renormalise,
+            "the base does not renormalise its softmax over all experts (norm_topk_prob=False): new rows would change "
+            "the weights of tokens that select no new expert",
+        ),
+        ("layers", missing, f"MoE layers {missing} have no new experts; a native model has as many in each"),
+        ("number", len(numbers) > 1, f"layers have {numbers} new experts; a native model has as many in each"),
+        ("scope", config.scope != "all", f"{config.scope!r}; native experts are open to every token: 'all'"),
+        ("selection", config.selection != "compete", f"{config.selection!r}; a native router knows only 'compete'"),
+        ("calibration", config.calibration != "none", f"{config.calibration!r}; a native router knows only 'none'"),
+        (
+            "encoder",
+            config.encoder_config is not None,
+            "the adapter has one; the base's architecture has no place for it",
+        ),
+        (
+            "quantisation",
+            getattr(base_config, "quantization_config", None) is not None,
+            "the base is quantised; the new experts would have to be as well, which changes them",
+        ),
+    ]
+    found = {name: text for name, fails, text in rows if fails}
+    return found or wider_dtype(model, checkpoint, tensors)
+
+
+def wider_dtype(model, checkpoint, tensors):
+    """The condition "dtype": new tensors that the base's dtype does not hold exactly."""
+    for key, piece in pieces(model, checkpoint, tensors).items():
+        base_dtype = checkpoint.tensor(piece.like).dtype
+        if piece.rows is not None and torch.promote_types(piece.rows.dtype, base_dtype) != base_dtype:
+            text = (
+                f"new tensors are {piece.rows.dtype}, the base's {base_dtype}, which can't hold them exactly ({key})"
+            )
+            name = str(base_dtype).removeprefix("torch.")
+            return {"dtype": f"{text}; save the adapter with adapter_dtype={name!r} first"}
+    return {}
+
+
+def check_native(*arguments):
+    """Raises `ValueError` with all `obstacles`, each by the name of its condition."""
+    found = obstacles(*arguments)
+    if found:
+        lines = "\n  ".join(f"{name}: {text}" for name, text in found.items())
+        raise ValueError(
+            f"This adapter has no native form; nothing was written.\n  {lines}\nA standalone checkpoint (without "
+            "--native) holds any adapter."
+        )
+
+
+class Piece(NamedTuple):
+    """One tensor of a native checkpoint: what the base has under this key, then new rows.
+
+    like: key of the base's tensor; for a new expert's own key that of the last base expert.
+    rows: the adapter's [n, ...] or one new expert's; `None` where the base's tensor stays as it is.
+    grows: whether the rows go below the base's tensor, rather than stand alone.
+    """
+
+    like: str
+    rows: torch.Tensor | None = None
+    grows: bool = False
+
+    def tensor(self, checkpoint):
+        if self.rows is None:
+            return checkpoint.tensor(self.like)
+        base = checkpoint.tensor(self.like)
+        rows = self.rows.to(base.dtype)
+        return torch.cat([base, rows]) if self.grows else rows.contiguous()
+
+    def num_bytes(self, checkpoint):
+        base = checkpoint.tensor(self.like)
+        if self.rows is None:
+            return base.nbytes
+        return self.rows.numel() * base.itemsize + (base.nbytes if self.grows else 0)
+
+
+def pieces(model, checkpoint, tensors):
+    """The native checkpoint, tensor by tensor: key -> `Piece`, new experts right after the last base expert."""
+    found = {key: Piece(key) for key in checkpoint.place}
+    followers = {}
+    for key, rows, num_base in stored_rows(model, checkpoint, tensors):
+        if key in found:
+            found[key] = Piece(key, rows, grows=True)
+        else:
+            last = EXPERT.sub(str(num_base - 1), key)
+            followers.setdefault(last, {})[key] = Piece(last, rows)
+    return {name: piece for key in found for name, piece in ({key: found[key]} | followers.get(key, {})).items()}
+
+
+def stored_rows(model, checkpoint, tensors):
+    """(key, rows, E) of every tensor of an adapter, as the base's checkpoint would store it."""
+    layers = find_moe_layers(model.get_decoder())
+    names = {module: name for name, module in model.named_modules()}
+    for name, rows in tensors.items():
+        _, number, part, leaf = name.split(".", 3)
+        layer = layers[int(number)]
+        owner = layer.experts if part == "experts" else layer.router
+        parameter = f"{names[owner]}.{CORRECTION if leaf == 'correction_bias' else leaf}"
+        parts = {parameter: rows}
+        if parameter not in checkpoint.place:
+            parts = stored_parts(model, parameter, rows, layer.num_experts)
+        for key, value in parts.items():
+            yield key, value, layer.num_experts
+
+
+def write_native(folder, config, base_config, model, checkpoint, tensors, max_shard_size):
+    """Writes weights and config.json; of the weights, one file of at most `max_shard_size` is in memory at a time."""
+    plan = pieces(model, checkpoint, tensors)
+    split = split_state_dict_into_shards_factory(
+        {key: piece.num_bytes(checkpoint) for key, piece in plan.items()},
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for name, keys in split.filename_to_tensors.items():
+        write = partial(write_shard, {key: plan[key] for key in keys}, checkpoint)
+        replace_file(folder / name, write)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_text(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2))
+    num_base = next(iter(find_moe_layers(model.get_decoder()).values())).num_experts
+    num_new = len(next(iter(config.extended_layers.values())))
+    setattr(base_config, NUMBER[base_config.model_type], num_base + num_new)
+    write_text(folder / "config.json", base_config.to_json_string())
+
+
+def write_shard(pieces, checkpoint, path):
+    save_file({key: piece.tensor(checkpoint) for key, piece in pieces.items()}, path, {"format": "pt"})

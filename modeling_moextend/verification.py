@@ -1,0 +1,136 @@
+"""Whether an adapter is whole and does on its base what it promises."""
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+
+from .adapter_moextend import check_tensors, fingerprint, read_adapter, same_fingerprint
+from .configuration_moextend import MoExtendConfig
+from .loading_moextend import SHARED_HUB_KWARGS, auto_class_for, load_base, load_stored, place_of
+from .modeling_moextend import MoExtendForCausalLM
+
+PROMPT = "The"
+
+
+def verify_adapter(
+    name_or_path, *, base=None, encoder=None, prompt=PROMPT, max_new_tokens=20, dtype="auto", **hub_kwargs
+):
+    """Checks an adapter against its base, which is loaded whole; checks that a failed one makes void are left out.
+
+    | check | passes when |
+    |---|---|
+    | file | it can be read, and its tensors match the checksum in its header |
+    | finite | no new tensor holds NaN or infinity |
+    | base | the base's fingerprint is the adapter's |
+    | fit | names and shapes are what the base and the config ask for; the encoder's fingerprint too |
+    | off | logits with the adapter off are the base's, bit for bit |
+    | sample | a greedy answer to `prompt`: all logits of it are finite |
+
+    Args:
+        name_or_path: folder or Hub id.
+        base, encoder: folder or Hub id, if they lie elsewhere than the adapter says.
+        prompt: what the sample begins with; needs a tokenizer with the adapter or the base, else ids 1 to 8 are taken.
+        dtype: what base and encoder are loaded in.
+
+    Returns:
+        `dict`: adapter, ok (every check passed), checks (rows check, ok, detail), sample (texts with the adapter and
+        without it, or token ids; `None`: not reached).
+
+    Raises:
+        OSError: adapter, base or encoder can't be found.
+    """
+    home, sample = (name_or_path, hub_kwargs), None
+    try:
+        values, tensors, metadata = read_adapter(name_or_path, **hub_kwargs)
+        check_tensors(tensors, tensors, metadata)  # against its own header: is the file whole?
+        config = MoExtendConfig.from_dict(values)
+    except ValueError as error:
+        checks = [row("file", False, str(error))]
+    else:
+        shared = {key: hub_kwargs[key] for key in SHARED_HUB_KWARGS if key in hub_kwargs}
+        auto_class = auto_class_for(config.text_config, AutoModelForCausalLM)
+        kwargs = {"auto_class": auto_class, "dtype": dtype, **shared}
+        loaded = load_stored("base", base, config, load_base, home, **kwargs).eval()
+        tokenizer = find_tokenizer(home, place_of("base", base, config, home))
+        more, sample = base_checks(home, config, loaded, encoder, tokenizer, prompt, max_new_tokens)
+        checks = file_checks(tensors) + more
+    ok = all(check["ok"] for check in checks)
+    return {"adapter": str(name_or_path), "ok": ok, "checks": checks, "sample": sample}
+
+
+def row(check, ok, detail):
+    return {"check": check, "ok": bool(ok), "detail": detail}
+
+
+def file_checks(tensors):
+    """The checks that need no base."""
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    wild = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
+    detail = f"NaN or infinity in {', '.join(wild)}" if wild else "every value of every tensor"
+    return [row("file", True, f"{len(tensors)} tensors, {size:,} bytes"), row("finite", not wild, detail)]
+
+
+def base_checks(home, config, base, encoder, tokenizer, prompt, max_new_tokens):
+    """The checks on `base`, a loaded model, and the sample."""
+    same, detail = compare_base(config.base_fingerprint, base)
+    checks = [row("base", same, f"{base.config._name_or_path}: {detail}")]
+    ids = torch.arange(1, 9)[None] if tokenizer is None else tokenizer(prompt, return_tensors="pt")["input_ids"]
+    ids = ids.to(base.get_input_embeddings().weight.device)
+    before, (without, _) = logits_of(base, ids), answer(base, ids, max_new_tokens)
+    try:
+        model = MoExtendForCausalLM.from_pretrained(home[0], base=base, encoder=encoder, check_base=same, **home[1])
+    except ValueError as error:
+        return [*checks, row("fit", False, str(error))], None
+    layers = ", ".join(map(str, config.extended_layers)) or "none"
+    with model.disable_adapter():
+        equal = torch.equal(logits_of(model, ids), before)
+    with_adapter, healthy = answer(model, ids, max_new_tokens)
+    checks += [
+        row("fit", True, f"extended layers: {layers}"),
+        row(
+            "off", equal, f"{before.numel():,} logits with the adapter off {'are' if equal else 'are not'} the base's"
+        ),
+        row("sample", healthy, f"logits of {len(with_adapter)} new tokens are {'' if healthy else 'not all '}finite"),
+    ]
+    read = list if tokenizer is None else tokenizer.decode
+    given = ids[0].tolist() if tokenizer is None else prompt
+    return checks, {"prompt": given, "base": read(without), "adapter": read(with_adapter)}
+
+
+def compare_base(stored, base):
+    """Whether `base` is the one of a fingerprint, and what to say about it."""
+    if not stored:
+        return False, "the adapter has no base fingerprint, so nothing says that this is its base"
+    same = same_fingerprint(stored, fingerprint(base.get_decoder()))
+    return same, "the adapter's fingerprint" if same else "its weights do not match the adapter's base fingerprint"
+
+
+def find_tokenizer(home, base_place):
+    """The adapter's tokenizer, else its base's, or `None`; a place is (folder or Hub id, keywords for the Hub)."""
+    for name_or_path, hub_kwargs in (home, base_place):
+        known = cached_file(
+            name_or_path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs
+        )
+        if known is not None:
+            return AutoTokenizer.from_pretrained(name_or_path, **hub_kwargs)
+    return None
+
+
+@torch.no_grad()
+def logits_of(model, ids):
+    return model(input_ids=ids).logits
+
+
+@torch.no_grad()
+def answer(model, ids, max_new_tokens):
+    """A greedy answer: (new token ids, whether all logits on the way were finite)."""
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    healthy = all(bool(logits.isfinite().all()) for logits in output.logits)
+    return output.sequences[0, ids.shape[1] :].tolist(), healthy
