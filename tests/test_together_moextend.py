@@ -11,6 +11,7 @@ from test_sft_trainer import WORDS, config, make_tokenizer
 
 from modeling_moextend import MoExtendConfig, MoExtendForCausalLM
 from modeling_moextend.adapter_moextend import FILE, base_tensors_hash
+from modeling_moextend.export import merge
 from modeling_moextend.layers_moextend import find_moe_layers
 from modeling_moextend.sft_trainer import MoExtendSFTTrainer
 
@@ -283,6 +284,13 @@ def test_an_adapter_without_those_it_was_trained_on_is_refused_with_their_names(
     other.set_adapter("law")
     with torch.no_grad():
         assert torch.equal(other(**batch()).logits, alone(**batch()).logits)
+
+
+def test_an_adapter_that_stands_on_others_is_not_merged_alone(tmp_path):
+    saved(tmp_path)
+    with pytest.raises(ValueError, match="law was trained on top of 'default'"):
+        merge(tmp_path / "law", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_what_another_adapter_stands_on_is_not_deleted_below_it(stacked):
