@@ -53,7 +53,7 @@ def gate_a_layer(model):
 
     def fit_gate(gate, task, retention, **options):
         for layer in others:
-            extension = layers[layer].router.moextend
+            extension = layers[layer].router.moextend["default"]
             extension.gate = TokenGate(extension.weight.shape[-1], model.config.gate_hidden_size)
             fit(extension.gate, *inputs[layer], **options)
         return fit(gate, task, retention, **options)
@@ -75,7 +75,7 @@ def gated_lora(model):
 
 
 def add_lora(model, linear, hidden, output):
-    scope = model.routing.scope if model.routing.enabled else None
+    scope = model.routing.scopes.get("default") if model.routing.enabled else None
     if scope is None:
         return output
     return output + linear.moextend_lora(hidden) * scope.view(*hidden.shape[:2], 1)

@@ -43,20 +43,36 @@ def fingerprint(module):
     Quantised tensors are left out (NaN in their places). `None` where the weights are on the meta device.
     """
     owners = {name: owner for name, owner in owned_parameters(module) if owner[1].dim() >= 2}
-    names = sorted(owners)
+
+    def read(name):
+        owner, _, key = owners[name]
+        with materialised(owner):
+            return owner._parameters[key].detach()
+
+    return sampled(owners, read)
+
+
+def tensors_fingerprint(tensors):
+    """`fingerprint` of tensors by name: which adapter this is, whatever dtype it was saved in."""
+    return sampled(
+        [name for name, tensor in tensors.items() if tensor.dim() >= 2], lambda name: tensors[name].detach()
+    )
+
+
+def sampled(names, read):
+    """The values of a fingerprint; `read` gives the tensor of a name, all of them together having one place each."""
+    names = sorted(names)
     step = max(1, -(-len(names) // FINGERPRINT_SIZE))
     names = names[::step]
     values = torch.full((FINGERPRINT_SIZE,), torch.nan)
     for place, name in enumerate(names):
         slots = torch.arange(place, FINGERPRINT_SIZE, len(names))
-        owner, _, key = owners[name]
-        with materialised(owner):
-            tensor = owner._parameters[key].detach()
-            if tensor.is_meta:
-                return None
-            if is_plain(tensor):
-                spots = torch.linspace(0, tensor.numel() - 1, len(slots) + 2, dtype=torch.float64)[1:-1].long()
-                values[slots] = tensor.reshape(-1)[spots.to(tensor.device)].float().cpu()
+        tensor = read(name)
+        if tensor.is_meta:
+            return None
+        if is_plain(tensor):
+            spots = torch.linspace(0, tensor.numel() - 1, len(slots) + 2, dtype=torch.float64)[1:-1].long()
+            values[slots] = tensor.reshape(-1)[spots.to(tensor.device)].float().cpu()
     return base64.b64encode(values.numpy().tobytes()).decode()
 
 
@@ -103,14 +119,14 @@ def rounding(values):
 
 
 def base_tensors_hash(model):
-    """name -> sha256 of every base and encoder tensor of a MoExtend model (new tensors and the projector left out).
+    """name -> sha256 of every base and encoder tensor of a MoExtend model (new tensors and projectors left out).
 
     Where tensors are sharded, of this process's shards.
     """
     reshard(model)
-    hashes = {}
-    for part in ("base", "encoder"):
-        module = getattr(model, part, None)
+    encoders = {f"adapters.{name}.encoder": adapter.encoder for name, adapter in model.adapters.items()}
+    parts, hashes = {"base": model.base, **encoders}, {}
+    for part, module in parts.items():
         for prefix, owner in module.named_modules() if module is not None else ():
             if "moextend" in prefix.split("."):
                 continue

@@ -44,6 +44,7 @@ class MoExtendConfig(PreTrainedConfig):
             fewer tokens. Can be changed after training (`model.gate_threshold = ...`).
         routing_rule (`dict`, *optional*): entries of `routing_moextend.Rule`: how the base's routers work, found when
             the experts were attached. Adapters of version 0.1.0 have three of them; the rest is found anew.
+        trained_on (`list[dict]`): the adapters on top of which this one was trained, each as {"name", "fingerprint"}.
         base_subfolder, encoder_subfolder (`str`, *optional*): where base and encoder lie inside the adapter's own
             folder or repository, if they came along (a standalone checkpoint of `moextend merge`).
 
@@ -75,6 +76,7 @@ class MoExtendConfig(PreTrainedConfig):
         gate_hidden_size=64,
         gate_threshold=0.0,
         routing_rule=None,
+        trained_on=None,
         base_subfolder=None,
         encoder_subfolder=None,
         **kwargs,
@@ -95,6 +97,7 @@ class MoExtendConfig(PreTrainedConfig):
         self.calibration_hidden_size = calibration_hidden_size
         self.gate_hidden_size, self.gate_threshold = gate_hidden_size, gate_threshold
         self.routing_rule = routing_rule
+        self.trained_on = check_trained_on([] if trained_on is None else trained_on)
         self.base_subfolder = check_subfolder("base_subfolder", base_subfolder)
         self.encoder_subfolder = check_subfolder("encoder_subfolder", encoder_subfolder)
         kwargs.setdefault("tie_word_embeddings", False)  # the base ties its own weights; nothing here is tied
@@ -259,6 +262,27 @@ def check_routing_choices(config):
         raise ValueError(f"gate_hidden_size={config.gate_hidden_size} must be at least 1.")
     if config.scope == "modality" and config.encoder_name_or_path is None and config.encoder_config is None:
         raise ValueError("scope='modality' needs an encoder: without images no token would ever use a new expert.")
+
+
+def check_trained_on(entries):
+    """A copy of `trained_on`.
+
+    Raises:
+        ValueError: no list of {"name": str, "fingerprint": str or None}.
+    """
+    good = isinstance(entries, list) and all(
+        isinstance(entry, dict)
+        and set(entry) == {"name", "fingerprint"}
+        and isinstance(entry["name"], str)
+        and isinstance(entry["fingerprint"], str | None)
+        for entry in entries
+    )
+    if not good:
+        raise ValueError(
+            f'trained_on must be a list of {{"name": ..., "fingerprint": ...}}, one for each adapter that was below, '
+            f"not {entries!r}."
+        )
+    return [dict(entry) for entry in entries]
 
 
 def check_threshold(threshold):

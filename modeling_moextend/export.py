@@ -22,6 +22,7 @@ from .configuration_moextend import MoExtendConfig
 from .loading_moextend import SHARED_HUB_KWARGS, check_fingerprint, place_of
 from .modeling_moextend import MoExtendForCausalLM
 from .native import check_native, write_native
+from .together_moextend import check_below
 from .vision_moextend import load_encoder
 
 BASE, ENCODER = "base", "encoder"  # subfolders of a standalone checkpoint
@@ -40,6 +41,7 @@ def merge(
     encoder=None,
     native=False,
     check_base=True,
+    check_trained_on=True,
     max_shard_size="5GB",
     **hub_kwargs,
 ):
@@ -51,6 +53,7 @@ def merge(
         base, encoder: folder or Hub id, if they lie elsewhere than the adapter says.
         native: write the base's own architecture with E + n experts a layer instead of base beside adapter.
         check_base: `False` merges with another base than the adapter was made on.
+        check_trained_on: `False` merges an adapter without those that it was trained on top of.
         max_shard_size: of the files that are written anew; the base's own are copied as they are.
         **hub_kwargs: `revision`, `token`, `cache_dir`, ... of the adapter.
 
@@ -60,12 +63,15 @@ def merge(
     Raises:
         FileExistsError: something is at `output` already.
         OSError: adapter, base or encoder can't be found.
-        ValueError: a damaged adapter, another base, tensors that do not fit, or no native form: all that stands
-            against it is named.
+        ValueError: a damaged adapter, another base, one that was trained on top of other adapters, tensors that do
+            not fit, or no native form: all that stands against it is named.
     """
     with new_folder(output) as folder:
         values, tensors, metadata = read_adapter(adapter, **hub_kwargs)
         config = MoExtendConfig.from_dict(values)
+        if check_trained_on:
+            check_below(config, {}, adapter)
+        config.trained_on = []  # what is merged stands alone
         home, shared = (adapter, hub_kwargs), {key: hub_kwargs[key] for key in SHARED_HUB_KWARGS if key in hub_kwargs}
         path, inside = place_of("base", base, config, home)
         checkpoint = Checkpoint(path, **shared, **inside)

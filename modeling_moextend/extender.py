@@ -247,7 +247,7 @@ def measure_router_shift(
     with contextlib.ExitStack() as stack:
         args = quiet(args or probe_config(stack.enter_context(tempfile.TemporaryDirectory())))
         stack.enter_context(unchanged(model))
-        stack.enter_context(new_experts_off(layers))
+        stack.enter_context(new_experts_off(model))
         stack.enter_context(router_deltas(model, layers))
         trainer = trainer_class(
             model=model,
@@ -347,18 +347,11 @@ def router_tensors(layer):
                 yield module, name
 
 
-@contextlib.contextmanager
-def new_experts_off(layers):
+def new_experts_off(model):
     """Leaves the new experts of a MoExtend model out, and only them: `disable_adapter` would refuse images as well."""
-    extensions = [layer.router.moextend for layer in layers.values() if "moextend" in layer.router._modules]
-    numbers = [extension.num_new for extension in extensions]
-    for extension in extensions:
-        extension.num_new = 0  # a layer without new experts gives the base's own answer
-    try:
-        yield
-    finally:
-        for extension, number in zip(extensions, numbers, strict=True):
-            extension.num_new = number
+    if getattr(model.config, "model_type", None) != "moextend":
+        return contextlib.nullcontext()
+    return model.routing.using(groups=())
 
 
 @contextlib.contextmanager

@@ -2,9 +2,10 @@
 
 Letters: B rows, S tokens of this pass, L tokens in the cache after it, T = B * S, H hidden size, D gate size.
 
-One gate serves all extended layers. It reads the router input of the lowest one, which no new expert has touched: what
-it sees is the base's own computation, so it can be trained once, on hidden states computed once, and no later training
-moves what it decides about the base's text.
+One gate serves all extended layers of its adapter. It reads the router input of the lowest one, which no new expert of
+that adapter has touched: what it sees is the base's own computation, so it can be trained once, on hidden states
+computed once, and no later training moves what it decides about the base's text. New experts of other active adapters
+below that layer are seen: they are part of what the adapter stands on.
 """
 
 import torch
@@ -63,14 +64,17 @@ class GatedPass:
         starts: [B, S] place in this pass at which each token's sequence starts, -1: before this pass.
         cached: [B, up to past, 2 D] sums after every token in the cache; `None`: no pass with the gate before.
         past_length: number of tokens in the cache; default: those of `cached`. Tokens that the cache took in without
-            the gate (adapter off) count for nothing.
+            the gate (its adapter off, or not active) count for nothing.
+        rows: [B] bool, rows of the batch that the gate's adapter serves; `None`: all of them.
 
     Attributes:
+        allowed: [B, S] bool, tokens that the gate may let through.
         sums: [B, L, 2 D] float32, the state of the cache after this pass; `None` until the gate has run.
     """
 
-    def __init__(self, is_real, starts, cached=None, past_length=None):
+    def __init__(self, is_real, starts, cached=None, past_length=None, rows=None):
         self.is_real, self.starts, self.cached, self.sums = is_real, starts, cached, None
+        self.allowed = is_real if rows is None else is_real & rows.to(is_real.device).unsqueeze(1)
         known = 0 if cached is None else cached.shape[1]
         self.past_length = known if past_length is None else past_length
         self.packed = bool((starts >= 0).any())

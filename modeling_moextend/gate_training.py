@@ -60,7 +60,7 @@ def gate_inputs(model, batches):
     device, seen, sequences, training = input_device(model.base), [], [], model.training
 
     def keep(module, args):
-        seen.append((args[0].detach(), module.moextend.state.gated))
+        seen.append((args[0].detach(), model.routing.gated[model.lead]))
         raise StopPass
 
     handle = router.register_forward_pre_hook(keep)
@@ -223,7 +223,7 @@ def train_gate(trainer):
             model.gate,
             task,
             retention,
-            prefix=shared_prefix(task, model.config.image_token_id),
+            prefix=shared_prefix(task, model.image_token_id),
             steps=args.gate_steps,
             learning_rate=args.gate_learning_rate,
             task_weight=args.gate_task_weight,

@@ -11,7 +11,19 @@ from .vision_moextend import expand_images, select_images
 
 
 class ImageGenerationMixin(GenerationMixin):
-    """transformers' `generate` for prompts that hold image tokens."""
+    """transformers' `generate` for prompts that hold image tokens, and for prompts of several adapters."""
+
+    def generate(self, inputs=None, *args, adapter_names=None, **kwargs):
+        """As in transformers. `adapter_names`: an adapter for each prompt, whatever is active; "__base__": none.
+
+        Raises:
+            ValueError: an unknown name, another number of them than of prompts, adapters that are off.
+        """
+        prompts = next(
+            (x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), [0]
+        )
+        with self.serving(adapter_names, len(prompts)):
+            return super().generate(inputs, *args, **kwargs)
 
     def _supports_default_dynamic_cache(self):
         return self.base._supports_default_dynamic_cache()
@@ -34,16 +46,17 @@ class ImageGenerationMixin(GenerationMixin):
         inputs = self.base.prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, pixel_values=pixel_values, **kwargs
         )
-        if inputs.get("input_ids") is None or self.encoder is None:
+        if inputs.get("input_ids") is None or self.eyes is None:
             return inputs
+        config = self.eyes.config
         if inputs.get("pixel_values") is not None:
             cut = input_ids.shape[1] - inputs["input_ids"].shape[1]
             inputs["pixel_values"] = select_images(
-                pixel_values, input_ids, cut, self.config.image_token_id, self.config.num_image_tokens
+                pixel_values, input_ids, cut, config.image_token_id, config.num_image_tokens
             )
         elif not kwargs.get("is_first_iteration"):
             # An assistant gets the image tokens of the prompt, but generate hands it no images: it drafts without.
-            is_image = inputs["input_ids"] == self.config.image_token_id
+            is_image = inputs["input_ids"] == config.image_token_id
             inputs["input_ids"] = inputs["input_ids"].masked_fill(is_image, 0)
         return inputs
 
@@ -52,9 +65,10 @@ class ImageGenerationMixin(GenerationMixin):
         if self.encoder is None:  # a multimodal base knows its own images
             return self.base._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
         pixel_values = model_kwargs.pop("pixel_values", None)
-        if pixel_values is not None and expand_size > 1:
+        if pixel_values is not None and expand_size > 1 and self.eyes is not None:
+            config = self.eyes.config
             pixel_values = expand_images(
-                pixel_values, input_ids, expand_size, self.config.image_token_id, self.config.num_image_tokens
+                pixel_values, input_ids, expand_size, config.image_token_id, config.num_image_tokens
             )
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
@@ -71,19 +85,19 @@ class ImageGenerationMixin(GenerationMixin):
         """
         if self.has_image_tokens(kwargs.get("encoder_input_ids")):
             head = self.get_output_embeddings().weight.shape[0]
-            past_head = not 0 <= self.config.image_token_id < head
+            past_head = not 0 <= self.eyes.config.image_token_id < head
             check_processors(generation_config, kwargs.get("negative_prompt_ids"), past_head)
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
-        return processors if self.encoder is None else WithImageColumn(self.config.image_token_id, processors)
+        return processors if self.eyes is None else WithImageColumn(self.eyes.config.image_token_id, processors)
 
     def _get_candidate_generator(self, *args, **kwargs):
         """The usual one, which never proposes an image token."""
         generator = super()._get_candidate_generator(*args, **kwargs)
-        if self.encoder is None:
+        if self.eyes is None:
             return generator
         if isinstance(generator, PromptLookupCandidateGenerator):
             generator.logits_processor = None  # it would look up the score of an image token; proposals are verified
-        generator.get_candidates = partial(text_candidates, generator.get_candidates, self.config.image_token_id)
+        generator.get_candidates = partial(text_candidates, generator.get_candidates, self.eyes.config.image_token_id)
         return generator
 
 

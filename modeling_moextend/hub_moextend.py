@@ -104,23 +104,26 @@ def published_files(folder):
     return sorted(names)
 
 
-def push(model, repo_id, *, processor=None, adapter_dtype=None, max_shard_size="50GB", **kwargs):
+def push(model, repo_id, *, adapter_name=None, processor=None, adapter_dtype=None, max_shard_size="50GB", **kwargs):
     """What `push_to_hub` does: saves the adapter to a temporary folder and uploads it as one commit.
 
     Args:
         processor: tokenizer or `MoExtendProcessor` that goes along.
-        adapter_dtype, max_shard_size: as in `save_pretrained`.
+        adapter_name, adapter_dtype, max_shard_size: as in `save_pretrained`.
         **kwargs: see `upload`.
 
     Raises:
         ValueError: the base or the encoder is not on the Hub.
     """
-    check_published(model.config)
+    adapter_name = model.named(adapter_name)
+    config = model.adapters[adapter_name].config
+    check_published(config)
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, adapter_dtype=adapter_dtype, max_shard_size=max_shard_size)
+        options = {"adapter_dtype": adapter_dtype, "max_shard_size": max_shard_size}
+        model.save_pretrained(folder, adapter_name=adapter_name, **options)
         if processor is not None:
             processor.save_pretrained(folder)
-        return upload(Path(folder), repo_id, model.config, **kwargs)
+        return upload(Path(folder), repo_id, config, **kwargs)
 
 
 def upload(

@@ -3,12 +3,11 @@
 Letters: T tokens, E base experts, N new experts of a layer, K experts a token selects, H hidden size.
 
 A base's router and experts modules keep their parameters, their names and their place; only their class is swapped for
-a subclass that asks one child module, `moextend`, what the new tensors add. Wrapping them instead would change every
-state-dict key and hide the router from transformers' output recorder. Detaching swaps the classes back.
+a subclass that asks one child module, `moextend`, what the new tensors add: it holds, by adapter name, the rows or the
+experts of every adapter that extends the layer. Wrapping them instead would change every state-dict key and hide the
+router from transformers' output recorder. Detaching swaps the classes back.
 """
 
-import contextlib
-import threading
 from functools import cache
 
 import torch
@@ -28,166 +27,174 @@ from .gate_moextend import TokenGate
 from .routing_moextend import INPUTS, SCORES, Calibration, RoutingRecord, cap, left_to_shared, route, sharing
 
 
-class PassState(threading.local):
-    """What the forward passes of one thread tell every MoE layer; each thread has values of its own.
+class Additions(nn.ModuleDict):
+    """What adapters add to one router or experts module: adapter name -> its new rows or its new experts."""
 
-    Attributes:
-        enabled: whether new experts take part; `None`: as `RoutingState.switched_on` says.
-        scope: [T] bool, tokens that may use new experts; `None` for every token.
-        gated: with `scope="gate"`, the `GatedPass` from which the gate makes `scope`.
-        records: filled with a `RoutingRecord` a layer while someone listens.
-    """
-
-    enabled = None
-    scope = None
-    gated = None
-    records = None
-
-
-class RoutingState:
-    """One object a model, shared by its MoE layers: the switch for all threads, and the pass of each thread."""
-
-    def __init__(self, switched_on=True):
-        self.switched_on, self.now = switched_on, PassState()
-
-    def __reduce__(self):
-        return RoutingState, (self.switched_on,)  # a pass under way is not copied or pickled along
-
-    @property
-    def enabled(self):
-        return self.switched_on if self.now.enabled is None else self.now.enabled
-
-    @property
-    def scope(self):
-        return self.now.scope
-
-    @property
-    def gated(self):
-        return self.now.gated
-
-    @property
-    def records(self):
-        return self.now.records
-
-    @contextlib.contextmanager
-    def using(self, **values):
-        """Sets attributes of this thread's `PassState` for the length of a `with` block."""
-        before = [(name, getattr(self.now, name)) for name in values]
-        for name, value in values.items():  # one by one: torch.compile can't trace `__dict__.update`
-            setattr(self.now, name, value)
-        try:
-            yield
-        finally:
-            for name, value in before:
-                setattr(self.now, name, value)
-
-    def checkpoint_contexts(self, other=None):
-        """`context_fn` of `torch.utils.checkpoint`: the recomputation in backward sees what its forward saw.
-
-        Without it a layer recomputed after the forward pass would route every token as if in scope. `other` is a
-        `context_fn` to run inside this one. The values are set in the thread that recomputes.
-        """
-        forward, recompute = other() if other else (contextlib.nullcontext(), contextlib.nullcontext())
-        seen = {"enabled": self.enabled, "scope": self.scope, "gated": self.gated, "records": None}
-
-        @contextlib.contextmanager
-        def replay():
-            with self.using(**seen), recompute:
-                yield
-
-        return forward, replay()
-
-
-class RouterExtension(nn.Module):
-    """New router rows [N, H] of one layer; bias, correction bias, scale [N] and calibration where there are any.
-
-    With N = 0 it only records what the base's router decides, so that every MoE layer is heard. With `scope="gate"`
-    the lowest extended layer also holds the `TokenGate` that decides for itself and every layer above.
-    """
-
-    def __init__(self, layer, num_base, rule, state, config):
+    def __init__(self, num_base, state):
         super().__init__()
-        self.layer, self.num_base, self.rule, self.state = layer, num_base, rule, state
-        self.num_new = 0
-        self.config = config
+        self.num_base, self.state = num_base, state
+
+    def spans(self):
+        """Adapter name -> (first, stop): the indices that its new experts have in this pass, from E on."""
+        spans, first = {}, self.num_base
+        for name in self.state.names:
+            if name in self:
+                spans[name] = first, first + self[name].num_new
+                first += self[name].num_new
+        return spans
+
+
+class NewRows(nn.Module):
+    """New router rows [N, H] of one adapter in one layer, with bias, correction bias, scale [N] and calibration where
+    there are any. With `scope="gate"` the adapter's lowest layer also holds the `TokenGate` that decides for them all.
+    """
+
+    def __init__(self, num_new, config):
+        super().__init__()
+        self.num_new, self.config = num_new, config
         self.weight = self.bias = self.calibration = self.gate = None
         self.register_buffer("correction_bias", None)
         self.register_buffer("scale", None)
+
+    def forward(self, inputs, rule):
+        """What rows are multiplied with, [T, H] -> logits [T, N] in float32."""
+        return cap(F.linear(inputs.to(self.weight.dtype), self.weight, self.bias).float(), rule)
+
+
+class RouterExtension(Additions):
+    """What adapters add to one router. Without any it only records what the base's router decides, so that every MoE
+    layer is heard."""
+
+    def __init__(self, layer, num_base, rule, state):
+        super().__init__(num_base, state)
+        self.layer, self.rule = layer, rule
 
     def forward(self, router, hidden_states, answer, given=None):
         """The base router's answer (logits [T, E], weights [T, K], index [T, K]), extended by the new rows.
 
         `given`: what the router got beside hidden states; in some families the correction bias [E].
         """
-        logits, margins = None, None
-        if self.num_new and self.state.enabled:
-            if self.gate is not None and self.state.gated is not None:
-                margins = self.decide(hidden_states)
-            if self.in_use():
-                logits, weights, index, *rest = self.extend(router, hidden_states.flatten(0, -2), answer, given)
-                told = logits if self.rule.answers == "logits" else SCORES[self.rule.score](logits)
-                answer = told, weights, index, *rest
+        logits, names = None, list(self.spans())
+        gates = [name for name in names if self[name].gate is not None and name in self.state.gated]
+        margins = {name: self.decide(name, hidden_states) for name in gates}
+        used = [name for name in names if self.in_use(name)]
+        if used:
+            logits, weights, index, *rest = self.extend(router, hidden_states.flatten(0, -2), answer, used, given)
+            told = logits if self.rule.answers == "logits" else SCORES[self.rule.score](logits)
+            answer = told, weights, index, *rest
         if self.state.records is not None:
             if logits is None:  # the logarithm of a softmax has the same softmax
                 logits = answer[0] if self.rule.answers == "logits" else answer[0].log()
-            num_new = logits.shape[-1] - self.num_base
-            record = RoutingRecord(logits, answer[2], self.scope(logits.device), self.num_base, num_new, margins)
+            num_new, scope = logits.shape[-1] - self.num_base, self.scope(names or self.state.names, logits)
+            record = RoutingRecord(logits, answer[2], scope, self.num_base, num_new, margins)
             self.state.records[self.layer] = record
         return answer
 
-    def decide(self, hidden_states):
-        """Lets the gate set the scope of this pass; returns its margins [T]."""
-        gated = self.state.gated
-        margins = self.gate(hidden_states.reshape(*gated.is_real.shape, -1), gated)
-        in_scope = (margins > self.config.gate_threshold) & gated.is_real.to(margins.device)
-        self.state.now.scope = in_scope.detach().reshape(-1)
+    def decide(self, name, hidden_states):
+        """Lets an adapter's gate set its scope of this pass; returns the gate's margins [T]."""
+        gated = self.state.gated[name]
+        margins = self[name].gate(hidden_states.reshape(*gated.is_real.shape, -1), gated)
+        in_scope = (margins > self[name].config.gate_threshold) & gated.allowed.to(margins.device)
+        self.state.now.scopes = {**self.state.scopes, name: in_scope.detach().reshape(-1)}
         return margins.reshape(-1)
 
-    def in_use(self):
-        """False where no token is in scope and nobody needs a gradient or the new logits: the base's answer stands."""
-        if self.state.scope is None:
-            return self.config.scope != "gate"  # a gate that was not asked lets no token through
+    def in_use(self, name):
+        """False where no token is in scope and nobody needs a gradient or the new logits: as if not loaded."""
+        scope = self.state.scopes.get(name)
+        if scope is None:
+            return self[name].config.scope != "gate"  # a gate that was not asked lets no token through
         if self.state.records is not None or torch.is_grad_enabled():
             return True
-        return bool(self.state.scope.any())
+        return bool(scope.any())
 
-    def scope(self, device):
-        """[T] bool on `device`, or `None`."""
-        return None if self.state.scope is None else self.state.scope.to(device)
+    def scope(self, names, like):
+        """[T] bool: tokens in the scope of at least one of `names`; `None`: every token of `like` [T, ...]."""
+        scopes = [self.state.scopes.get(name) for name in names]
+        if not scopes or any(scope is None for scope in scopes):
+            return None
+        return torch.stack([scope.to(like.device) for scope in scopes]).any(dim=0)
 
-    def logits(self, router, hidden_states, told):
-        """The base's logits [T, E] and new ones [T, N] of hidden states [T, H]; `told`: what the router answers."""
-        rule, inputs = self.rule, INPUTS[self.rule.inputs](router, hidden_states)
-        new_logits = cap(F.linear(inputs.to(self.weight.dtype), self.weight, self.bias).float(), rule)
-        if rule.answers == "logits":
-            return told, new_logits
-        rows = router.get_submodule(rule.rows.rpartition(".")[0])  # scores do not say how far apart new logits are
-        return rows(inputs), new_logits
+    def logits(self, router, hidden_states, told, names):
+        """The base's logits [T, E] of hidden states [T, H], and those of the adapters `names`, name -> [T, N]; `told`:
+        what the router answers."""
+        inputs = INPUTS[self.rule.inputs](router, hidden_states)
+        new = {name: self[name](inputs, self.rule) for name in names}
+        if self.rule.answers == "logits":
+            return told, new
+        rows = router.get_submodule(self.rule.rows.rpartition(".")[0])  # scores do not say how far apart logits are
+        return rows(inputs), new
 
-    def extend(self, router, hidden_states, answer, given):
-        """`route` for hidden states [T, H], with what this router keeps of every expert."""
-        rule = self.rule
-        base_logits, new_logits = self.logits(router, hidden_states, answer[0])
-        correction = expert_scale = None
-        if self.correction_bias is not None:
-            own = given if ":" in rule.correction else tensor_at(router, rule.correction)
-            correction = torch.cat([own.detach().reshape(-1), self.correction_bias])
-        if self.scale is not None:
-            expert_scale = torch.cat([tensor_at(router, rule.expert_scale), self.scale])
-        if rule.shared:
-            rule = sharing(rule, base_logits, answer)
-        extended = route(
-            (base_logits, *answer[1:3]),
-            new_logits,
+    def extend(self, router, hidden_states, answer, used, given):
+        """`answer`, extended by the rows of this pass's adapters; only experts of the adapters `used` are chosen."""
+        base_logits, new = self.logits(router, hidden_states, answer[0], self.spans())
+        rule = sharing(self.rule, base_logits, answer) if self.rule.shared else self.rule
+        weights, index = answer[1:3]
+        kept = {"correction_bias": None, "scale": None}  # what there is one of for every expert of the base
+        if self.rule.correction:
+            kept["correction_bias"] = given if ":" in self.rule.correction else tensor_at(router, self.rule.correction)
+        if self.rule.expert_scale:
+            kept["scale"] = tensor_at(router, self.rule.expert_scale)
+        for group in self.state.groups:
+            names = [name for name in new if name in group and name in used]
+            if not names:
+                continue
+            found = self.share((base_logits, *answer[1:3]), new, names, rule, kept)
+            mine = self.scope(names, weights) if len(self.state.groups) > 1 else None
+            if mine is not None:  # other tokens are another group's
+                found = [torch.where(mine.unsqueeze(-1), *pair) for pair in zip(found, (weights, index), strict=True)]
+            weights, index = found
+        logits, rest = torch.cat([base_logits.float(), *new.values()], dim=-1), answer[3:]
+        return logits, weights, index, *([left_to_shared(answer, weights)] if rule.shared else rest)
+
+    def share(self, answer, new, names, rule, kept):
+        """Weights and index [T, K] where the adapters `names` share tokens.
+
+        Adapters of which no token selects an expert are left out and the others asked again, so that a batch which
+        does not use an adapter is computed as if that were not loaded, to the last bit.
+        """
+        weights, index = self.choose(answer, new, names, rule, kept)
+        while len(names) > 1:
+            spans = self.spans()
+            hits = torch.stack([((index >= spans[name][0]) & (index < spans[name][1])).any() for name in names])
+            left_out = [name for name, hit in zip(names, hits.tolist(), strict=True) if not hit]
+            names = [name for name in names if name not in left_out]
+            if not left_out or not names:
+                break
+            weights, index = self.choose(answer, new, names, rule, kept)
+            weights = zero_tie(weights, own_parameters(self[name] for name in left_out))
+        return weights, index
+
+    def choose(self, answer, new, names, rule, kept):
+        """Weights and index [T, K] by the routing rule over base rows and those of `names`."""
+        of_all = {
+            part: None
+            if own is None
+            else torch.cat([own.detach().reshape(-1), *(getattr(self[n], part) for n in names)])
+            for part, own in kept.items()
+        }
+        scopes, lead = [self.scope([name], answer[0]) for name in names], self[names[0]]
+        _, weights, index = route(
+            answer,
+            torch.cat([new[name] for name in names], dim=-1),
             rule,
-            selection=self.config.selection,
-            calibrate=self.config.calibration,
-            calibration=self.calibration,
-            correction=correction,
-            scope=self.scope(answer[0].device),
-            expert_scale=expert_scale,
+            selection=lead.config.selection,  # adapters that share tokens select alike; only one alone calibrates
+            calibrate=lead.config.calibration,
+            calibration=lead.calibration,
+            correction=of_all["correction_bias"],
+            scope=scopes[0] if len(names) == 1 else scopes,
+            expert_scale=of_all["scale"],
+            sizes=[self[name].num_new for name in names],
         )
-        return (*extended, left_to_shared(answer, extended[1])) if self.rule.shared else extended
+        return weights, self.placed(index, names)
+
+    def placed(self, index, names):
+        """`index`, whose new experts are counted over `names` alone, counted over all adapters of this pass."""
+        spans = self.spans()
+        if list(spans) == names:
+            return index
+        places = torch.cat([torch.arange(*spans[name]) for name in names]).to(index.device)
+        is_new = index >= self.num_base
+        return torch.where(is_new, places[(index - self.num_base).clamp(min=0)], index)
 
 
 class ExtendedRouter:
@@ -203,17 +210,25 @@ class ExtendedExperts:
 
     def forward(self, hidden_states, index, weights):
         """[T, H], [T, K], [T, K] -> [T, H]. Where no token selects a new expert, this is the base's own call."""
-        num_base = self.num_experts
-        new_pairs = (index >= num_base).reshape(-1).nonzero().squeeze(-1)
-        if len(new_pairs) == 0:
-            return zero_tie(super().forward(hidden_states, index, weights), self.moextend.parameters(recurse=False))
-        base_pairs = ((index >= 0) & (index < num_base)).reshape(-1).nonzero().squeeze(-1)
-        pairs = hidden_states.new_zeros(index.numel(), hidden_states.shape[-1])
-        for experts, chosen, first in ((super().forward, base_pairs, 0), (self.moextend, new_pairs, num_base)):
+        num_base, spans = self.num_experts, self.moextend.spans()
+        if not bool((index >= num_base).any()):
+            return zero_tie(super().forward(hidden_states, index, weights), own_parameters(self.moextend.values()))
+        pairs, idle = hidden_states.new_zeros(index.numel(), hidden_states.shape[-1]), set(self.moextend) - set(spans)
+        parts = [(super().forward, (0, num_base)), *((self.moextend[name], span) for name, span in spans.items())]
+        for experts, (first, stop) in parts:
+            chosen = ((index >= first) & (index < stop)).reshape(-1).nonzero().squeeze(-1)
             if len(chosen):
                 output = run_pairs(experts, hidden_states, index, weights, chosen, first)
                 pairs = pairs.index_copy(0, chosen, output.to(pairs.dtype))
+            elif isinstance(experts, nn.Module):
+                pairs = zero_tie(pairs, own_parameters([experts]))
+        pairs = zero_tie(pairs, own_parameters(self.moextend[name] for name in idle))
         return pairs.view(*index.shape, -1).sum(dim=1)
+
+
+def own_parameters(modules):
+    """Parameters of the modules themselves: what they share with the base's is left out."""
+    return [parameter for module in modules for parameter in module.parameters(recurse=False)]
 
 
 def run_pairs(experts, hidden_states, index, weights, chosen, first):
@@ -272,45 +287,51 @@ def input_device(base):
     return torch.device(embedding.weight.device if device is None else device)
 
 
-def attach(decoder, config, state, rule):
-    """Swaps the classes of every MoE layer of `decoder`; layers without new experts are only listened to."""
+def attach(decoder, state, rule):
+    """Swaps the classes of every MoE router of `decoder` that has its own yet; layers without new experts are only
+    listened to."""
     for index, layer in find_moe_layers(decoder).items():
-        swap_class(layer.router, extended_class(ExtendedRouter, type(layer.router)))
-        layer.router.moextend = RouterExtension(index, layer.num_experts, rule, state, config)
+        if "moextend" not in layer.router._modules:
+            swap_class(layer.router, extended_class(ExtendedRouter, type(layer.router)))
+            layer.router.moextend = RouterExtension(index, layer.num_experts, rule, state)
 
 
-def add_experts(layer, sources, config):
-    """Adds new experts to one attached layer: copies of `sources`, one each.
+def add_experts(layer, name, sources, config):
+    """Adds new experts of the adapter `name` to one attached layer: copies of `sources`, one each.
 
     Raises:
-        ValueError: the layer has new experts already.
+        ValueError: the adapter has new experts in the layer already.
     """
     extension = layer.router.moextend
-    if extension.num_new:
+    if name in extension:
         raise ValueError(f"Layer {extension.layer} has new experts already; a layer is extended once.")
-    for part, values in start_values(layer, sources, config, extension.rule).items():
-        if part == "experts":
-            experts = sibling(layer.experts, values, num_experts=len(sources))
-        elif part == "calibration":
-            extension.calibration = values
-        else:
-            fixed = config.selection == "exclusive" and len(sources) == 1  # its weight is the base's sum: no gradient
-            for name, value in values.items():
-                if name in ("correction_bias", "scale"):
-                    setattr(extension, name, value)
-                else:
-                    setattr(extension, name, nn.Parameter(value, requires_grad=not fixed))
-    extension.num_new = len(sources)
-    swap_class(layer.experts, extended_class(ExtendedExperts, type(layer.experts)))
-    layer.experts.moextend = experts
+    values, rows = start_values(layer, sources, config, extension.rule), NewRows(len(sources), config)
+    rows.calibration = values.get("calibration")
+    fixed = config.selection == "exclusive" and len(sources) == 1  # its weight is the base's sum: no gradient
+    for part, value in values["router"].items():
+        is_buffer = part in rows._buffers
+        setattr(rows, part, value if is_buffer else nn.Parameter(value, requires_grad=not fixed))
+    experts = sibling(layer.experts, values["experts"], num_experts=len(sources), num_new=len(sources))
+    if "moextend" not in layer.experts._modules:
+        swap_class(layer.experts, extended_class(ExtendedExperts, type(layer.experts)))
+        layer.experts.moextend = Additions(layer.num_experts, extension.state)
+    extension[name], layer.experts.moextend[name] = rows, experts
 
 
-def add_gate(layers, config):
-    """Puts a closed `TokenGate` into the lowest extended layer, unless it is there."""
-    extension = layers[min(config.extended_layers)].router.moextend
-    if extension.gate is None:
-        hidden_size = extension.weight.shape[-1]
-        extension.gate = TokenGate(hidden_size, config.gate_hidden_size, device=extension.weight.device)
+def remove_experts(layer, name):
+    """Takes the new experts of the adapter `name` out of one layer again, if it has any there."""
+    if name in layer.router.moextend:
+        del layer.router.moextend[name], layer.experts.moextend[name]
+        if not len(layer.experts.moextend):
+            del layer.experts._modules["moextend"]
+            swap_class(layer.experts, plain_class(layer.experts))
+
+
+def add_gate(layers, name, config):
+    """Puts a closed `TokenGate` into the adapter's lowest extended layer, unless it is there."""
+    rows = layers[min(config.extended_layers)].router.moextend[name]
+    if rows.gate is None:
+        rows.gate = TokenGate(rows.weight.shape[-1], config.gate_hidden_size, device=rows.weight.device)
 
 
 def start_values(layer, sources, config, rule):

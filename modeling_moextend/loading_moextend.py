@@ -45,16 +45,47 @@ def load_new_parts(base, encoder, plan, auto_class, options):
     """
     base = load_base(base, auto_class, **options) if not isinstance(base, PreTrainedModel) else base
     check_causal_lm(base, auto_class)
-    if encoder is not None and is_multimodal(base.config):
+    check_layout(base)
+    check_plan(find_moe_layers(base.get_decoder()), plan)
+    return base, load_new_encoder(encoder, base, options)
+
+
+def load_new_encoder(encoder, base, options=None):
+    """The vision tower of `encoder`, a model or where it lies, beside `base`; `None` for `None`."""
+    if encoder is None:
+        return None
+    if is_multimodal(base.config):
         raise ValueError(
             f"{type(base).__name__} has an image encoder of its own: leave out encoder=..., and give images as the "
             "base takes them."
         )
-    check_layout(base)
-    check_plan(find_moe_layers(base.get_decoder()), plan)
-    if encoder is not None and not isinstance(encoder, PreTrainedModel):
+    if not isinstance(encoder, PreTrainedModel):
+        options = {"dtype": base.dtype} if options is None else options
         encoder = load_encoder(encoder, **{key: options[key] for key in ENCODER_KWARGS if key in options})
-    return base, None if encoder is None else vision_tower(encoder).to(input_device(base))
+    return vision_tower(encoder).to(input_device(base))
+
+
+def load_stored_encoder(model, stored, encoder, check_base, home):
+    """The encoder of a stored adapter that is loaded beside others; one of theirs, where it is the same.
+
+    `home`: (folder or Hub id, keywords for the Hub) of the adapter: see `within`.
+
+    Raises:
+        OSError, ValueError: not found; of another kind; not the one the adapter was made on.
+    """
+    if stored.encoder_config is None:
+        return None
+    for adapter in model.adapters.values() if encoder is None and stored.encoder_fingerprint else ():
+        known = adapter.config.encoder_fingerprint
+        if adapter.encoder is not None and known and same_fingerprint(known, stored.encoder_fingerprint):
+            return adapter.encoder
+    if not isinstance(encoder, PreTrainedModel):
+        options = {key: home[1][key] for key in SHARED_HUB_KWARGS if key in home[1]}
+        encoder = load_stored("encoder", encoder, stored, load_encoder, home, dtype=model.base.dtype, **options)
+    encoder = vision_tower(encoder).to(input_device(model.base))
+    if check_base:
+        check_fingerprint("encoder", stored.encoder_fingerprint, encoder)
+    return encoder
 
 
 def load_parts(stored, base, encoder, auto_class, check_base, options, home=None):
@@ -104,8 +135,18 @@ def base_rule(layers, config):
     plan = config.extended_layers
     found = find_rule(min(plan), layers[min(plan)]) if plan else first_rule(layers)
     check_rule(layers, plan, found)
-    stored = config.routing_rule
-    rule = found if stored is None else Rule(**{**found._asdict(), **stored})  # older adapters store less
+    rule = agreed_rule(config, found)
+    config.routing_rule = rule._asdict()
+    return rule
+
+
+def agreed_rule(config, found):
+    """The rule of an adapter's `config`, which has to be `found`, the base's own.
+
+    Raises:
+        ValueError: names both.
+    """
+    rule = Rule(**{**found._asdict(), **(config.routing_rule or {})})  # older adapters store less
     if not same_rule(rule, found):
         raise ValueError(
             f"The adapter was made on a base that routes by {rule}, but this one routes by {found}. Pass base=<the "
@@ -116,7 +157,6 @@ def base_rule(layers, config):
             f"calibration={config.calibration!r} has no meaning for a base that weighs its experts by SparseMixer: "
             "it mends shares of a softmax over all of them. Use calibration='none'."
         )
-    config.routing_rule = rule._asdict()
     return rule
 
 
@@ -348,11 +388,11 @@ def check_same_kind(config, other, name, check_base):
         raise ValueError(f"The adapter {name} does not belong to this model; nothing was loaded.\n  {lines}")
 
 
-def check_fingerprint(role, stored, module):
+def check_fingerprint(role, stored, module, advice=None):
     """Refuses a base or encoder that is not the one the adapter was made on."""
     found = fingerprint(module) if stored else None
     if found is not None and not same_fingerprint(stored, found):
         raise ValueError(
             f"This is a different {role} than the adapter was made on: its weights do not match the adapter's "
-            f"{role} fingerprint. Pass {role}=<the right one>; check_base=False loads it all the same."
+            f"{role} fingerprint. {advice or f'Pass {role}=<the right one>'}; check_base=False loads it all the same."
         )

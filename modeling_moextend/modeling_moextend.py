@@ -31,12 +31,15 @@ class MoExtendModel(MoExtendPreTrainedModel):
         use_cache=None,
         pixel_values=None,
         output_router_logits=None,
+        adapter_names=None,
         **kwargs,
     ):
         """See `MoExtendForCausalLM.forward`."""
         kwargs |= {"attention_mask": attention_mask, "use_cache": use_cache}
         with self.record_routing(bool(output_router_logits)) as records:
-            outputs = self.run_base(input_ids, position_ids, past_key_values, inputs_embeds, pixel_values, **kwargs)
+            outputs = self.run_base(
+                input_ids, position_ids, past_key_values, inputs_embeds, pixel_values, adapter_names, **kwargs
+            )
         return MoeModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
@@ -51,8 +54,8 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
 
     auto_base_class = AutoModelForCausalLM
 
-    def __init__(self, config, base=None, encoder=None):
-        super().__init__(config, base, encoder)
+    def __init__(self, config, base=None, encoder=None, **kwargs):
+        super().__init__(config, base, encoder, **kwargs)
         self.generation_config = copy.deepcopy(self.base.generation_config)
 
     @property
@@ -62,14 +65,10 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
         if body is None:
             body = MoExtendModel.__new__(MoExtendModel)
             PreTrainedModel.__init__(body, self.config)
-            body.base, body.encoder, body.projector, body.routing = (
-                self.get_decoder(),
-                self.encoder,
-                self.projector,
-                self.routing,
-            )
+            body.base, body.adapters, body.routing = self.get_decoder(), self.adapters, self.routing
             body.training = self.training
             self.__dict__["_body"] = body  # not a child: its tensors are already this model's
+        body.config = self.config  # which changes with the active adapters
         return body
 
     @can_return_tuple
@@ -85,6 +84,7 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
         pixel_values=None,
         output_router_logits=None,
         logits_to_keep=0,
+        adapter_names=None,
         **kwargs,
     ):
         """Runs the base with its new experts.
@@ -97,16 +97,18 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
             pixel_values: [images in the batch, 3, h, w], in reading order.
             output_router_logits: also return every MoE layer's logits [B * S, E + N] and the load-balancing loss,
                 added to the loss with `router_aux_loss_coef`.
+            adapter_names: [B], an adapter for each row of the batch, whatever is active; "__base__": none.
 
         Returns:
             `MoeCausalLMOutputWithPast`.
 
         Raises:
-            ValueError: numbers of image tokens and features differ; images while the adapter is off or no encoder.
+            ValueError: numbers of image tokens and features differ; images while the adapter is off or no encoder;
+                `adapter_names` of another length, or unknown ones.
         """
         kwargs |= {"attention_mask": attention_mask, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
         if labels is not None:
-            kwargs["labels"] = labels.masked_fill(labels == self.config.image_token_id, -100)
+            kwargs["labels"] = labels.masked_fill(labels == self.image_token_id, -100)
         if output_router_logits is None:
             output_router_logits = getattr(self.config.get_text_config(), "output_router_logits", False)
         with self.record_routing(bool(output_router_logits)) as records:
@@ -116,12 +118,14 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
                 past_key_values,
                 inputs_embeds,
                 pixel_values,
+                adapter_names,
                 output_router_logits=False,  # the base's own loss expects layers of one width
                 **kwargs,
             )
         loss, aux_loss = outputs.loss, None
         if records and self.router_aux_loss_coef:
-            aux_loss = self.balance_loss(records, attention_mask)
+            with self.serving(adapter_names, None):
+                aux_loss = self.balance_loss(records, attention_mask)
             loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device) if loss is not None else None
         return MoeCausalLMOutputWithPast(
             loss=loss,

@@ -5,31 +5,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 
-from .adapter_moextend import (
-    copy_file,
-    gather,
-    put_tensors,
-    read_adapter,
-    reshard,
-    stored_dtype,
-    write_adapter,
-    write_text,
-)
+from .adapter_moextend import copy_file, gather, put_tensors, read_adapter, write_adapter, write_text
 from .configuration_moextend import MoExtendConfig, normalise_plan, routing_choices
+from .families_moextend import find_moe_layers
 from .hub_moextend import PUSH_KWARGS, check_published, check_save_kwargs, push, upload
-from .layers_moextend import (
-    RoutingState,
-    add_experts,
-    add_gate,
-    attach,
-    detach,
-    find_moe_layers,
-    input_device,
-    zero_tie,
-)
+from .layers_moextend import add_experts, add_gate, detach, zero_tie
 from .layouts_moextend import check_pass
 from .loading_moextend import (
     HUB_KWARGS,
@@ -48,10 +32,12 @@ from .loading_moextend import (
     undone_on_error,
 )
 from .routing_moextend import Rule, balance_loss
-from .scope_moextend import remember, seen_tokens, token_scope
+from .scope_moextend import Pass, remember, seen_tokens, token_scopes
 from .selfcheck_moextend import self_checked
-from .switch_moextend import AdapterSwitch
-from .vision_moextend import Projector, encode_images, merge_images, projector_tied
+from .state_moextend import RoutingState
+from .switch_moextend import DEFAULT, AdapterSwitch
+from .together_moextend import check_below, check_image_rows, check_new_name, check_one_selection
+from .vision_moextend import encode_images, merge_images, projector_tied
 
 # What generate and set_attn_implementation ask; not _can_compile_fullgraph: new experts run on gathered tokens.
 BASE_FLAGS = ("_is_stateful", "_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn")
@@ -67,33 +53,20 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     auto_base_class = None  # AutoModelForCausalLM or AutoModel: what a stored base is loaded with
 
-    def __init__(self, config, base=None, encoder=None):
+    def __init__(self, config, base=None, encoder=None, adapter_name=DEFAULT):
         """`base` and `encoder` are loaded models; without them, random ones are made from the config."""
         super().__init__(config)
         self.base = base if base is not None else random_base(config.text_config, self.auto_base_class)
         if encoder is None and config.encoder_config is not None:
             encoder = AutoModel.from_config(config.encoder_config)
-        self.encoder, self.projector = encoder, None
-        self.routing = RoutingState()
+        self.adapters, self.routing = nn.ModuleDict(), RoutingState()
         # Names, not parameters: held here, each process would keep the whole of what FSDP2 shards.
         self.base_trainable = [name for name, parameter in self.base.named_parameters() if parameter.requires_grad]
-        layers = find_moe_layers(self.get_decoder())
-        rule = base_rule(layers, config)
+        rule = base_rule(find_moe_layers(self.get_decoder()), config)
         self.base.requires_grad_(False)
-        with self_checked(layers, config.extended_layers, rule, self.routing):
-            attach(self.get_decoder(), config, self.routing, rule)
-            for layer, sources in config.extended_layers.items():
-                add_experts(layers[layer], sources, config)
-        if config.scope == "gate" and config.extended_layers:
-            add_gate(layers, config)
-        if encoder is not None:
-            encoder.requires_grad_(False)
-            self.projector = Projector(
-                config.encoder_config.hidden_size,
-                config.get_text_config().hidden_size,
-                config.projector_hidden_act,
-                device=input_device(self.base),
-            )
+        check_new_name(adapter_name, self)
+        self.put_on(adapter_name, config, encoder, rule)
+        self.switch_to([adapter_name])
         self.post_init()
         # Not the encoder's: FSDP would gather its layers where the batch has images, and wait for the other processes.
         self._no_split_modules = set(self.base._no_split_modules or [])
@@ -106,41 +79,61 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
 
     # ------------------------------------------------------------ the pass
 
-    def run_base(self, input_ids, position_ids, past_key_values, inputs_embeds, pixel_values, **kwargs):
-        """Embeds images, marks the tokens in scope, runs the base. Arguments and outputs are the base's."""
+    def run_base(
+        self, input_ids, position_ids, past_key_values, inputs_embeds, pixel_values, adapter_names=None, **kwargs
+    ):
+        """Embeds images, marks the tokens in scope, runs the base. Arguments and outputs are the base's.
+
+        `adapter_names`: an adapter a row, see `MoExtendForCausalLM.forward`.
+        """
         check_pass(self)
-        past_length = seen_tokens(past_key_values)
-        scope = state = None
-        if self.routing.enabled and self.config.extended_layers:
-            mask = kwargs.get("attention_mask")
-            place = position_ids, mask, past_key_values, past_length
-            scope, state = token_scope(self.config, input_ids, *place, inputs_embeds)
-        if self.encoder is None and is_multimodal(self.base.config):
-            kwargs["pixel_values"], pixel_values = pixel_values, None  # seen by the base's own eyes
-        if pixel_values is not None or self.has_image_tokens(input_ids):
-            inputs_embeds, input_ids = self.embed_images(input_ids, inputs_embeds, pixel_values), None
-        elif inputs_embeds is not None and self.projector is not None:
-            inputs_embeds = zero_tie(inputs_embeds, self.projector.parameters())
-        if inputs_embeds is not None:
-            kwargs["inputs_embeds"] = inputs_embeds
-        passing = {"scope": None if scope is None else scope.reshape(-1)}
-        passing["gated"] = state if self.config.scope == "gate" else None
-        with self.routing.using(**passing), projector_tied(self.get_input_embeddings(), self.projector):
-            outputs = self.base(
-                input_ids=input_ids, position_ids=position_ids, past_key_values=past_key_values, **kwargs
-            )
+        tokens = inputs_embeds if input_ids is None else input_ids
+        with self.serving(adapter_names, None if tokens is None else len(tokens)):
+            past_length = seen_tokens(past_key_values)
+            place = position_ids, kwargs.get("attention_mask"), past_key_values, past_length
+            scopes, gated, state = self.token_scopes(input_ids, inputs_embeds, *place)
+            projector = self.projector
+            if self.eyes is None and is_multimodal(self.base.config):
+                kwargs["pixel_values"], pixel_values = pixel_values, None  # seen by the base's own eyes
+            if pixel_values is not None or self.has_image_tokens(input_ids):
+                inputs_embeds, input_ids = self.embed_images(input_ids, inputs_embeds, pixel_values), None
+            elif inputs_embeds is not None and projector is not None:
+                inputs_embeds = zero_tie(inputs_embeds, projector.parameters())
+            if inputs_embeds is not None:
+                kwargs["inputs_embeds"] = inputs_embeds
+            passing = self.routing.using(scopes=scopes, gated=gated)
+            with passing, projector_tied(self.get_input_embeddings(), projector):
+                outputs = self.base(
+                    input_ids=input_ids, position_ids=position_ids, past_key_values=past_key_values, **kwargs
+                )
         remember(getattr(outputs, "past_key_values", None), state)
         return outputs
 
+    def token_scopes(self, input_ids, inputs_embeds, *place):
+        """`scope_moextend.token_scopes` of the adapters that take part in this pass."""
+        configs = {name: adapter.config for name, adapter in self.adapters.items()}
+        extending = {name: config.scope for name, config in configs.items() if config.extended_layers}
+        if not self.routing.enabled or not extending:
+            return {}, {}, {}
+        rows = self.routing.rows_of(self.routing.names, input_ids if inputs_embeds is None else inputs_embeds)
+        image_token_id = None if self.eyes is None else self.eyes.config.image_token_id
+        scopes = {name: scope for name, scope in extending.items() if name in self.routing.names}
+        now = Pass(input_ids, inputs_embeds, image_token_id, *place, rows)
+        return token_scopes(scopes, "modality" in extending.values(), now)
+
     def has_image_tokens(self, input_ids):
-        if self.encoder is None or input_ids is None:
+        if self.eyes is None or input_ids is None:
             return False
-        return bool((input_ids == self.config.image_token_id).any())
+        return bool((input_ids == self.eyes.config.image_token_id).any())
 
     def embed_images(self, input_ids, inputs_embeds, pixel_values):
         """[B, S, H]: token embeddings with image features in place of image tokens."""
-        if self.encoder is None:
-            raise ValueError("pixel_values was given, but this model has no encoder. Extend the base with encoder=...")
+        eyes = self.eyes
+        if eyes is None:
+            raise ValueError(
+                "pixel_values was given, but this model has no encoder, or its active adapters have none. Extend the "
+                "base with encoder=..., or set_adapter(<one that has an encoder>)."
+            )
         if not self.routing.enabled:
             raise ValueError(
                 "Images were given while the adapter is off: the base alone can't see. Leave out pixel_values and the "
@@ -150,13 +143,12 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
             raise ValueError(
                 "Give images with input_ids, not with inputs_embeds: features go where image tokens stand."
             )
-        features = None
+        check_image_rows(self, input_ids)
+        features, config = None, eyes.config
         if pixel_values is not None:
-            config = self.config
-            features = encode_images(
-                self.encoder, self.projector, pixel_values, config.encoder_select_layer, config.encoder_select_feature
-            )
-        return merge_images(input_ids, self.get_input_embeddings(), self.config.image_token_id, features)
+            selected = config.encoder_select_layer, config.encoder_select_feature
+            features = encode_images(eyes.encoder, eyes.projector, pixel_values, *selected)
+        return merge_images(input_ids, self.get_input_embeddings(), config.image_token_id, features)
 
     @contextlib.contextmanager
     def record_routing(self, wanted=True):
@@ -169,13 +161,20 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
             yield records
 
     def balance_loss(self, records, attention_mask=None):
-        """Load-balancing loss (scalar) of recorded routing; see `routing_moextend.balance_loss`."""
+        """Load-balancing loss (scalar) of recorded routing; see `routing_moextend.balance_loss`.
+
+        The new experts of all adapters of the pass count together.
+
+        Raises:
+            ValueError: adapters of different selection were recorded (`adapter_names`).
+        """
+        selection = check_one_selection(self)
         if attention_mask is not None and attention_mask.dim() != 2:
             attention_mask = None
         if attention_mask is not None and records:
             width = len(next(iter(records.values())).logits) // len(attention_mask)
             attention_mask = attention_mask[:, -width:]  # a cache's part of the mask has no tokens in this pass
-        return balance_loss(records, Rule(**self.config.routing_rule), self.config.selection, attention_mask)
+        return balance_loss(records, Rule(**self.config.routing_rule), selection, attention_mask)
 
     @property
     def router_aux_loss_coef(self):
@@ -205,6 +204,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
         calibration_hidden_size=16,
         gate_hidden_size=64,
         gate_threshold=0.0,
+        adapter_name=DEFAULT,
         **kwargs,
     ):
         """Attaches new experts, and eyes, to a pretrained MoE causal LM.
@@ -221,6 +221,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
             encoder: CLIP or SigLIP vision checkpoint or model; `None` for text only.
             image_token_id: stands for image features in `input_ids`; default: the first id past the embedding. With a
                 processor: `processor.image_token_id`.
+            adapter_name: what the adapter is called in this model, where more are to come.
             **kwargs: to the base's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
 
         Raises:
@@ -249,10 +250,12 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
             **choices,
         )
         with undone_on_error(base, encoder):
-            return cls(config, base=base, encoder=encoder)
+            return cls(config, base=base, encoder=encoder, adapter_name=adapter_name)
 
     def extend(self, plan):
         """Adds new experts in place, {decoder layer: [source experts]}, and keeps the projector: stage finetune.
+
+        With several adapters, to the one that trains (`lead`).
 
         Raises:
             ValueError: a layer that is no MoE layer or has new experts already, a source out of range, an empty plan.
@@ -271,118 +274,64 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
                 "can't be added. Name all layers at once, or begin anew with from_base(...)."
             )
         check_rule(layers, plan, rule := Rule(**self.config.routing_rule))
-        with self_checked(layers, plan, rule, self.routing):
+        with self_checked(layers, plan, rule, self.routing, self.lead):
             for layer, sources in plan.items():
-                add_experts(layers[layer], sources, self.config)
+                add_experts(layers[layer], self.lead, sources, self.config)
         self.config.extended_layers = normalise_plan({**self.config.extended_layers, **plan})
         if self.config.scope == "gate":
-            add_gate(layers, self.config)
+            add_gate(layers, self.lead, self.config)
 
     def detach(self):
-        """Takes the adapter off and returns the base, bit for bit what it was."""
+        """Takes all adapters off and returns the base, bit for bit what it was."""
         detach(self.get_decoder())
         for name in self.base_trainable:
             self.base.get_parameter(name).requires_grad_(True)
         return self.base
 
-    # ------------------------------------------------------------ the new tensors
-
-    def adapter_tensors(self):
-        """Every new tensor by role, in file order: what is saved, counted, frozen and trained is chosen from these."""
-        reshard(self)
-        tensors = {}
-        layers = find_moe_layers(self.get_decoder())
-        for layer in self.config.extended_layers:
-            router, experts, *_ = layers[layer]
-            for part, module in (("experts", experts.moextend), ("router", router.moextend)):
-                own = {**module._parameters, **module._buffers}
-                tensors |= {f"layers.{layer}.{part}.{name}": own[name] for name in own if own[name] is not None}
-            if router.moextend.calibration is not None:
-                calibration = router.moextend.calibration.named_parameters()
-                tensors |= {f"layers.{layer}.calibration.{name}": tensor for name, tensor in calibration}
-        if self.gate is not None:
-            tensors |= {f"gate.{name}": tensor for name, tensor in self.gate.named_parameters()}
-        if self.projector is not None:
-            tensors |= {f"projector.{name}": tensor for name, tensor in self.projector.named_parameters()}
-        return tensors
-
-    def set_trainable(self, stage="finetune", train_projector=None):
-        """Freezes and unfreezes for a stage, and returns what trains (name -> parameter), in float32.
-
-        One bf16 AdamW step at 2e-5 would leave most weights as they were. With exclusive selection a layer's only new
-        expert has a fixed weight, so its row has no gradient and stays frozen.
-
-        Raises:
-            ValueError: a stage with nothing to train.
-        """
-        if stage not in ("align", "finetune"):
-            raise ValueError(f"stage={stage!r} is not known; allowed: 'align', 'finetune'.")
-        with_projector = stage == "align" or (True if train_projector is None else train_projector)
-        trained = {}
-        for name, tensor in self.adapter_tensors().items():
-            chosen = with_projector if name.startswith("projector.") else stage == "finetune" and self.learns(name)
-            tensor.requires_grad_(chosen)
-            if chosen:
-                tensor.data = tensor.data.float()
-                trained[name] = tensor
-        if not trained:
-            raise ValueError(
-                f"stage={stage!r} has nothing to train: align needs an encoder (from_base(..., encoder=...)), "
-                "finetune needs new experts (extended_layers, or model.extend(plan))."
-            )
-        return trained
-
-    def learns(self, name):
-        """Whether stage finetune moves this tensor: one that a gradient reaches. The gate is trained before it."""
-        if name.endswith((".correction_bias", ".router.scale")) or name.startswith("gate."):
-            return False
-        only_one = name.startswith("layers.") and len(self.config.extended_layers[int(name.split(".")[1])]) == 1
-        return not (".router." in name and only_one and self.config.selection == "exclusive")
-
-    def adapter_bytes(self, dtype=None):
-        """Bytes of the adapter's tensors in `dtype` (default: the base's)."""
-        dtype = dtype or self.base.dtype
-        tensors = self.adapter_tensors().items()
-        return sum(tensor.numel() * stored_dtype(name, dtype).itemsize for name, tensor in tensors)
-
-    def print_trainable_parameters(self):
-        """Trainable and all parameters, in PEFT's words."""
-        trainable, total = self.num_parameters(only_trainable=True), self.num_parameters()
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
-
     # ------------------------------------------------------------ saving and loading
 
     def save_pretrained(
-        self, save_directory, *, adapter_dtype=None, max_shard_size="50GB", push_to_hub=False, **kwargs
+        self,
+        save_directory,
+        *,
+        adapter_name=None,
+        adapter_dtype=None,
+        max_shard_size="50GB",
+        push_to_hub=False,
+        **kwargs,
     ):
-        """Writes the adapter: config.json, moextend_adapter.safetensors, the shipped code. Never a base tensor.
+        """Writes one adapter: config.json, moextend_adapter.safetensors, the shipped code. Never a base tensor.
 
         Where parameters are sharded (FSDP2), every process calls this, with `is_main_process` true on one of them.
 
         Args:
+            adapter_name: which one; default: the one that trains, or the only active one.
             adapter_dtype: dtype or its name for the new tensors in the file; default: the base's.
             max_shard_size: above it the file is split, with the usual index.
             push_to_hub, **kwargs: as in transformers (`repo_id`, `token`, `private`, `commit_message`, ...); its
                 `state_dict`, `safe_serialization` and the like change nothing: see `hub_moextend.IGNORED_KWARGS`.
 
         Raises:
-            ValueError: the folder is the base's or the encoder's, which would lose its config.json.
+            ValueError: the folder is the base's or the encoder's, which would lose its config.json; no name where
+                several adapters are active.
             TypeError: an unknown argument.
         """
         folder, writes = Path(save_directory), kwargs.pop("is_main_process", True)
         check_save_kwargs(kwargs)
-        check_folder(folder, self.config)
+        adapter_name = self.named(adapter_name)
+        config = self.adapters[adapter_name].config
+        check_folder(folder, config)
         if push_to_hub:
-            check_published(self.config)
+            check_published(config)
         dtype = getattr(torch, adapter_dtype) if isinstance(adapter_dtype, str) else adapter_dtype or self.base.dtype
-        tensors = gather(self.adapter_tensors(), dtype, keep=writes)
+        tensors = gather(self.adapter_tensors(adapter_name), dtype, keep=writes)
         if not writes:
             return
         folder.mkdir(parents=True, exist_ok=True)
         for source in Path(__file__).parent.glob("*_moextend.py"):
             if not (folder / source.name).exists() or not source.samefile(folder / source.name):
                 copy_file(source, folder / source.name)
-        config = self.config.published()
+        config = config.published()
         write_adapter(folder, tensors, config, max_shard_size)
         write_text(folder / "config.json", config.to_json_string(use_diff=False))
         if push_to_hub:
@@ -402,6 +351,8 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
         base=None,
         encoder=None,
         check_base=True,
+        check_trained_on=True,
+        adapter_name=DEFAULT,
         **kwargs,
     ):
         """Loads base and encoder (from safetensors) and puts the adapter on top.
@@ -410,15 +361,20 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
             pretrained_model_name_or_path: the adapter's folder or Hub id.
             base, encoder: where they lie, if elsewhere than the config says; or loaded models.
             check_base: `False` loads onto another base than the adapter was made on (its fingerprint differs).
+            check_trained_on: `False` loads an adapter without those that it was trained on top of.
+            adapter_name: what the adapter is called in this model, where more are to come.
             **kwargs: to the base's `from_pretrained`.
 
         Raises:
             OSError: no adapter there, or the base or encoder can't be found.
-            ValueError: a damaged file, missing, unexpected or misshapen tensors (all named), or another base.
+            ValueError: a damaged file, missing, unexpected or misshapen tensors (all named), another base, or an
+                adapter that was trained on top of others.
         """
         hub = {key: value for key in HUB_KWARGS if (value := kwargs.pop(key, None)) is not None}
         values, tensors, metadata = read_adapter(pretrained_model_name_or_path, **hub)
         stored = cls.config_class.from_dict(values)  # the header's config wins over config.json
+        if check_trained_on:
+            check_below(stored, {}, pretrained_model_name_or_path)
         options = {key: value for key, value in kwargs.items() if key not in UNLOADED}
         options |= {key: hub[key] for key in SHARED_HUB_KWARGS if key in hub}
         for name in ("attn_implementation", "experts_implementation"):  # AutoModel has moved these into the config
@@ -429,10 +385,9 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
         base, encoder = load_parts(stored, base, encoder, cls.auto_base_class, check_base, options, home)
         stored.name_or_path = str(pretrained_model_name_or_path)
         with undone_on_error(base, encoder):
-            model = cls(stored, base=base, encoder=encoder)
+            model = cls(stored, base=base, encoder=encoder, adapter_name=adapter_name)
             put_tensors(model.adapter_tensors(), tensors, metadata, base_dtype=base.dtype)
-        for name, tensor in model.adapter_tensors().items():
-            tensor.requires_grad_(name.startswith("projector.") or model.learns(name))
+        model.ask_gradients(adapter_name)
         if kwargs.get("output_loading_info"):  # what is missing, unexpected or misshapen was refused
             return model.eval(), {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         return model.eval()
@@ -445,9 +400,10 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
                 another base or encoder.
         """
         values, tensors, metadata = read_adapter(name_or_path, **hub_kwargs)
-        check_same_kind(self.config, self.config_class.from_dict(values), name_or_path, check_base)
+        config = self.adapters[self.named()].config
+        check_same_kind(config, self.config_class.from_dict(values), name_or_path, check_base)
         put_tensors(self.adapter_tensors(), tensors, metadata)
-        self.config.gate_threshold = values.get("gate_threshold", self.config.gate_threshold)
+        config.gate_threshold = values.get("gate_threshold", config.gate_threshold)
 
     # ------------------------------------------------------------ what transformers asks of a model
 
@@ -470,13 +426,6 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
 
     def resize_token_embeddings(self, *args, **kwargs):
         raise ValueError("The base's vocabulary stays as it is; the image token's id may lie past the embedding.")
-
-    def train(self, mode=True):
-        """The frozen encoder stays in evaluation mode."""
-        super().train(mode)
-        if self.encoder is not None:
-            self.encoder.eval()
-        return self
 
     def enable_input_require_grads(self):
         """Nothing: transformers calls this for reentrant checkpointing; it would bring back backward work below the

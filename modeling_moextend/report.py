@@ -74,7 +74,7 @@ def evaluate_adapter(
     results = {
         "scope": getattr(config, "scope", None),
         "gate_threshold": model.gate_threshold if getattr(config, "scope", None) == "gate" else None,
-        "new_experts": {int(k): len(v) for k, v in getattr(config, "extended_layers", {}).items()},
+        "new_experts": new_experts(model),
         "retention": base_retention(rows),
         "bit_equal": sum(row["bit_equal"] for row in rows) / len(rows),
         **evaluate_questions(model, tokenizer, questions, base, metric, **ask),
@@ -90,6 +90,15 @@ def evaluate_adapter(
 
     results["threshold_curve"] = threshold_curve(model, measure, thresholds, progress=progress) if thresholds else []
     return results
+
+
+def new_experts(model):
+    """{layer: N} of all active adapters together; `{}` of a plain model."""
+    active = (
+        [model.adapters[name].config.extended_layers for name in model.active_adapters()] if is_moextend(model) else []
+    )
+    layers = sorted({layer for plan in active for layer in plan})
+    return {layer: sum(len(plan.get(layer, ())) for plan in active) for layer in layers}
 
 
 def check_switched_on(model):

@@ -95,7 +95,7 @@ def first_token(tokenizer):
 
 def drawn_image_token(model):
     """The image token's id where the base could draw it, `None` elsewhere: text has no images."""
-    image, vocab_size = model.config.image_token_id, model.config.get_text_config().vocab_size
+    image, vocab_size = model.image_token_id, model.config.get_text_config().vocab_size
     return image if model.encoder is not None and 0 <= image < vocab_size else None
 
 
@@ -104,7 +104,7 @@ def start_of(kind, tokenizer, model, generator):
     if kind == "chat":
         return chat_start(tokenizer)
     first = first_token(tokenizer)
-    special = {*tokenizer.all_special_ids, model.config.image_token_id}
+    special = {*tokenizer.all_special_ids, model.image_token_id}
     words = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
     number = 0 if kind == "document" else int(kind[0])
     drawn = words[torch.randint(len(words), (number,), generator=generator)].tolist()

@@ -77,8 +77,8 @@ class RoutingRecord(NamedTuple):
     """What one MoE layer decided in one forward pass.
 
     logits [T, E + N] (base columns first), index [T, K] of the selected experts (`UNUSED` where a slot is empty),
-    scope [T] bool (`None`: every token), num_base E, num_new N, gate [T] the routing margins of `scope="gate"` in the
-    layer that decides for all (`None` elsewhere).
+    scope [T] bool: tokens in the scope of at least one adapter (`None`: every token), num_base E, num_new N of all
+    adapters of the pass, margins: adapter name -> [T] routing margins of its gate, in the layer that decides for all.
     """
 
     logits: torch.Tensor
@@ -86,7 +86,12 @@ class RoutingRecord(NamedTuple):
     scope: torch.Tensor | None
     num_base: int
     num_new: int
-    gate: torch.Tensor | None = None
+    margins: dict = {}
+
+    @property
+    def gate(self):
+        """[T] routing margins of the one gate that decides in this layer; `None` where there is none, or several."""
+        return next(iter(self.margins.values())) if len(self.margins) == 1 else None
 
 
 class Calibration(nn.Module):
@@ -175,30 +180,41 @@ def route(
     correction=None,
     scope=None,
     expert_scale=None,
+    sizes=(),
 ):
-    """Extends a base router's answer by the new rows.
+    """Extends a base router's answer by the new rows of one adapter, or of several that share tokens.
 
     Candidates are the base's own K winners and the N new experts: whatever limited the base's choice (groups,
     correction bias) stays in force, and the top K of these are the top K of all. New rows stand outside the base's
     groups: a copy of an expert whose group a token did not choose can still win.
 
+    With several adapters each row is a candidate for the tokens in its own adapter's scope. Once it is clear of which
+    adapters a token selects an expert, its weights are made as if no others were there.
+
     Args:
         base_answer: (logits [T, E], weights [T, K], index [T, K]) as the base's router gives them.
         new_logits: [T, N].
         selection: `"compete"` or `"exclusive"`.
-        calibrate: `"all"`, `"routed"` or `"none"`.
+        calibrate: `"all"`, `"routed"` or `"none"`; several adapters take only the last.
         calibration: a `Calibration`, unless `calibrate` is `"none"`.
         correction: [E + N] correction bias of the families that have one.
-        scope: [T] bool, tokens that may use new experts; `None` for every token.
+        scope: [T] bool, tokens that may use new experts; `None` for every token. With several adapters a list.
         expert_scale: [E + N] factor on an expert's weight, in the families that have one.
+        sizes: with several adapters, how many of the N rows belong to each, in order.
 
     Returns:
         (logits [T, E + N], weights [T, K], index [T, K]); new experts are E ... E + N - 1.
     """
     base_logits, base_weights, base_index = base_answer
     logits = torch.cat([base_logits.to(new_logits.dtype), new_logits], dim=-1)
-    choose = exclusive if selection == "exclusive" else compete
-    weights, index = choose(logits, base_answer, rule, calibration, correction, expert_scale)
+    choose, closed = exclusive if selection == "exclusive" else compete, None
+    if len(sizes) > 1:
+        every = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        scopes = torch.stack([every if one is None else one for one in scope], dim=-1)  # [T, adapters]
+        owner = torch.arange(len(sizes), device=logits.device).repeat_interleave(torch.tensor(sizes).to(logits.device))
+        _, index = choose(logits, base_answer, rule, None, correction, None, ~scopes[:, owner])
+        closed, scope = ~selected_owners(index, base_logits.shape[-1], owner)[:, owner], scopes.any(dim=-1)
+    weights, index = choose(logits, base_answer, rule, calibration, correction, expert_scale, closed)
     # A token is changed where it selects a new expert; calibration="all" reweights every token in scope.
     changed = (index >= base_logits.shape[-1]).any(dim=-1)
     if calibrate == "all":
@@ -210,10 +226,26 @@ def route(
     return logits, weights, torch.where(changed, index, base_index)
 
 
-def compete(logits, base_answer, rule, calibration, correction, expert_scale):
+def selected_owners(index, num_base, owner):
+    """[T, adapters] bool: of which adapters a token's `index` [T, K] holds an expert; owner [N]: whose each row is."""
+    num_adapters = int(owner[-1]) + 1
+    owners = torch.where(index >= num_base, owner[(index - num_base).clamp(min=0)], num_adapters)
+    hits = torch.zeros(len(index), num_adapters + 1, dtype=torch.bool, device=index.device)
+    return hits.scatter(-1, owners, True)[:, :num_adapters]
+
+
+def shut(tensor, closed, value):
+    """`tensor` [T, E + N] with `value` in the new columns that are `closed` [T, N] to a token; `None`: none is."""
+    if closed is None:
+        return tensor
+    return tensor.masked_fill(F.pad(closed, (tensor.shape[-1] - closed.shape[-1], 0)), value)
+
+
+def compete(logits, base_answer, rule, calibration, correction, expert_scale, closed=None):
     """The paper's selection (Eq. 7-10): old and new rows share one top-k. Returns weights and index, [T, K] each."""
     base_logits, _, base_index = base_answer
-    keys = choice_keys(logits, rule, correction)
+    logits = shut(logits, closed, torch.finfo(logits.dtype).min)
+    keys = shut(choice_keys(logits, rule, correction), closed, -torch.inf)
     new_index = torch.arange(base_logits.shape[-1], logits.shape[-1], device=logits.device)
     candidates = torch.cat([base_index, new_index.expand(len(logits), -1)], dim=-1)  # [T, K + N]
     best = keys.gather(-1, candidates).topk(base_index.shape[-1], dim=-1).indices
@@ -225,7 +257,7 @@ def compete(logits, base_answer, rule, calibration, correction, expert_scale):
     return weights if expert_scale is None else weights * expert_scale[index], index
 
 
-def exclusive(logits, base_answer, rule, calibration, correction, expert_scale):
+def exclusive(logits, base_answer, rule, calibration, correction, expert_scale, closed=None):
     """New experts only: the best min(K, N), their weights sharing what the base's own weights sum to.
 
     Families differ in that sum (some do not renormalise, some scale, some have a scale for every expert, which
@@ -233,13 +265,16 @@ def exclusive(logits, base_answer, rule, calibration, correction, expert_scale):
     """
     base_logits, base_weights, base_index = base_answer
     num_base, num_slots = base_logits.shape[-1], base_index.shape[-1]
-    new_logits = logits[:, num_base:]
-    keys = choice_keys(new_logits, rule, None if correction is None else correction[num_base:])
-    chosen = keys.topk(min(num_slots, new_logits.shape[-1]), dim=-1).indices
-    weights = rule_weights(SCORES[rule.score](new_logits), chosen, Rule(rule.score, renormalise=True))
+    new_logits = shut(logits[:, num_base:], closed, torch.finfo(logits.dtype).min)
+    keys = shut(
+        choice_keys(new_logits, rule, None if correction is None else correction[num_base:]), closed, -torch.inf
+    )
+    best = keys.topk(min(num_slots, new_logits.shape[-1]), dim=-1)
+    weights = rule_weights(SCORES[rule.score](new_logits), best.indices, Rule(rule.score, renormalise=True))
     weights = weights * base_weights.float().sum(dim=-1, keepdim=True)
+    chosen = torch.where(best.values == -torch.inf, UNUSED, best.indices + num_base)
     empty = num_slots - chosen.shape[-1]
-    return F.pad(weights, (0, empty)), F.pad(chosen + num_base, (0, empty), value=UNUSED)
+    return F.pad(weights, (0, empty)), F.pad(chosen, (0, empty), value=UNUSED)
 
 
 def balance_loss(records, rule, selection, attention_mask=None):

@@ -5,49 +5,78 @@ that sequence's end: it is causal, so a cached prefix stays valid when an image 
 row, the place of that first image token, so that a cropped cache forgets an image that was cut off, and reordered rows
 (beams) carry their own. `scope="gate"` is decided inside the pass, by the gate of the lowest extended layer; its state
 is what the gate sums up, per row and cache slot, so that a cropped cache falls back to the sums of its last token.
+
+Each active adapter has a scope of its own. The cache keeps one state a gate, by its adapter's name, and one for the
+images, whichever adapter sees them: an adapter that joins a conversation later finds where its images are.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 
 from .gate_moextend import GatedPass
 
 NEVER = torch.iinfo(torch.long).max  # place of the first image token in a row that has none
-STATE = "moextend_state"  # attribute of a cache; modality: [B] places in cache slots, gate: [B, L, 2 D] sums
+STATE = "moextend_state"  # attribute of a cache: a dict of what follows, or not there
+IMAGES = "__images__"  # -> [B] places in cache slots; every other key is an adapter: [B, L, 2 D] sums of its gate
 
 
-def token_scope(config, input_ids, position_ids, attention_mask, cache, past_length, inputs_embeds=None):
+class Pass(NamedTuple):
+    """What scope has to know of one forward pass.
+
+    input_ids [B, S], image tokens still in it, or `None` where only inputs_embeds [B, S, H] was given; image_token_id:
+    `None` where no adapter of this pass sees; position_ids [B, S] or `None`: where they fall back, a new sequence
+    starts (packed rows); attention_mask [B, past + S], 0 for padding, another shape or `None`: nothing is known of
+    padding; cache: the key-value cache or `None`, whose state is read here and written by `remember`; past_length:
+    number of tokens in it before this pass; rows: adapter name -> [B] bool, rows of the batch that it serves, `{}`:
+    every adapter serves all.
+    """
+
+    input_ids: torch.Tensor | None
+    inputs_embeds: torch.Tensor | None
+    image_token_id: int | None
+    position_ids: torch.Tensor | None
+    attention_mask: torch.Tensor | None
+    cache: object
+    past_length: int
+    rows: dict
+
+
+def token_scopes(scopes, tracked, now):
     """Which tokens of this forward pass may use new experts.
 
     Args:
-        config: a `MoExtendConfig`.
-        input_ids: [B, S], image tokens still in it; `None` where only embeddings were given.
-        position_ids: [B, S] or `None`; where they fall back, a new sequence starts (packed rows).
-        attention_mask: [B, past + S], 0 for padding; another shape or `None`: nothing is known of padding.
-        cache: the key-value cache or `None`; its state is read here and written by `remember`.
-        past_length: number of tokens in the cache before this pass.
-        inputs_embeds: [B, S, H] where there are no `input_ids`.
+        scopes: adapter name -> its scope, of the adapters that take part.
+        tracked: whether any loaded adapter has `scope="modality"`, so that images are to be remembered.
+        now: a `Pass`.
 
     Returns:
-        ([B, S] bool, new state of the cache); both `None` where every token may. With `scope="gate"` the first is
-        `None` and the second a `GatedPass`, which the gate fills.
+        (adapter name -> [B * S] bool, without those whose tokens all may, or whose gate decides later; adapter name ->
+        `GatedPass`, which the gate fills; key -> new state of the cache).
 
     Raises:
         ValueError: `scope="modality"` and no `input_ids` to find the image tokens in.
     """
-    if config.scope == "all":
-        return None, None
-    if config.scope == "gate":
-        tokens = inputs_embeds[..., 0] if input_ids is None else input_ids
-        return None, gated_pass(tokens, position_ids, attention_mask, cache, past_length)
-    if input_ids is None:
+    if "modality" in scopes.values() and now.input_ids is None:
         raise ValueError(
             "scope='modality' finds the image tokens in input_ids, but only inputs_embeds was given. Pass input_ids "
             "(with pixel_values), or use scope='all'."
         )
-    is_real = real_tokens(attention_mask, input_ids.shape[1], past_length)
-    return modality_scope(input_ids == config.image_token_id, position_ids, cache, past_length, is_real)
+    tokens, found, state = now.inputs_embeds[..., 0] if now.input_ids is None else now.input_ids, {}, {}
+    gated = {name: gated_pass(tokens, name, now) for name, scope in scopes.items() if scope == "gate"}
+    seen = None
+    if tracked and now.input_ids is not None:
+        is_image = torch.zeros_like(tokens, dtype=torch.bool)
+        is_image = is_image if now.image_token_id is None else tokens == now.image_token_id
+        is_real = real_tokens(now.attention_mask, tokens.shape[1], now.past_length)
+        seen, state[IMAGES] = modality_scope(is_image, now.position_ids, now.cache, now.past_length, is_real)
+    for name in scopes.keys() - gated.keys():
+        parts = [seen] if scopes[name] == "modality" else []
+        parts += [now.rows[name].to(tokens.device).unsqueeze(1).expand_as(tokens)] if now.rows else []
+        if parts:
+            found[name] = functools.reduce(torch.logical_and, parts).reshape(-1)
+    return found, gated, {**state, **gated}
 
 
 def real_tokens(attention_mask, length, past_length):
@@ -59,13 +88,13 @@ def real_tokens(attention_mask, length, past_length):
     return attention_mask[:, past_length : past_length + length].bool()
 
 
-def gated_pass(tokens, position_ids, attention_mask, cache, past_length):
-    """The `GatedPass` of `tokens` [B, S]: what the gate has to know of this pass."""
-    is_real = real_tokens(attention_mask, tokens.shape[1], past_length)
+def gated_pass(tokens, name, now):
+    """The `GatedPass` of `tokens` [B, S] for the gate of the adapter `name`: what it has to know of this pass."""
+    is_real = real_tokens(now.attention_mask, tokens.shape[1], now.past_length)
     is_real = torch.ones_like(tokens, dtype=torch.bool) if is_real is None else is_real.to(tokens.device)
     columns = torch.arange(tokens.shape[1], device=tokens.device).expand_as(is_real)
-    starts = sequence_starts(is_real, position_ids, columns)
-    return GatedPass(is_real, starts, getattr(cache, STATE, None), past_length)
+    starts = sequence_starts(is_real, now.position_ids, columns)
+    return GatedPass(is_real, starts, cached_state(now.cache, name), now.past_length, now.rows.get(name))
 
 
 def modality_scope(is_image, position_ids, cache, past_length, is_real=None):
@@ -82,11 +111,18 @@ def modality_scope(is_image, position_ids, cache, past_length, is_real=None):
     return in_scope, torch.where(starts[:, -1] < 0, torch.minimum(first, cached), first)
 
 
+def cached_state(cache, key):
+    """What `cache` remembers under `key` (`IMAGES`, or the name of an adapter with a gate), or `None`."""
+    return (getattr(cache, STATE, None) or {}).get(key)
+
+
 def remember(cache, state):
-    """Keeps `state` with `cache`, so that the next pass and every move of its rows find it."""
-    state = getattr(state, "sums", state)  # of a GatedPass
-    if cache is not None and state is not None:
-        setattr(follow_rows(cache), STATE, state)
+    """Keeps `state` (key -> tensor or `GatedPass`) with `cache`, so that the next pass and every move of its rows find
+    it. What other adapters have left there stays."""
+    state = {key: value.sums if isinstance(value, GatedPass) else value for key, value in state.items()}
+    state = {key: value for key, value in state.items() if value is not None}
+    if cache is not None and state:
+        setattr(follow_rows(cache), STATE, {**(getattr(cache, STATE, None) or {}), **state})
 
 
 def sequence_starts(is_real, position_ids, places):
@@ -109,7 +145,7 @@ def sequence_starts(is_real, position_ids, places):
 
 def cached_first(cache, batch_size, past_length, device):
     """[B]: the state of `cache`, without images that a crop has cut off; `NEVER` where there is none yet."""
-    state = getattr(cache, STATE, None)
+    state = cached_state(cache, IMAGES)
     if state is None:
         return torch.full((batch_size,), NEVER, device=device)
     state = state.to(device)
@@ -171,11 +207,12 @@ def following(method, move):
     """The cache method `method`, with the state moved along."""
 
     @functools.wraps(method)
-    def moved(self, *args, **kwargs):
+    def moving(self, *args, **kwargs):
         result = method(self, *args, **kwargs)
         state = getattr(self, STATE, None)
         if state is not None:
-            setattr(self, STATE, move(self, state, *args, *kwargs.values()))
+            moved = {key: move(self, value, *args, *kwargs.values()) for key, value in state.items()}
+            setattr(self, STATE, {key: value for key, value in moved.items() if value is not None} or None)
         return result
 
-    return moved
+    return moving

@@ -17,8 +17,8 @@ HALF = 0.03
 
 
 @contextlib.contextmanager
-def self_checked(layers, plan, rule, state):
-    """Tries the layers of `plan` around the block, which puts new experts into them.
+def self_checked(layers, plan, rule, state, name):
+    """Tries the layers of `plan` around the block, which puts new experts of the adapter `name` into them.
 
     Raises:
         ValueError: a layer that is not what it was, or whose new rows are no copies; says family and layer.
@@ -32,7 +32,7 @@ def self_checked(layers, plan, rule, state):
         try:
             with state.using(enabled=False):
                 check_off(lambda: run(layers[index], rule, tokens), expected)  # noqa: B023
-            check_rows(layers[index], rule, tokens, plan[index], expected[0])
+            check_rows(layers[index], name, rule, tokens, plan[index], expected[0])
         except AssertionError as error:
             raise ValueError(
                 f"Layer {index} of {family_of(layers[index].router)} can't be extended: {error}. Please report this "
@@ -88,12 +88,12 @@ def same(ones, others):
 
 
 @torch.no_grad()
-def check_rows(layer, rule, tokens, sources, told):
+def check_rows(layer, name, rule, tokens, sources, told):
     """Asserts that copied rows give their sources' logits, and that logits are what the router goes by."""
     extension = layer.router.moextend
     with materialised(layer.router) as router:
-        base_logits, new_logits = extension.logits(router, tokens[0], told)
-    pairs = [(new_logits, base_logits[:, sources])]
+        base_logits, new_logits = extension.logits(router, tokens[0], told, [name])
+    pairs = [(new_logits[name], base_logits[:, sources])]
     if rule.answers != "logits":
         pairs.append((SCORES[rule.score](base_logits.float()), told))
     tolerance = TOLERANCE.get(tokens[0].dtype, HALF)

@@ -113,7 +113,7 @@ def check_image_token(model, processing_class):
     Raises:
         ValueError: names both ids.
     """
-    given, wanted = getattr(processing_class, "image_token_id", None), model.config.image_token_id
+    given, wanted = getattr(processing_class, "image_token_id", None), model.image_token_id
     if model.encoder is not None and given is not None and given != wanted:
         raise ValueError(
             f"The processor's image token has id {given}, the model looks for {wanted}: build the model with "

@@ -137,10 +137,8 @@ class MoExtendSFTTrainer(SFTTrainer):
         if self.is_deepspeed_enabled:
             self.model.register_load_state_dict_post_hook(allow_missing_base)
         if not isinstance(self.data_collator, DataCollatorForLanguageModeling):  # that one has no images
-            config = self.model.config
-            self.data_collator = MaskImageLabels(
-                self.data_collator, config.image_token_id, config.get_text_config().vocab_size
-            )
+            vocab_size = self.model.config.get_text_config().vocab_size
+            self.data_collator = MaskImageLabels(self.data_collator, self.model.image_token_id, vocab_size)
         self.retention_dataset, self.gate_report = retention_dataset, None
         self._throughput = {}  # mode -> [tokens, start in seconds]
         self._in_checkpoint = False

@@ -1,13 +1,232 @@
-"""Switching an adapter on, off and in degrees, without touching a tensor."""
+"""Adapters of a model, by name: loading, adding, switching and deleting them, without touching a base tensor.
+
+A model holds any number of adapters over one base; the one it was made or loaded with is called "default". Each has
+its own config and its own tensors; the active ones take part in a pass. Names and meaning of the methods are those of
+transformers' and PEFT's. How adapters share a token is told in docs/adapters.md, and done in routing_moextend.py.
+"""
 
 import contextlib
 
-from .configuration_moextend import check_threshold
-from .layers_moextend import find_moe_layers
+from torch import nn
+
+from .adapter_moextend import put_tensors, read_adapter, reshard, stored_dtype, tensors_fingerprint
+from .configuration_moextend import check_threshold, normalise_plan, routing_choices
+from .families_moextend import find_moe_layers
+from .layers_moextend import add_experts, add_gate, attach, input_device, remove_experts
+from .loading_moextend import check_plan, check_rule, identity, load_new_encoder, load_stored_encoder
+from .routing_moextend import Rule
+from .selfcheck_moextend import self_checked
+from .state_moextend import BASE
+from .together_moextend import (
+    check_belongs,
+    check_below,
+    check_new_name,
+    check_rows,
+    check_still_below,
+    check_together,
+)
+from .vision_moextend import Projector
+
+DEFAULT = "default"  # the adapter that a model is made or loaded with
+IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
+
+
+class Adapter(nn.Module):
+    """One adapter of a model: its config and its eyes. Its rows and experts lie in the base's layers, by its name.
+
+    An encoder is frozen, and shared by adapters that see with the same one; the projector is the adapter's own.
+    """
+
+    def __init__(self, config, encoder=None, device=None):
+        super().__init__()
+        self.config, self.encoder, self.projector = config, encoder, None
+        if encoder is not None:
+            encoder.requires_grad_(False)
+            sizes = config.encoder_config.hidden_size, config.get_text_config().hidden_size
+            self.projector = Projector(*sizes, config.projector_hidden_act, device=device)
+
+    def train(self, mode=True):
+        """The frozen encoder stays in evaluation mode."""
+        super().train(mode)
+        if self.encoder is not None:
+            self.encoder.eval()
+        return self
 
 
 class AdapterSwitch:
-    """What a user sets on a loaded model: whether the adapter takes part, and how readily its gate opens."""
+    """What a user does with the adapters of a model. `self.config` is the config of `self.lead`."""
+
+    # ------------------------------------------------------------ adding, loading and deleting
+
+    def put_on(self, name, config, encoder, rule):
+        """Attaches an adapter's new experts, gate and projector at their start values; nobody uses them yet."""
+        layers = find_moe_layers(self.get_decoder())
+        with self_checked(layers, config.extended_layers, rule, self.routing, name):
+            attach(self.get_decoder(), self.routing, rule)
+            for layer, sources in config.extended_layers.items():
+                add_experts(layers[layer], name, sources, config)
+        if config.scope == "gate" and config.extended_layers:
+            add_gate(layers, name, config)
+        self.adapters[name] = Adapter(config, encoder, input_device(self.base)).train(self.training)
+
+    def take_off(self, name):
+        """Removes whatever `put_on` has attached under this name."""
+        for layer in find_moe_layers(self.get_decoder()).values():
+            remove_experts(layer, name)
+        self.adapters.pop(name) if name in self.adapters else None
+
+    @contextlib.contextmanager
+    def put_back_on_error(self, name):
+        """Takes the adapter off again where the block, which puts it on, fails."""
+        try:
+            yield
+        except BaseException:
+            self.take_off(name)
+            raise
+
+    def load_adapter(
+        self,
+        name_or_path,
+        adapter_name=DEFAULT,
+        *,
+        encoder=None,
+        is_trainable=False,
+        check_base=True,
+        check_trained_on=True,
+        **hub_kwargs,
+    ):
+        """Loads one more adapter beside those that are there. It takes part once `set_adapter` says so.
+
+        Args:
+            name_or_path: the adapter's folder or Hub id.
+            adapter_name: what it is called here: a name that no other adapter has.
+            encoder: where its encoder lies, if elsewhere than its config says; or a loaded model. One that another
+                adapter sees with already is shared.
+            is_trainable: whether its tensors ask for gradients, as those that `from_pretrained` loads do.
+            check_base: `False` loads an adapter that was made on another base (its fingerprint differs).
+            check_trained_on: `False` loads an adapter without those that it was trained on top of.
+            **hub_kwargs: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`.
+
+        Raises:
+            OSError: no adapter there, or its encoder can't be found.
+            ValueError: a name that is taken or can't be one; a damaged file; another base; adapters missing that it
+                was trained on; tensors that don't fit. The model is as it was.
+        """
+        check_new_name(adapter_name, self)
+        values, tensors, metadata = read_adapter(name_or_path, **hub_kwargs)
+        stored = self.config_class.from_dict(values)
+        stored.name_or_path = str(name_or_path)
+        check_belongs(self, stored, name_or_path, check_base)
+        if check_trained_on:
+            check_below(stored, self.fingerprints(), name_or_path)
+        encoder = load_stored_encoder(self, stored, encoder, check_base, (name_or_path, hub_kwargs))
+        with self.put_back_on_error(adapter_name):
+            self.put_on(adapter_name, stored, encoder, Rule(**stored.routing_rule))
+            put_tensors(self.adapter_tensors(adapter_name), tensors, metadata, base_dtype=self.base.dtype)
+        self.ask_gradients(adapter_name, is_trainable)
+
+    def add_adapter(
+        self,
+        adapter_name,
+        extended_layers=None,
+        *,
+        scope=None,
+        selection=None,
+        calibration=None,
+        encoder=None,
+        image_token_id=None,
+        **entries,
+    ):
+        """Adds a new adapter on top of the active ones: continual extension.
+
+        Those that are there are frozen; the new one is active with those that were, and is what trains, and what
+        `save_pretrained` saves. Its config's `trained_on` tells on top of which adapters it was made.
+
+        Args:
+            adapter_name: a name that no other adapter has.
+            extended_layers, scope, selection, calibration, encoder, image_token_id: as in `from_base`; of several
+                active adapters all select alike, `calibration` is "none" for each, and at most one has an encoder.
+            **entries: more of the config: `gate_hidden_size`, `gate_threshold`, `encoder_select_layer`, ...
+
+        Raises:
+            ValueError: a name that is taken; a plan that does not fit; choices that can't be active together with
+                those of the adapters below. The model is as it was.
+        """
+        check_new_name(adapter_name, self)
+        plan, below = normalise_plan(extended_layers), list(self.routing.active)
+        if not self.routing.enabled:
+            raise ValueError("The adapters are off, and a new one goes on top of the active ones: enable_adapters().")
+        if not plan and encoder is None:
+            raise ValueError("Nothing to add: give extended_layers, like {2: [1]}, or encoder=... for a projector.")
+        layers, rule = find_moe_layers(self.get_decoder()), Rule(**self.config.routing_rule)
+        check_plan(layers, plan)
+        check_rule(layers, plan, rule)
+        encoder = load_new_encoder(encoder, self.base)
+        vocab_size = self.get_input_embeddings().weight.shape[0]
+        config = self.config_class(
+            **identity(self.base, encoder),
+            image_token_id=vocab_size if image_token_id is None else image_token_id,
+            extended_layers=plan,
+            routing_rule=self.config.routing_rule,
+            trained_on=self.described(below),
+            dtype=self.base.dtype,
+            **routing_choices(scope, selection, calibration, has_encoder=encoder is not None),
+            **entries,
+        )
+        check_together({**{name: self.adapters[name].config for name in below}, adapter_name: config}, self)
+        with self.put_back_on_error(adapter_name):
+            self.put_on(adapter_name, config, encoder, rule)
+        for name in self.adapters:
+            self.ask_gradients(name, name == adapter_name)
+        self.switch_to([*below, adapter_name], target=adapter_name)
+
+    def delete_adapter(self, adapter_names):
+        """Deletes an adapter, or a list of them; those that stay are what they were.
+
+        Raises:
+            ValueError: an unknown name; the only adapter of the model, or one that another was trained on.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.check_known(names)
+        staying = [name for name in self.adapters if name not in names]
+        if not staying:
+            raise ValueError(f"{names} are all adapters of this model. To get the base back, use model.detach().")
+        check_still_below(self, staying)
+        for name in names:
+            self.take_off(name)
+        active = [name for name in self.routing.active if name in staying]
+        self.switch_to(active, self.routing.target if self.routing.target in staying else None)
+
+    # ------------------------------------------------------------ switching
+
+    def set_adapter(self, adapter_name):
+        """Makes an adapter, or a list of adapters, the active ones, and no other. No tensor is touched.
+
+        Raises:
+            ValueError: an unknown name; a name twice; none; adapters that can't share tokens, with the reason.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if not names:
+            raise ValueError(
+                "set_adapter needs at least one adapter; to leave the base alone, use disable_adapters()."
+            )
+        self.check_known(names)
+        if len(set(names)) < len(names):
+            raise ValueError(f"{names} names an adapter twice.")
+        check_together({name: self.adapters[name].config for name in names}, self)
+        self.switch_to(names)
+
+    def switch_to(self, names, target=None):
+        """Makes `names` the active adapters. `target`: what trains and is saved; default: the only active one."""
+        self.routing.active = tuple(sorted(names))
+        self.routing.target = names[0] if target is None and len(names) == 1 else target
+        before, self.config = self.config, self.adapters[self.lead].config
+        for name in IMPLEMENTATIONS:  # the base's, whoever leads
+            setattr(self.config, name, getattr(before, name))
+
+    def active_adapters(self):
+        """Names of the adapters that take part, in ascending order; `[]` while switched off."""
+        return list(self.routing.active) if self.routing.enabled else []
 
     @contextlib.contextmanager
     def disable_adapter(self):
@@ -16,22 +235,74 @@ class AdapterSwitch:
             yield
 
     def disable_adapters(self):
-        """Switches the adapter off until `enable_adapters`."""
+        """Switches all adapters off until `enable_adapters`."""
         self.routing.switched_on = False
 
     def enable_adapters(self):
         self.routing.switched_on = True
 
-    def active_adapters(self):
-        """Names of the adapters that take part: `["default"]`, or `[]` while switched off."""
-        return ["default"] if self.routing.enabled else []
+    @contextlib.contextmanager
+    def serving(self, adapter_names, num_rows):
+        """Inside, an adapter a row: `adapter_names` has `num_rows` names, "__base__" for rows of the base alone.
 
-    def load_adapter(self, *args, **kwargs):
-        raise NotImplementedError(
-            "A MoExtend model holds one adapter for now. To replace its tensors use load_adapter_tensors(folder)."
-        )
+        `None` changes nothing.
 
-    set_adapter = delete_adapter = add_adapter = load_adapter
+        Raises:
+            ValueError: unknown names; another number of them; adapters that are off; two adapters with encoders.
+        """
+        if adapter_names is None:
+            yield
+            return
+        self.check_known(set(adapter_names) - {BASE})
+        check_rows(self, adapter_names, num_rows)
+        with self.routing.using(rows=tuple(adapter_names)):
+            yield
+
+    # ------------------------------------------------------------ asking
+
+    @property
+    def lead(self):
+        """The adapter whose config is the model's: what trains; else the first active one; else the first one."""
+        return self.routing.target or next(iter((*self.routing.active, *self.adapters)))
+
+    def named(self, adapter_name=None):
+        """`adapter_name`, if there is such an adapter; for `None` the one that trains, or the only active one.
+
+        Raises:
+            ValueError: an unknown name; none given where several are active, or none is.
+        """
+        if adapter_name is None and self.routing.target is None:
+            raise ValueError(
+                f"Active adapters are {list(self.routing.active)}, so it takes a name to say which one is meant: "
+                f"adapter_name=<one of {list(self.adapters)}>."
+            )
+        name = self.routing.target if adapter_name is None else adapter_name
+        self.check_known([name])
+        return name
+
+    def check_known(self, names):
+        unknown = sorted(set(names) - set(self.adapters))
+        if unknown:
+            raise ValueError(f"Adapters {unknown} are not loaded; this model has {list(self.adapters)}.")
+
+    @property
+    def eyes(self):
+        """The `Adapter` with which this pass sees, or `None`: of adapters that take part together, one has eyes."""
+        seeing = (self.adapters[name] for name in self.routing.wanted)
+        return next((adapter for adapter in seeing if adapter.encoder is not None), None)
+
+    @property
+    def encoder(self):
+        return None if self.eyes is None else self.eyes.encoder
+
+    @property
+    def projector(self):
+        return None if self.eyes is None else self.eyes.projector
+
+    @property
+    def image_token_id(self):
+        """What stands for image features: of the adapter that sees, or else of `lead`."""
+        return (self.config if self.eyes is None else self.eyes.config).image_token_id
 
     @property
     def gate_threshold(self):
@@ -50,7 +321,107 @@ class AdapterSwitch:
 
     @property
     def gate(self):
-        """The `TokenGate`, or `None` where there is none (another scope, or no extended layer yet)."""
+        """The `TokenGate` of `lead`, or `None` where there is none (another scope, or no extended layer yet)."""
         layers = find_moe_layers(self.get_decoder())
         lowest = next(iter(self.config.extended_layers), None)
-        return None if lowest is None else layers[lowest].router.moextend.gate
+        return None if lowest is None else layers[lowest].router.moextend[self.lead].gate
+
+    # ------------------------------------------------------------ its tensors
+
+    def adapter_tensors(self, adapter_name=None):
+        """Every new tensor of one adapter by role, in file order: what is saved, counted, frozen and trained is chosen
+        from these. `adapter_name`: default: the one that trains, or the only active one."""
+        reshard(self)
+        adapter_name, tensors = self.named(adapter_name), {}
+        adapter, layers = self.adapters[adapter_name], find_moe_layers(self.get_decoder())
+        for layer in adapter.config.extended_layers:
+            rows, experts = (module.moextend[adapter_name] for module in layers[layer][:2])
+            for part, module in (("experts", experts), ("router", rows)):
+                own = {**module._parameters, **module._buffers}
+                tensors |= {f"layers.{layer}.{part}.{name}": own[name] for name in own if own[name] is not None}
+            if rows.calibration is not None:
+                calibration = rows.calibration.named_parameters()
+                tensors |= {f"layers.{layer}.calibration.{name}": tensor for name, tensor in calibration}
+        for layer in list(adapter.config.extended_layers)[:1]:
+            gate = layers[layer].router.moextend[adapter_name].gate
+            tensors |= {} if gate is None else {f"gate.{name}": tensor for name, tensor in gate.named_parameters()}
+        if adapter.projector is not None:
+            tensors |= {f"projector.{name}": tensor for name, tensor in adapter.projector.named_parameters()}
+        return tensors
+
+    def set_trainable(self, stage="finetune", train_projector=None, adapter_name=None):
+        """Freezes and unfreezes for a stage, and returns what trains (name -> parameter), in float32.
+
+        Everything but this adapter is frozen, and its config notes on top of which ones it trains. One bf16 AdamW step
+        at 2e-5 would leave most weights as they were. With exclusive selection a layer's only new expert has a fixed
+        weight, so its row has no gradient and stays frozen.
+
+        Raises:
+            ValueError: a stage with nothing to train; an adapter that is not active.
+        """
+        if stage not in ("align", "finetune"):
+            raise ValueError(f"stage={stage!r} is not known; allowed: 'align', 'finetune'.")
+        adapter_name = self.named(adapter_name)
+        if adapter_name not in self.routing.active:
+            raise ValueError(f"Adapter {adapter_name!r} is not active, so it can't train: set_adapter first.")
+        with_projector = stage == "align" or (True if train_projector is None else train_projector)
+        trained = {}
+        for name, tensor in self.adapter_tensors(adapter_name).items():
+            train_it = stage == "finetune" and self.learns(name, adapter_name)
+            if with_projector if name.startswith("projector.") else train_it:
+                trained[name] = tensor
+        if not trained:
+            raise ValueError(
+                f"stage={stage!r} has nothing to train: align needs an encoder (from_base(..., encoder=...)), "
+                "finetune needs new experts (extended_layers, or model.extend(plan))."
+            )
+        for name in self.adapters:
+            self.ask_gradients(name, False)
+        for tensor in trained.values():
+            tensor.requires_grad_(True)
+            tensor.data = tensor.data.float()
+        config = self.adapters[adapter_name].config
+        below = self.described([name for name in self.routing.active if name != adapter_name])
+        config.trained_on += [entry for entry in below if entry not in config.trained_on]
+        return trained
+
+    def ask_gradients(self, adapter_name, wanted=True):
+        """Whether the adapter's tensors ask for gradients: all that any stage trains, or none."""
+        for name, tensor in self.adapter_tensors(adapter_name).items():
+            tensor.requires_grad_(wanted and (name.startswith("projector.") or self.learns(name, adapter_name)))
+
+    def learns(self, name, adapter_name=None):
+        """Whether stage finetune moves this tensor: one that a gradient reaches. The gate is trained before it."""
+        if name.endswith((".correction_bias", ".router.scale")) or name.startswith(("gate.", "projector.")):
+            return False
+        config = self.adapters[self.named(adapter_name)].config
+        return not (".router." in name and config.selection == "exclusive" and self.rows_at(name, adapter_name) == 1)
+
+    def rows_at(self, name, adapter_name=None):
+        """How many new rows share the layer of the tensor `name`: the adapter's own and those of active ones."""
+        layer, sharing = int(name.split(".")[1]), {self.named(adapter_name), *self.routing.active}
+        return sum(len(self.adapters[one].config.extended_layers.get(layer, ())) for one in sharing)
+
+    def fingerprints(self):
+        """Adapter name -> fingerprint of its tensors, of every adapter."""
+        return {name: self.fingerprint_of(name) for name in self.adapters}
+
+    def fingerprint_of(self, adapter_name):
+        """Without the gate, which is stored in float32 whatever the others are stored in."""
+        tensors = self.adapter_tensors(adapter_name).items()
+        return tensors_fingerprint({name: tensor for name, tensor in tensors if not name.startswith("gate.")})
+
+    def described(self, adapter_names):
+        """What `trained_on` keeps of adapters."""
+        return [{"name": name, "fingerprint": self.fingerprint_of(name)} for name in adapter_names]
+
+    def adapter_bytes(self, dtype=None, adapter_name=None):
+        """Bytes of the adapter's tensors in `dtype` (default: the base's)."""
+        dtype = dtype or self.base.dtype
+        tensors = self.adapter_tensors(adapter_name).items()
+        return sum(tensor.numel() * stored_dtype(name, dtype).itemsize for name, tensor in tensors)
+
+    def print_trainable_parameters(self):
+        """Trainable and all parameters, in PEFT's words."""
+        trainable, total = self.num_parameters(only_trainable=True), self.num_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")

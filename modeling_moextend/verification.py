@@ -78,10 +78,14 @@ def base_checks(home, config, base, encoder, tokenizer, prompt, max_new_tokens):
     ids = ids.to(base.get_input_embeddings().weight.device)
     before, (without, _) = logits_of(base, ids), answer(base, ids, max_new_tokens)
     try:
-        model = MoExtendForCausalLM.from_pretrained(home[0], base=base, encoder=encoder, check_base=same, **home[1])
+        model = MoExtendForCausalLM.from_pretrained(
+            home[0], base=base, encoder=encoder, check_base=same, check_trained_on=False, **home[1]
+        )
     except ValueError as error:
         return [*checks, row("fit", False, str(error))], None
     layers = ", ".join(map(str, config.extended_layers)) or "none"
+    below = ", ".join(repr(entry["name"]) for entry in config.trained_on)
+    layers += f"; trained on top of {below}, left out here" if below else ""
     with model.disable_adapter():
         equal = torch.equal(logits_of(model, ids), before)
     with_adapter, healthy = answer(model, ids, max_new_tokens)
@@ -93,8 +97,8 @@ def base_checks(home, config, base, encoder, tokenizer, prompt, max_new_tokens):
         row("sample", healthy, f"logits of {len(with_adapter)} new tokens are {'' if healthy else 'not all '}finite"),
     ]
     read = list if tokenizer is None else tokenizer.decode
-    given = ids[0].tolist() if tokenizer is None else prompt
-    return checks, {"prompt": given, "base": read(without), "adapter": read(with_adapter)}
+    asked = ids[0].tolist() if tokenizer is None else prompt
+    return checks, {"prompt": asked, "base": read(without), "adapter": read(with_adapter)}
 
 
 def compare_base(stored, base):

@@ -18,7 +18,7 @@ from modeling_moextend import MoExtendConfig, MoExtendForCausalLM, MoExtendModel
 from modeling_moextend.adapter_moextend import FILE
 from modeling_moextend.gate_moextend import CLOSED, GatedPass, TokenGate
 from modeling_moextend.layers_moextend import find_moe_layers
-from modeling_moextend.scope_moextend import STATE, remember
+from modeling_moextend.scope_moextend import STATE, cached_state, remember
 
 PLAN = {1: [0, 3], 3: [2]}
 LOWEST = min(PLAN)
@@ -305,7 +305,7 @@ def test_only_tokens_in_scope_select_new_experts_whatever_the_selection(choices)
 def test_nothing_of_a_pass_stays_behind():
     model = opened()
     margins(model, text())
-    assert model.routing.scope is None and model.routing.gated is None
+    assert model.routing.scopes == {} and model.routing.gated == {}
 
 
 @torch.no_grad()
@@ -497,7 +497,7 @@ def test_a_prompt_in_parts_is_decided_as_the_whole(family, sizes, padded):
     assert 0 < (expected[real] > 0).float().mean() < 1
     torch.testing.assert_close(z[real], expected[real], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(logits[real], output.logits[real], rtol=1e-3, atol=1e-4)
-    assert getattr(cache, STATE).shape == (3, 10, 16)
+    assert cached_state(cache, "default").shape == (3, 10, 16)
 
 
 @pytest.mark.parametrize("at", [0, 1, 50])
@@ -537,7 +537,7 @@ def test_a_cropped_cache_goes_on_as_if_the_cut_tokens_had_never_been(cut):
     cache.crop(-cut)
     z, _, cache = in_chunks(model, other, (1, 2), cache=cache)
     close(z, expected[:, 8 - cut :])
-    assert getattr(cache, STATE).shape[1] == cache.get_seq_length()
+    assert cached_state(cache, "default").shape[1] == cache.get_seq_length()
 
 
 @pytest.mark.parametrize("where", ["off, on", "on, off, on"])
@@ -615,7 +615,7 @@ def test_a_static_cache_carries_the_sums():
     z, logits, _ = in_chunks(model, ids, (5, 1, 2), cache=cache)
     close(z, expected)
     torch.testing.assert_close(logits, output.logits, rtol=1e-3, atol=1e-4)
-    assert getattr(cache, STATE).shape == (2, 8, 16)
+    assert cached_state(cache, "default").shape == (2, 8, 16)
     cache.reset()
     close(in_chunks(model, ids, (5, 3), cache=cache)[0], expected)
 
@@ -629,12 +629,12 @@ def filled_cache(rows=3):
     keys = torch.arange(rows).float().view(-1, 1, 1, 1).expand(-1, 1, 6, 2).clone()
     cache.update(keys, keys, 0)
     sums = torch.arange(rows).double().view(-1, 1, 1) + torch.arange(6).view(1, -1, 1) / 10
-    remember(cache, sums.expand(-1, -1, 4).clone())
+    remember(cache, {"default": sums.expand(-1, -1, 4).clone()})
     return cache
 
 
 def rows_of(cache):
-    return getattr(cache, STATE)[:, 0, 0].tolist(), cache.layers[0].keys[:, 0, 0, 0].tolist()
+    return cached_state(cache, "default")[:, 0, 0].tolist(), cache.layers[0].keys[:, 0, 0, 0].tolist()
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_a_layer_in_which_no_token_selects_a_new_expert_is_bit_equal(family, imp
 
 def reject_all(layer, x):
     """Gives every new expert a row whose logit is about -60 for each of these tokens (at most as many as H)."""
-    extension = layer.router.moextend
+    extension = layer.router.moextend["default"]
     with torch.no_grad():
         row = torch.linalg.lstsq(x.float(), torch.full((len(x), 1), -60.0)).solution.squeeze(-1)
         extension.weight.copy_(row.expand_as(extension.weight))
@@ -163,7 +163,7 @@ def test_a_token_without_new_experts_beside_tokens_with_some_is_the_bases_within
 
 def formula(family, layer, sources_of_new, x, *, selection, calibration, scope=None):
     """One extended block in plain torch: rows, scores, top-k, calibrated weights, weighted sum of experts."""
-    router, new, experts = layer.router, layer.router.moextend, layer.experts
+    router, new, experts = layer.router, layer.router.moextend["default"], layer.experts
     num_base, num_new, k = layer.num_experts, len(sources_of_new), 2
     rows = torch.cat([router.weight, new.weight])
     bias = torch.cat([router.bias, new.bias]) if family == "gpt_oss" else None
@@ -203,14 +203,17 @@ def formula(family, layer, sources_of_new, x, *, selection, calibration, scope=N
         uses_new = uses_new and (scope is None or bool(scope[token]))
         picks, shares = (chosen, w) if uses_new else (old_chosen, old_w)
         for expert, share in zip(picks[token].tolist(), shares[token], strict=True):
-            module, place = (experts, expert) if expert < num_base else (experts.moextend, expert - num_base)
+            module, place = (
+                (experts, expert) if expert < num_base else (experts.moextend["default"], expert - num_base)
+            )
             output[token] += share * one_expert(family, module, place, x[token])
     return output
 
 
 def keep_above_zero(layer):
     """A calibration that only adds, so that no weight comes near the floor that keeps them positive."""
-    for tensor in [] if layer.router.moextend.calibration is None else layer.router.moextend.calibration.parameters():
+    calibration = layer.router.moextend["default"].calibration
+    for tensor in [] if calibration is None else calibration.parameters():
         tensor.abs_()
 
 
@@ -251,7 +254,7 @@ def test_tokens_out_of_scope_compute_the_bases_formula(family, choice):
     layer, x = moe_layer(model), tokens(48)
     keep_above_zero(layer)
     scope = torch.arange(48) % 3 == 0
-    with model.routing.using(scope=scope):
+    with model.routing.using(scopes={"default": scope}):
         found = run(layer, x)[2]
     options = {"selection": "compete", **CHOICES[choice]}
     torch.testing.assert_close(
@@ -274,7 +277,7 @@ def test_exclusive_weights_sum_to_the_bases_own_and_new_experts_alone_are_used(f
 def test_a_calibration_driven_below_zero_leaves_the_output_finite(family):
     model = extended(family, calibration="all")
     layer, x = moe_layer(model), tokens(50)
-    layer.router.moextend.calibration.fc2.weight.fill_(-50.0)
+    layer.router.moextend["default"].calibration.fc2.weight.fill_(-50.0)
     weights, _, output = run(layer, x)
     assert (weights >= 0).all() and weights.isfinite().all() and output.isfinite().all()
 
@@ -286,8 +289,9 @@ def test_new_tensors_start_as_exact_copies_of_their_sources(family):
     model = extended(family, PLAN, shaken=False, calibration="all")
     for index, sources in PLAN.items():
         layer = moe_layer(model, index)
-        new = layer.router.moextend
-        pairs = [(layer.experts._parameters[name], own) for name, own in layer.experts.moextend._parameters.items()]
+        new = layer.router.moextend["default"]
+        own_experts = layer.experts.moextend["default"]
+        pairs = [(layer.experts._parameters[name], own) for name, own in own_experts._parameters.items()]
         pairs.append((layer.router.weight, new.weight))
         if family == "gpt_oss":
             pairs.append((layer.router.bias, new.bias))
@@ -316,7 +320,7 @@ def test_at_the_start_calibration_is_the_identity(family):
 
 def test_one_source_may_give_two_new_experts():
     model = extended(plan={1: [1, 1]}, shaken=False)
-    experts = moe_layer(model, 1).experts.moextend
+    experts = moe_layer(model, 1).experts.moextend["default"]
     assert torch.equal(experts.down_proj[0], experts.down_proj[1])
     with torch.no_grad():
         experts.down_proj[0] += 1
@@ -338,7 +342,7 @@ def test_calibration_follows_the_seed():
     def first(seed):
         torch.manual_seed(seed)
         model = MoExtendForCausalLM.from_base(make_base(), PLAN, paper=True)
-        return moe_layer(model).router.moextend.calibration.fc1.weight
+        return moe_layer(model).router.moextend["default"].calibration.fc1.weight
 
     assert torch.equal(first(1), first(1)) and not torch.equal(first(1), first(2))
 
@@ -353,15 +357,15 @@ def test_experts_run_only_for_the_tokens_that_chose_them(family, implementation,
     layer, x = moe_layer(model), tokens(60)
     scope = torch.arange(60) < 30
     rows = {"base": 0, "new": 0}
-    base_class = type(layer.experts.moextend)
+    base_class = type(layer.experts.moextend["default"])
     original = base_class.forward
 
     def counting(self, hidden_states, index, weights):
-        rows["new" if self is layer.experts.moextend else "base"] += index.numel()
+        rows["new" if self is layer.experts.moextend["default"] else "base"] += index.numel()
         return original(self, hidden_states, index, weights)
 
     monkeypatch.setattr(base_class, "forward", counting)
-    with torch.no_grad(), model.routing.using(scope=scope):
+    with torch.no_grad(), model.routing.using(scopes={"default": scope}):
         _, index, _ = run(layer, x)
     assert rows == {"base": int(((index >= 0) & (index < 6)).sum()), "new": int((index >= 6).sum())}
     assert rows["new"] > 0 and rows["base"] >= 60
@@ -372,7 +376,7 @@ def test_experts_run_only_for_the_tokens_that_chose_them(family, implementation,
 def test_new_experts_do_not_run_at_all_where_no_token_chose_one():
     layer = moe_layer(extended())
     calls = []
-    layer.experts.moextend.register_forward_hook(lambda *_: calls.append(1))
+    layer.experts.moextend["default"].register_forward_hook(lambda *_: calls.append(1))
     x = tokens(32)
     run(layer, x)
     assert calls
@@ -550,8 +554,9 @@ def test_bf16_routing_of_new_rows_is_done_in_float32(family):
     x = tokens(40, dtype=torch.bfloat16)
     layer = moe_layer(model)
     logits = layer.router(x)[0]
-    assert logits.dtype == torch.float32 and layer.router.moextend.weight.dtype == torch.float32
-    expected = F.linear(x.float(), layer.router.moextend.weight, layer.router.moextend.bias)
+    new = layer.router.moextend["default"]
+    assert logits.dtype == torch.float32 and new.weight.dtype == torch.float32
+    expected = F.linear(x.float(), new.weight, new.bias)
     torch.testing.assert_close(logits[:, 6:], expected)
 
 
@@ -651,17 +656,17 @@ def test_inkling_weighs_new_experts_together_with_its_shared_ones(selection):
     for found, before in ((weights, base_weights), (shared, base_shared)):
         assert torch.equal(found[~changed], before[~changed])
     assert changed.any() and (selection == "exclusive" or not changed.all())
-    rows = torch.cat([router.weight[:6], router.moextend.weight])
+    rows = torch.cat([router.weight[:6], router.moextend["default"].weight])
     scores, of_shared = F.linear(x, rows).sigmoid(), F.linear(x, router.weight[6:]).sigmoid()
     torch.testing.assert_close(logits, F.linear(x, rows))
     if selection == "exclusive":
-        new_keys = scores[:, 6:] + router.moextend.correction_bias
+        new_keys = scores[:, 6:] + router.moextend["default"].correction_bias
         assert torch.equal(index, new_keys.topk(2).indices + 6)
         picked = scores.gather(-1, index)
         torch.testing.assert_close(weights, picked / picked.sum(-1, keepdim=True) * base_weights.sum(-1, keepdim=True))
         torch.testing.assert_close(shared, base_shared)
         return
-    keys = scores + torch.cat([router.e_score_correction_bias, router.moextend.correction_bias])
+    keys = scores + torch.cat([router.e_score_correction_bias, router.moextend["default"].correction_bias])
     assert torch.equal(index[changed].sort().values, keys.topk(2).indices[changed].sort().values)
     together = torch.cat([scores.gather(-1, index), of_shared], dim=-1)
     together = together / together.sum(-1, keepdim=True) * router.route_scale * 0.7

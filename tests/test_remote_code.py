@@ -61,6 +61,8 @@ processor = AutoProcessor.from_pretrained(folder, **trust)
 processed = processor(images=Image.open(root / "picture.png"), text=sys.argv[2], return_tensors="pt")
 outputs["processed"] = processed["input_ids"]
 outputs["seen"] = model(**processed).logits
+model.load_adapter(str(root / "law"), adapter_name="law")
+outputs["rows"] = model(**inputs, adapter_names=["default", "law"]).logits
 """
 
 END = """
@@ -101,6 +103,8 @@ def published(tmp_path_factory):
     model = MoExtendForCausalLM.from_base(str(root / "base"), PLAN, encoder=str(root / "encoder"), **choices)
     shake(model).eval().save_pretrained(root / "adapter")
     build_processor().save_pretrained(root / "adapter")
+    law = MoExtendForCausalLM.from_base(str(root / "base"), {0: [1]}, scope="all", selection="exclusive")
+    shake(law, seed=1).save_pretrained(root / "law")
     Image.new("RGB", (40, 50), (200, 30, 90)).save(root / "picture.png")
     ids = torch.arange(3, 17).repeat(2, 1)
     ids[0, 2:6] = 260
@@ -137,6 +141,10 @@ def test_everything_loads_with_transformers_alone(published):
     processed = build_processor()(images=Image.open(root / "picture.png"), text=PROMPT, return_tensors="pt")
     assert torch.equal(outputs["processed"], processed["input_ids"])
     assert torch.equal(outputs["seen"], model(**processed).logits)
+    both = MoExtendForCausalLM.from_pretrained(root / "adapter")
+    both.load_adapter(root / "law", adapter_name="law")
+    rows = both(**inputs, adapter_names=["default", "law"]).logits
+    assert torch.equal(outputs["rows"], rows) and not torch.allclose(rows[1], expected[1], atol=1e-2)
     code = {path.name for path in (root / "adapter").glob("*_moextend.py")}
     assert code - {path.name for path in (root / "third").glob("*_moextend.py")} <= {"processing_moextend.py"}
     again = MoExtendForCausalLM.from_pretrained(root / "third")  # and back into this process

@@ -9,7 +9,7 @@ from conftest import PAPER, make_base, make_encoder, shake
 from transformers import DynamicCache, StaticCache
 
 from modeling_moextend import MoExtendForCausalLM
-from modeling_moextend.scope_moextend import NEVER, STATE, cached_first, modality_scope, remember
+from modeling_moextend.scope_moextend import IMAGES, NEVER, STATE, cached_first, cached_state, modality_scope, remember
 
 IMAGE = 96
 TABLE = [  # name, tokens (i: image), position ids, scope, state
@@ -45,7 +45,7 @@ class Cache:
     """The least that carries a state."""
 
     def __init__(self, *state):
-        setattr(self, STATE, torch.tensor(state))
+        setattr(self, STATE, {IMAGES: torch.tensor(state)})
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def filled_cache(*state):
     cache = DynamicCache()
     keys = torch.arange(len(state)).float().view(-1, 1, 1, 1).expand(-1, 1, 6, 2).clone()
     cache.update(keys, keys, 0)
-    remember(cache, torch.tensor(state))
+    remember(cache, {IMAGES: torch.tensor(state)})
     return cache
 
 
@@ -154,13 +154,13 @@ def test_the_state_moves_as_the_rows_do(move, rows):
     cache = filled_cache(4, NEVER, 1)
     move(cache)
     assert rows_of(cache) == rows
-    assert getattr(cache, STATE).tolist() == [[4, NEVER, 1][row] for row in rows]
+    assert cached_state(cache, IMAGES).tolist() == [[4, NEVER, 1][row] for row in rows]
 
 
 def test_a_cropped_cache_forgets_the_images_that_are_cut_off():
     cache = filled_cache(4, NEVER, 1)
     cache.crop(-2)
-    assert getattr(cache, STATE).tolist() == [NEVER, NEVER, 1]
+    assert cached_state(cache, IMAGES).tolist() == [NEVER, NEVER, 1]
 
 
 def test_a_reset_cache_has_seen_no_image():
@@ -181,15 +181,15 @@ def test_a_copied_or_pickled_cache_keeps_a_state_of_its_own(duplicate):
     cache = filled_cache(4, NEVER, 1)
     twin = duplicate(cache)
     cache.reorder_cache(torch.tensor([1, 1, 1]))
-    assert getattr(twin, STATE).tolist() == [4, NEVER, 1] and rows_of(twin) == [0, 1, 2]
+    assert cached_state(twin, IMAGES).tolist() == [4, NEVER, 1] and rows_of(twin) == [0, 1, 2]
     twin.batch_select_indices(torch.tensor([2]))
-    assert getattr(twin, STATE).tolist() == [1] and rows_of(twin) == [2]
+    assert cached_state(twin, IMAGES).tolist() == [1] and rows_of(twin) == [2]
 
 
 def test_a_cache_stays_an_instance_of_its_class_and_is_changed_once():
     cache = filled_cache(4)
     changed = type(cache)
-    remember(cache, torch.tensor([2]))
+    remember(cache, {IMAGES: torch.tensor([2])})
     assert isinstance(cache, DynamicCache) and changed.__name__ == "DynamicCache" and type(cache) is changed
     assert type(filled_cache(1)) is changed
 
@@ -239,12 +239,12 @@ def test_cropping_a_cache_behind_an_image_brings_the_base_back():
     text, image = torch.tensor([[5, 6, 7]]), torch.tensor([[IMAGE] * 4 + [8]])
     cache = model(text, use_cache=True).past_key_values
     model(image, past_key_values=cache, pixel_values=torch.randn(1, 3, 16, 16))
-    assert getattr(cache, STATE).tolist() == [3]
+    assert cached_state(cache, IMAGES).tolist() == [3]
     cache.crop(-5)
     base_cache = base(text, use_cache=True).past_key_values
     expected = base(torch.tensor([[9]]), past_key_values=base_cache).logits
     assert torch.equal(model(torch.tensor([[9]]), past_key_values=cache).logits, expected)
-    assert getattr(cache, STATE).tolist() == [NEVER]
+    assert cached_state(cache, IMAGES).tolist() == [NEVER]
 
 
 @torch.no_grad()
@@ -254,7 +254,7 @@ def test_a_static_cache_carries_the_state_too():
     expected = model(torch.cat([ids, torch.tensor([[7, 8]])], dim=1), pixel_values=pixels).logits[:, -1]
     cache = StaticCache(config=model.config.text_config, max_cache_len=16)
     model(ids, pixel_values=pixels, past_key_values=cache, use_cache=True)
-    assert getattr(cache, STATE).tolist() == [1]
+    assert cached_state(cache, IMAGES).tolist() == [1]
     model(torch.tensor([[7]]), past_key_values=cache)
     found = model(torch.tensor([[8]]), past_key_values=cache).logits[:, -1]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

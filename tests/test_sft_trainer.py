@@ -24,6 +24,7 @@ from modeling_moextend.sft_trainer import MaskImageLabels, MoExtendSFTTrainer, o
 PLAN = {1: [0], 2: [3, 1]}  # layers 0 and 3 stay as they are: widths 6, 7, 8, 6
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz", "USER:", "ASSISTANT:"]
 ADAPTER = "moextend_adapter.safetensors"
+ENCODER_PART = "adapters.default.encoder.*patch_embedding.weight"
 
 torch.set_num_threads(1)  # on models this small, threads wait for each other more than they compute
 
@@ -493,7 +494,7 @@ class Tamper(TrainerCallback):
             self.tensor.view(-1)[3] += 1e-6
 
 
-@pytest.mark.parametrize("part", ["base.model.layers.0.mlp.experts.down_proj", "encoder.*patch_embedding.weight"])
+@pytest.mark.parametrize("part", ["base.model.layers.0.mlp.experts.down_proj", ENCODER_PART])
 def test_verify_base_names_a_changed_tensor(tmp_path, part):
     model = make_model(encoder=True)
     tensor = next(p for name, p in model.named_parameters() if re.fullmatch(part, name))
