@@ -67,11 +67,32 @@ def markdown(runs):
         lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
         for method, row in sorted(rows.items(), key=lambda item: -item[1]["accuracy"][0]):
             lines.append("| " + " | ".join(cells(method, row)) + " |")
+        lines += shares({method: part for method, ran in methods.items() if (part := chosen(ran))})
         failed = sorted(set(methods) - set(rows))
         parts.append(
             "\n".join([f"### {task}", "", *lines, *(["", f"Failed: {', '.join(failed)}."] if failed else [])])
         )
     return "\n\n".join(parts) + "\n"
+
+
+def shares(parts, of="full_replay"):
+    """Lines below a table: each method's accuracy as a share of another's, on both splits, where that was run.
+
+    The validation split chose the rates, which favours whoever had luck there; the test split was seen by no choice.
+    """
+    if of not in parts:
+        return []
+    whole = {split: mean(run[split] for run in parts[of]) for split in ("test", "validation")}
+    named = [
+        f"{method} " + " / ".join(f"{100 * mean(run[split] for run in part) / whole[split]:.1f}%" for split in whole)
+        for method, part in parts.items()
+        if method != of
+    ]
+    return (
+        ["", f"Accuracy as a share of {of}'s, test / validation split: {', '.join(named)}."]
+        if all(whole.values())
+        else []
+    )
 
 
 def cells(method, row):

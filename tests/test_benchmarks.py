@@ -246,6 +246,13 @@ def test_table_has_the_test_accuracy_of_the_winning_rate_and_the_rises(tmp_path)
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 
+def test_below_a_table_stand_the_shares_of_full_replay_on_both_splits():
+    done = [line(method="full_replay", validation=0.8, test=0.5), line(method="full", validation=0.4, test=0.6)]
+    text = report.markdown(done)
+    assert text.rstrip().endswith("as a share of full_replay's, test / validation split: full 120.0% / 50.0%.")
+    assert "share of" not in report.markdown(done[1:])
+
+
 def test_runs_with_earlier_settings_are_history():
     old, new = line(validation=0.9, test=0.9, settings="old"), line(validation=0.2, test=0.2)
     assert [run["test"] for run in report.chosen([old, new])] == [0.2]
