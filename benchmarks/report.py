@@ -83,16 +83,14 @@ def shares(parts, of="full_replay"):
     if of not in parts:
         return []
     whole = {split: mean(run[split] for run in parts[of]) for split in ("test", "validation")}
+    if not all(whole.values()):
+        return []
     named = [
         f"{method} " + " / ".join(f"{100 * mean(run[split] for run in part) / whole[split]:.1f}%" for split in whole)
         for method, part in parts.items()
         if method != of
     ]
-    return (
-        ["", f"Accuracy as a share of {of}'s, test / validation split: {', '.join(named)}."]
-        if all(whole.values())
-        else []
-    )
+    return ["", f"Accuracy as a share of {of}'s, test / validation split: {', '.join(named)}."]
 
 
 def cells(method, row):
