@@ -5,11 +5,13 @@ the process dies.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
 import secrets
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -19,6 +21,8 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.utils import cached_file
 
+from .entries_moextend import FINGERPRINT_SIZE, short
+from .folder_moextend import all_or_nothing, locked
 from .layers_moextend import materialised
 
 if torch.distributed.is_available():
@@ -30,8 +34,10 @@ else:
 FILE = "moextend_adapter.safetensors"
 INDEX = FILE + ".index.json"
 FORMAT = 1
-FINGERPRINT_SIZE = 1024
 PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_JSON = 8 * 2**20  # bytes of an index or of a config, many times what a large base needs
+MAX_SHARDS = 4096
+MAX_DEPTH = 32
 
 
 # ---------------------------------------------------------------- fingerprint
@@ -188,32 +194,44 @@ def laid_out(tensor, like):
 # ---------------------------------------------------------------- writing
 
 
+def write_folder(folder, tensors, config, max_shard_size="50GB"):
+    """Writes a whole adapter folder, that is the shipped code, config.json and the adapter: see `write_adapter`."""
+    with all_or_nothing(folder) as put:
+        for source in Path(__file__).parent.glob("*_moextend.py"):
+            target = Path(folder) / source.name
+            if not target.exists() or not source.samefile(target):
+                put(source.name, lambda path, source=source: shutil.copyfile(source, path))
+        text = config.to_json_string(use_diff=False)
+        put("config.json", lambda path: path.write_text(text, encoding="utf-8"))
+        put_adapter(put, tensors, config, max_shard_size)
+
+
 def write_adapter(folder, tensors, config, max_shard_size="50GB"):
     """Writes tensors (name -> tensor) with the config in the header; atomic, whatever was there before.
 
     A single file is put in place by one rename. Shards get names of their own, and the rename of the index puts them
     all in place at once; what the old index named is removed after that.
+
+    Raises:
+        OSError: no room, or no right to write; the adapter that was there is untouched.
     """
-    folder = Path(folder)
+    with all_or_nothing(folder) as put:
+        put_adapter(put, tensors, config, max_shard_size)
+
+
+def put_adapter(put, tensors, config, max_shard_size):
+    """The adapter's files, through `put` of `all_or_nothing`."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     metadata = header(config, tensors)
-    old = existing_files(folder)
-    token = secrets.token_hex(4)
-    pattern = FILE.replace(".safetensors", f"-{token}{{suffix}}.safetensors")
+    pattern = FILE.replace(".safetensors", f"-{secrets.token_hex(4)}{{suffix}}.safetensors")
     split = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=max_shard_size)
-    if split.is_sharded:
-        for name, keys in split.filename_to_tensors.items():
-            replace_file(
-                folder / name, lambda path, keys=keys: save_file({k: tensors[k] for k in keys}, path, metadata)
-            )
-        index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
-        write_text(folder / INDEX, json.dumps(index, indent=2))
-        new = {*split.filename_to_tensors, INDEX}
-    else:
-        replace_file(folder / FILE, lambda path: save_file(tensors, path, metadata))
-        new = {FILE}
-    for name in sorted(old - new, key=lambda name: name != INDEX):  # the index first: it wins over a single file
-        (folder / name).unlink(missing_ok=True)
+    if not split.is_sharded:
+        put(FILE, lambda path: save_file(tensors, path, metadata))
+        return
+    for name, keys in split.filename_to_tensors.items():
+        put(name, lambda path, keys=keys: save_file({key: tensors[key] for key in keys}, path, metadata))
+    index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
+    put(INDEX, lambda path: path.write_text(json.dumps(index, indent=2), encoding="utf-8"))
 
 
 def header(config, tensors):
@@ -244,36 +262,6 @@ def checksum(tensors):
     return digest.hexdigest()
 
 
-def existing_files(folder):
-    """Names of adapter files already in `folder`, and of what a killed process left unfinished."""
-    patterns = ("moextend_adapter*", "config.json.*.tmp", "*_moextend.py.*.tmp")
-    return {path.name for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-
-
-def replace_file(path, write):
-    """Writes beside `path` and renames over it, so that `path` is never half a file."""
-    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    unfinished.touch()
-    mode = unfinished.stat().st_mode  # the user's own default: safetensors would let nobody else read the file
-    try:
-        write(unfinished)
-        unfinished.chmod(mode)
-        with open(unfinished, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def copy_file(source, target):
-    """Copies a file of the shipped code."""
-    replace_file(Path(target), lambda unfinished: shutil.copyfile(source, unfinished))
-
-
-def write_text(path, text):
-    replace_file(Path(path), lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
-
-
 # ---------------------------------------------------------------- reading
 
 
@@ -282,24 +270,71 @@ def read_adapter(name_or_path, **hub_kwargs):
 
     Raises:
         OSError: no adapter there.
-        ValueError: a damaged or truncated file, a missing shard, or a newer format; nothing was loaded.
+        ValueError: a damaged or truncated file, a missing shard, a link to elsewhere, or a newer format; nothing was
+            loaded.
     """
-    files = find_files(name_or_path, hub_kwargs)
-    tensors, metadata = {}, None
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors.update({key: file.get_tensor(key) for key in file.keys()})
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise ValueError(
-                f"{path} is damaged or truncated ({error}). Nothing was loaded; fetch or save the adapter again."
-            ) from error
+    with locked(name_or_path, alone=False) if os.path.isdir(name_or_path) else contextlib.nullcontext():
+        files = find_files(name_or_path, hub_kwargs)
+        contents = [read_file(path) for path in files]
+    tensors, first = {}, None
+    for path, (found, metadata) in zip(files, contents, strict=True):
         check_format(path, metadata)
+        if first not in (None, metadata) or tensors.keys() & found.keys():
+            raise ValueError(f"The adapter is damaged: {path} is of another save than {files[0]}. Nothing was loaded.")
+        tensors, first = tensors | found, metadata
+    return parse_json(first["config"], f"{files[0]} is damaged: the config in its header"), tensors, first
+
+
+def read_file(path):
+    """Tensors and header metadata of one safetensors file."""
     try:
-        return json.loads(metadata["config"]), tensors, metadata
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{files[0]} is damaged: the config in its header is no JSON ({error}).") from error
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+        if size > 2 * MAX_JSON:
+            raise OSError(f"a header of {size} bytes")
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged or truncated ({short(str(error))}). Nothing was loaded; fetch or save the adapter "
+            "again."
+        ) from error
+
+
+def parse_json(text, what):
+    """The mapping that JSON `text` holds.
+
+    Raises:
+        ValueError: begins with `what`; for anything else, a key given twice, and more than anybody would write.
+    """
+    try:
+        if len(text) > MAX_JSON:
+            raise ValueError(f"it is longer than {MAX_JSON} characters")
+        value = json.loads(text, object_pairs_hook=without_twins)
+        if not isinstance(value, dict) or is_deep(value):
+            raise ValueError(f"it is no mapping, or nested deeper than {MAX_DEPTH} levels")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} can't be read: {short(str(error))}. Nothing was loaded.") from error
+    return value
+
+
+def without_twins(pairs):
+    """A `dict` of JSON's pairs; which of two equal keys counts would be the parser's choice."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError(
+            f"given twice: {short([key for key, n in Counter(key for key, _ in pairs).items() if n > 1])}"
+        )
+    return entries
+
+
+def is_deep(value):
+    """Whether lists and mappings are nested deeper than `MAX_DEPTH`: copying and printing would not end well."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        nested = [item for item in level if isinstance(item, (dict, list))]
+        level = [inner for item in nested for inner in (item.values() if isinstance(item, dict) else item)]
+    return any(isinstance(item, (dict, list)) for item in level)
 
 
 def find_files(name_or_path, hub_kwargs):
@@ -310,50 +345,93 @@ def find_files(name_or_path, hub_kwargs):
         single = cached_file(name_or_path, FILE, **optional)
         if single is None:
             raise OSError(f"{name_or_path} holds no MoExtend adapter: neither {FILE} nor {INDEX} is there.")
+        check_place(single, name_or_path)
         return [single]
-    try:
-        shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-        strange = [shard for shard in shards if not shard.startswith("moextend_adapter") or Path(shard).name != shard]
-        if strange:
-            raise ValueError(f"no names of adapter files: {strange}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{index} is damaged ({error!r}). Nothing was loaded; fetch or save the adapter again."
-        ) from error
+    check_place(index, name_or_path)
+    shards = shards_of(index)
     paths = {shard: cached_file(name_or_path, shard, **optional) for shard in shards}
     missing = [shard for shard, path in paths.items() if path is None]
     if missing:
-        raise ValueError(f"{name_or_path} lacks {len(missing)} of {len(shards)} adapter files: {', '.join(missing)}.")
+        names = ", ".join(missing[:8])
+        raise ValueError(f"{name_or_path} lacks {len(missing)} of {len(shards)} adapter files: {names}.")
+    for path in paths.values():
+        check_place(path, name_or_path)
     return list(paths.values())
+
+
+def shards_of(index):
+    """Names of the files that an index names, sorted.
+
+    Raises:
+        ValueError: a damaged index, or one that names other files.
+    """
+    try:
+        if os.path.getsize(index) > MAX_JSON:
+            raise ValueError(f"it has more than {MAX_JSON} bytes")
+        weight_map = parse_json(Path(index).read_text(encoding="utf-8"), "it")["weight_map"]
+        shards = sorted(set(weight_map.values()))
+        strange = [shard for shard in shards if not is_shard(shard)]
+        if strange or not 0 < len(shards) <= MAX_SHARDS:
+            raise ValueError(f"no names of adapter files: {short(strange)}, among {len(shards)}")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ValueError(
+            f"{index} is damaged ({error!r}). Nothing was loaded; fetch or save the adapter again."
+        ) from error
+    return shards
+
+
+def is_shard(name):
+    """Whether `name` is that of a file beside the index."""
+    ours = name.startswith("moextend_adapter") and name.endswith(".safetensors")
+    return ours and name.isprintable() and Path(name).name == name
+
+
+def check_place(path, folder):
+    """Refuses links that lead out of the adapter's folder; in a Hub cache, to elsewhere than the blobs beside it."""
+    if not os.path.isdir(folder):
+        return
+    home = Path(folder).resolve()
+    homes = [home, *(parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots")]
+    place = Path(path).resolve()
+    if not any(place.is_relative_to(home) for home in homes):
+        raise ValueError(f"{path} is a link to {place}, outside the adapter's folder: put a copy there instead.")
 
 
 def check_format(path, metadata):
     """Refuses what is no adapter, one written by a later version, and a damaged header."""
-    if not str(metadata.get("moextend_format", "")).isdecimal() or "config" not in metadata:
+    number = metadata.get("moextend_format", "")
+    if not (number.isascii() and number.isdecimal() and len(number) < 10 and int(number)) or "config" not in metadata:
         raise ValueError(f"{path} is damaged or no MoExtend adapter: its header lacks moextend_format or config.")
-    if int(metadata["moextend_format"]) > FORMAT:
-        raise ValueError(
-            f"{path} has moextend_format {metadata['moextend_format']}; this version reads up to {FORMAT}. "
-            "Update moextend."
-        )
+    if int(number) > FORMAT:
+        raise ValueError(f"{path} has moextend_format {number}; this version reads up to {FORMAT}. Update moextend.")
     if metadata.get("header_checksum") not in (None, header_checksum(metadata)):
         raise ValueError(
             f"{path} is damaged: its header does not match the header's own checksum. Nothing was loaded."
         )
 
 
+def shown(name):
+    """A tensor's name from a file, where it may hold anything."""
+    return name if name.isprintable() else short(name)
+
+
 def check_tensors(expected, given, metadata):
     """Compares name -> tensor of a model with those of a file, then the file with its own checksum.
 
     Raises:
-        ValueError: one message with every missing, unexpected and wrongly shaped tensor; or a damaged file.
+        ValueError: one message with every missing, unexpected and wrongly shaped or typed tensor; or a damaged file.
     """
     problems = [f"missing: {name}" for name in sorted(expected.keys() - given.keys())]
-    problems += [f"unexpected: {name}" for name in sorted(given.keys() - expected.keys())]
+    problems += [f"unexpected: {shown(name)}" for name in sorted(given.keys() - expected.keys())]
     problems += [
         f"wrong shape: {name} is {tuple(given[name].shape)}, the model needs {tuple(expected[name].shape)}"
         for name in sorted(expected.keys() & given.keys())
         if given[name].shape != expected[name].shape
+    ]
+    problems += [
+        f"wrong dtype: {shown(name)} is {tensor.dtype}; allowed: {', '.join(map(str, PLAIN))}"
+        for name, tensor in sorted(given.items())
+        if tensor.dtype not in PLAIN
     ]
     if problems:
         lines = "\n  ".join(problems)

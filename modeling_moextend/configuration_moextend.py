@@ -3,10 +3,13 @@
 import copy
 import math
 import re
+from functools import partial
 from operator import index
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
+
+from .entries_moextend import nested_problems, problems_of, short
 
 SCOPES = ("all", "modality", "gate")
 SELECTIONS = ("compete", "exclusive")
@@ -14,6 +17,10 @@ CALIBRATIONS = ("all", "routed", "none")
 PAPER = {"scope": "all", "selection": "compete", "calibration": "all"}
 SELECT_FEATURES = ("patch", "full")
 PLAIN_NAME = re.compile(r"\w[\w.-]*")  # of a folder: no dot in front, so neither hidden nor "..", and no separator
+CHOICES = {"scope": SCOPES, "selection": SELECTIONS, "calibration": CALIBRATIONS}
+CHOICES["encoder_select_feature"] = SELECT_FEATURES
+MAX_INDEX = 2**31
+CALLERS = ("attn_implementation", "experts_implementation")  # what only a call says, never a file
 
 
 class MoExtendConfig(PreTrainedConfig):
@@ -49,7 +56,7 @@ class MoExtendConfig(PreTrainedConfig):
             folder or repository, if they came along (a standalone checkpoint of `moextend merge`).
 
     Raises:
-        ValueError: a value outside the allowed ones, or a combination without meaning.
+        ValueError: values outside the allowed ones (all of them named), or a combination without meaning.
     """
 
     model_type = "moextend"
@@ -57,6 +64,7 @@ class MoExtendConfig(PreTrainedConfig):
 
     def __init__(
         self,
+        /,  # a file may hold an entry of any name, "self" as well
         base_model_name_or_path=None,
         base_model_revision=None,
         base_fingerprint=None,
@@ -84,26 +92,38 @@ class MoExtendConfig(PreTrainedConfig):
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
         self.base_fingerprint = base_fingerprint
-        self.text_config = as_config(text_config)
+        self.text_config = text_config
         self.encoder_name_or_path = encoder_name_or_path
-        self.encoder_config = as_config(encoder_config)
+        self.encoder_config = encoder_config
         self.encoder_fingerprint = encoder_fingerprint
         self.encoder_select_layer = encoder_select_layer
         self.encoder_select_feature = encoder_select_feature
         self.projector_hidden_act = projector_hidden_act
         self.image_token_id = image_token_id
-        self.extended_layers = normalise_plan(extended_layers)
+        self.extended_layers = extended_layers
         self.scope, self.selection, self.calibration = scope, selection, calibration
         self.calibration_hidden_size = calibration_hidden_size
         self.gate_hidden_size, self.gate_threshold = gate_hidden_size, gate_threshold
         self.routing_rule = routing_rule
-        self.trained_on = check_trained_on([] if trained_on is None else trained_on)
-        self.base_subfolder = check_subfolder("base_subfolder", base_subfolder)
-        self.encoder_subfolder = check_subfolder("encoder_subfolder", encoder_subfolder)
+        self.trained_on = [] if trained_on is None else trained_on
+        self.base_subfolder, self.encoder_subfolder = base_subfolder, encoder_subfolder
+        check_entries(self, kwargs)
         kwargs.setdefault("tie_word_embeddings", False)  # the base ties its own weights; nothing here is tied
         super().__init__(**kwargs)
-        check_routing_choices(self)
-        check_vision_choices(self)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers, without what is no file's to say.
+
+        An implementation may be the name of a kernel on the Hub, so that code would be fetched; private attributes are
+        this class's own.
+        """
+        ours = {
+            name: value
+            for name, value in config_dict.items()
+            if name not in CALLERS and (name == "_name_or_path" or not name.startswith("_"))
+        }
+        return super().from_dict(ours, **kwargs)
 
     @property
     def num_image_tokens(self):
@@ -120,6 +140,11 @@ class MoExtendConfig(PreTrainedConfig):
         if view is None:
             view = self.__dict__["_text_view"] = copy.deepcopy(self.text_config.get_text_config())
         return view
+
+    def set_text_config(self, config):
+        """Takes the config of the base that is there, a copy; the view of an earlier one is forgotten."""
+        self.text_config = copy.deepcopy(config)
+        self.__dict__.pop("_text_view", None)
 
     def to_dict(self):
         """As JSON-ready `dict`: layer indices as strings, the view of `text_config` left out."""
@@ -155,12 +180,25 @@ class UnknownConfig(PreTrainedConfig):
 
 
 def as_config(config):
-    """A config object from a config object, a `dict` with `model_type`, or `None`."""
-    if isinstance(config, dict):
-        config = dict(config)
-        model_type = config.pop("model_type")
-        return AutoConfig.for_model(model_type, **config) if model_type in CONFIG_MAPPING else UnknownConfig(**config)
-    return config
+    """A config object from a config object, a `dict` with `model_type`, or `None`.
+
+    Raises:
+        ValueError: anything else, or values that the config's class does not take.
+    """
+    if config is None or isinstance(config, PreTrainedConfig):
+        return config
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ValueError(f"a config must be a mapping with a model_type, not {short(config)}.")
+    config = dict(config)
+    model_type = config.pop("model_type")
+    known = model_type in CONFIG_MAPPING
+    problems = nested_problems(config, CONFIG_MAPPING[model_type] if known else UnknownConfig)
+    if problems:
+        raise ValueError("; ".join(problems))
+    try:
+        return AutoConfig.for_model(model_type, **config) if known else UnknownConfig(**config)
+    except Exception as error:  # whatever a class of transformers makes of values that it does not expect
+        raise ValueError(f"no config of a {short(model_type)} model: {short(str(error))}") from error
 
 
 def has_class_token(encoder_config):
@@ -185,28 +223,33 @@ def normalise_plan(plan):
     """`{layer: [source experts]}` with `int` keys in ascending order; JSON has only string keys.
 
     Raises:
-        ValueError: a plan that is no mapping, a key or source that is no integer, or a layer without sources.
+        ValueError: a plan that is no mapping, a key or source that is no integer, or a layer twice or without sources.
     """
     if plan is None:
         return {}
     if not hasattr(plan, "items"):
-        raise ValueError(f"extended_layers must map layers to source experts, like {{2: [1]}}, not {plan!r}.")
+        raise ValueError(f"extended_layers must map layers to source experts, like {{2: [1]}}, not {short(plan)}.")
     try:
         if any(isinstance(source, bool) for sources in plan.values() for source in sources):
             raise TypeError("True and False are no experts")
-        plan = {
-            int(layer) if isinstance(layer, str) else index(layer): [index(source) for source in sources]
+        layers = [
+            (int(layer) if isinstance(layer, str) else index(layer), [index(source) for source in sources])
             for layer, sources in plan.items()
-        }
+        ]
+        numbers = [number for layer, sources in layers for number in (layer, *sources)]
+        if len(dict(layers)) < len(layers) or not all(-MAX_INDEX < number < MAX_INDEX for number in numbers):
+            raise ValueError("a layer is named twice, or a number is no index")
     except (TypeError, ValueError) as error:
         raise ValueError(
             "extended_layers must map a layer index to a list of source experts, like {2: [1], 5: [3, 0]}; "
-            f"got {plan!r}."
+            f"got {short(plan)} ({short(str(error))})."
         ) from error
-    empty = [layer for layer, sources in plan.items() if not sources]
+    empty = [layer for layer, sources in layers if not sources]
     if empty:
-        raise ValueError(f"extended_layers names no source expert for layers {empty}: leave these layers out instead.")
-    return dict(sorted(plan.items()))
+        raise ValueError(
+            f"extended_layers names no source expert for layers {short(empty)}: leave these layers out instead."
+        )
+    return dict(sorted(layers))
 
 
 def routing_choices(scope=None, selection=None, calibration=None, paper=False, has_encoder=False):
@@ -236,32 +279,71 @@ def routing_choices(scope=None, selection=None, calibration=None, paper=False, h
     return given
 
 
-def check_routing_choices(config):
-    """Refuses what is not allowed, with the reason.
+def check_entries(config, others):
+    """Brings the entries of a new config into their form, or refuses them; `others` go to transformers.
 
     Raises:
-        ValueError: names the value, the allowed ones and the way out.
+        ValueError: one message with everything that is wrong.
     """
-    choices = {"scope": SCOPES, "selection": SELECTIONS, "calibration": CALIBRATIONS}
-    choices["encoder_select_feature"] = SELECT_FEATURES
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise ValueError(
-                f"{name}={getattr(config, name)!r} is not known; allowed: {', '.join(map(repr, allowed))}."
-            )
+    entries = {**vars(config), **others}
+    problems = problems_of(entries, type(config))
+    forms = {"text_config": as_config, "encoder_config": as_config}
+    forms |= {"extended_layers": normalise_plan, "gate_threshold": check_threshold}
+    forms["trained_on"] = check_trained_on
+    forms |= {name: partial(check_subfolder, name) for name in ("base_subfolder", "encoder_subfolder")}
+    for name, form in forms.items():
+        try:
+            setattr(config, name, form(entries[name]))
+        except ValueError as error:
+            problems.append(str(error) if name in str(error) else f"{name}: {error}")
+    problems += choice_problems(config)
+    if not problems:  # of values that are what they should be
+        problems += meaning_problems(config)
+    if problems:
+        lines = "\n  ".join(problems)
+        raise ValueError(lines if len(problems) == 1 else f"The config has {len(problems)} wrong entries.\n  {lines}")
+
+
+def check_routing_choices(config):
+    """Refuses routing and vision choices that are not allowed, with the reasons.
+
+    Raises:
+        ValueError: names each value, the allowed ones and the way out.
+    """
+    problems = choice_problems(config) or meaning_problems(config)
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def choice_problems(config):
+    """Values that are none of the allowed ones, a line each."""
+    choices = CHOICES | {"projector_hidden_act": tuple(sorted(ACT2FN))}
+    given = {name: getattr(config, name) for name in choices}
+    return [
+        f"{name}={short(value)} is not known; allowed: {', '.join(map(repr, choices[name]))}."
+        for name, value in given.items()
+        if value not in choices[name]
+    ]
+
+
+def meaning_problems(config):
+    """Combinations of allowed values that have no meaning, a line each."""
+    problems = []
     if config.selection == "exclusive" and config.calibration != "none":
-        raise ValueError(
+        problems.append(
             f"selection='exclusive' with calibration={config.calibration!r} has no meaning: the weights of new "
             "experts already sum to what the base's own weights sum to. Use calibration='none' or "
             "selection='compete'."
         )
-    config.gate_threshold = check_threshold(config.gate_threshold)
-    if isinstance(config.gate_hidden_size, bool) or not isinstance(config.gate_hidden_size, int):
-        raise ValueError(f"gate_hidden_size={config.gate_hidden_size!r} must be an integer, like 64.")
-    if config.gate_hidden_size < 1:
-        raise ValueError(f"gate_hidden_size={config.gate_hidden_size} must be at least 1.")
     if config.scope == "modality" and config.encoder_name_or_path is None and config.encoder_config is None:
-        raise ValueError("scope='modality' needs an encoder: without images no token would ever use a new expert.")
+        problems.append("scope='modality' needs an encoder: without images no token would ever use a new expert.")
+    depth = getattr(config.encoder_config, "num_hidden_layers", None)
+    if depth is not None and config.encoder_select_layer not in range(-depth - 1, depth + 1):
+        problems.append(
+            f"encoder_select_layer={config.encoder_select_layer} is out of range: an encoder of {depth} layers has "
+            f"hidden states {-depth - 1} to {depth} (0: the embeddings, -1: the last)."
+        )
+    return problems
 
 
 def check_trained_on(entries):
@@ -280,7 +362,7 @@ def check_trained_on(entries):
     if not good:
         raise ValueError(
             f'trained_on must be a list of {{"name": ..., "fingerprint": ...}}, one for each adapter that was below, '
-            f"not {entries!r}."
+            f"not {short(entries)}."
         )
     return [dict(entry) for entry in entries]
 
@@ -293,11 +375,11 @@ def check_threshold(threshold):
     """
     try:
         value = float(threshold)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if isinstance(threshold, bool) or not math.isfinite(value):
         raise ValueError(
-            f"gate_threshold={threshold!r} is no finite number. 0 is where the gate was trained to decide; 1e9 "
+            f"gate_threshold={short(threshold)} is no finite number. 0 is where the gate was trained to decide; 1e9 "
             "lets no token through, -1e9 every one."
         )
     return value
@@ -312,24 +394,6 @@ def check_subfolder(name, value):
     if value is None or (isinstance(value, str) and all(PLAIN_NAME.fullmatch(part) for part in value.split("/"))):
         return value
     raise ValueError(
-        f"{name}={value!r} must name a folder inside the adapter's own, like 'base': no '..', no absolute path, no "
-        "backslash. Nothing was loaded."
+        f"{name}={short(value)} must name a folder inside the adapter's own, like 'base': no '..', no absolute path, "
+        "no backslash. Nothing was loaded."
     )
-
-
-def check_vision_choices(config):
-    """Refuses a projector activation or an encoder layer that does not exist.
-
-    Raises:
-        ValueError: names the value and the allowed ones.
-    """
-    if config.projector_hidden_act not in ACT2FN:
-        raise ValueError(
-            f"projector_hidden_act={config.projector_hidden_act!r} is not known; allowed: {', '.join(sorted(ACT2FN))}."
-        )
-    depth = getattr(config.encoder_config, "num_hidden_layers", None)
-    if depth is not None and config.encoder_select_layer not in range(-depth - 1, depth + 1):
-        raise ValueError(
-            f"encoder_select_layer={config.encoder_select_layer} is out of range: an encoder of {depth} layers has "
-            f"hidden states {-depth - 1} to {depth} (0: the embeddings, -1: the last)."
-        )

@@ -10,12 +10,13 @@ from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils.hub import resolve_revision
 
 from .adapter_moextend import fingerprint, same_fingerprint
-from .configuration_moextend import UnknownConfig
+from .configuration_moextend import check_routing_choices
 from .families_moextend import family_of, find_rule, find_rules
 from .layers_moextend import detach, find_moe_layers, input_device
 from .layouts_moextend import check_layer, check_layout, check_request
@@ -88,11 +89,37 @@ def load_stored_encoder(model, stored, encoder, check_base, home):
     return encoder
 
 
+def stored_config(config_class, values, tensors):
+    """The config of a stored adapter: `values` of its header, checked against the sizes of its tensors.
+
+    Of the base's own config only the kind is read: the base that is loaded brings the rest (`load_parts`).
+
+    Raises:
+        ValueError: values that are not allowed, or many more new experts than the file has.
+    """
+    base_config = values.get("text_config")
+    if isinstance(base_config, dict):
+        base_config = {name: base_config[name] for name in ("model_type",) if name in base_config}
+    stored = config_class.from_dict({**values, "text_config": base_config})
+    rows = {}  # of the tensors that have one row an expert
+    for name, tensor in tensors.items():
+        part = name.split(".")
+        if part[0] == "layers" and part[2:3] in (["experts"], ["router"]) and tensor.dim():
+            rows[part[1]] = max(rows.get(part[1], 0), len(tensor))
+    asked, there = sum(map(len, stored.extended_layers.values())), sum(rows.values())
+    if asked > 2 * there + 16:  # what little is missing gets named later, beside the new experts of the model
+        raise ValueError(
+            f"The adapter does not fit itself; nothing was loaded: extended_layers names {asked} new experts, and the "
+            f"file has tensors of {there}."
+        )
+    return stored
+
+
 def load_parts(stored, base, encoder, auto_class, check_base, options, home=None):
     """Base and encoder of a stored adapter, each loaded unless given as a model, and checked against it.
 
     Args:
-        stored: the adapter's `MoExtendConfig`; gets the base's config where its own could not be read.
+        stored: the adapter's `MoExtendConfig`; gets the configs of base and encoder.
         base, encoder: model, or where it lies; `None`: where `stored` says.
         auto_class: `AutoModelForCausalLM` or `AutoModel`.
         check_base: whether fingerprints must agree.
@@ -107,15 +134,20 @@ def load_parts(stored, base, encoder, auto_class, check_base, options, home=None
         encoder = load_stored("encoder", encoder, stored, load_encoder, home, **chosen)
     if not isinstance(base, PreTrainedModel):
         auto_class = auto_class_for(stored.text_config, auto_class)
+        if base is None:  # a file names it: transformers' prompt would wait for somebody who never heard of it
+            options = {"trust_remote_code": False, **options}
         base = load_stored("base", base, stored, load_base, home, auto_class=auto_class, **options)
     check_not_extended(base)
     check_layout(base)
-    if isinstance(stored.text_config, UnknownConfig) or not check_base:
-        stored.text_config = copy.deepcopy(base.config)
+    stored.set_text_config(base.config)
     if not check_base:
         stored.routing_rule = None  # the base's own will be found
     if encoder is not None:
         encoder = vision_tower(encoder).to(input_device(base))
+        stored.encoder_config = copy.deepcopy(encoder.config)
+        check_routing_choices(stored)  # a hidden state that this encoder has
+        if stored.image_token_id is None:
+            raise ValueError("image_token_id=None must be an integer: the adapter has an encoder.")
     for role, module in (("base", base.get_decoder()), ("encoder", encoder)):
         if module is not None and check_base:
             check_fingerprint(role, getattr(stored, f"{role}_fingerprint"), module)
@@ -245,6 +277,7 @@ def load_base(name_or_path, auto_class, **kwargs):
     """
     check_request(name_or_path, kwargs)
     kwargs["use_safetensors"] = kwargs.get("use_safetensors", True) or None  # False would refuse safetensors
+    check_no_adapter(name_or_path, kwargs)
     shared = {key: kwargs[key] for key in SHARED_HUB_KWARGS if key in kwargs}
     kwargs["revision"] = resolve_revision(name_or_path, kwargs.pop("revision", None), **shared)
     try:
@@ -265,15 +298,33 @@ def load_base(name_or_path, auto_class, **kwargs):
     return base
 
 
+def check_no_adapter(name_or_path, options):
+    """Refuses an adapter in the place of a base, before it is loaded: its own base might be itself, without end."""
+    hub = {key: options[key] for key in (*SHARED_HUB_KWARGS, "revision", "subfolder") if key in options}
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub)
+        model_type = values.get("model_type")
+    except (OSError, ValueError):  # for whoever loads the base to say
+        return
+    except Exception as error:  # it holds something else than a mapping
+        raise ValueError(f"base={str(name_or_path)!r} has a config.json that can't be read: {error!r}.") from error
+    if model_type == "moextend":
+        raise ValueError(f"base={str(name_or_path)!r} is extended already: it is an adapter. Pass base=<its base>.")
+
+
 def load_stored(role, given, config, loader, home=None, **kwargs):
     """Base or encoder, from where the call or else the adapter's config says; see `place_of`."""
     path, inside = place_of(role, given, config, home)
+    if Path(path).exists() and not Path(path).is_dir():  # transformers would read any file as a config
+        raise ValueError(f"The adapter's {role} {str(path)!r} is a file: pass {role}=<folder or Hub id>.")
     try:
         return loader(path, **kwargs, **inside)
-    except OSError as error:
-        raise OSError(
-            f"The adapter's {role} {path!r} can't be loaded: pass {role}=<folder or Hub id> if it lies elsewhere, or "
-            f"use_safetensors=False if it has only pickled weights and you trust them. ({error})"
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(
+            f"The adapter's {role} {str(path)!r} can't be loaded: pass {role}=<folder or Hub id> if it lies "
+            "elsewhere, or use_safetensors=False if it has only pickled weights and you trust them. "
+            f"({error})"
         ) from error
 
 

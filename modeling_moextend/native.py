@@ -13,9 +13,9 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from .adapter_moextend import replace_file, write_text
 from .checkpoints import EXPERT, stored_parts
 from .families_moextend import CORRECTION, GROUPS, find_moe_layers
+from .folder_moextend import replace_file, write_text
 from .routing_moextend import Rule
 
 NUMBER = {  # family -> config entry with its number of experts; measured by tests/test_export.py

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 
-from .adapter_moextend import copy_file, gather, put_tensors, read_adapter, write_adapter, write_text
+from .adapter_moextend import gather, put_tensors, read_adapter, write_folder
 from .configuration_moextend import MoExtendConfig, normalise_plan, routing_choices
 from .families_moextend import find_moe_layers
 from .hub_moextend import PUSH_KWARGS, check_published, check_save_kwargs, push, upload
@@ -29,6 +29,7 @@ from .loading_moextend import (
     load_new_parts,
     load_parts,
     random_base,
+    stored_config,
     undone_on_error,
 )
 from .routing_moextend import Rule, balance_loss
@@ -328,12 +329,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
         if not writes:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        for source in Path(__file__).parent.glob("*_moextend.py"):
-            if not (folder / source.name).exists() or not source.samefile(folder / source.name):
-                copy_file(source, folder / source.name)
-        config = config.published()
-        write_adapter(folder, tensors, config, max_shard_size)
-        write_text(folder / "config.json", config.to_json_string(use_diff=False))
+        write_folder(folder, tensors, config := config.published(), max_shard_size)
         if push_to_hub:
             options = {name: kwargs[name] for name in PUSH_KWARGS if name in kwargs}
             upload(folder, options.pop("repo_id", folder.name), config, **options)
@@ -372,7 +368,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
         """
         hub = {key: value for key in HUB_KWARGS if (value := kwargs.pop(key, None)) is not None}
         values, tensors, metadata = read_adapter(pretrained_model_name_or_path, **hub)
-        stored = cls.config_class.from_dict(values)  # the header's config wins over config.json
+        stored = stored_config(cls.config_class, values, tensors)  # the header's config wins over config.json
         if check_trained_on:
             check_below(stored, {}, pretrained_model_name_or_path)
         options = {key: value for key, value in kwargs.items() if key not in UNLOADED}
@@ -400,10 +396,10 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
                 another base or encoder.
         """
         values, tensors, metadata = read_adapter(name_or_path, **hub_kwargs)
-        config = self.adapters[self.named()].config
-        check_same_kind(config, self.config_class.from_dict(values), name_or_path, check_base)
+        config, other = self.adapters[self.named()].config, stored_config(self.config_class, values, tensors)
+        check_same_kind(config, other, name_or_path, check_base)
         put_tensors(self.adapter_tensors(), tensors, metadata)
-        config.gate_threshold = values.get("gate_threshold", config.gate_threshold)
+        config.gate_threshold = other.gate_threshold
 
     # ------------------------------------------------------------ what transformers asks of a model
 

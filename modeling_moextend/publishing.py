@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from .adapter_moextend import check_tensors, read_adapter, write_adapter, write_text
+from .adapter_moextend import check_tensors, read_adapter, write_adapter
 from .card import create_card
 from .configuration_moextend import MoExtendConfig
+from .folder_moextend import write_text
 from .hub_moextend import check_published, published_files, upload
 
 FACTS = "card.json"  # what a run leaves beside the adapter for its card: arguments of `create_card`

@@ -20,7 +20,8 @@ from transformers.utils import PushInProgress
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from .adapter_moextend import base_tensors_hash, reshard, stored_dtype, write_text
+from .adapter_moextend import base_tensors_hash, reshard, stored_dtype
+from .folder_moextend import write_text
 from .gate_training import train_gate
 from .hub_moextend import check_published, upload
 from .publishing import folder_card, write_facts

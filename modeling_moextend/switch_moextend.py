@@ -13,7 +13,14 @@ from .adapter_moextend import put_tensors, read_adapter, reshard, stored_dtype, 
 from .configuration_moextend import check_threshold, normalise_plan, routing_choices
 from .families_moextend import find_moe_layers
 from .layers_moextend import add_experts, add_gate, attach, input_device, remove_experts
-from .loading_moextend import check_plan, check_rule, identity, load_new_encoder, load_stored_encoder
+from .loading_moextend import (
+    check_plan,
+    check_rule,
+    identity,
+    load_new_encoder,
+    load_stored_encoder,
+    stored_config,
+)
 from .routing_moextend import Rule
 from .selfcheck_moextend import self_checked
 from .state_moextend import BASE
@@ -114,7 +121,7 @@ class AdapterSwitch:
         """
         check_new_name(adapter_name, self)
         values, tensors, metadata = read_adapter(name_or_path, **hub_kwargs)
-        stored = self.config_class.from_dict(values)
+        stored = stored_config(self.config_class, values, tensors)
         stored.name_or_path = str(name_or_path)
         check_belongs(self, stored, name_or_path, check_base)
         if check_trained_on:

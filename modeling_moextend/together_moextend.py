@@ -1,10 +1,8 @@
 """Several adapters on one base: what may be loaded, be active together, share a batch, and stand on what."""
 
-import copy
 import re
 
 from .adapter_moextend import same_fingerprint
-from .configuration_moextend import UnknownConfig
 from .families_moextend import find_moe_layers
 from .layers_moextend import RouterExtension
 from .loading_moextend import agreed_rule, check_fingerprint, check_plan, check_rule
@@ -38,8 +36,7 @@ def check_belongs(model, stored, name, check_base):
     """
     if check_base:
         check_fingerprint("base", stored.base_fingerprint, model.get_decoder(), advice=f"Load {name} on its own base")
-    if isinstance(stored.text_config, UnknownConfig) or not check_base:
-        stored.text_config = copy.deepcopy(model.base.config)
+    stored.set_text_config(model.base.config)
     if not check_base:
         stored.routing_rule = None
     layers, rule = find_moe_layers(model.get_decoder()), Rule(**model.config.routing_rule)

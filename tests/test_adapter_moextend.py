@@ -266,7 +266,7 @@ def test_shards_of_two_adapters_are_never_mixed(tmp_path):
         extended(seed=seed).save_pretrained(tmp_path / str(seed), max_shard_size="5KB")
     ours, theirs = (sorted((tmp_path / str(seed)).glob("moextend_adapter-*")) for seed in (0, 1))
     shutil.copyfile(theirs[0], ours[0])
-    with pytest.raises(ValueError, match="The adapter is damaged: its tensors do not match the checksum"):
+    with pytest.raises(ValueError, match=f"The adapter is damaged: .* is of another save than .*{ours[0].name}"):
         MoExtendForCausalLM.from_pretrained(tmp_path / "0", base=make_base())
 
 

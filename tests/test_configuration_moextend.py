@@ -1,16 +1,25 @@
 """`MoExtendConfig` survives JSON and copies, keeps the base's config as it was, and refuses what has no meaning."""
 
+import base64
 import copy
+import dataclasses
+import inspect
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import PAPER, batch, make_base, make_encoder
-from transformers import AutoConfig, CLIPVisionConfig, MixtralConfig, SiglipVisionConfig
+from hostile import NAMES
+from hostile import VALUES as ANYTHING
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, CLIPVisionConfig, MixtralConfig, PreTrainedConfig, SiglipVisionConfig
 
 from modeling_moextend import MoExtendConfig, MoExtendForCausalLM
-from modeling_moextend.configuration_moextend import routing_choices
+from modeling_moextend.configuration_moextend import CHOICES, routing_choices
+from modeling_moextend.entries_moextend import ENTRIES, OWN
 
 ENCODER = {
     "model_type": "clip_vision_model",
@@ -22,11 +31,11 @@ ENCODER = {
 VALUES = {
     "base_model_name_or_path": "someone/base",
     "base_model_revision": "0123456789abcdef",
-    "base_fingerprint": "AAAA",
+    "base_fingerprint": base64.b64encode(bytes(4096)).decode(),
     "text_config": {"model_type": "mixtral", "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 96},
     "encoder_name_or_path": "someone/encoder",
     "encoder_config": ENCODER,
-    "encoder_fingerprint": "BBBB",
+    "encoder_fingerprint": base64.b64encode(b"MoEx" * 1024).decode(),
     "encoder_select_layer": -1,
     "encoder_select_feature": "full",
     "projector_hidden_act": "relu",
@@ -214,7 +223,7 @@ def test_a_plan_of_other_numbers_than_integers_is_refused(plan):
         MoExtendConfig(extended_layers=plan)
 
 
-@pytest.mark.parametrize("layer", [4, -5, -1.5])
+@pytest.mark.parametrize("layer", [4, -5])
 def test_an_encoder_layer_out_of_range_is_refused(layer):
     encoder = make_encoder().config
     with pytest.raises(ValueError, match=r"encoder_select_layer=.* has hidden states -4 to 3"):
@@ -266,6 +275,109 @@ REFUSED_CHOICES = [(values, message) for values, message in REFUSED[:7] if value
 def test_refused_choices_name_the_way_out_in_from_base(values, message):
     with pytest.raises(ValueError, match=message):
         MoExtendForCausalLM.from_base(make_base(), {1: [0]}, **values)
+
+
+def test_every_entry_has_its_rule():
+    """A new argument of the config without one would be taken as it comes from whoever wrote the file."""
+    formed = {"text_config", "encoder_config", "base_subfolder", "encoder_subfolder", "trained_on"}
+    formed |= {"extended_layers", "gate_threshold", "projector_hidden_act", *CHOICES}
+    arguments = set(inspect.signature(MoExtendConfig.__init__).parameters) - {"self", "kwargs"}
+    assert arguments == OWN.keys() | formed
+    assert MoExtendConfig(**VALUES).to_dict().keys() <= ENTRIES.keys() | formed
+    fields = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"tie_last_hidden_states"}
+    assert fields <= ENTRIES.keys(), "transformers has new ones"
+
+
+def test_one_error_names_every_wrong_entry():
+    wrong = {
+        "base_model_name_or_path": "a\0b",
+        "base_model_revision": 3,
+        "base_fingerprint": "AAAA",
+        "text_config": [],
+        "encoder_name_or_path": "",
+        "encoder_config": {"model_type": "clip_vision_model", "hidden_size": "wide"},
+        "encoder_fingerprint": base64.b64encode(bytes(4095)).decode(),
+        "encoder_select_layer": True,
+        "encoder_select_feature": "cls",
+        "projector_hidden_act": ["gelu"],
+        "image_token_id": 10**30,
+        "extended_layers": {"1": [0], "01": [1]},
+        "scope": float("nan"),
+        "selection": {},
+        "calibration": 0,
+        "calibration_hidden_size": 0,
+        "gate_hidden_size": 10**9,
+        "gate_threshold": 10**400,
+        "routing_rule": {"score": "softmax", "renormalise": 1, "scale": 1.0},
+        "dtype": "load",
+        "num_labels": 10**9,
+        "id2label": {"one": "a"},
+        "to_dict": 1,
+    }
+    with pytest.raises(ValueError, match=f"The config has {len(wrong)} wrong entries") as raised:
+        MoExtendConfig(**wrong)
+    lines = str(raised.value).split("\n  ")[1:]
+    assert len(lines) == len(wrong) and all(any(name in line for line in lines) for name in wrong)
+    assert all(len(line) < 1000 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("rule", "fits"),
+    [
+        ({"score": "softmax", "renormalise": True}, True),
+        ({"score": "sigmoid", "renormalise": False, "scale": 2}, True),
+        ({"score": "sigmoid", "renormalise": False, "scale": 2.5}, True),
+        ({"score": "softmax"}, False),
+        ({"score": "tanh", "renormalise": True}, False),
+        ({"score": ["softmax"], "renormalise": True}, False),
+        ({"score": "softmax", "renormalise": True, "scale": 10**400}, False),
+        ({"score": "softmax", "renormalise": True, "scale": "2"}, False),
+        ({"score": "softmax", "renormalise": True, "power": 2.0}, False),
+        (["softmax", True], False),
+    ],
+    ids=str,
+)
+def test_a_routing_rule_has_the_fields_of_one(rule, fits):
+    if fits:
+        assert MoExtendConfig(routing_rule=rule).routing_rule == rule
+        return
+    with pytest.raises(ValueError, match="routing_rule=.* must be a mapping with fields of a routing rule"):
+        MoExtendConfig(routing_rule=rule)
+
+
+@pytest.mark.parametrize("entries", [{"num_hidden_layers": 10**9}, {"n_layers": -(10**9)}, {"num_labels": 2**31}])
+def test_a_nested_config_of_impossible_size_is_refused_before_it_is_made(entries):
+    for model_type in ("mixtral", "no_such_type"):
+        with pytest.raises(ValueError, match=f"text_config: {next(iter(entries))}=.* is no number that a model could"):
+            MoExtendConfig(text_config={"model_type": model_type, **entries})
+
+
+@pytest.mark.parametrize("name", ["to_dict", "__class__", "update"])
+def test_a_nested_config_keeps_its_methods(name):
+    with pytest.raises(ValueError, match=f"text_config: '{name}' can't be an entry"):
+        MoExtendConfig(text_config={"model_type": "mixtral", name: 1})
+
+
+@given(st.dictionaries(st.sampled_from([*VALUES, *ENTRIES]) | NAMES, ANYTHING, max_size=4), st.booleans())
+@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+def test_any_entries_make_a_config_that_can_be_saved_or_one_error_of_ours(entries, over_good_ones):
+    values = copy.deepcopy({**VALUES, **entries} if over_good_ones else entries)
+    try:
+        config = MoExtendConfig.from_dict(values)
+    except ValueError as error:
+        assert type(error) is ValueError
+        assert innermost(error).parent.name == "modeling_moextend"
+        return
+    again = MoExtendConfig.from_dict(json.loads(config.to_json_string(use_diff=False)))
+    assert again.to_json_string() == config.to_json_string()
+
+
+def innermost(error):
+    """The file with the line that raised `error`."""
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return Path(trace.tb_frame.f_code.co_filename)
 
 
 def test_text_config_of_an_attached_model_is_the_bases_own():
