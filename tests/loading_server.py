@@ -32,7 +32,8 @@ ADAPTERS = {  # name -> (has an encoder, choices, max_shard_size)
     "gate": (False, {"gate_threshold": -1e9}, "20KB"),  # lets every token through
     "eyes": (True, {"scope": "modality", "selection": "compete", "calibration": "routed"}, "50GB"),
 }
-SECONDS = 5
+SECONDS = 5  # that a load may take, not counting what it waited for a processor that others had
+PATIENCE = 60  # seconds until a load that does not end is killed
 MEGABYTES = 256  # a load may take beside what the process had before; the largest adapter here has 0.1
 FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "pickle.find_class")
 MEANING = {  # entries that mean something without a tensor -> what a config without them means
@@ -129,13 +130,13 @@ def attempt(request, ready):
     name, folder, modules = request["adapter"], request["folder"], set(sys.modules)
     has_encoder = ADAPTERS[name][0]
     sys.addaudithook(watch)
-    begun, before, seen["watching"] = time.monotonic(), own_megabytes(), True
+    begun, before, seen["watching"] = own_seconds(), own_megabytes(), True
     try:
         loaded, error = load(folder, name, request["by_name"], ready), None
     except BaseException as caught:
         loaded, error = None, caught
     seen["watching"] = False
-    answer = {"seconds": time.monotonic() - begun, "opened": seen["opened"], "forbidden": seen["forbidden"]}
+    answer = {"seconds": own_seconds() - begun, "opened": seen["opened"], "forbidden": seen["forbidden"]}
     answer["imported"] = sorted(set(sys.modules) - modules)
     answer["megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
     if error is not None:
@@ -169,7 +170,7 @@ def limit_memory():
 
 
 def in_child(request, ready):
-    """The answer of a forked child, which is killed after `SECONDS`."""
+    """The answer of a forked child, which is killed after `PATIENCE`."""
     receiver, sender = os.pipe()
     child = os.fork()
     if not child:
@@ -183,7 +184,7 @@ def in_child(request, ready):
             pipe.write(json.dumps(answer))
         os._exit(0)
     os.close(sender)
-    text, end = b"", time.monotonic() + SECONDS
+    text, end = b"", time.monotonic() + PATIENCE
     with os.fdopen(receiver, "rb", buffering=0) as pipe:
         while select.select([pipe], [], [], max(0, end - time.monotonic()))[0] and (part := pipe.read(2**20)):
             text += part
@@ -191,6 +192,12 @@ def in_child(request, ready):
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     return json.loads(text) if text else {"outcome": "hung" if os.WIFSIGNALED(status) else "died"}
+
+
+def own_seconds():
+    """The clock, without the time that this process was ready to run and others ran."""
+    waited = int(Path("/proc/self/schedstat").read_text().split()[1])
+    return time.monotonic() - waited / 1e9
 
 
 def own_megabytes():
