@@ -96,6 +96,7 @@ def create_card(
             (name, list(tensor.shape), _dtype(tensor), f"{_bytes(tensor):,}") for name, tensor in tensors.items()
         ],
         num_new_experts=_num_new_experts(config),
+        below=[entry["name"] for entry in config.trained_on],
         scope=config.scope,
         selection=config.selection,
         calibration=config.calibration,
@@ -164,6 +165,7 @@ def _overview(config, adapter_bytes, num_parameters, tensors):
     rows = {
         "base": base,
         "encoder": encoder and f"{encoder} (frozen)",
+        "on top of the adapters": ", ".join(f"`{entry['name']}`" for entry in config.trained_on) or None,
         "new experts": _num_new_experts(config) or None,
         "tensors in the adapter": len(tensors) or None,
         "parameters in the adapter": None if num_parameters is None else f"{num_parameters:,}",

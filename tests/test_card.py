@@ -23,6 +23,7 @@ VISION = {
     "scope": "modality",
     "selection": "exclusive",
     "calibration": "none",
+    "trained_on": [],
 }
 TEXT = VISION | {"encoder_name_or_path": None, "encoder_config": None}
 
@@ -301,6 +302,14 @@ def test_limits_say_what_is_not_known_and_what_the_scope_lets_through():
     assert "begins like the new task" in limits(create_card(make_config(TEXT, scope="gate")))
     aligned = limits(create_card(make_config(extended_layers={})))
     assert "new experts" not in aligned and "What the base lost" not in aligned
+
+
+def test_an_adapter_on_top_of_others_names_them():
+    below = [{"name": "law", "fingerprint": "0"}, {"name": "code", "fingerprint": "1"}]
+    card = create_card(make_config(trained_on=below))
+    assert "| on top of the adapters | `law`, `code` |" in str(card)
+    assert "trained on top of the adapters law, code and is refused without them" in limits(card)
+    assert "on top of" not in str(create_card(make_config()))
 
 
 def test_the_tokenizer_may_lie_elsewhere():

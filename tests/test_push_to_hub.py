@@ -174,6 +174,17 @@ def test_nothing_else_in_a_folder_goes_along(hub, model, tmp_path):
     assert set(published_files(folder)) == (ADAPTER | given | {"screenshot.png"}) - {".gitattributes"}
 
 
+def test_one_of_several_adapters_is_pushed_by_its_name(hub, model, tmp_path):
+    other = shake(MoExtendForCausalLM.from_base(BASE, {3: [1]}, paper=True), seed=5)
+    other.save_pretrained(tmp_path / "other")
+    model.load_adapter(tmp_path / "other", adapter_name="other")
+    model.push_to_hub(REPO, adapter_name="other")
+    assert json.loads(hub.files(REPO)["config.json"])["extended_layers"] == {"3": [1]}
+    pushed, own = load(hub.files(REPO)[FILE]), other.adapter_tensors()
+    assert pushed.keys() == own.keys() and all(torch.equal(pushed[name], own[name]) for name in own)
+    assert "| 3 | 1 | 1 |" in section(hub.files(REPO)["README.md"].decode(), "Extended layers")
+
+
 def test_unknown_options_are_refused(hub, model, tmp_path):
     with pytest.raises(TypeError, match="unexpected keyword argument 'safe_serialisation'"):
         model.push_to_hub(REPO, safe_serialisation=True)
