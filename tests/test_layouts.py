@@ -338,6 +338,21 @@ def test_a_kernel_in_a_layer_added_later_is_refused():
         logits(model)
 
 
+def test_a_kernel_in_a_layer_of_a_second_adapter_is_refused(tmp_path):
+    extend(make_base("gpt_oss"), {2: [0]}).save_pretrained(tmp_path)
+    model = extend(make_base("gpt_oss"), {1: [0]})
+    model.load_adapter(tmp_path, adapter_name="law")
+    logits(model)
+    block = model.base.model.layers[2].mlp
+    kernelise(block)
+    with pytest.raises(ValueError, match="In layer 2, kernel lies before GptOssMLP.forward"):
+        logits(model)
+    model.delete_adapter("law")
+    logits(model)  # layer 2 is the base's own again
+    with pytest.raises(ValueError, match="In layer 2, kernel lies before GptOssMLP.forward"):
+        model.load_adapter(tmp_path, adapter_name="law")
+
+
 def test_a_switched_off_adapter_leaves_kernels_to_the_base():
     model = extend(make_base("gpt_oss"), {1: [0]})
     kernelise(model.base.model.layers[1].mlp)
