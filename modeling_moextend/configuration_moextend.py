@@ -131,6 +131,8 @@ class MoExtendConfig(PreTrainedConfig):
             "AutoModel": "modeling_moextend.MoExtendModel",
             "AutoModelForCausalLM": "modeling_moextend.MoExtendForCausalLM",
             "AutoModelForImageTextToText": "modeling_moextend.MoExtendForCausalLM",
+            # No decision model: the only auto class that `transformers serve` asks for remote code (5.23).
+            "AutoModelForDecision": "modeling_moextend.MoExtendForCausalLM",
         }
         return config
 
