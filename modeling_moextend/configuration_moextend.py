@@ -133,12 +133,17 @@ class MoExtendConfig(PreTrainedConfig):
         return count_image_tokens(self.encoder_config, self.encoder_select_feature)
 
     def get_text_config(self, decoder=None, encoder=None):
-        """A view of the language model's config: trainers write to it, and the base's own must not change."""
+        """A view of the language model's config: trainers write to it, and the base's own must not change.
+
+        Its `router_aux_loss_coef` is 0: TRL's load-balancing loss needs layers of one width. The base's own stands in
+        `text_config`, and `MoExtendSFTTrainer` goes by that.
+        """
         if self.text_config is None:
             return self
         view = self.__dict__.get("_text_view")
         if view is None:
             view = self.__dict__["_text_view"] = copy.deepcopy(self.text_config.get_text_config())
+            view.router_aux_loss_coef = 0.0
         return view
 
     def set_text_config(self, config):
@@ -171,6 +176,8 @@ class MoExtendConfig(PreTrainedConfig):
             "AutoModel": "modeling_moextend.MoExtendModel",
             "AutoModelForCausalLM": "modeling_moextend.MoExtendForCausalLM",
             "AutoModelForImageTextToText": "modeling_moextend.MoExtendForCausalLM",
+            # No decision model: the only auto class that `transformers serve` asks for remote code (5.23).
+            "AutoModelForDecision": "modeling_moextend.MoExtendForCausalLM",
         }
         return config
 

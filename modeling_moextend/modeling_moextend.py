@@ -34,7 +34,16 @@ class MoExtendModel(MoExtendPreTrainedModel):
         adapter_names=None,
         **kwargs,
     ):
-        """See `MoExtendForCausalLM.forward`."""
+        """See `MoExtendForCausalLM.forward`.
+
+        Raises:
+            ValueError: a trainer other than `MoExtendSFTTrainer` wants to compute the load-balancing loss.
+        """
+        if output_router_logits and self.config.extended_layers and self.config.get_text_config().router_aux_loss_coef:
+            raise ValueError(
+                "TRL's own load-balancing loss needs layers with equally many experts, and new experts make them "
+                "uneven: leave router_aux_loss_coef out, or train with MoExtendSFTTrainer, which has one that fits."
+            )
         kwargs |= {"attention_mask": attention_mask, "use_cache": use_cache}
         with self.record_routing(bool(output_router_logits)) as records:
             outputs = self.run_base(
