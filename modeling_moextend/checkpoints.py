@@ -7,6 +7,7 @@ names here come from it, family by family, and no table of ours has to follow.
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -86,20 +87,34 @@ class Checkpoint:
             model: causal LM, on the meta device or not.
             name, shape: of the parameter, e.g. "model.layers.0.mlp.experts.gate_up_proj" [E, 2I, H].
         """
-        parts = {name: None} if name in self.place else stored_parts(model, name, torch.empty(shape, device="meta"))
-        if len(parts) == 1:
-            return self.tensor(next(iter(parts)))
-        whole = torch.empty(shape, dtype=self.tensor(next(iter(parts))).dtype)
-        for expert in range(shape[0]):
-            for key, part in stored_parts(model, name, whole[expert : expert + 1], expert).items():
-                if (
-                    part.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr()
-                ):  # a copy: nothing would arrive
-                    raise ValueError(
-                        f"{self.name} stores {name} in a way that can't be read tensor by tensor ({key})."
-                    )
-                part.copy_(self.tensor(key))
+        asked = torch.empty(shape, device="meta")
+        parts = {name: asked} if name in self.place else stored_parts(model, name, asked)
+        key, part = next(iter(parts.items()))
+        if part is asked:  # under another name at most
+            return self.tensor(key)
+        whole = torch.empty(shape, dtype=self.tensor(key).dtype)
+        by_expert = any(EXPERT.search(key) for key in parts)  # else, say, one matrix of two projections
+        stacked = enumerate(whole.split(1)) if by_expert else [(0, whole)]
+        for first, rows in stacked:
+            self.fill(rows, partial(stored_parts, model, name, first=first))
         return whole
+
+    def fill(self, rows, split):
+        """Fills `rows` of a parameter from the tensors that `split` makes of them: key -> part."""
+        parts = split(rows)
+        views = all(part.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr() for part in parts.values())
+        # Copies can't be written through; of numbered elements each part tells where its own go.
+        places = parts if views else split(torch.arange(rows.numel()).reshape(rows.shape))
+        for key, place in places.items():
+            stored = self.tensor(key)
+            if stored.shape != place.shape:
+                raise ValueError(
+                    f"{self.name} has {key} as {tuple(stored.shape)}, the model needs {tuple(place.shape)}."
+                )
+            if views:
+                place.copy_(stored)
+            else:
+                rows.view(-1)[place.reshape(-1)] = stored.reshape(-1)
 
 
 def shard_names(index):

@@ -61,6 +61,19 @@ def test_parameters_and_fingerprint_from_disk_are_those_of_the_loaded_base(base,
         assert torch.equal(checkpoint.parameter(lazy, name, parameter.shape), parameter)
 
 
+@pytest.mark.parametrize("family", ["inkling2", "kimi_linear", "minimax_m3_vl"])
+def test_parameters_of_checkpoints_that_interleave_or_split(family, tmp_path):
+    """Experts with gate and up interleaved; a convolution in three parts; dense layers of two projections."""
+    base = make_base(family)
+    base.save_pretrained(tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    model = skeleton(checkpoint.config())
+    decoder = dict.fromkeys(base.get_decoder().parameters())
+    for name, parameter in base.named_parameters():
+        if parameter in decoder:
+            assert torch.equal(checkpoint.parameter(model, name, parameter.shape), parameter), name
+
+
 def test_an_index_that_leads_elsewhere_is_refused(tmp_path):
     make_base().save_pretrained(tmp_path, max_shard_size="30KB")
     path = tmp_path / "model.safetensors.index.json"
