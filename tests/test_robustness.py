@@ -339,24 +339,24 @@ def exit_code(child):
 
 @pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_save_killed_at_any_moment_leaves_the_old_adapter_or_the_new_one(pair, kills, tmp_path):
-    chance = random.Random(kills)
-    begun = time.monotonic()
-    assert exit_code(in_fork(lambda: pair[1].save_pretrained(tmp_path / "timed", max_shard_size="20KB"))) == 0
-    whole = time.monotonic() - begun
-    results, killed = Counter(), 0
-    for number in range(kills):
-        folder = tmp_path / str(number)
+    chance, within, killed, results = random.Random(kills), 0.1, 0, Counter()
+    for _ in range(10 * kills):
+        if killed == kills:
+            break
+        folder = tmp_path / str(killed)
         sizes = [chance.choice(["20KB", "50GB"]) for _ in pair]
         pair[0].save_pretrained(folder, max_shard_size=sizes[0])
         child = in_fork(lambda folder=folder, size=sizes[1]: pair[1].save_pretrained(folder, max_shard_size=size))
-        time.sleep(chance.uniform(0, whole))
+        time.sleep(chance.uniform(0, within))
         os.kill(child, signal.SIGKILL)
-        killed += exit_code(child) == -signal.SIGKILL
+        in_time = exit_code(child) == -signal.SIGKILL
+        within *= 1.2 if in_time else 0.8  # seconds that a save takes: others use the machine as well
+        killed += in_time
         results[which(folder, pair)] += 1
         pair[1].save_pretrained(folder, max_shard_size=sizes[1])
         assert which(folder, pair) == 1 and not unfinished(folder)
         shutil.rmtree(folder)
-    assert killed >= kills / 4 and results[0], (killed, results)
+    assert killed == kills and results[0], (killed, results)
 
 
 def unfinished(folder):
