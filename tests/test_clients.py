@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import make_base, shake
 from datasets import Dataset
-from openai import APIError, OpenAI
+from openai import InternalServerError, OpenAI
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -48,7 +48,7 @@ def reads(tmp_path_factory):
     model = MoExtendForCausalLM.from_base(
         str(BASE), PLAN, scope="all", selection="compete", calibration="none", dtype="auto"
     )
-    shake(model, std=0.05).save_pretrained(folder)
+    shake(model, std=0.2).save_pretrained(folder)
     AutoTokenizer.from_pretrained(BASE).save_pretrained(folder)
     return folder
 
@@ -61,7 +61,7 @@ def sees(tmp_path_factory):
     model = MoExtendForCausalLM.from_base(
         str(BASE), PLAN, encoder=str(ENCODER), image_token_id=processor.image_token_id, dtype="auto"
     )
-    shake(model, std=0.05).save_pretrained(folder)
+    shake(model, std=0.2).save_pretrained(folder)
     processor.save_pretrained(folder)
     Image.new("RGB", (64, 64), (200, 30, 90)).save(folder.parent / "picture.png")
     return folder
@@ -196,7 +196,9 @@ def test_the_openai_client_chats_with_an_adapter_that_is_served(reads, sees, ser
     assert "".join(pieces) == expected and sum(map(bool, pieces)) > 1
     served = client.chat.completions.create(**{**ask, "model": str(BASE)})
     assert served.choices[0].message.content == answer(BASE)
-    with pytest.raises(APIError):  # transformers knows the modality of its own classes only: docs/clients.md
+    with pytest.raises(
+        InternalServerError
+    ):  # transformers knows the modality of its own classes only: docs/clients.md
         client.chat.completions.create(**{**ask, "model": str(sees)})
 
 
@@ -261,7 +263,8 @@ def settings(folder, **options):
 def test_trls_own_trainer_trains_the_adapter_and_saves_it(reads, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(reads, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(reads)
-    trainer = SFTTrainer(model, settings(tmp_path / "out"), Dataset.from_list(CHATS), processing_class=tokenizer)
+    args, data = settings(tmp_path / "out"), Dataset.from_list(CHATS)
+    trainer = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
     before, base = load_file(reads / FILE), base_tensors_hash(model)
     trainer.train()
     assert base_tensors_hash(model) == base
@@ -273,13 +276,15 @@ def test_trls_own_trainer_trains_the_adapter_and_saves_it(reads, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     inputs = tokenizer("def f(x):", return_tensors="pt")
     assert again.dtype == torch.float32 and torch.equal(again(**inputs).logits, model.eval()(**inputs).logits)
+    with pytest.raises(ValueError, match="Can't find a valid checkpoint"):  # it looks for a whole model's file names
+        trainer.train(resume_from_checkpoint=str(tmp_path / "out"))
 
 
 def test_trls_own_balance_loss_is_refused(reads, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(reads, dtype=torch.float32)
     args = settings(tmp_path, router_aux_loss_coef=0.01, max_steps=1)
     tokenizer = AutoTokenizer.from_pretrained(reads)
-    trainer = SFTTrainer(model, args, Dataset.from_list(CHATS), processing_class=tokenizer)
+    trainer = SFTTrainer(model, args, train_dataset=Dataset.from_list(CHATS), processing_class=tokenizer)
     with pytest.raises(ValueError, match="leave router_aux_loss_coef out, or train with MoExtendSFTTrainer"):
         trainer.train()
 
