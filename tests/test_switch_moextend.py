@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 from conftest import PAPER, batch, make_base, make_encoder, shake
+from families import make_family
 from safetensors.torch import load_file
 from test_gate_moextend import open_gate
-from test_layers_moextend import corrected
 from transformers import DynamicCache
 
 from modeling_moextend import MoExtendForCausalLM, MoExtendModel
@@ -376,7 +376,7 @@ def test_under_every_rule_a_token_that_selects_none_of_b_is_routed_as_without_b(
 
 
 def test_rows_of_others_would_decide_under_softmax_with_a_correction_bias_so_it_is_refused(made):
-    base = corrected("ernie4_5_moe")
+    base = make_family("ernie4_5_moe")
     model = MoExtendForCausalLM.from_base(base, {1: [0, 3]}, **COMPETE)
     with pytest.raises(ValueError, match=r"can't be active together on this base \(ernie4_5_moe\).*adapter_names"):
         model.add_adapter("b", {1: [2]}, **COMPETE)
