@@ -138,7 +138,7 @@ def sibling(module, parameters, buffers=(), **attributes):
     for name, child in module._modules.items():
         if name != "moextend":
             twin._modules[name] = child  # activations and the like: shared, they have no weights of their own
-    for name in module._parameters.keys() | parameters.keys():
+    for name in {**module._parameters, **parameters}:  # not a set's order: optimiser states are told apart by place
         twin.register_parameter(name, nn.Parameter(parameters[name]) if name in parameters else None)
     for name, tensor in dict(buffers).items():
         twin.register_buffer(name, tensor)

@@ -155,7 +155,7 @@ def test_the_image_text_to_text_pipeline_sees_what_the_model_sees(sees, elsewher
 
 @pytest.fixture
 def server(elsewhere, tmp_path):
-    """Address of a `transformers serve` that trusts remote code; ended after the test."""
+    """Address of a `transformers serve` that trusts remote code, and its log; ended after the test."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -167,7 +167,7 @@ def server(elsewhere, tmp_path):
         )
     try:
         wait_for(port, process, tmp_path / "log")
-        yield f"http://127.0.0.1:{port}/v1"
+        yield f"http://127.0.0.1:{port}/v1", tmp_path / "log"
     finally:
         process.terminate()
         process.wait(60)
@@ -186,7 +186,8 @@ def wait_for(port, process, log, seconds=600):
 
 @pytest.mark.slow
 def test_the_openai_client_chats_with_an_adapter_that_is_served(reads, sees, server):
-    client = OpenAI(base_url=server, api_key="none", timeout=600, max_retries=0)
+    url, log = server
+    client = OpenAI(base_url=url, api_key="none", timeout=600, max_retries=0)
     ask = {"model": str(reads), "messages": QUESTION, "max_tokens": NEW, "temperature": 0}
     whole = client.chat.completions.create(**ask)
     expected = answer(reads)
@@ -200,6 +201,7 @@ def test_the_openai_client_chats_with_an_adapter_that_is_served(reads, sees, ser
         InternalServerError
     ):  # transformers knows the modality of its own classes only: docs/clients.md
         client.chat.completions.create(**{**ask, "model": str(sees)})
+    assert "Unknown modality for: MoExtendForCausalLM" in log.read_text()
 
 
 # ---------------------------------------------------------------- lm_eval
@@ -272,10 +274,11 @@ def test_trls_own_trainer_trains_the_adapter_and_saves_it(reads, tmp_path):
     saved = load_file(tmp_path / "out" / FILE)
     assert saved.keys() == before.keys()
     assert any(not torch.equal(saved[name], before[name].float()) for name in saved)
-    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(("model", "pytorch_model"))]
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tensors = {path.name for path in (tmp_path / "out").iterdir() if path.suffix in {".safetensors", ".bin"}}
+    assert tensors == {FILE, "training_args.bin"}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     inputs = tokenizer("def f(x):", return_tensors="pt")
-    assert again.dtype == torch.float32 and torch.equal(again(**inputs).logits, model.eval()(**inputs).logits)
+    assert torch.equal(again(**inputs).logits, model.eval()(**inputs).logits)
     with pytest.raises(ValueError, match="Can't find a valid checkpoint"):  # it looks for a whole model's file names
         trainer.train(resume_from_checkpoint=str(tmp_path / "out"))
 

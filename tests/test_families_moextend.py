@@ -20,6 +20,7 @@ from modeling_moextend.families_moextend import (
     find_rule,
     find_rules,
     is_top_k,
+    sibling,
 )
 from modeling_moextend.routing_moextend import SCORES, Rule
 
@@ -260,3 +261,11 @@ def test_a_hash_layer_is_refused_by_its_number():
     with pytest.raises(ValueError, match="Layer 0 of deepseek_v4 can't be extended.*input_ids"):
         find_rule(0, layers[0])
     assert find_rule(1, layers[1]).score == "sqrtsoftplus"
+
+
+def test_a_siblings_parameters_stand_in_the_modules_order():
+    """A set's order would differ from process to process, and an optimiser's saved state goes by place."""
+    module = nn.Module()
+    for name in "hgfedcba":
+        module.register_parameter(name, nn.Parameter(torch.zeros(1)))
+    assert list(sibling(module, {name: torch.ones(2) for name in "abcdefghz"})._parameters) == [*"hgfedcba", "z"]
