@@ -38,8 +38,6 @@ CHATS = [
     for i in range(16)
 ]
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
 
 @pytest.fixture(scope="module")
 def reads(tmp_path_factory):
@@ -200,9 +198,7 @@ def test_the_openai_client_chats_with_an_adapter_that_is_served(reads, sees, ser
     assert "".join(pieces) == expected and sum(map(bool, pieces)) > 1
     served = client.chat.completions.create(**{**ask, "model": str(BASE)})
     assert served.choices[0].message.content == answer(BASE)
-    with pytest.raises(
-        InternalServerError
-    ):  # transformers knows the modality of its own classes only: docs/clients.md
+    with pytest.raises(InternalServerError):  # serve knows the modality of transformers' own classes only
         client.chat.completions.create(**{**ask, "model": str(sees)})
     wait_until(
         lambda: "Unknown modality for: MoExtendForCausalLM" in log.read_text(), log, 60
