@@ -119,10 +119,10 @@ class MoExtendSFTTrainer(SFTTrainer):
         check_model(model)
         if args is None:
             args = MoExtendSFTConfig("moextend-sft")
-        if args.push_to_hub:  # said before the training, not after it
-            check_published(model.config)
         coefficient = model.router_aux_loss_coef if args.router_aux_loss_coef is None else args.router_aux_loss_coef
         check_options(args, coefficient, kwargs)
+        if args.push_to_hub:  # said before the training, not after it
+            check_published(model.config)
         check_retention(model, args, retention_dataset)
         if kwargs.get("processing_class") is None:
             kwargs["processing_class"] = default_processor(model, args.assistant_only_loss)

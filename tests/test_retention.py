@@ -90,12 +90,12 @@ def test_kinds_come_in_equal_shares_one_after_the_other():
     assert cycle(retention.STARTS, 4, make_tokenizer(None)) == [doc, doc, one, three]
 
 
-TEXT_ONLY = SimpleNamespace(config=SimpleNamespace(image_token_id=None))
+TEXT_ONLY = SimpleNamespace(image_token_id=None)
 
 
 def test_no_start_is_an_image_token():
     generator, tokenizer = torch.Generator().manual_seed(0), make_tokenizer()
-    eyes = SimpleNamespace(config=SimpleNamespace(image_token_id=len(SPECIAL)))
+    eyes = SimpleNamespace(image_token_id=len(SPECIAL))
     drawn = {token for _ in range(200) for token in start_of("3 random tokens", tokenizer, eyes, generator)[1:]}
     assert len(SPECIAL) not in drawn and len(SPECIAL) + 1 in drawn
 
