@@ -156,6 +156,8 @@ def check_pass(model):
         return
     if torch.is_grad_enabled():
         check_gradients(model)
+    if not any(adapter.config.extended_layers for adapter in model.adapters.values()):
+        return  # a projector alone: nothing depends on how the base's experts run
     if "_moe_layers" not in model.__dict__:  # found once: it walks over every module
         model.__dict__["_moe_layers"] = find_moe_layers(model.get_decoder())
     for index, layer in model.__dict__["_moe_layers"].items():

@@ -639,3 +639,11 @@ def test_a_base_sharded_over_two_processes_is_refused_by_name(tmp_path):
         assert "(expert parallel)" in found["expert parallel"]
         assert "(expert parallel)" in found["enable_expert_parallel"]
         assert "sharded over processes (tp_plan or FSDP)" in found["FSDP"]
+
+
+def test_a_projector_trains_behind_a_base_whose_experts_somebody_else_has_wrapped():
+    peft = pytest.importorskip("peft")
+    model = MoExtendForCausalLM.from_base(make_base(), encoder=make_encoder(), image_token_id=95)
+    config = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    peft.inject_adapter_in_model(config, model.base)
+    assert model(**batch()).logits.isfinite().all()
