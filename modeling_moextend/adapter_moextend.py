@@ -144,7 +144,9 @@ def base_tensors_hash(model):
 
 
 def tensor_bytes(tensor):
-    if is_traceable_wrapper_subclass(tensor):  # of a sharded one this process's shard, of torchao's values and scales
+    if isinstance(tensor, DTensor):
+        return tensor_bytes(tensor.to_local())
+    if is_traceable_wrapper_subclass(tensor):  # torchao's values and scales
         return b"".join(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
