@@ -127,10 +127,18 @@ def run_shards(folder):
     }
 
 
+class EarlierIsBetter(TrainerCallback):
+    """Takes the number of steps for the loss."""
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        metrics["eval_loss"] = float(state.global_step)
+
+
 def run_best(folder):
     """The first checkpoint counts as best, and comes back after an evaluation of the last step."""
-    best = {"load_best_model_at_end": True, "greater_is_better": True, "metric_for_best_model": "eval_loss"}
+    best = {"load_best_model_at_end": True, "greater_is_better": False, "metric_for_best_model": "eval_loss"}
     trainer = start(folder, {}, bf16=True, **best)
+    trainer.add_callback(EarlierIsBetter())
     trainer.train()
     trainer.save_model(f"{folder}/final")
     return {"best": trainer.state.best_model_checkpoint, "tensors": whole(trainer)}
