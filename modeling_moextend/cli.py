@@ -10,6 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 
 from .export import merge
 from .inspection import diff_adapters, inspect_adapter
@@ -24,6 +25,7 @@ exit codes:
   2  wrong usage, or something can't be read: not there, damaged, no network"""
 AS_WRITTEN = argparse.RawDescriptionHelpFormatter
 ADAPTER = "folder or Hub id of an adapter"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def main(argv=None):
@@ -31,12 +33,12 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     try:
         result = args.run(args)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:  # safetensors' own: a damaged base, a full disk
         if args.json:
             print(json.dumps({"error": str(error)}))
         else:
             printer(stderr=True).print(f"moextend: {error}")
-        return UNREADABLE if isinstance(error, OSError) else args.refused
+        return args.refused if isinstance(error, ValueError) else UNREADABLE
     if args.json:
         print(json.dumps(result, indent=2))
     else:
@@ -153,6 +155,13 @@ def adapter_place(text):
     return text
 
 
+def positive(text):
+    """A whole number from 1 on; anything else is wrong usage."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
+    return int(text)
+
+
 def hub_options(args):
     """Those keywords for the Hub that were given."""
     given = {name: getattr(args, name) for name in ("revision", "subfolder", "cache_dir")}
@@ -260,11 +269,19 @@ def build_parser():
     one = add_command(commands, "verify", verify_command, show_verify, well=lambda result: result["ok"])
     one.add_argument("adapter", type=adapter_place, help=ADAPTER)
     add_parts(one)
-    one.add_argument("--dtype", default="auto", help="to load base and encoder in (default: what they were saved in)")
+    one.add_argument(
+        "--dtype",
+        default="auto",
+        choices=DTYPES,
+        metavar="DTYPE",
+        help=f"to load base and encoder in: {', '.join(DTYPES)} (default: auto, what they were saved in)",
+    )
     one.add_argument(
         "--prompt", default=PROMPT, help="what the sample answers; without a tokenizer some token ids are"
     )
-    one.add_argument("--max-new-tokens", type=int, default=20, metavar="N", help="length of the sample (default: 20)")
+    one.add_argument(
+        "--max-new-tokens", type=positive, default=20, metavar="N", help="length of the sample (default: 20)"
+    )
     add_hub_options(one)
 
     one = add_command(

@@ -284,6 +284,23 @@ def test_verify_of_a_damaged_file_and_without_a_base(adapter, moextend):
     assert code == 2 and "can't be loaded" in text
 
 
+@pytest.mark.parametrize("option", ["--dtype=foo", "--max-new-tokens=0", "--max-new-tokens=x"])
+def test_verify_refuses_values_that_mean_nothing(option, adapter, moextend, capsys):
+    with pytest.raises(SystemExit) as left:
+        moextend("verify", adapter, option)
+    assert left.value.code == 2 and option.split("=")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["verify"], ["merge"], ["merge", "--native"]])
+def test_a_damaged_base_is_code_2(command, adapter, tmp_path, moextend):
+    weights = tmp_path / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    more = [tmp_path / "merged"] if command[0] == "merge" else []
+    code, found = moextend(*command, adapter, *more, "--json")
+    assert code == 2 and "incomplete metadata" in found["error"]
+    assert not (tmp_path / "merged").exists()
+
+
 def test_verify_notices_a_model_that_is_not_the_base_when_off(adapter, moextend, monkeypatch):
     monkeypatch.setattr(MoExtendForCausalLM, "disable_adapter", lambda self: torch.no_grad())
     code, found = moextend("verify", adapter, "--json")
