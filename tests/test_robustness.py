@@ -28,11 +28,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from modeling_moextend import MoExtendConfig, MoExtendForCausalLM, adapter_moextend
+from modeling_moextend.entries_moextend import ENTRIES
 
 HERE = Path(__file__).parent
 # What a clear error names: a file of the folder, an entry of the config, a tensor, or whose checkpoint it is about.
 WORDS = ("moextend_adapter", "checksum in its header", "can't be an entry", "base", "encoder", "missing: ", "shape: ")
-NAMED = re.compile("|".join((*WORDS, *MoExtendConfig().to_dict())))
+NAMED = re.compile("|".join((*WORDS, *ENTRIES, *MoExtendConfig().to_dict())))
 
 
 class Server:
