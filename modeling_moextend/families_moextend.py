@@ -9,6 +9,7 @@ if it follows a known rule, and is refused, by name and with the reason, if it d
 
 import contextlib
 import inspect
+import math
 import re
 from typing import NamedTuple
 
@@ -154,7 +155,7 @@ class NoRule(Exception):
 
 
 def random_twin(module, generator, **attributes):
-    """A float32 twin of `module` and its children on the CPU, every parameter random, every buffer zero."""
+    """A float32 twin of `module` and its children on the CPU, every number random, every index zero."""
 
     def randn(shape):
         values = torch.randn(shape, generator=generator, device="cpu")
@@ -162,7 +163,7 @@ def random_twin(module, generator, **attributes):
 
     own = {name: randn(p.shape) for name, p in module._parameters.items() if p is not None}
     buffers = {
-        name: torch.zeros(b.shape, dtype=torch.float32 if b.is_floating_point() else b.dtype, device="cpu")
+        name: randn(b.shape) if b.is_floating_point() else torch.zeros(b.shape, dtype=b.dtype, device="cpu")
         for name, b in module._buffers.items()
         if b is not None
     }
@@ -237,12 +238,23 @@ def find_rule(index, layer):
     """
     try:
         with torch.device("cpu"), torch.no_grad():
-            return probe(layer)
+            rule, again = probe(layer, seed=0), probe(layer, seed=1)
+        if not same_rule(rule, again):
+            raise NoRule("numbers of its rule lie in a tensor of its own, so a new row would not go by them")
+        return rule
     except NoRule as error:
         raise ValueError(
             f"Layer {index} of {family_of(layer.router)} can't be extended. {plain_class(layer.router).__name__} "
             f"does not follow the router interface: {error}. See docs/families.md for the rules that are known."
         ) from error
+
+
+def same_rule(one, other):
+    """Whether rules found with other random tensors are one; their numbers are fitted, so the last digits differ."""
+    return all(
+        math.isclose(*pair, rel_tol=1e-4) if all(isinstance(entry, float) for entry in pair) else pair[0] == pair[1]
+        for pair in zip(one, other, strict=True)
+    )
 
 
 def find_rules(layers, indices):
@@ -270,9 +282,9 @@ def settings(module):
     )
 
 
-def probe(layer):
-    """The `Rule` of a layer's router, or `NoRule`."""
-    generator = torch.Generator().manual_seed(0)
+def probe(layer, seed):
+    """The `Rule` of a layer's router, or `NoRule`; what is random goes by `seed`."""
+    generator = torch.Generator().manual_seed(seed)
     rows, correction = rows_of(layer.router, layer.num_experts), correction_at(layer)
     in_group = layer.num_experts // num_groups(layer.router)
     widened = {"top_k": 2} if layer.router.__dict__.get("top_k") == 1 and in_group > 1 else {}

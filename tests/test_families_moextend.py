@@ -10,6 +10,7 @@ from families import auto_class, make_config, make_family
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from modeling_moextend import families_moextend
 from modeling_moextend.families_moextend import (
@@ -182,6 +183,57 @@ def test_a_router_that_chooses_by_more_than_the_hidden_state_is_refused():
     router.__class__ = type("Hash", (Router,), {"forward": lambda self, x, input_ids: None})
     with pytest.raises(ValueError, match="its choice also depends on input_ids"):
         find_rule(0, layer_of(router))
+
+
+class Balanced(MixtralTopKRouter):
+    """Chooses by scores and a buffer [E] with a name that nobody knows."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("load", torch.linspace(-0.5, 0.5, config.num_local_experts))
+
+    def forward(self, hidden_states):
+        logits = F.linear(hidden_states, self.weight)
+        scores = logits.sigmoid()
+        index = (scores + self.load).topk(self.top_k, dim=-1).indices
+        weights = scores.gather(-1, index)
+        return logits, weights / weights.sum(dim=-1, keepdim=True), index
+
+
+class Learned(MixtralTopKRouter):
+    """Weighs by a number of its checkpoint, a parameter."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.amount = nn.Parameter(torch.tensor([2.0]))
+
+    def forward(self, hidden_states):
+        logits, weights, index = super().forward(hidden_states)
+        return logits, weights * self.amount, index
+
+
+class Kept(Learned):
+    """The same number as a buffer."""
+
+    def __init__(self, config):
+        MixtralTopKRouter.__init__(self, config)
+        self.register_buffer("amount", torch.tensor(2.0))
+
+
+@pytest.mark.parametrize(
+    ("router", "reason"),
+    [
+        (Balanced, "it does not choose the top k of any known score"),
+        (Learned, "numbers of its rule lie in a tensor of its own"),
+        (Kept, "numbers of its rule lie in a tensor of its own"),
+    ],
+)
+def test_a_router_that_goes_by_a_tensor_nobody_knows_is_refused(router, reason):
+    base = make_base()
+    base.model.layers[2].mlp.gate = router(base.config)
+    layers = find_moe_layers(base.get_decoder())
+    with pytest.raises(ValueError, match=f"Layer 2 of .* can't be extended. {router.__name__} .*: {reason}"):
+        find_rule(2, layers[2])
 
 
 def test_a_router_without_rows_is_refused():
