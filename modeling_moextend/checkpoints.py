@@ -20,17 +20,6 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from .loading_moextend import auto_class_for
 
 EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")  # the expert's number in a key that holds one expert
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 class Checkpoint:

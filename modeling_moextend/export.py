@@ -17,9 +17,10 @@ import torch
 from transformers.utils import cached_file
 
 from .adapter_moextend import check_tensors, fingerprint, read_adapter, write_adapter
-from .checkpoints import TOKENIZER, Checkpoint, reading_from, skeleton
+from .checkpoints import Checkpoint, reading_from, skeleton
 from .configuration_moextend import MoExtendConfig
 from .folder_moextend import copy_file, write_text
+from .hub_moextend import TOKENIZER
 from .loading_moextend import SHARED_HUB_KWARGS, check_fingerprint, place_of
 from .modeling_moextend import MoExtendForCausalLM
 from .native import check_native, write_native

@@ -13,13 +13,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-PUBLISHED = [  # patterns of the files that make a published adapter; the card's own pictures come beside them
-    "config.json",
-    "moextend_adapter*.safetensors",
-    "moextend_adapter*.safetensors.index.json",
-    "*_moextend.py",
-    "README.md",
-    "*processor_config.json",
+TOKENIZER = (  # files of a tokenizer
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -29,6 +23,15 @@ PUBLISHED = [  # patterns of the files that make a published adapter; the card's
     "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
+)
+PUBLISHED = [  # patterns of the files that make a published adapter; the card's own pictures come beside them
+    "config.json",
+    "moextend_adapter*.safetensors",
+    "moextend_adapter*.safetensors.index.json",
+    "*_moextend.py",
+    "README.md",
+    "*processor_config.json",
+    *TOKENIZER,
     "additional_chat_templates/*.jinja",
 ]
 PICTURE = re.compile(r"!\[[^\]]*\]\(([^()/\\\s]+\.png)\)")  # in Markdown, one that lies beside the card
