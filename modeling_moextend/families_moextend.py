@@ -216,12 +216,12 @@ def bias_path(rule):
     return rule.rows.removesuffix("weight") + "bias"
 
 
-def ask(router, tokens, *given):
+def ask(router, tokens, *given, **named):
     """The router's answer for tokens [T, H]; some routers take them as [1, T, H] only."""
     try:
-        return router.forward(tokens, *given)
+        return router.forward(tokens, *given, **named)
     except (ValueError, IndexError, RuntimeError):
-        return router.forward(tokens.unsqueeze(0), *given)
+        return router.forward(tokens.unsqueeze(0), *given, **named)
 
 
 # ---------------------------------------------------------------- finding a rule
@@ -319,10 +319,21 @@ def random_tokens(weight, generator):
     return tokens.flatten(0, 1)
 
 
+def goes_by(parameter, twin, tokens, given):
+    """Whether an answer depends on a further parameter of the router's forward. An optional one may lie idle in this
+    setting: then the answer is the same for an argument that nothing can be done with."""
+    if parameter.default is parameter.empty:
+        return True
+    try:
+        answers = ask(twin, tokens, *given), ask(twin, tokens, *given, **{parameter.name: object()})
+        return not all(torch.equal(*pair) for pair in zip(*answers, strict=True))
+    except Exception:  # whatever a family's code raises
+        return True
+
+
 def checked_answer(twin, layer, tokens, given, shared):
     """The twin's (logits [T, E], weights [T, K], index [T, K], weights [T, S] of shared experts), or `NoRule`."""
-    wanted = asked_for(layer.router)[len(given) :]
-    missing = [parameter.name for parameter in wanted if parameter.default is parameter.empty]
+    missing = [p.name for p in asked_for(layer.router)[len(given) :] if goes_by(p, twin, tokens, given)]
     if missing:
         raise NoRule(f"its choice also depends on {', '.join(missing)}, where a new row sees the hidden state alone")
     try:

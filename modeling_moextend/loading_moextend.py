@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import math
 from pathlib import Path
 
 from huggingface_hub import ResolvedRevision
@@ -17,8 +16,8 @@ from transformers.utils.hub import resolve_revision
 
 from .adapter_moextend import fingerprint, same_fingerprint
 from .configuration_moextend import check_routing_choices
-from .families_moextend import family_of, find_rule, find_rules
-from .layers_moextend import detach, find_moe_layers, input_device
+from .families_moextend import family_of, find_moe_layers, find_rule, find_rules, same_rule
+from .layers_moextend import detach, input_device
 from .layouts_moextend import check_layer, check_layout, check_request
 from .routing_moextend import Rule
 from .vision_moextend import load_encoder, vision_tower
@@ -211,14 +210,6 @@ def check_rule(layers, plan, rule):
                 f"Layer {index} of {family_of(layers[index].router)} routes by {found}, the other extended layers by "
                 f"{rule}: an adapter extends layers of one rule. Leave this layer out."
             )
-
-
-def same_rule(one, other):
-    """Whether two rules are the same up to the rounding of probed numbers."""
-    return all(
-        math.isclose(ours, theirs, rel_tol=1e-4) if isinstance(ours, float) and theirs is not None else ours == theirs
-        for ours, theirs in zip(one, other, strict=True)
-    )
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The self-check at attach: each extended layer is tried on a few random tokens, before and after.
 
-With the new experts off a layer must answer bit for bit as before, and a copied row must give its source's logit. A
-family that a rule describes wrongly is so refused by name, and never silently wrong.
+With the new experts off a layer must answer bit for bit as before; a copied row must give its source's logit, and a
+copied expert its source's output. A family that a rule describes wrongly is so refused by name, never silently wrong.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ def self_checked(layers, plan, rule, state, name):
     """Tries the layers of `plan` around the block, which puts new experts of the adapter `name` into them.
 
     Raises:
-        ValueError: a layer that is not what it was, or whose new rows are no copies; says family and layer.
+        ValueError: a layer that is not what it was, or whose new rows or experts are no copies; says family and layer.
     """
     before = {index: sample(layers[index], rule) for index in plan}
     with state.using(enabled=False):
@@ -33,6 +33,7 @@ def self_checked(layers, plan, rule, state, name):
             with state.using(enabled=False):
                 check_off(lambda: run(layers[index], rule, tokens), expected)  # noqa: B023
             check_rows(layers[index], name, rule, tokens, plan[index], expected[0])
+            check_experts(layers[index].experts, name, tokens[1][:2], plan[index])
         except AssertionError as error:
             raise ValueError(
                 f"Layer {index} of {family_of(layers[index].router)} can't be extended: {error}. Please report this "
@@ -102,3 +103,21 @@ def check_rows(layer, name, rule, tokens, sources, told):
         assert not error > tolerance * max(1.0, expected.float().abs().amax().item()), (
             f"a copied router row gives another logit than its source (they are {error:.2g} apart)"
         )
+
+
+@torch.no_grad()
+def check_experts(experts, name, tokens, sources):
+    """Asserts that new experts are copies: what tells experts apart may lie elsewhere than in their parameters."""
+    new, weights = experts.moextend[name], tokens.new_ones(len(tokens) * len(sources), 1)
+    rows = tokens.repeat(len(sources), 1)
+    places = torch.tensor([sources, list(range(len(sources)))], device=rows.device)
+    of_source, of_new = places.repeat_interleave(len(tokens), dim=1).unsqueeze(-1)
+    expected = experts.forward(rows.clone(), of_source, weights).float()
+    try:
+        found = new.forward(rows.to(new.down_proj.dtype), of_new, weights).float()
+    except Exception as error:
+        raise AssertionError(f"a new expert can't run ({type(error).__name__}: {error})") from error
+    error = (found - expected).abs().amax().item()
+    assert not error > TOLERANCE.get(tokens.dtype, HALF) * expected.abs().amax().item(), (
+        f"a copied expert gives another output than its source (they are {error:.2g} apart)"
+    )

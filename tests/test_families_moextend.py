@@ -178,9 +178,55 @@ def test_a_router_that_follows_no_known_rule_is_refused_with_the_reason(change, 
         find_rule(7, layer_of(changed(change)))
 
 
+def floored():
+    """Has the least sum of a rule as an attribute, and does not go by it: renormalised softmax, top 2 of 6."""
+    router = Router(Rule("softmax", True))
+    router.norm_min = 0.36  # equal scores sum to 1/3, others to more
+    return router
+
+
+@pytest.mark.parametrize(
+    ("make", "seen_by"),
+    [
+        pytest.param(floored, "FLAT", id="flat"),
+        pytest.param(
+            lambda: changed(lambda logits, weights, *rest: (logits, weights.clamp_min(0.01), *rest[:1])),
+            "SHARP",
+            id="sharp",
+        ),
+    ],
+)
+def test_what_only_flat_or_only_sharp_tokens_show_is_seen(make, seen_by, monkeypatch):
+    with pytest.raises(ValueError, match="its weights follow no known rule"):
+        find_rule(0, layer_of(make()))
+    monkeypatch.setattr(families_moextend, seen_by, 1.0)
+    assert find_rule(0, layer_of(make())).renormalise
+
+
 def test_a_router_that_chooses_by_more_than_the_hidden_state_is_refused():
     router = Router(Rule("softmax", True))
     router.__class__ = type("Hash", (Router,), {"forward": lambda self, x, input_ids: None})
+    with pytest.raises(ValueError, match="its choice also depends on input_ids"):
+        find_rule(0, layer_of(router))
+
+
+class MayHash(Router):
+    """Goes by token ids where its block hands them over, and its setting says so."""
+
+    def forward(self, hidden_states, input_ids=None):
+        answer = super().forward(hidden_states)
+        if not self.use_ids or input_ids is None:
+            return answer
+        return answer[0], answer[1], (input_ids.unsqueeze(-1) + torch.arange(K)) % E_
+
+
+@pytest.mark.parametrize("uses", [True, False])
+def test_an_optional_argument_is_refused_where_the_answer_goes_by_it(uses):
+    router = MayHash(Rule("softmax", True))
+    router.use_ids = uses
+    if not uses:
+        assert find_rule(0, layer_of(router)) == Rule("softmax", True)
+        return
     with pytest.raises(ValueError, match="its choice also depends on input_ids"):
         find_rule(0, layer_of(router))
 

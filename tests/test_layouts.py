@@ -193,6 +193,13 @@ def test_a_sharded_base_is_refused(mesh):
         extend(base)
 
 
+def test_a_base_whose_experts_are_spread_over_processes_is_refused():
+    base = make_base()
+    base.model.layers[0].mlp.experts._is_expert_parallel = True  # as expert parallel plans of transformers leave it
+    with pytest.raises(ValueError, match=rf"{SHARDED}: the base's experts .* \(expert parallel\)"):
+        extend(base)
+
+
 def test_a_model_sharded_after_it_was_extended_takes_no_more_experts(mesh):
     model = extend(make_base(), {1: [0]})
     shard(model.base.model.layers[2].mlp.experts, "down_proj", mesh)

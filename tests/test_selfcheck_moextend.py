@@ -6,6 +6,8 @@ import pytest
 import torch
 from conftest import FAMILIES, PAPER, batch, make_base, shake
 from families import make_family
+from torch import nn
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.families_moextend import find_moe_layers, find_rule
@@ -98,6 +100,55 @@ def test_a_row_that_is_no_copy_is_refused_by_family_and_layer(monkeypatch):
         with pytest.raises(ValueError, match="Layer 2 of olmoe can't be extended: a copied router row gives another"):
             attach(base)
         assert not any("moextend" in module._modules for module in base.modules())
+
+
+def test_where_a_router_answers_scores_their_logits_are_tried_too(monkeypatch):
+    """gemma4's rows and their copies may agree, and yet be no logits of the scores that it answers."""
+    original = RouterExtension.logits
+
+    def off(self, *args):
+        base_logits, new = original(self, *args)
+        return base_logits * 1.5, {name: logits * 1.5 for name, logits in new.items()}
+
+    monkeypatch.setattr(RouterExtension, "logits", off)
+    with pytest.raises(ValueError, match="Layer 1 of gemma4 can't be extended: a copied router row gives another"):
+        attach(make_family("gemma4"), {1: [3, 0]})
+
+
+class Numbered(MixtralExperts):
+    """Each expert's output is multiplied with a number of its own, kept in `amounts` [E]."""
+
+    def forward(self, hidden_states, index, weights):
+        return super().forward(hidden_states, index, weights * self.amounts[index])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kept_as", ["attribute", "buffer", "parameter"])
+def test_experts_that_are_told_apart_by_more_than_parameters_are_refused(kept_as, dtype):
+    base = make_base(dtype=dtype)
+    experts, amounts = base.model.layers[2].mlp.experts, torch.linspace(0.5, 2.0, base.config.num_local_experts)
+    experts.__class__ = Numbered
+    put = {"attribute": object.__setattr__, "buffer": nn.Module.register_buffer, "parameter": setattr}[kept_as]
+    put(experts, "amounts", nn.Parameter(amounts) if kept_as == "parameter" else amounts)
+    if kept_as == "parameter":  # which is copied like the others
+        model = attach(base, {2: [5, 3]})
+        assert torch.equal(model.adapter_tensors()["layers.2.experts.amounts"], amounts[[5, 3]])
+        return
+    reason = "a new expert can't run" if kept_as == "buffer" else "a copied expert gives another output"
+    with pytest.raises(ValueError, match=f"Layer 2 of .* can't be extended: {reason}"):
+        attach(base, {2: [5, 3]})
+    assert not any("moextend" in module._modules for module in base.modules())
+
+
+def test_a_router_that_draws_at_random_in_training_is_tried_as_it_evaluates():
+    base = make_family("phimoe").train()
+    router = find_moe_layers(base.get_decoder())[1].router
+    router.input_jitter_noise = 0.5
+    assert not torch.equal(
+        router(torch.ones(8, base.config.hidden_size))[0], router(torch.ones(8, base.config.hidden_size))[0]
+    )
+    attach(base, {1: [3, 0]})
+    assert router.training
 
 
 def test_a_layer_that_changes_when_it_is_attached_is_refused(monkeypatch):
