@@ -14,7 +14,7 @@ class ImageGenerationMixin(GenerationMixin):
     """transformers' `generate` for prompts that hold image tokens, and for prompts of several adapters."""
 
     def generate(self, inputs=None, *args, adapter_names=None, **kwargs):
-        """As in transformers. `adapter_names`: an adapter for each prompt, whatever is active; "__base__": none.
+        """As in transformers. `adapter_names`: for each prompt an adapter or a list of them, see `forward`.
 
         Raises:
             ValueError: an unknown name, another number of them than of prompts, adapters that are off.

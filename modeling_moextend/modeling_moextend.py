@@ -106,14 +106,15 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
             pixel_values: [images in the batch, 3, h, w], in reading order.
             output_router_logits: also return every MoE layer's logits [B * S, E + N] and the load-balancing loss,
                 added to the loss with `router_aux_loss_coef`.
-            adapter_names: [B], an adapter for each row of the batch, whatever is active; "__base__": none.
+            adapter_names: [B], for each row of the batch an adapter, whatever is active, or a list of them that take
+                part together; "__base__": none.
 
         Returns:
             `MoeCausalLMOutputWithPast`.
 
         Raises:
             ValueError: numbers of image tokens and features differ; images while the adapter is off or no encoder;
-                `adapter_names` of another length, or unknown ones.
+                `adapter_names` of another length, unknown ones, or ones that can't be used so.
         """
         kwargs |= {"attention_mask": attention_mask, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
         if labels is not None:

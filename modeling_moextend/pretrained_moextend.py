@@ -85,7 +85,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
     ):
         """Embeds images, marks the tokens in scope, runs the base. Arguments and outputs are the base's.
 
-        `adapter_names`: an adapter a row, see `MoExtendForCausalLM.forward`.
+        `adapter_names`: adapters a row, see `MoExtendForCausalLM.forward`.
         """
         check_pass(self)
         tokens = inputs_embeds if input_ids is None else input_ids

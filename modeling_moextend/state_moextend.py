@@ -8,13 +8,23 @@ import torch
 BASE = "__base__"  # in adapter_names: a row of the batch that no adapter serves
 
 
+def meeting(rows):
+    """Names that share tokens in `rows` (for each row of the batch its names), as sorted tuples; none is in two."""
+    groups = []
+    for row in map(set, rows):
+        row = row.union(*(group for group in groups if group & row))
+        groups = [group for group in groups if not group & row] + [row]
+    return tuple(sorted(tuple(sorted(group)) for group in groups if group))
+
+
 class PassState(threading.local):
     """What the forward passes of one thread tell every MoE layer; each thread has values of its own.
 
     Attributes:
         enabled: whether new experts take part; `None`: as `RoutingState.switched_on` says.
-        rows: an adapter name (or `BASE`) a row of the batch; `None`: the active adapters serve every row.
-        groups: tuples of adapter names, those of a tuple share tokens; `None`: as `rows` or the active ones say.
+        rows: for each row of the batch the names of the adapters that serve it, `()`: the base alone; `None`: the
+            active adapters serve every row.
+        groups: tuples of adapter names, those of a tuple share tokens; `None`: the active ones do.
         scopes: adapter name -> [T] bool, tokens that may use its new experts; not in it: every token, but with
             `scope="gate"` none until its gate has decided.
         gated: adapter name -> the `GatedPass` from which its gate makes its scope.
@@ -36,7 +46,7 @@ class RoutingState:
         switched_on: `False` after `disable_adapters`.
         active: names of the adapters that take part, in ascending order.
         target: the adapter that is trained, saved and asked for its tensors where no name is given: the only active
-            one, or the one that `add_adapter` has put on top; `None` where there is no such one.
+            one, or the one that was trained on top of the others; `None` where there is no such one.
     """
 
     def __init__(self, switched_on=True, active=(), target=None):
@@ -54,16 +64,14 @@ class RoutingState:
     @property
     def wanted(self):
         """Names of the adapters that this pass is for, whether they are switched on or not."""
-        return self.active if self.now.rows is None else tuple(sorted({*self.now.rows} - {BASE}))
+        return self.active if self.now.rows is None else tuple(sorted({name for row in self.now.rows for name in row}))
 
     @property
     def groups(self):
         """Tuples of adapter names; adapters of different tuples never meet on one token. Empty while switched off."""
         if not self.enabled:
             return ()
-        if self.now.groups is not None:
-            return self.now.groups
-        return (self.active,) if self.now.rows is None else tuple((name,) for name in self.wanted)
+        return (self.active,) if self.now.groups is None else self.now.groups
 
     @property
     def names(self):
@@ -80,7 +88,7 @@ class RoutingState:
         if rows is None:
             return {}
         repeats = len(tokens) // len(rows)
-        return {name: torch.tensor([row == name for row in rows for _ in range(repeats)]) for name in names}
+        return {name: torch.tensor([name in row for row in rows for _ in range(repeats)]) for name in names}
 
     @property
     def scopes(self):

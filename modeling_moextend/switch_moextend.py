@@ -23,14 +23,17 @@ from .loading_moextend import (
 )
 from .routing_moextend import Rule
 from .selfcheck_moextend import self_checked
-from .state_moextend import BASE
+from .state_moextend import meeting
 from .together_moextend import (
     check_belongs,
     check_below,
+    check_complete,
     check_new_name,
-    check_rows,
     check_still_below,
     check_together,
+    checked_rows,
+    found_below,
+    names_in,
 )
 from .vision_moextend import Projector
 
@@ -42,11 +45,12 @@ class Adapter(nn.Module):
     """One adapter of a model: its config and its eyes. Its rows and experts lie in the base's layers, by its name.
 
     An encoder is frozen, and shared by adapters that see with the same one; the projector is the adapter's own.
+    `below`: names of the adapters of this model on top of which it was trained.
     """
 
     def __init__(self, config, encoder=None, device=None):
         super().__init__()
-        self.config, self.encoder, self.projector = config, encoder, None
+        self.config, self.encoder, self.projector, self.below = config, encoder, None, set()
         if encoder is not None:
             encoder.requires_grad_(False)
             sizes = config.encoder_config.hidden_size, config.get_text_config().hidden_size
@@ -109,7 +113,7 @@ class AdapterSwitch:
             adapter_name: what it is called here: a name that no other adapter has.
             encoder: where its encoder lies, if elsewhere than its config says; or a loaded model. One that another
                 adapter sees with already is shared.
-            is_trainable: whether its tensors ask for gradients, as those that `from_pretrained` loads do.
+            is_trainable: whether its tensors ask for gradients at once, as those that `from_pretrained` loads do.
             check_base: `False` loads an adapter that was made on another base (its fingerprint differs).
             check_trained_on: `False` loads an adapter without those that it was trained on top of.
             **hub_kwargs: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`.
@@ -124,12 +128,14 @@ class AdapterSwitch:
         stored = stored_config(self.config_class, values, tensors)
         stored.name_or_path = str(name_or_path)
         check_belongs(self, stored, name_or_path, check_base)
+        fingerprints = self.fingerprints()
         if check_trained_on:
-            check_below(stored, self.fingerprints(), name_or_path)
+            check_below(stored, fingerprints, name_or_path)
         encoder = load_stored_encoder(self, stored, encoder, check_base, (name_or_path, hub_kwargs))
         with self.put_back_on_error(adapter_name):
             self.put_on(adapter_name, stored, encoder, Rule(**stored.routing_rule))
             put_tensors(self.adapter_tensors(adapter_name), tensors, metadata, base_dtype=self.base.dtype)
+        self.adapters[adapter_name].below = set(found_below(stored, fingerprints).values()) - {None}
         self.ask_gradients(adapter_name, is_trainable)
 
     def add_adapter(
@@ -183,9 +189,9 @@ class AdapterSwitch:
         check_together({**{name: self.adapters[name].config for name in below}, adapter_name: config}, self)
         with self.put_back_on_error(adapter_name):
             self.put_on(adapter_name, config, encoder, rule)
-        for name in self.adapters:
-            self.ask_gradients(name, name == adapter_name)
-        self.switch_to([*below, adapter_name], target=adapter_name)
+        self.adapters[adapter_name].below = set(below)
+        self.switch_to([*below, adapter_name])
+        self.ask_gradients_of([adapter_name])
 
     def delete_adapter(self, adapter_names):
         """Deletes an adapter, or a list of them; those that stay are what they were.
@@ -193,7 +199,7 @@ class AdapterSwitch:
         Raises:
             ValueError: an unknown name; the only adapter of the model, or one that another was trained on.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = names_in(adapter_names)
         self.check_known(names)
         staying = [name for name in self.adapters if name not in names]
         if not staying:
@@ -201,32 +207,45 @@ class AdapterSwitch:
         check_still_below(self, staying)
         for name in names:
             self.take_off(name)
-        active = [name for name in self.routing.active if name in staying]
-        self.switch_to(active, self.routing.target if self.routing.target in staying else None)
+        self.switch_to([name for name in self.routing.active if name in staying])
 
     # ------------------------------------------------------------ switching
 
-    def set_adapter(self, adapter_name):
-        """Makes an adapter, or a list of adapters, the active ones, and no other. No tensor is touched.
+    def set_adapter(self, adapter_name, inference_mode=False, *, check_trained_on=True):
+        """Makes an adapter, or a list of adapters, the active ones, and no other. Of the base no tensor is touched.
+
+        Args:
+            adapter_name: a name, or a list of names.
+            inference_mode: whether the active adapters are frozen; if not, their tensors ask for gradients, as PEFT
+                has it. Those that another active one was trained on top of stay frozen, and so do inactive ones.
+            check_trained_on: `False` uses an adapter without those that it was trained on top of.
 
         Raises:
-            ValueError: an unknown name; a name twice; none; adapters that can't share tokens, with the reason.
+            ValueError: an unknown name; a name twice; none; adapters that can't share tokens, with the reason; one
+                without loaded ones that it was trained on top of.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        names = names_in(adapter_name)
         if not names:
             raise ValueError(
                 "set_adapter needs at least one adapter; to leave the base alone, use disable_adapters()."
             )
         self.check_known(names)
-        if len(set(names)) < len(names):
-            raise ValueError(f"{names} names an adapter twice.")
+        if check_trained_on:
+            check_complete(self, names)
         check_together({name: self.adapters[name].config for name in names}, self)
         self.switch_to(names)
+        self.ask_gradients_of([] if inference_mode else self.on_top(names))
 
-    def switch_to(self, names, target=None):
-        """Makes `names` the active adapters. `target`: what trains and is saved; default: the only active one."""
+    def on_top(self, names):
+        """Those of the adapters `names` on top of which no other of them was trained."""
+        below = {one for name in names for one in self.adapters[name].below}
+        return [name for name in names if name not in below]
+
+    def switch_to(self, names):
+        """Makes `names` the active adapters; what trains and is saved is the one on top, if there is just one."""
         self.routing.active = tuple(sorted(names))
-        self.routing.target = names[0] if target is None and len(names) == 1 else target
+        top = self.on_top(names)
+        self.routing.target = top[0] if len(top) == 1 else None
         before, self.config = self.config, self.adapters[self.lead].config
         for name in IMPLEMENTATIONS:  # the base's, whoever leads
             setattr(self.config, name, getattr(before, name))
@@ -250,19 +269,17 @@ class AdapterSwitch:
 
     @contextlib.contextmanager
     def serving(self, adapter_names, num_rows):
-        """Inside, an adapter a row: `adapter_names` has `num_rows` names, "__base__" for rows of the base alone.
-
-        `None` changes nothing.
+        """Inside, adapters a row: `adapter_names` has `num_rows` entries, each a name, a list of names that take part
+        together, or "__base__" for a row of the base alone. `None` changes nothing.
 
         Raises:
-            ValueError: unknown names; another number of them; adapters that are off; two adapters with encoders.
+            ValueError: as `checked_rows`.
         """
         if adapter_names is None:
             yield
             return
-        self.check_known(set(adapter_names) - {BASE})
-        check_rows(self, adapter_names, num_rows)
-        with self.routing.using(rows=tuple(adapter_names)):
+        rows = checked_rows(self, adapter_names, num_rows)
+        with self.routing.using(rows=rows, groups=meeting(rows)):
             yield
 
     # ------------------------------------------------------------ asking
@@ -364,13 +381,20 @@ class AdapterSwitch:
         weight, so its row has no gradient and stays frozen.
 
         Raises:
-            ValueError: a stage with nothing to train; an adapter that is not active.
+            ValueError: a stage with nothing to train; an adapter that is not active, or that an active one stands on.
         """
         if stage not in ("align", "finetune"):
             raise ValueError(f"stage={stage!r} is not known; allowed: 'align', 'finetune'.")
         adapter_name = self.named(adapter_name)
         if adapter_name not in self.routing.active:
             raise ValueError(f"Adapter {adapter_name!r} is not active, so it can't train: set_adapter first.")
+        beside = [name for name in self.routing.active if name != adapter_name]
+        above = [name for name in beside if adapter_name in self.adapters[name].below]
+        if above:
+            raise ValueError(
+                f"Adapters {above} were trained on top of {adapter_name!r} as it is, so it can't train below them: "
+                f"make {adapter_name!r} active without them."
+            )
         with_projector = stage == "align" or (True if train_projector is None else train_projector)
         trained = {}
         for name, tensor in self.adapter_tensors(adapter_name).items():
@@ -382,15 +406,21 @@ class AdapterSwitch:
                 f"stage={stage!r} has nothing to train: align needs an encoder (from_base(..., encoder=...)), "
                 "finetune needs new experts (extended_layers, or model.extend(plan))."
             )
-        for name in self.adapters:
-            self.ask_gradients(name, False)
+        self.ask_gradients_of([])
         for tensor in trained.values():
             tensor.requires_grad_(True)
             tensor.data = tensor.data.float()
         config = self.adapters[adapter_name].config
-        below = self.described([name for name in self.routing.active if name != adapter_name])
-        config.trained_on += [entry for entry in below if entry not in config.trained_on]
+        earlier = [entry for entry in config.trained_on if entry["name"] not in beside]
+        config.trained_on = earlier + self.described(beside)
+        self.adapters[adapter_name].below.update(beside)
+        self.switch_to(self.routing.active)  # which has it on top now
         return trained
+
+    def ask_gradients_of(self, adapter_names):
+        """The tensors of these adapters ask for gradients, and no others do."""
+        for name in self.adapters:
+            self.ask_gradients(name, name in adapter_names)
 
     def ask_gradients(self, adapter_name, wanted=True):
         """Whether the adapter's tensors ask for gradients: all that any stage trains, or none."""

@@ -7,6 +7,7 @@ from .families_moextend import find_moe_layers
 from .layers_moextend import RouterExtension
 from .loading_moextend import agreed_rule, check_fingerprint, check_plan, check_rule
 from .routing_moextend import Rule
+from .state_moextend import BASE, meeting
 
 
 def check_new_name(name, model):
@@ -79,19 +80,46 @@ def check_together(configs, model):
         )
 
 
-def check_rows(model, names, num_rows):
-    """Refuses an adapter a row (`adapter_names`) that can't be followed.
+def names_in(given):
+    """The adapter names that a user gave, one or a list of them, as a list.
 
     Raises:
-        ValueError: adapters off, another number of names, two adapters with encoders.
+        ValueError: neither; a name twice.
+    """
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{given!r} names no adapters: give a name, or a list of names.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{list(names)} names an adapter twice.")
+    return list(names)
+
+
+def checked_rows(model, adapter_names, num_rows):
+    """For each row of the batch, the names of its adapters: what `adapter_names` says.
+
+    Raises:
+        ValueError: no list; unknown names; another number of rows; adapters off; adapters that can't share a token or
+            a batch, or without those that they were trained on top of.
     """
     if not model.routing.enabled:
         raise ValueError("adapter_names was given while the adapters are off: enable_adapters(), or leave it out.")
-    if num_rows is not None and len(names) != num_rows:
-        raise ValueError(f"adapter_names has {len(names)} names, but the batch has {num_rows} rows.")
-    seeing = [name for name in sorted({*names} & {*model.adapters}) if model.adapters[name].encoder is not None]
+    if not isinstance(adapter_names, (list, tuple)):
+        raise ValueError(
+            f"adapter_names={adapter_names!r} must be a list with an entry for each row of the batch: an adapter's "
+            f"name, a list of names, or {BASE!r}."
+        )
+    rows = tuple(() if entry == BASE else tuple(sorted(names_in(entry))) for entry in adapter_names)
+    model.check_known({name for row in rows for name in row})
+    if num_rows is not None and len(rows) != num_rows:
+        raise ValueError(f"adapter_names has {len(rows)} names, but the batch has {num_rows} rows.")
+    for row in {*rows}:
+        check_complete(model, row)
+    for group in meeting(rows):
+        check_together({name: model.adapters[name].config for name in group}, model)
+    seeing = sorted({name for row in rows for name in row if model.adapters[name].encoder is not None})
     if len(seeing) > 1:
         raise ValueError(f"Adapters {seeing} have an encoder each; the images of one batch go through one of them.")
+    return rows
 
 
 def check_image_rows(model, input_ids):
@@ -106,9 +134,10 @@ def check_image_rows(model, input_ids):
     repeats = len(input_ids) // len(rows)
     has_image = (input_ids == model.eyes.config.image_token_id).any(dim=1).tolist()
     for place, image in enumerate(has_image):
-        name = rows[place // repeats]
-        if image and (name not in model.adapters or model.adapters[name] is not model.eyes):
-            raise ValueError(f"Row {place} of the batch has image tokens, but its adapter {name!r} can't see.")
+        row = rows[place // repeats]
+        if image and not any(model.adapters[name] is model.eyes for name in row):
+            names = ", ".join(map(repr, row or [BASE]))
+            raise ValueError(f"Row {place} of the batch has image tokens, but its adapter {names} can't see.")
 
 
 def check_one_selection(model):
@@ -126,16 +155,18 @@ def check_one_selection(model):
     return selections.pop()
 
 
-def missing_below(config, fingerprints):
-    """Names of the adapters that one with `config` was trained on top of, and that are not among those of which
-    `fingerprints` (name -> fingerprint) tells, whatever they are called."""
+def found_below(config, fingerprints):
+    """Names that an adapter with `config` was trained on top of -> what this one is called among the adapters of which
+    `fingerprints` (name -> fingerprint) tells; `None`: it is not among them."""
 
-    def is_there(entry):
-        if entry["fingerprint"] is None:  # made on the meta device
-            return entry["name"] in fingerprints
-        return any(known and same_fingerprint(known, entry["fingerprint"]) for known in fingerprints.values())
+    def found(entry):
+        wanted = entry["fingerprint"]
+        if wanted is None:  # made on the meta device
+            return entry["name"] if entry["name"] in fingerprints else None
+        same = (name for name, known in fingerprints.items() if known and same_fingerprint(known, wanted))
+        return next(same, None)
 
-    return [entry["name"] for entry in config.trained_on if not is_there(entry)]
+    return {entry["name"]: found(entry) for entry in config.trained_on}
 
 
 def check_below(config, fingerprints, name):
@@ -144,7 +175,7 @@ def check_below(config, fingerprints, name):
     Raises:
         ValueError: names them.
     """
-    missing = missing_below(config, fingerprints)
+    missing = [below for below, found in found_below(config, fingerprints).items() if found is None]
     if missing:
         raise ValueError(
             f"{name} was trained on top of {', '.join(map(repr, missing))}, which this model does not have (or not as "
@@ -153,16 +184,29 @@ def check_below(config, fingerprints, name):
         )
 
 
+def check_complete(model, names):
+    """Refuses to use the adapters `names` without loaded ones that one of them was trained on top of.
+
+    Raises:
+        ValueError: names them.
+    """
+    for name in names:
+        missing = sorted(model.adapters[name].below - {*names})
+        if missing:
+            raise ValueError(
+                f"Adapter {name!r} was trained on top of {missing}, and alone it is not what was trained. Use them "
+                f"together: {sorted({*names, *missing})}, in set_adapter or as one row of adapter_names; "
+                "set_adapter(..., check_trained_on=False) uses it all the same."
+            )
+
+
 def check_still_below(model, staying):
     """Refuses to delete adapters that one of those `staying` was trained on top of.
 
     Raises:
         ValueError: names them.
     """
-    above = {name: model.adapters[name].config for name in staying if model.adapters[name].config.trained_on}
-    fingerprints = model.fingerprints() if above else {}
-    for name, config in above.items():
-        kept = {other: fingerprints[other] for other in staying if other != name}
-        lost = [one for one in missing_below(config, kept) if one not in missing_below(config, fingerprints)]
+    for name in staying:
+        lost = sorted(model.adapters[name].below - {*staying})
         if lost:
             raise ValueError(f"Adapter {name!r} was trained on top of {lost}: delete {name!r} first.")

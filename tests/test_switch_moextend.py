@@ -17,6 +17,7 @@ from modeling_moextend.adapter_moextend import FILE, base_tensors_hash
 from modeling_moextend.layers_moextend import find_moe_layers
 from modeling_moextend.routing_moextend import Rule, choice_keys, route
 from modeling_moextend.scope_moextend import IMAGES, STATE, cached_state
+from modeling_moextend.state_moextend import meeting
 
 IMAGE = 96
 NONE = {"calibration": "none"}
@@ -537,6 +538,41 @@ def test_generate_serves_each_prompt_with_its_own_adapter(options, made):
     assert torch.equal(generate(model, adapter_names=["a"] * 3), generate(singles["a"]))
 
 
+@pytest.mark.parametrize("choices", [COMPETE, EXCLUSIVE, GATED], ids=["compete", "exclusive", "gate"])
+def test_a_row_may_have_several_adapters_that_share_its_tokens(choices, made):
+    model = load(made, ("a", choices), ("b", choices), ("c", COMPETE))
+    names = [["b", "a"], "a", "__base__", "c"]
+    found, wanted = logits(model, inputs(images=False), adapter_names=names), [["a", "b"], ["a"], None, ["c"]]
+    generating = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    said = model.generate(**inputs(images=False), **generating, adapter_names=names)
+    for row, active in enumerate(wanted):
+        alone = make_base() if active is None else model
+        if active is not None:
+            model.set_adapter(active)
+        expected = logits(alone, inputs(images=False))
+        torch.testing.assert_close(found[row], expected[row], rtol=1e-4, atol=1e-5)
+        assert torch.equal(said[row], alone.generate(**inputs(images=False), **generating)[row])
+
+
+def test_adapters_that_meet_in_a_row_form_one_group():
+    assert meeting([("a",), ("b",), ()]) == (("a",), ("b",))
+    assert meeting([("d",), ("a", "b"), ("c",), ("b", "c")]) == (("a", "b", "c"), ("d",))
+    assert meeting([(), ()]) == ()
+
+
+def test_the_balance_loss_is_that_of_the_adapters_of_the_rows(made):
+    """Not of the active ones, which select otherwise."""
+    model = load(made, ("a", EXCLUSIVE), ("b", COMPETE))
+    model.config.text_config.router_aux_loss_coef = model.adapters["b"].config.text_config.router_aux_loss_coef = 0.5
+    given = {**inputs(images=False), "output_router_logits": True}
+    with torch.no_grad():
+        found = model(**given, adapter_names=["b"] * 4).aux_loss
+        other = model(**given).aux_loss
+        model.set_adapter("b")
+        expected = model(**given).aux_loss
+    assert torch.equal(found, expected) and not torch.isclose(other, expected)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
 def test_prompts_with_images_generate_beside_prompts_of_other_adapters(options, made):
     model, given = load(made, ("a", SEEING), ("b", COMPETE)), inputs()
@@ -560,6 +596,10 @@ def test_prompts_with_images_generate_beside_prompts_of_other_adapters(options, 
         (["a", "law", "b", "a"], r"Adapters \['law'\] are not loaded; this model has \['a', 'b'\]"),
         (["a", "b", "b", "a"], "Row 2 of the batch has image tokens, but its adapter 'b' can't see"),
         (["__base__", "b", "a", "a"], "Row 0 of the batch has image tokens, but its adapter '__base__' can't see"),
+        ("abba", "adapter_names='abba' must be a list with an entry for each row"),
+        (["a", None, "a", "b"], "None names no adapters"),
+        (["a", ["b", "b"], "a", "b"], r"\['b', 'b'\] names an adapter twice"),
+        ([["a", "b"], "b", "a", "b"], "must select alike, but these do not: {'a': 'exclusive', 'b': 'compete'}"),
     ],
 )
 def test_rows_that_cannot_be_served_are_refused(names, message, made):
@@ -672,6 +712,10 @@ def test_names_are_checked(made, tmp_path):
     for action in (model.set_adapter, model.delete_adapter):
         with pytest.raises(ValueError, match=r"Adapters \['law'\] are not loaded; this model has \['a'\]"):
             action("law")
+    for given in (None, 3, [["a"]], [None], {"a": 1}):
+        for action in (model.set_adapter, model.delete_adapter):
+            with pytest.raises(ValueError, match="names no adapters: give a name, or a list of names"):
+                action(given)
     with pytest.raises(ValueError, match="names an adapter twice"):
         model.set_adapter(["a", "a"])
     with pytest.raises(ValueError, match="needs at least one adapter"):
@@ -709,8 +753,24 @@ def test_an_adapter_that_cannot_be_loaded_leaves_the_model_as_it_was(made, tmp_p
     assert torch.equal(logits(model, batch()), expected)
 
 
+def asking(model):
+    """Names of the adapters whose tensors ask for gradients."""
+    return [n for n in model.adapters if any(t.requires_grad for t in model.adapter_tensors(n).values())]
+
+
+def test_the_active_adapters_ask_for_gradients_as_in_peft(made):
+    model = load(made, ("a", COMPETE), ("b", COMPETE), ("c", COMPETE))
+    for given, expected in (("b", ["b"]), (["c", "a"], ["a", "c"]), ("a", ["a"])):
+        model.set_adapter(given)
+        assert asking(model) == expected
+        logits_of_all = model(**batch()).logits
+        assert logits_of_all.requires_grad
+    model.set_adapter(["a", "b"], inference_mode=True)
+    assert asking(model) == [] and model.active_adapters() == ["a", "b"]
+    assert not any(p.requires_grad for p in model.base.parameters())
+
+
 def test_loaded_adapters_are_frozen_unless_asked_otherwise(made):
     model = load(made, ("a", COMPETE), ("b", COMPETE))
     model.load_adapter(made("c", COMPETE), adapter_name="c", is_trainable=True)
-    grads = {n: any(t.requires_grad for t in model.adapter_tensors(n).values()) for n in "abc"}
-    assert grads == {"a": True, "b": False, "c": True}
+    assert asking(model) == ["a", "c"]

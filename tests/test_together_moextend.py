@@ -253,22 +253,52 @@ def test_text_experts_join_an_adapter_with_eyes_and_two_pairs_of_eyes_are_refuse
 # ---------------------------------------------------------------- trained_on
 
 
-def saved(tmp_path, dtype=None):
+def saved(tmp_path, dtype=None, choices=EXCLUSIVE):
     torch.manual_seed(1)
-    model = shake(MoExtendForCausalLM.from_base(make_base(), PLAN, **EXCLUSIVE))
+    model = shake(MoExtendForCausalLM.from_base(make_base(), PLAN, **choices))
     model.save_pretrained(tmp_path / "a", adapter_dtype=dtype)
-    model.add_adapter("law", {0: [1, 2], 1: [4]}, **EXCLUSIVE)
+    model.add_adapter("law", {0: [1, 2], 1: [4]}, **choices)
     model.save_pretrained(tmp_path / "law", adapter_dtype=dtype)
     return model
 
 
+@pytest.mark.parametrize("choices", [EXCLUSIVE, GATED], ids=["exclusive", "gate"])
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
-def test_an_adapter_is_loaded_on_top_of_those_it_was_trained_on_whatever_they_are_called(tmp_path, dtype):
-    saved(tmp_path, dtype)
+def test_an_adapter_is_loaded_on_top_of_those_it_was_trained_on_whatever_they_are_called(tmp_path, dtype, choices):
+    saved(tmp_path, dtype, choices)
     model = MoExtendForCausalLM.from_pretrained(tmp_path / "a", base=make_base(), adapter_name="ground")
     model.load_adapter(tmp_path / "law", adapter_name="law")
     model.set_adapter(["ground", "law"])
     assert [entry["name"] for entry in model.adapters["law"].config.trained_on] == ["default"]
+    assert model.adapters["law"].below == {"ground"} and model.lead == "law"
+
+
+def test_an_adapter_is_not_used_without_loaded_ones_that_it_was_trained_on(stacked):
+    inputs, message = batch(), r"Adapter 'b' was trained on top of \['default'\].*together: \['b', 'default'\]"
+    with torch.no_grad():
+        together = stacked(**inputs).logits
+        for use in (lambda: stacked.set_adapter("b"), lambda: stacked(**inputs, adapter_names=["default", "b", "b"])):
+            with pytest.raises(ValueError, match=message):
+                use()
+        assert stacked.active_adapters() == ["b", "default"]
+        by_row = stacked(**inputs, adapter_names=["default", ["default", "b"], "default"]).logits
+        stacked.set_adapter("default")
+        torch.testing.assert_close(by_row[0], stacked(**inputs).logits[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(by_row[1], together[1], rtol=1e-4, atol=1e-5)
+        stacked.set_adapter("b", check_trained_on=False)
+        assert not torch.allclose(stacked(**inputs).logits, together, atol=1e-3)
+
+
+def test_of_a_stack_the_adapter_on_top_trains_and_is_saved(stacked, tmp_path):
+    stacked.set_adapter("default")
+    assert stacked.lead == "default" and all(t.requires_grad for t in stacked.adapter_tensors().values())
+    stacked.set_adapter(["default", "b"])
+    assert not any(tensor.requires_grad for tensor in stacked.adapter_tensors("default").values())
+    assert all(tensor.requires_grad for tensor in stacked.adapter_tensors("b").values())
+    stacked.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["trained_on"][0]["name"] == "default"
+    with pytest.raises(ValueError, match=r"Adapters \['b'\] were trained on top of 'default' as it is"):
+        stacked.set_trainable(adapter_name="default")
 
 
 def test_an_adapter_without_those_it_was_trained_on_is_refused_with_their_names(tmp_path):
@@ -301,14 +331,18 @@ def test_what_another_adapter_stands_on_is_not_deleted_below_it(stacked):
 
 
 def test_training_beside_another_active_adapter_is_recorded(tmp_path):
-    model = saved(tmp_path)
-    model.delete_adapter("law")
-    model.load_adapter(tmp_path / "law", adapter_name="law", is_trainable=True)
+    saved(tmp_path)
+    model = MoExtendForCausalLM.from_base(make_base(), {1: [4], 3: [0]}, **EXCLUSIVE)
+    model.load_adapter(tmp_path / "a", adapter_name="law", is_trainable=True)
     model.set_adapter(["default", "law"])
     with pytest.raises(ValueError, match="so it takes a name"):
         model.set_trainable()
-    trained = model.set_trainable(adapter_name="default")
-    assert [entry["name"] for entry in model.adapters["default"].config.trained_on] == ["law"]
+    for _ in range(2):  # what lay below is recorded as it is now, once
+        trained = model.set_trainable(adapter_name="default")
+        described = model.described(["law"])
+        assert model.adapters["default"].config.trained_on == described and model.named() == "default"
+        with torch.no_grad():
+            next(iter(model.adapter_tensors("law").values())).add_(1)
     own = {id(tensor) for tensor in trained.values()}
     assert {id(p) for p in model.parameters() if p.requires_grad} == own
     model.set_adapter("law")
