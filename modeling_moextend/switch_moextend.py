@@ -28,6 +28,7 @@ from .together_moextend import (
     check_belongs,
     check_below,
     check_complete,
+    check_may_train,
     check_new_name,
     check_still_below,
     check_together,
@@ -386,15 +387,7 @@ class AdapterSwitch:
         if stage not in ("align", "finetune"):
             raise ValueError(f"stage={stage!r} is not known; allowed: 'align', 'finetune'.")
         adapter_name = self.named(adapter_name)
-        if adapter_name not in self.routing.active:
-            raise ValueError(f"Adapter {adapter_name!r} is not active, so it can't train: set_adapter first.")
-        beside = [name for name in self.routing.active if name != adapter_name]
-        above = [name for name in beside if adapter_name in self.adapters[name].below]
-        if above:
-            raise ValueError(
-                f"Adapters {above} were trained on top of {adapter_name!r} as it is, so it can't train below them: "
-                f"make {adapter_name!r} active without them."
-            )
+        check_may_train(self, adapter_name)
         with_projector = stage == "align" or (True if train_projector is None else train_projector)
         trained = {}
         for name, tensor in self.adapter_tensors(adapter_name).items():
@@ -410,7 +403,7 @@ class AdapterSwitch:
         for tensor in trained.values():
             tensor.requires_grad_(True)
             tensor.data = tensor.data.float()
-        config = self.adapters[adapter_name].config
+        config, beside = self.adapters[adapter_name].config, [n for n in self.routing.active if n != adapter_name]
         earlier = [entry for entry in config.trained_on if entry["name"] not in beside]
         config.trained_on = earlier + self.described(beside)
         self.adapters[adapter_name].below.update(beside)

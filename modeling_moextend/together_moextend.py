@@ -200,6 +200,22 @@ def check_complete(model, names):
             )
 
 
+def check_may_train(model, name):
+    """Refuses to train an adapter that is not active, or that an active one was trained on top of.
+
+    Raises:
+        ValueError: says which.
+    """
+    if name not in model.routing.active:
+        raise ValueError(f"Adapter {name!r} is not active, so it can't train: set_adapter first.")
+    above = [other for other in model.routing.active if name in model.adapters[other].below]
+    if above:
+        raise ValueError(
+            f"Adapters {above} were trained on top of {name!r} as it is, so it can't train below them: make {name!r} "
+            "active without them."
+        )
+
+
 def check_still_below(model, staying):
     """Refuses to delete adapters that one of those `staying` was trained on top of.
 
