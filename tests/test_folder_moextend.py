@@ -77,3 +77,14 @@ def test_a_write_that_fails_leaves_all_as_it_was(tmp_path):
             put("moextend_adapter.safetensors", full)
     assert names_in(tmp_path) == ["moextend_adapter.safetensors"]
     assert (tmp_path / "moextend_adapter.safetensors").read_text() == "new"
+
+
+def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    def fail(file):
+        raise OSError("No space left on device")
+
+    write_text(tmp_path / "README.md", "old")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(tmp_path / "README.md", "new")
+    assert names_in(tmp_path) == ["README.md"] and (tmp_path / "README.md").read_text() == "old"
