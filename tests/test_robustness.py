@@ -32,7 +32,16 @@ from modeling_moextend.entries_moextend import ENTRIES
 
 HERE = Path(__file__).parent
 # What a clear error names: a file of the folder, an entry of the config, a tensor, or whose checkpoint it is about.
-WORDS = ("moextend_adapter", "checksum in its header", "can't be an entry", "base", "encoder", "missing: ", "shape: ")
+WORDS = (
+    "moextend_adapter",
+    "checksum in its header",
+    "can't be an entry",
+    "base",
+    "encoder",
+    "missing: ",
+    "shape: ",
+    "unexpected: ",
+)
 NAMED = re.compile("|".join((*WORDS, *ENTRIES, *MoExtendConfig().to_dict())))
 
 
