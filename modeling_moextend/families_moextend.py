@@ -28,6 +28,7 @@ FLOOR, SOFTCAP, JITTER = "norm_min", "router_logit_softcapping", "router_jitter_
 SHARED = "n_shared_experts"
 NUM_TOKENS = 16  # random tokens of each kind, see `random_tokens`
 COLD, FLAT, SHARP = 8.0, 0.05, 4.0
+OF_ANY_MODULE = {*nn.Module().__dict__, "forward", "_old_forward", "_hf_hook", "_is_hf_initialized"}
 
 REASONS = {  # families that no rule can carry, and why
     "llama4": "its experts get their input scaled by the score, and all of them run on all tokens, without an index "
@@ -59,6 +60,11 @@ def family_of(module):
     return place[2] if place[:2] == ["transformers", "models"] else place[-1].removeprefix("modeling_")
 
 
+def is_torchs(module):
+    """Whether a module is one of torch's own: an `nn.Linear` gates shared experts, but answers no choice."""
+    return type(module).__module__.startswith("torch.")
+
+
 def plain_class(module):
     """The class of `module`, without what extending it mixed in."""
     return vars(type(module)).get("moextend_base", type(module))
@@ -76,7 +82,7 @@ def find_moe_layers(decoder):
     """The MoE layers of a base: decoder layer index -> `MoELayer`.
 
     Raises:
-        ValueError: the model has no MoE layers, has some without transformers' router/experts interface, or several in
+        ValueError: the model has no MoE layers, or none with transformers' router/experts interface; it has several in
             one decoder layer; or its family is one of `REASONS`.
     """
     name, family, layers = type(decoder).__name__, family_of(decoder), {}
@@ -85,7 +91,7 @@ def find_moe_layers(decoder):
     for path, module in decoder.named_modules():
         experts = getattr(module, "experts", None)
         routers = [getattr(module, router, None) for router in ROUTER_NAMES]
-        router = next((router for router in routers if isinstance(router, nn.Module)), None)
+        router = next((one for one in routers if isinstance(one, nn.Module) and not is_torchs(one)), None)
         place = re.search(r"(?:^|\.)(\d+)\.", f"{path}.")
         if place and router is not None and all(hasattr(experts, attribute) for attribute in EXPERTS_INTERFACE):
             index = int(place.group(1))
@@ -155,7 +161,7 @@ class NoRule(Exception):
 
 
 def random_twin(module, generator, **attributes):
-    """A float32 twin of `module` and its children on the CPU, every number random, every index zero."""
+    """A float32 twin of `module` and its children on the CPU: every number random, every whole one 0 or 1."""
 
     def randn(shape):
         values = torch.randn(shape, generator=generator, device="cpu")
@@ -163,7 +169,7 @@ def random_twin(module, generator, **attributes):
 
     own = {name: randn(p.shape) for name, p in module._parameters.items() if p is not None}
     buffers = {
-        name: randn(b.shape) if b.is_floating_point() else torch.zeros(b.shape, dtype=b.dtype, device="cpu")
+        name: randn(b.shape) if b.is_floating_point() else torch.randint(2, b.shape, generator=generator).to(b.dtype)
         for name, b in module._buffers.items()
         if b is not None
     }
@@ -276,7 +282,7 @@ def settings(module):
         tuple(
             (name, value if isinstance(value, (int, float, str)) else id(value))
             for name, value in sorted(module.__dict__.items())
-            if not name.startswith("_") and name not in ("forward", "training")
+            if name not in OF_ANY_MODULE
         ),
         tuple(settings(child) for name, child in module._modules.items() if name != "moextend" and child is not None),
     )
@@ -291,7 +297,7 @@ def probe(layer, seed):
     twin = random_twin(layer.router, generator, **widened).eval()  # renormalised, K = 1 always weighs 1: says nothing
     weight = twin.get_parameter(rows)
     tokens = random_tokens(weight, generator)
-    bias = torch.rand(layer.num_experts, generator=generator) / 4 if correction else None
+    bias = torch.randn(layer.num_experts, generator=generator) / 2 if correction else None
     given = (bias,) if ":" in correction else ()
     if correction and not given:
         tensor = tensor_at(twin, correction)
@@ -347,6 +353,8 @@ def checked_answer(twin, layer, tokens, given, shared):
     if logits.shape != (len(tokens), layer.num_experts) or weights.shape != index.shape or len(index) != len(tokens):
         shapes = ", ".join(str(list(part.shape)) for part in answer)
         raise NoRule(f"it answers shapes {shapes}, not [T, E], [T, K], [T, K]")
+    if not bool(((index >= 0) & (index < layer.num_experts)).all()):
+        raise NoRule(f"it answers indices that are none of its {layer.num_experts} experts")
     return logits.float(), weights.float(), index, *rest
 
 
@@ -435,15 +443,16 @@ def num_groups(router):
     return next((router.__dict__[name] for name in GROUPS if router.__dict__.get(name)), 1)
 
 
-def is_top_k(index, keys, groups):
-    """Whether `index` [T, K] holds the best of `keys` [T, E], of all or of the experts in the groups chosen from."""
+def is_top_k(index, keys, groups, slack=1e-6):
+    """Whether `index` [T, K] holds the best of `keys` [T, E], up to `slack`: the best of all, or of the experts in the
+    groups chosen from."""
     chosen = torch.zeros_like(keys, dtype=torch.bool).scatter(-1, index, True)
     if not bool((chosen.sum(dim=-1) == index.shape[-1]).all()):
         return False
     worst_chosen = keys.masked_fill(~chosen, torch.inf).amin(dim=-1)
 
     def beaten(rivals):
-        return bool((worst_chosen >= keys.masked_fill(~rivals, -torch.inf).amax(dim=-1) - 1e-6).all())
+        return bool((worst_chosen >= keys.masked_fill(~rivals, -torch.inf).amax(dim=-1) - slack).all())
 
     if beaten(~chosen):
         return True

@@ -121,8 +121,11 @@ class RouterExtension(Additions):
         new = {name: self[name](inputs, self.rule) for name in names}
         if self.rule.answers == "logits":
             return told, new
-        rows = router.get_submodule(self.rule.rows.rpartition(".")[0])  # scores do not say how far apart logits are
-        return rows(inputs), new
+        child = self.rule.rows.rpartition(".")[0]  # scores do not say how far apart logits are
+        if child:
+            return cap(router.get_submodule(child)(inputs), self.rule), new
+        own = (tensor_at(router, path) for path in (self.rule.rows, bias_path(self.rule)))
+        return cap(F.linear(inputs, *own), self.rule), new
 
     def extend(self, router, hidden_states, answer, used, given):
         """`answer`, extended by the rows of this pass's adapters; only experts of the adapters `used` are chosen."""
@@ -208,9 +211,10 @@ class ExtendedRouter:
 class ExtendedExperts:
     """Mixed in before a base experts' class; `moextend` is the same class again, holding the N new experts."""
 
-    def forward(self, hidden_states, index, weights):
+    def forward(self, hidden_states, top_k_index, top_k_weights):
         """[T, H], [T, K], [T, K] -> [T, H]. Where no token selects a new expert, this is the base's own call."""
-        num_base, spans = self.num_experts, self.moextend.spans()
+        index, weights = top_k_index, top_k_weights
+        num_base, spans = self.moextend.num_base, self.moextend.spans()
         if not bool((index >= num_base).any()):
             return zero_tie(super().forward(hidden_states, index, weights), own_parameters(self.moextend.values()))
         pairs, idle = hidden_states.new_zeros(index.numel(), hidden_states.shape[-1]), set(self.moextend) - set(spans)
@@ -346,6 +350,7 @@ def start_values(layer, sources, config, rule):
     | gate | `TokenGate`: last layer zero, bias -1 | closed: an untrained adapter is the base, bit for bit |
     """
     with materialised(layer.experts), materialised(layer.router) as router:
+        check_one_an_expert(layer)
         experts = {name: copy_rows(p, sources) for name, p in layer.experts._parameters.items() if p is not None}
         own = {
             "weight": tensor_at(router, rule.rows),
@@ -365,8 +370,22 @@ def start_values(layer, sources, config, rule):
     return values
 
 
+def check_one_an_expert(layer):
+    """Refuses experts with a parameter that does not hold one part for each expert.
+
+    Raises:
+        ValueError: names it.
+    """
+    for name, p in layer.experts.named_parameters(recurse=False):
+        if p.dim() == 0 or len(p) != layer.num_experts:
+            raise ValueError(
+                f"{type(layer.experts).__name__}.{name} has the shape {list(p.shape)}, not one part for each of the "
+                f"{layer.num_experts} experts, so new experts can't be copied from it: this family can't be extended."
+            )
+
+
 def copy_rows(tensor, sources):
-    """Rows `sources` of a base tensor, as float32 of their own."""
+    """Rows `sources` of a base tensor [E, ...], as float32 of their own."""
     return tensor.detach()[sources].to(torch.float32, copy=True)
 
 

@@ -83,6 +83,8 @@ def check_method(quantisation):
         return
     advice = DEQUANTISE.get(method)
     advice = f"Load it with {advice}, " if advice else "Load the checkpoint that it was quantised from, "
+    if will_dequantise(quantisation):  # the checkpoint is not quantised, and would be now
+        advice = "Leave out quantization_config, "
     raise ValueError(
         f"The base is quantised with {method!r}, and new experts can't be copied from packed experts. Allowed: no "
         f"quantisation, or that of linear layers alone by {' or '.join(QUANTISED_LINEAR)}. {advice}in bfloat16 where "

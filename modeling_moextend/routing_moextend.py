@@ -250,11 +250,16 @@ def compete(logits, base_answer, rule, calibration, correction, expert_scale, cl
     candidates = torch.cat([base_index, new_index.expand(len(logits), -1)], dim=-1)  # [T, K + N]
     best = keys.gather(-1, candidates).topk(base_index.shape[-1], dim=-1).indices
     index = candidates.gather(-1, best)
+    return weigh(logits, index, rule, calibration, expert_scale), index
+
+
+def weigh(logits, index, rule, calibration=None, expert_scale=None):
+    """Weights [T, K] that the rule gives the experts `index` [T, K], from logits [T, E + N]."""
     if rule.jitter is not None:
-        return sparsemixer(logits, index, rule.jitter), index
+        return sparsemixer(logits, index, rule.jitter)
     scores = SCORES[rule.score](logits)
     weights = rule_weights(scores if calibration is None else calibration(scores), index, rule)
-    return weights if expert_scale is None else weights * expert_scale[index], index
+    return weights if expert_scale is None else weights * expert_scale[index]
 
 
 def exclusive(logits, base_answer, rule, calibration, correction, expert_scale, closed=None):

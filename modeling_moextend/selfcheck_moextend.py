@@ -1,15 +1,27 @@
 """The self-check at attach: each extended layer is tried on a few random tokens, before and after.
 
-With the new experts off a layer must answer bit for bit as before; a copied row must give its source's logit, and a
-copied expert its source's output. A family that a rule describes wrongly is so refused by name, never silently wrong.
+With the new experts off a layer must answer bit for bit as before. What new experts are computed by must hold for the
+base's own: choice and weights are those of the rule, the experts' output is a sum over (token, expert) pairs. And a
+copied row must give its source's logit, a copied expert its source's output. So a family that is described wrongly is
+refused by name, never silently wrong.
 """
 
 import contextlib
 
 import torch
 
-from .families_moextend import ask, family_of, given_to, materialised, tensor_at
-from .routing_moextend import SCORES
+from .families_moextend import (
+    ask,
+    correction_of,
+    family_of,
+    given_to,
+    is_top_k,
+    materialised,
+    num_groups,
+    tensor_at,
+)
+from .layers_moextend import run_pairs
+from .routing_moextend import SCORES, choice_keys, sharing, weigh
 
 NUM_TOKENS = 8
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the largest logit; other dtypes: half precision
@@ -32,8 +44,10 @@ def self_checked(layers, plan, rule, state, name):
         try:
             with state.using(enabled=False):
                 check_off(lambda: run(layers[index], rule, tokens), expected)  # noqa: B023
-            check_rows(layers[index], name, rule, tokens, plan[index], expected[0])
-            check_experts(layers[index].experts, name, tokens[1][:2], plan[index])
+            logits = check_rows(layers[index], name, rule, tokens, plan[index], expected[0])
+            check_rule(layers[index], rule, tokens[0], logits, expected[:-1])
+            check_pairs(layers[index].experts, tokens[1], *expected[1:3], expected[-1])
+            check_copies(layers[index].experts, name, tokens[1][:2], plan[index])
         except AssertionError as error:
             raise ValueError(
                 f"Layer {index} of {family_of(layers[index].router)} can't be extended: {error}. Please report this "
@@ -60,13 +74,22 @@ def sample(layer, rule):
 @torch.no_grad()
 def run(layer, rule, tokens):
     """What the router answers and then the experts' output, for tokens of `sample`; forward hooks don't see it."""
-    training = layer.router.training
-    layer.router.training = False  # some routers draw at random in training
-    try:
+    with evaluating(layer.router), evaluating(layer.experts):
         told, weights, index, *rest = ask(layer.router, tokens[0].clone(), *given_to(layer, rule))
+        return told, weights, index, *rest, layer.experts.forward(tokens[1].clone(), index, weights)
+
+
+@contextlib.contextmanager
+def evaluating(module):
+    """Inside, `module` and its children are in evaluation mode: in training some draw at random."""
+    modes = [(part, part.training) for part in module.modules()]
+    for part, _ in modes:
+        part.training = False
+    try:
+        yield
     finally:
-        layer.router.training = training
-    return told, weights, index, *rest, layer.experts.forward(tokens[1].clone(), index, weights)
+        for part, mode in modes:
+            part.training = mode
 
 
 def check_off(again, expected):
@@ -88,36 +111,77 @@ def same(ones, others):
     )
 
 
+def tolerance_of(tokens):
+    return TOLERANCE.get(tokens.dtype, HALF)
+
+
+def apart(found, expected):
+    """How far tensors are apart, and the largest value expected."""
+    found, expected = found.float(), expected.float()
+    return (found - expected).abs().amax().item(), expected.abs().amax().item()
+
+
 @torch.no_grad()
 def check_rows(layer, name, rule, tokens, sources, told):
-    """Asserts that copied rows give their sources' logits, and that logits are what the router goes by."""
+    """Asserts that copied rows give their sources' logits, and that logits are what the router goes by; returns the
+    base's logits [T, E]."""
     extension = layer.router.moextend
     with materialised(layer.router) as router:
         base_logits, new_logits = extension.logits(router, tokens[0], told, [name])
     pairs = [(new_logits[name], base_logits[:, sources])]
     if rule.answers != "logits":
         pairs.append((SCORES[rule.score](base_logits.float()), told))
-    tolerance = TOLERANCE.get(tokens[0].dtype, HALF)
     for found, expected in pairs:
-        error = (found - expected.float()).abs().amax().item()
-        assert not error > tolerance * max(1.0, expected.float().abs().amax().item()), (
+        error, size = apart(found, expected)
+        assert not error > tolerance_of(tokens[0]) * max(1.0, size), (
             f"a copied router row gives another logit than its source (they are {error:.2g} apart)"
         )
+    return base_logits.float()
 
 
 @torch.no_grad()
-def check_experts(experts, name, tokens, sources):
-    """Asserts that new experts are copies: what tells experts apart may lie elsewhere than in their parameters."""
-    new, weights = experts.moextend[name], tokens.new_ones(len(tokens) * len(sources), 1)
-    rows = tokens.repeat(len(sources), 1)
-    places = torch.tensor([sources, list(range(len(sources)))], device=rows.device)
-    of_source, of_new = places.repeat_interleave(len(tokens), dim=1).unsqueeze(-1)
-    expected = experts.forward(rows.clone(), of_source, weights).float()
-    try:
-        found = new.forward(rows.to(new.down_proj.dtype), of_new, weights).float()
-    except Exception as error:
-        raise AssertionError(f"a new expert can't run ({type(error).__name__}: {error})") from error
-    error = (found - expected).abs().amax().item()
-    assert not error > TOLERANCE.get(tokens.dtype, HALF) * expected.abs().amax().item(), (
-        f"a copied expert gives another output than its source (they are {error:.2g} apart)"
+def check_rule(layer, rule, tokens, logits, answer):
+    """Asserts that the layer's own numbers choose and weigh as the rule says: it was found with numbers made up."""
+    _, weights, index, *_ = answer
+    tolerance, correction = tolerance_of(tokens), correction_of(layer, rule)
+    keys = choice_keys(logits, rule, None if correction is None else correction.float())
+    if num_groups(layer.router) == 1 and bool(keys.isfinite().all()):  # a group's best may be filled up with others
+        slack = tolerance * keys.abs().amax().item()
+        assert is_top_k(index, keys, 1, slack), "it does not choose the top k by its rule"
+    if rule.jitter is not None and tolerance == HALF:
+        return  # SparseMixer has thresholds, which rounded logits may lie on either side of
+    with materialised(layer.router) as router:
+        scale = tensor_at(router, rule.expert_scale) if rule.expert_scale else None
+    found = weigh(logits, index, sharing(rule, logits, answer) if rule.shared else rule, expert_scale=scale)
+    error, size = apart(found, weights)
+    assert not error > tolerance * size, f"its weights are not those of its rule (they are {error:.2g} apart)"
+
+
+@torch.no_grad()
+def check_pairs(experts, tokens, weights, index, output):
+    """Asserts that the output is the sum of what each chosen expert gives alone: so new experts are run and added."""
+    with evaluating(experts):
+        pairs = run_pairs(experts.forward, tokens, index, weights, torch.arange(index.numel(), device=index.device), 0)
+    error, size = apart(pairs.view(*index.shape, -1).float().sum(dim=1), output)
+    assert not error > tolerance_of(tokens) * size, (
+        f"the output of its experts is not the sum of what each of them gives (they are {error:.2g} apart)"
     )
+
+
+@torch.no_grad()
+def check_copies(experts, name, tokens, sources):
+    """Asserts that new experts are copies: what tells experts apart may lie elsewhere than in their parameters."""
+    new, weights = experts.moextend[name], tokens.new_ones(len(tokens), 1)
+    for place, source in enumerate(sources):
+        with evaluating(experts):
+            expected = experts.forward(tokens.clone(), torch.full_like(weights, source, dtype=torch.long), weights)
+            try:
+                found = new.forward(
+                    tokens.to(new.down_proj.dtype), torch.full_like(weights, place, dtype=torch.long), weights
+                )
+            except Exception as error:
+                raise AssertionError(f"a new expert can't run ({type(error).__name__}: {error})") from error
+        error, size = apart(found, expected)
+        assert not error > tolerance_of(tokens) * size, (
+            f"a copied expert gives another output than its source (they are {error:.2g} apart)"
+        )

@@ -23,7 +23,7 @@ from modeling_moextend.families_moextend import (
     is_top_k,
     sibling,
 )
-from modeling_moextend.routing_moextend import SCORES, Rule
+from modeling_moextend.routing_moextend import SCORES, Rule, rule_weights
 
 E_, H, K = 6, 16, 2
 
@@ -201,6 +201,68 @@ def test_what_only_flat_or_only_sharp_tokens_show_is_seen(make, seen_by, monkeyp
         find_rule(0, layer_of(make()))
     monkeypatch.setattr(families_moextend, seen_by, 1.0)
     assert find_rule(0, layer_of(make())).renormalise
+
+
+@pytest.mark.parametrize("changed_bias", [F.relu, torch.abs, lambda bias: bias.clamp(max=0.3)])
+def test_a_correction_bias_of_either_sign_is_asked_about(changed_bias):
+    rule = Rule("sigmoid", True, correction="e_score_correction_bias")
+
+    def forward(self, hidden_states):
+        logits = F.linear(hidden_states, self.weight)
+        index = (logits.sigmoid() + changed_bias(self.e_score_correction_bias)).topk(K).indices
+        return logits, rule_weights(logits.sigmoid(), index, rule), index
+
+    router = Router(rule)
+    router.__class__ = type("Changed", (Router,), {"forward": forward})
+    with pytest.raises(ValueError, match="it does not choose the top k"):
+        find_rule(0, layer_of(router))
+
+
+@pytest.mark.parametrize("kind", [torch.long, torch.bool])
+def test_whole_numbers_of_a_router_are_asked_about(kind):
+    def forward(self, hidden_states):
+        logits, weights, index = Router.forward(self, hidden_states)
+        return logits, weights * (1 + self.level.sum()), index
+
+    router = Router(Rule("softmax", True))
+    router.__class__ = type("Changed", (Router,), {"forward": forward})
+    router.register_buffer("level", torch.ones(8, dtype=kind))
+    with pytest.raises(ValueError, match="numbers of its rule lie in a tensor of its own"):
+        find_rule(0, layer_of(router))
+
+
+@pytest.mark.parametrize("index", [E_, -1])
+def test_an_index_that_is_no_expert_of_the_layer_is_refused(index):
+    router = changed(lambda logits, weights, chosen, x: (logits, weights, torch.full_like(chosen, index)))
+    with pytest.raises(ValueError, match="it answers indices that are none of its 6 experts"):
+        find_rule(0, layer_of(router))
+
+
+@pytest.mark.parametrize("way", ["attribute", "child", "correction"])
+def test_routers_that_differ_in_something_of_their_own_are_asked_each(way, monkeypatch):
+    """An attribute whose name begins with an underscore; one of a child; where the correction bias lies."""
+    ways = {
+        "attribute": lambda layer: setattr(layer.router, "_amount", 3.0),
+        "child": lambda layer: setattr(layer.router.inner, "amount", 3.0),
+        "correction": lambda layer: layer.block.register_buffer("input_ids", torch.zeros(E_)),
+    }
+    rule, asked = Rule("softmax", True), []
+    monkeypatch.setattr(families_moextend, "find_rule", lambda index, layer: asked.append(index))
+    layers = {index: layer_of(MayHash(rule)) for index in range(3)}
+    for layer in layers.values():
+        layer.router._amount, layer.router.inner = 2.0, nn.Identity()
+        layer.router.inner.amount = 2.0
+    ways[way](layers[2])
+    list(find_rules(layers, [0, 1, 2]))
+    assert asked == [0, 2]
+
+
+def test_torchs_own_linear_is_no_router():
+    """Some blocks weigh a shared expert by a `gate` beside their `router`."""
+    base = make_base()
+    block = base.model.layers[2].mlp
+    block.router, block.gate = block.gate, nn.Linear(32, 1)
+    assert find_moe_layers(base.get_decoder())[2].router is block.router
 
 
 def test_a_router_that_chooses_by_more_than_the_hidden_state_is_refused():

@@ -32,7 +32,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.adapter_moextend import base_tensors_hash, tensor_bytes
-from modeling_moextend.layouts_moextend import check_gradients
+from modeling_moextend.layouts_moextend import check_gradients, quantisation_of
 
 PLAN = {1: [0, 3], 2: [1]}
 COMPETE = {"scope": "all", "selection": "compete", "calibration": "none"}
@@ -105,6 +105,19 @@ def test_an_adapter_refuses_a_base_to_be_sharded_as_well(tmp_path):
     extend(str(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match=f"{SHARDED}: tp_plan was given"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", tp_plan="auto")
+
+
+def test_a_plain_checkpoint_is_not_quantised_on_the_way_by_asking_to_dequantise_it(tmp_path):
+    make_base().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="quantised with 'fp8'.*Leave out quantization_config, in bfloat16"):
+        extend(str(tmp_path), quantization_config=FineGrainedFP8Config(dequantize=True))
+
+
+def test_the_quantisation_of_a_language_model_inside_another_is_found():
+    inner, outer = AutoConfig.for_model("qwen3_moe"), AutoConfig.for_model("qwen3_vl_moe")
+    assert quantisation_of(inner) is None and quantisation_of(outer) is None
+    outer.text_config.quantization_config = {"quant_method": "fp8"}
+    assert quantisation_of(outer) == {"quant_method": "fp8"}
 
 
 # ------------------------------------------------------------------ refused as loaded models

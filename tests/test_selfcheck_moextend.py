@@ -1,18 +1,19 @@
 """The self-check at attach: silent where all is well, on every device and dtype, and an error by name where not."""
 
 import contextlib
+import re
 
 import pytest
 import torch
 from conftest import FAMILIES, PAPER, batch, make_base, shake
 from families import make_family
 from torch import nn
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
 
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.families_moextend import find_moe_layers, find_rule
-from modeling_moextend.layers_moextend import RouterExtension
-from modeling_moextend.selfcheck_moextend import run, same, sample
+from modeling_moextend.layers_moextend import RouterExtension, add_experts
+from modeling_moextend.selfcheck_moextend import check_rule, run, same, sample, self_checked
 
 PLAN = {2: [3, 0]}
 
@@ -137,6 +138,164 @@ def test_experts_that_are_told_apart_by_more_than_parameters_are_refused(kept_as
     reason = "a new expert can't run" if kept_as == "buffer" else "a copied expert gives another output"
     with pytest.raises(ValueError, match=f"Layer 2 of .* can't be extended: {reason}"):
         attach(base, {2: [5, 3]})
+    assert not any("moextend" in module._modules for module in base.modules())
+
+
+def with_experts(base, forward):
+    """`base`, whose layer 2 has experts with another forward."""
+    base.model.layers[2].mlp.experts.__class__ = type("Tomorrows", (MixtralExperts,), {"forward": forward})
+    return base
+
+
+class Routed(MixtralTopKRouter):
+    """Sigmoid scores plus a correction bias, in a way that `correct` says; weights times `factor`."""
+
+    correct, factor = staticmethod(lambda bias: bias), 1.0
+
+    def forward(self, hidden_states):
+        logits = nn.functional.linear(hidden_states, self.weight)
+        scores = logits.float().sigmoid()
+        index = (scores + self.correct(self.e_score_correction_bias)).topk(self.top_k, dim=-1).indices
+        weights = scores.gather(-1, index)
+        return logits, weights / weights.sum(dim=-1, keepdim=True) * self.factor, index
+
+
+SUM = MixtralExperts.forward
+MIXED = "the output of its experts is not the sum of what each of them gives"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x, index, weights: x + SUM(self, x, index, weights),
+        lambda self, x, index, weights: 30 * torch.tanh(SUM(self, x, index, weights) * 100),
+        lambda self, x, index, weights: SUM(self, x, index, weights.softmax(dim=-1)),
+        lambda self, x, index, weights: SUM(self, x, index, weights * torch.tensor([1.0, 0.5], dtype=weights.dtype)),
+    ],
+    ids=["residual", "tanh", "softmax over k", "by slot"],
+)
+def test_experts_whose_output_is_no_sum_over_the_chosen_are_refused(forward, dtype):
+    with pytest.raises(ValueError, match=f"Layer 2 of .* can't be extended: {MIXED}"):
+        attach(with_experts(make_base(dtype=dtype), forward), {2: [5, 3]})
+
+
+CHOICE, WEIGHTS = "it does not choose the top k", "numbers of its rule lie in|its weights are not those of its rule"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"correct": staticmethod(nn.functional.relu)}, CHOICE),
+        ({"correct": staticmethod(torch.abs)}, CHOICE),
+        ({"factor": property(lambda self: 2.0**self.level)}, WEIGHTS),
+        ({"factor": property(lambda self: 1.0 + self.doubled)}, WEIGHTS),
+    ],
+    ids=["as found", "relu of bias", "size of bias", "whole number", "truth value"],
+)
+def test_a_router_that_goes_by_its_numbers_in_another_way_than_the_rule_is_refused(change, reason):
+    base = make_base()
+    router = base.model.layers[2].mlp.gate
+    router.__class__ = type("Tomorrows", (Routed,), change)
+    router.register_buffer("e_score_correction_bias", torch.tensor([-0.4, -0.4, 0.3, -0.2, 0.1, -0.3]))
+    router.register_buffer("level", torch.tensor(3))
+    router.register_buffer("doubled", torch.tensor(False))
+    if reason is None:
+        assert attach(base).config.routing_rule["correction"] == "e_score_correction_bias"
+        return
+    with pytest.raises(ValueError, match=f"Layer 2 of .* can't be extended.*({reason})"):
+        attach(base)
+
+
+def test_the_layers_own_numbers_are_held_against_the_rule(monkeypatch):
+    """Whatever a search among made-up numbers lets through."""
+    rule = find_rule(2, find_moe_layers(make_base().get_decoder())[2])
+    for wrong, reason in (
+        (rule._replace(score="sigmoid"), "its weights are not those of its rule"),
+        (rule._replace(scale=1.01), "its weights are not those of its rule"),
+        (rule._replace(multiplier=-1.0), "a copied router row gives another logit"),
+    ):
+        base = make_base()
+        model = attach(base, {1: [0]})
+        layers = find_moe_layers(base.get_decoder())
+        with pytest.raises(ValueError, match=f"Layer 2 of mixtral can't be extended: {reason}"):
+            with self_checked(layers, {2: [3, 0]}, wrong, model.routing, "b"):
+                layers[2].router.moextend.rule = wrong
+                add_experts(layers[2], "b", [3, 0], model.config)
+
+
+def test_a_choice_that_is_not_the_rules_is_refused():
+    layer = find_moe_layers(make_base().get_decoder())[2]
+    layer.router.__class__ = Routed
+    layer.router.register_buffer("e_score_correction_bias", torch.linspace(2, 0, 6))
+    rule = find_rule(2, layer)
+    tokens = sample(layer, rule)
+    answer = run(layer, rule, tokens)[:-1]
+    check_rule(layer, rule, tokens[0], answer[0], answer)
+    with pytest.raises(AssertionError, match="it does not choose the top k by its rule"):
+        check_rule(layer, rule._replace(correction=""), tokens[0], answer[0], answer)
+
+
+class Probabilities(MixtralTopKRouter):
+    """Answers softmax scores in place of logits, made by rows of its own."""
+
+    def forward(self, hidden_states):
+        logits, weights, index = super().forward(hidden_states)
+        return logits.softmax(dim=-1), weights, index
+
+
+def test_a_router_that_answers_scores_may_have_rows_of_its_own():
+    models = []
+    for kind in (MixtralTopKRouter, Probabilities):
+        base = make_base()
+        for layer in base.model.layers:
+            layer.mlp.gate.__class__ = kind
+        models.append(shake(attach(base)))
+    assert models[1].config.routing_rule["answers"] == "scores"
+    with torch.no_grad():
+        found = [model(**batch(), output_router_logits=True) for model in models]
+    torch.testing.assert_close(found[1].logits, found[0].logits)
+    for scores, logits in zip(found[1].router_logits, found[0].router_logits, strict=True):
+        torch.testing.assert_close(
+            scores.softmax(dim=-1), logits.softmax(dim=-1)
+        )  # of layers without new experts, too
+
+
+def test_a_block_may_call_its_experts_by_the_interfaces_names():
+    experts = find_moe_layers(attach(make_base()).get_decoder())[2].experts
+    x, index, weights = torch.randn(4, 32), torch.tensor([[0, 6]] * 4), torch.full((4, 2), 0.5)
+    named = experts(hidden_states=x, top_k_index=index, top_k_weights=weights)
+    assert torch.equal(named, experts(x, index, weights))
+
+
+def test_experts_that_drop_at_random_in_training_are_tried_as_they_evaluate():
+    def dropping(self, x, index, weights):
+        return SUM(self, nn.functional.dropout(x, 0.5, self.training), index, weights)
+
+    base = with_experts(make_base(), dropping).train()
+    attach(base, {2: [5, 3]})
+    attach(with_experts(make_base(), dropping), {2: [5, 3]})
+    assert all(module.training for module in base.modules())
+
+
+def test_each_source_is_compared_by_its_own_size():
+    """Not by that of the largest, beside which any other would pass."""
+    base = make_base()
+    base.model.layers[2].mlp.experts.__class__ = Numbered
+    object.__setattr__(base.model.layers[2].mlp.experts, "amounts", torch.tensor([1e5, 3.0, 1, 1, 1, 1]))
+    with pytest.raises(ValueError, match="a copied expert gives another output"):
+        attach(base, {2: [0, 3]})
+
+
+@pytest.mark.parametrize("shape", [[], [1], [4, 8]])
+def test_a_parameter_of_experts_that_is_not_one_an_expert_is_refused_by_name(shape):
+    base = make_base()
+    base.model.layers[2].mlp.experts.shared = nn.Parameter(torch.ones(shape))
+    with pytest.raises(
+        ValueError, match=re.escape(f"MixtralExperts.shared has the shape {shape}, not one part for each")
+    ):
+        attach(base)
     assert not any("moextend" in module._modules for module in base.modules())
 
 
