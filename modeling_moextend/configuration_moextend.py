@@ -51,7 +51,8 @@ class MoExtendConfig(PreTrainedConfig):
             fewer tokens. Can be changed after training (`model.gate_threshold = ...`).
         routing_rule (`dict`, *optional*): entries of `routing_moextend.Rule`: how the base's routers work, found when
             the experts were attached. Adapters of version 0.1.0 have three of them; the rest is found anew.
-        trained_on (`list[dict]`): the adapters on top of which this one was trained, each as {"name", "fingerprint"}.
+        trained_on (`list[dict]`): the adapters on top of which this one was trained, each as {"name", "fingerprint",
+            "name_or_path"}; the last is its Hub id, or `None` where it was on none.
         base_subfolder, encoder_subfolder (`str`, *optional*): where base and encoder lie inside the adapter's own
             folder or repository, if they came along (a standalone checkpoint of `moextend merge`).
 
@@ -357,13 +358,14 @@ def check_trained_on(entries):
     """A copy of `trained_on`.
 
     Raises:
-        ValueError: no list of {"name": str, "fingerprint": str or None}.
+        ValueError: no list of {"name": str, "fingerprint": str or None, "name_or_path": str, None or left out}.
     """
     good = isinstance(entries, list) and all(
         isinstance(entry, dict)
-        and set(entry) == {"name", "fingerprint"}
+        and {"name", "fingerprint"} <= set(entry) <= {"name", "fingerprint", "name_or_path"}
         and isinstance(entry["name"], str)
         and isinstance(entry["fingerprint"], str | None)
+        and isinstance(entry.get("name_or_path"), str | None)
         for entry in entries
     )
     if not good:

@@ -80,8 +80,9 @@ class GatedPass:
         self.packed = bool((starts >= 0).any())
 
     def add(self, terms):
-        """Sums [B, S, 2 D] of `terms` over each token's own sequence so far; padding adds nothing."""
-        terms = terms.masked_fill(~self.is_real.to(terms.device).unsqueeze(-1), 0)
+        """Sums [B, S, 2 D] of `terms` over each token's own sequence so far; padding and rows of other adapters add
+        nothing."""
+        terms = terms.masked_fill(~self.allowed.to(terms.device).unsqueeze(-1), 0)
         starts = self.starts.to(terms.device).unsqueeze(-1)
         sums = terms.cumsum(dim=1)
         if self.packed:  # one sum is taken from another, which float32 is too coarse for

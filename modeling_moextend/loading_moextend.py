@@ -421,6 +421,12 @@ def check_same_kind(config, other, name, check_base):
         for entry in HOW_TO_READ
         if getattr(other, entry) != getattr(config, entry)
     ]
+    below = [[entry["fingerprint"] for entry in owner.trained_on] for owner in (other, config)]
+    if len(below[0]) != len(below[1]) or not all(
+        None in pair or same_fingerprint(*pair) for pair in zip(*below, strict=True)
+    ):
+        names = [[entry["name"] for entry in owner.trained_on] for owner in (other, config)]
+        problems.append(f"trained_on: the adapter stands on {names[0]}, the model's on {names[1]} as they are now")
     for role in ("base", "encoder") if check_base else ():
         pair = [getattr(owner, f"{role}_fingerprint") for owner in (other, config)]
         if all(pair) and not same_fingerprint(*pair):

@@ -118,7 +118,8 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
         """
         kwargs |= {"attention_mask": attention_mask, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
         if labels is not None:
-            kwargs["labels"] = labels.masked_fill(labels == self.image_token_id, -100)
+            with self.serving(adapter_names, None):  # which may see with other eyes than the active ones
+                kwargs["labels"] = labels.masked_fill(labels == self.image_token_id, -100)
         if output_router_logits is None:
             output_router_logits = getattr(self.config.get_text_config(), "output_router_logits", False)
         with self.record_routing(bool(output_router_logits)) as records:

@@ -1,6 +1,7 @@
 """MoExtendPreTrainedModel: what body and causal LM share, from attaching to saving and loading."""
 
 import contextlib
+import copy
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +38,14 @@ from .scope_moextend import Pass, remember, seen_tokens, token_scopes
 from .selfcheck_moextend import self_checked
 from .state_moextend import RoutingState
 from .switch_moextend import DEFAULT, AdapterSwitch
-from .together_moextend import check_below, check_image_rows, check_new_name, check_one_selection
+from .together_moextend import (
+    check_below,
+    check_image_rows,
+    check_new_name,
+    check_nothing_above,
+    check_one_selection,
+    check_together,
+)
 from .vision_moextend import encode_images, merge_images, projector_tied
 
 # What generate and set_attn_implementation ask; not _can_compile_fullgraph: new experts run on gathered tokens.
@@ -256,12 +264,13 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
     def extend(self, plan):
         """Adds new experts in place, {decoder layer: [source experts]}, and keeps the projector: stage finetune.
 
-        With several adapters, to the one that trains (`lead`).
+        With several adapters, to the one that trains.
 
         Raises:
-            ValueError: a layer that is no MoE layer or has new experts already, a source out of range, an empty plan.
+            ValueError: a layer that is no MoE layer or has new experts already, a source out of range, an empty plan;
+                several adapters of which none is on top; new experts that can't share tokens with active ones.
         """
-        plan = normalise_plan(plan)
+        plan, name = normalise_plan(plan), self.named()
         if not plan:
             raise ValueError("The plan is empty: name layers and source experts, like {2: [1]}.")
         layers = find_moe_layers(self.get_decoder())
@@ -274,13 +283,18 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
                 f"The gate reads the input of layer {min(self.config.extended_layers)}, so layer {min(plan)} below it "
                 "can't be added. Name all layers at once, or begin anew with from_base(...)."
             )
+        check_nothing_above(self, name)
         check_rule(layers, plan, rule := Rule(**self.config.routing_rule))
-        with self_checked(layers, plan, rule, self.routing, self.lead):
+        extended = copy.copy(self.config)
+        extended.extended_layers = normalise_plan({**self.config.extended_layers, **plan})
+        active = {one: self.adapters[one].config for one in self.routing.active}
+        check_together({**active, name: extended}, self)
+        with self_checked(layers, plan, rule, self.routing, name):
             for layer, sources in plan.items():
-                add_experts(layers[layer], self.lead, sources, self.config)
-        self.config.extended_layers = normalise_plan({**self.config.extended_layers, **plan})
+                add_experts(layers[layer], name, sources, self.config)
+        self.config.extended_layers = extended.extended_layers
         if self.config.scope == "gate":
-            add_gate(layers, self.lead, self.config)
+            add_gate(layers, name, self.config)
 
     def detach(self):
         """Takes all adapters off and returns the base, bit for bit what it was."""
@@ -396,6 +410,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, PreTrainedModel):
                 another base or encoder.
         """
         values, tensors, metadata = read_adapter(name_or_path, **hub_kwargs)
+        check_nothing_above(self, self.named())
         config, other = self.adapters[self.named()].config, stored_config(self.config_class, values, tensors)
         check_same_kind(config, other, name_or_path, check_base)
         put_tensors(self.adapter_tensors(), tensors, metadata)

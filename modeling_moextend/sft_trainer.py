@@ -134,7 +134,8 @@ class MoExtendSFTTrainer(SFTTrainer):
         check_sharding(self.accelerator, self.model)
         check_image_token(self.model, self.processing_class)
         self.router_aux_loss_coef = coefficient
-        self.model.set_trainable(stage=args.stage, train_projector=args.train_projector)
+        self._trained = set(self.model.set_trainable(stage=args.stage, train_projector=args.train_projector))
+        self.adapter_name = self.model.named()
         if self.is_deepspeed_enabled:
             self.model.register_load_state_dict_post_hook(allow_missing_base)
         if not isinstance(self.data_collator, DataCollatorForLanguageModeling):  # that one has no images
@@ -148,15 +149,35 @@ class MoExtendSFTTrainer(SFTTrainer):
     @property
     def trainable(self):
         """What trains: name -> parameter. Asked of the model each time, for sharding replaces its parameters."""
-        tensors = self.accelerator.unwrap_model(self.model).adapter_tensors()
+        tensors = self.core.adapter_tensors(self.adapter_name)
         return {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
+
+    @property
+    def core(self):
+        """The MoExtend model itself, as long as its adapter is the one that this trainer was made for.
+
+        Raises:
+            ValueError: it has been switched to another one.
+        """
+        core = self.accelerator.unwrap_model(self.model)
+        if core.routing.target != self.adapter_name:
+            raise ValueError(
+                f"This trainer trains and saves the adapter {self.adapter_name!r}, but by now the model's active ones "
+                f"are {list(core.routing.active)}: set_adapter back to what it was when the trainer was made."
+            )
+        return core
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """As in Trainer; with `scope="gate"`, stage finetune begins with the gate's own training (`gate_training`).
 
         A resumed run has its gate in the checkpoint; a trainer that trains a second time keeps the gate it has.
         """
-        gate = self.accelerator.unwrap_model(self.model).gate
+        if set(self.trainable) != self._trained:
+            raise ValueError(
+                "What trains has changed since this trainer was made (set_adapter makes whole adapters trainable): "
+                "make a new trainer."
+            )
+        gate = self.core.gate
         begins = gate is not None and self.args.stage == "finetune" and not resume_from_checkpoint
         begins = (
             begins and self.gate_report is None
@@ -258,7 +279,7 @@ class MoExtendSFTTrainer(SFTTrainer):
         """
         output_dir = self.args.output_dir if output_dir is None else output_dir
         dtype = torch.float32 if self._in_checkpoint else torch_dtype(self.args.adapter_dtype)
-        core = self.accelerator.unwrap_model(self.model)
+        core = self.core
         core.save_pretrained(output_dir, adapter_dtype=dtype, is_main_process=self.args.should_save)
         if not self.args.should_save:
             return
@@ -292,8 +313,7 @@ class MoExtendSFTTrainer(SFTTrainer):
                 "last. Resume from an earlier checkpoint; for weights alone, load the folder with "
                 "MoExtendForCausalLM.from_pretrained."
             )
-        core = self.accelerator.unwrap_model(self.model if model is None else model)
-        core.load_adapter_tensors(resume_from_checkpoint)
+        self.core.load_adapter_tensors(resume_from_checkpoint)
         # TRL's running count of tokens is in no state; the last one logged is where it goes on.
         history = TrainerState.load_from_json(state_file).log_history
         self._total_train_tokens = next((log["num_tokens"] for log in reversed(history) if "num_tokens" in log), 0)
@@ -326,7 +346,7 @@ class MoExtendSFTTrainer(SFTTrainer):
         Raises:
             ValueError: the base or the encoder is not on the Hub.
         """
-        config, token = self.accelerator.unwrap_model(self.model).config, token or self.args.hub_token
+        config, token = self.core.config, token or self.args.hub_token
         check_published(config)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
@@ -345,7 +365,7 @@ class MoExtendSFTTrainer(SFTTrainer):
         """Writes MoExtend's card: TRL's shows a way of loading that an adapter does not have. See `card_facts`."""
         if not self.is_world_process_zero():
             return
-        core, folder = self.accelerator.unwrap_model(self.model), Path(self.args.output_dir)
+        core, folder = self.core, Path(self.args.output_dir)
         dtype = torch_dtype(self.args.adapter_dtype) or core.base.dtype
         tensors = {  # the folder's own file is older, or not there yet
             name: torch.empty(tensor.shape, dtype=stored_dtype(name, dtype), device="meta")
@@ -365,7 +385,7 @@ class MoExtendSFTTrainer(SFTTrainer):
 
     def card_settings(self):
         """How the adapter was trained, for the card: setting -> number, text or `None`."""
-        names = CARD_SETTINGS if self.accelerator.unwrap_model(self.model).gate is None else CARD_SETTINGS + CARD_GATE
+        names = CARD_SETTINGS if self.core.gate is None else CARD_SETTINGS + CARD_GATE
         settings = {name: plain(getattr(self.args, name)) for name in names}
         settings["processes"] = self.args.world_size
         settings["steps"] = self.state.global_step or None

@@ -12,6 +12,7 @@ from torch import nn
 from .adapter_moextend import put_tensors, read_adapter, reshard, stored_dtype, tensors_fingerprint
 from .configuration_moextend import check_threshold, normalise_plan, routing_choices
 from .families_moextend import find_moe_layers
+from .hub_moextend import hub_id
 from .layers_moextend import add_experts, add_gate, attach, input_device, remove_experts
 from .loading_moextend import (
     check_plan,
@@ -23,7 +24,6 @@ from .loading_moextend import (
 )
 from .routing_moextend import Rule
 from .selfcheck_moextend import self_checked
-from .state_moextend import meeting
 from .together_moextend import (
     check_belongs,
     check_below,
@@ -129,14 +129,13 @@ class AdapterSwitch:
         stored = stored_config(self.config_class, values, tensors)
         stored.name_or_path = str(name_or_path)
         check_belongs(self, stored, name_or_path, check_base)
-        fingerprints = self.fingerprints()
         if check_trained_on:
-            check_below(stored, fingerprints, name_or_path)
+            check_below(stored, self.fingerprints(), name_or_path)
         encoder = load_stored_encoder(self, stored, encoder, check_base, (name_or_path, hub_kwargs))
         with self.put_back_on_error(adapter_name):
             self.put_on(adapter_name, stored, encoder, Rule(**stored.routing_rule))
             put_tensors(self.adapter_tensors(adapter_name), tensors, metadata, base_dtype=self.base.dtype)
-        self.adapters[adapter_name].below = set(found_below(stored, fingerprints).values()) - {None}
+        self.find_below()
         self.ask_gradients(adapter_name, is_trainable)
 
     def add_adapter(
@@ -218,7 +217,7 @@ class AdapterSwitch:
         Args:
             adapter_name: a name, or a list of names.
             inference_mode: whether the active adapters are frozen; if not, their tensors ask for gradients, as PEFT
-                has it. Those that another active one was trained on top of stay frozen, and so do inactive ones.
+                has it. Those that another one was trained on top of stay frozen, and so do inactive ones.
             check_trained_on: `False` uses an adapter without those that it was trained on top of.
 
         Raises:
@@ -235,12 +234,19 @@ class AdapterSwitch:
             check_complete(self, names)
         check_together({name: self.adapters[name].config for name in names}, self)
         self.switch_to(names)
-        self.ask_gradients_of([] if inference_mode else self.on_top(names))
+        self.ask_gradients_of([] if inference_mode else [name for name in names if name in self.on_top(self.adapters)])
 
     def on_top(self, names):
         """Those of the adapters `names` on top of which no other of them was trained."""
         below = {one for name in names for one in self.adapters[name].below}
         return [name for name in names if name not in below]
+
+    def find_below(self):
+        """Notes which adapters of this model each one was trained on top of, in whichever order they were loaded."""
+        fingerprints = self.fingerprints() if any(one.config.trained_on for one in self.adapters.values()) else {}
+        for name, adapter in self.adapters.items():
+            others = {other: known for other, known in fingerprints.items() if other != name}
+            adapter.below |= set(found_below(adapter.config, others).values()) - {None}
 
     def switch_to(self, names):
         """Makes `names` the active adapters; what trains and is saved is the one on top, if there is just one."""
@@ -279,8 +285,8 @@ class AdapterSwitch:
         if adapter_names is None:
             yield
             return
-        rows = checked_rows(self, adapter_names, num_rows)
-        with self.routing.using(rows=rows, groups=meeting(rows)):
+        rows, groups = checked_rows(self, adapter_names, num_rows)
+        with self.routing.using(rows=rows, groups=groups):
             yield
 
     # ------------------------------------------------------------ asking
@@ -382,7 +388,7 @@ class AdapterSwitch:
         weight, so its row has no gradient and stays frozen.
 
         Raises:
-            ValueError: a stage with nothing to train; an adapter that is not active, or that an active one stands on.
+            ValueError: a stage with nothing to train; an adapter that is not active, or that another one stands on.
         """
         if stage not in ("align", "finetune"):
             raise ValueError(f"stage={stage!r} is not known; allowed: 'align', 'finetune'.")
@@ -442,8 +448,15 @@ class AdapterSwitch:
         return tensors_fingerprint({name: tensor for name, tensor in tensors if not name.startswith("gate.")})
 
     def described(self, adapter_names):
-        """What `trained_on` keeps of adapters."""
-        return [{"name": name, "fingerprint": self.fingerprint_of(name)} for name in adapter_names]
+        """What `trained_on` keeps of adapters; where one lies only if it is on the Hub."""
+        return [
+            {
+                "name": name,
+                "fingerprint": self.fingerprint_of(name),
+                "name_or_path": hub_id(self.adapters[name].config.name_or_path),
+            }
+            for name in adapter_names
+        ]
 
     def adapter_bytes(self, dtype=None, adapter_name=None):
         """Bytes of the adapter's tensors in `dtype` (default: the base's)."""

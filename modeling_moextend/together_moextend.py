@@ -95,7 +95,8 @@ def names_in(given):
 
 
 def checked_rows(model, adapter_names, num_rows):
-    """For each row of the batch, the names of its adapters: what `adapter_names` says.
+    """What `adapter_names` says: for each row of the batch the names of its adapters, and which of these share tokens
+    (`meeting`).
 
     Raises:
         ValueError: no list; unknown names; another number of rows; adapters off; adapters that can't share a token or
@@ -114,12 +115,13 @@ def checked_rows(model, adapter_names, num_rows):
         raise ValueError(f"adapter_names has {len(rows)} names, but the batch has {num_rows} rows.")
     for row in {*rows}:
         check_complete(model, row)
-    for group in meeting(rows):
+    groups = meeting([name for name in row if model.adapters[name].config.extended_layers] for row in rows)
+    for group in groups:
         check_together({name: model.adapters[name].config for name in group}, model)
     seeing = sorted({name for row in rows for name in row if model.adapters[name].encoder is not None})
     if len(seeing) > 1:
         raise ValueError(f"Adapters {seeing} have an encoder each; the images of one batch go through one of them.")
-    return rows
+    return rows, groups
 
 
 def check_image_rows(model, input_ids):
@@ -163,8 +165,8 @@ def found_below(config, fingerprints):
         wanted = entry["fingerprint"]
         if wanted is None:  # made on the meta device
             return entry["name"] if entry["name"] in fingerprints else None
-        same = (name for name, known in fingerprints.items() if known and same_fingerprint(known, wanted))
-        return next(same, None)
+        same = [name for name, known in fingerprints.items() if known and same_fingerprint(known, wanted)]
+        return entry["name"] if entry["name"] in same else next(iter(same), None)
 
     return {entry["name"]: found(entry) for entry in config.trained_on}
 
@@ -201,18 +203,27 @@ def check_complete(model, names):
 
 
 def check_may_train(model, name):
-    """Refuses to train an adapter that is not active, or that an active one was trained on top of.
+    """Refuses to train an adapter that is not active, or that another was trained on top of.
 
     Raises:
         ValueError: says which.
     """
     if name not in model.routing.active:
         raise ValueError(f"Adapter {name!r} is not active, so it can't train: set_adapter first.")
-    above = [other for other in model.routing.active if name in model.adapters[other].below]
+    check_nothing_above(model, name)
+
+
+def check_nothing_above(model, name):
+    """Refuses to change an adapter that a loaded one, active or not, was trained on top of.
+
+    Raises:
+        ValueError: says which.
+    """
+    above = [other for other in model.adapters if name in model.adapters[other].below]
     if above:
         raise ValueError(
-            f"Adapters {above} were trained on top of {name!r} as it is, so it can't train below them: make {name!r} "
-            "active without them."
+            f"Adapters {above} were trained on top of {name!r} as it is, so it can't change below them: "
+            f"delete_adapter({above}), or load {name!r} in a model of its own."
         )
 
 

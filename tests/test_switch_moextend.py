@@ -554,6 +554,62 @@ def test_a_row_may_have_several_adapters_that_share_its_tokens(choices, made):
         assert torch.equal(said[row], alone.generate(**inputs(images=False), **generating)[row])
 
 
+def test_eyes_may_join_adapters_in_their_rows_that_select_otherwise(made, tmp_path):
+    MoExtendForCausalLM.from_base(make_base(), {}, encoder=make_encoder(), **SEEING).save_pretrained(tmp_path)
+    model = load(made, ("a", COMPETE), ("b", EXCLUSIVE))
+    model.load_adapter(tmp_path, adapter_name="see", encoder=make_encoder())
+    given, names = inputs(), [["a", "see"], "__base__", ["b", "see"], "a"]
+    found = logits(model, given, adapter_names=names)
+    for row, active in ((0, ["a", "see"]), (2, ["b", "see"])):
+        model.set_adapter(active)
+        torch.testing.assert_close(found[row], logits(model, given)[row], rtol=1e-4, atol=1e-5)
+
+
+def test_labels_of_the_image_tokens_that_the_rows_see_do_not_count(made):
+    model = load(made, ("a", SEEING), ("b", COMPETE))
+    model.adapters["a"].config.image_token_id = 5
+    ids = text()
+    ids[ids == 5] = 6
+    ids[:, 2:6] = 5
+    given = {"input_ids": ids, "pixel_values": torch.randn(4, 3, 16, 16), "adapter_names": ["a"] * 4}
+    model.set_adapter("b")
+    with torch.no_grad():
+        found = model(**given, labels=ids).loss
+        expected = model(**given, labels=ids.masked_fill(ids == 5, -100)).loss
+        every = model(**{**given, "adapter_names": ["b"] * 4, "pixel_values": None}, labels=ids).loss
+        masked = model(input_ids=ids, adapter_names=["b"] * 4, labels=ids.masked_fill(ids == 5, -100)).loss
+    assert torch.equal(found, expected) and not torch.isclose(every, masked)
+
+
+def test_a_gate_counts_no_tokens_of_rows_that_others_served(made):
+    """Whatever adapter the other rows of that pass had."""
+    model, ids, margins = load(made, ("a", GATED), ("b", GATED)), text(2, 9), []
+    for other in ("a", "b", "__base__"):
+        cache = DynamicCache()
+        logits(model, {"input_ids": ids[:, :5]}, past_key_values=cache, adapter_names=["b", other])
+        with model.record_routing() as records:
+            logits(model, {"input_ids": ids[:, 5:]}, past_key_values=cache, adapter_names=["a", "a"])
+        margins.append(records[1].margins["a"].view(2, 4)[0])
+    assert torch.allclose(margins[0], margins[1], atol=1e-4) and torch.allclose(margins[1], margins[2], atol=1e-4)
+
+
+def test_the_config_that_leads_has_the_bases_implementations(made):
+    model = load(made, ("a", COMPETE), ("b", COMPETE), attn_implementation="sdpa")
+    model.set_attn_implementation("eager")
+    before = model.config._attn_implementation, model.config._experts_implementation
+    model.set_adapter("b")
+    assert (model.config._attn_implementation, model.config._experts_implementation) == before
+    model.load_adapter(made("c", EXCLUSIVE), adapter_name="aa")
+    model.set_adapter(["a", "b"])
+    assert model.lead == "a"
+
+
+def test_two_pairs_of_eyes_do_not_look_at_one_batch(made, tmp_path):
+    model = load(made, ("a", SEEING), ("b", SEEING))
+    with pytest.raises(ValueError, match=r"Adapters \['a', 'b'\] have an encoder each; the images of one batch"):
+        model(**inputs(), adapter_names=["a", "a", "b", "b"])
+
+
 def test_adapters_that_meet_in_a_row_form_one_group():
     assert meeting([("a",), ("b",), ()]) == (("a",), ("b",))
     assert meeting([("d",), ("a", "b"), ("c",), ("b", "c")]) == (("a", "b", "c"), ("d",))

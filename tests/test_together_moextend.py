@@ -291,14 +291,87 @@ def test_an_adapter_is_not_used_without_loaded_ones_that_it_was_trained_on(stack
 
 def test_of_a_stack_the_adapter_on_top_trains_and_is_saved(stacked, tmp_path):
     stacked.set_adapter("default")
-    assert stacked.lead == "default" and all(t.requires_grad for t in stacked.adapter_tensors().values())
+    assert stacked.lead == "default" and not any(t.requires_grad for t in stacked.adapter_tensors().values())
     stacked.set_adapter(["default", "b"])
     assert not any(tensor.requires_grad for tensor in stacked.adapter_tensors("default").values())
     assert all(tensor.requires_grad for tensor in stacked.adapter_tensors("b").values())
     stacked.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["trained_on"][0]["name"] == "default"
-    with pytest.raises(ValueError, match=r"Adapters \['b'\] were trained on top of 'default' as it is"):
+    stacked.delete_adapter("b")
+    stacked.set_adapter("default")
+    assert all(tensor.requires_grad for tensor in stacked.adapter_tensors().values())
+
+
+@pytest.mark.parametrize("active", ["default", ["default", "b"]], ids=str)
+def test_what_another_adapter_stands_on_does_not_change_below_it(active, stacked, tmp_path):
+    stacked.save_pretrained(tmp_path, adapter_name="default")
+    stacked.set_adapter(active)
+    message = r"Adapters \['b'\] were trained on top of 'default' as it is, so it can't change.*delete_adapter"
+    with pytest.raises(ValueError, match=message):
         stacked.set_trainable(adapter_name="default")
+    if active == "default":
+        with pytest.raises(ValueError, match=message):
+            stacked.extend({3: [0]})
+        with pytest.raises(ValueError, match=message):
+            stacked.load_adapter_tensors(tmp_path)
+
+
+def test_extending_again_keeps_active_adapters_fit_to_share_tokens():
+    choices = {"scope": "modality", "selection": "exclusive", "calibration": "none", "encoder": make_encoder()}
+    model = shake(MoExtendForCausalLM.from_base(make_base(), PLAN, **COMPETE))
+    model.add_adapter("see", {}, **choices)
+    before = sorted(model.state_dict())
+    with pytest.raises(ValueError, match="must select alike, but these do not"):
+        model.extend({0: [2]})
+    assert sorted(model.state_dict()) == before and model.config.extended_layers == {}
+    model.set_adapter("see", check_trained_on=False)
+    model.extend({0: [2]})
+    assert model.config.extended_layers == {0: [2]}
+    with pytest.raises(ValueError, match="must select alike"):
+        model.set_adapter(["default", "see"])
+
+
+def test_extending_takes_an_adapter_that_is_on_top(tmp_path):
+    saved(tmp_path)
+    model = MoExtendForCausalLM.from_base(make_base(), {1: [4]}, **EXCLUSIVE)
+    model.load_adapter(tmp_path / "a", adapter_name="law")
+    model.set_adapter(["default", "law"])
+    with pytest.raises(ValueError, match="so it takes a name"):
+        model.extend({3: [0]})
+
+
+def test_the_order_of_loading_does_not_change_what_stands_on_what(tmp_path):
+    saved(tmp_path)
+    model = MoExtendForCausalLM.from_pretrained(
+        tmp_path / "law", base=make_base(), adapter_name="law", check_trained_on=False
+    )
+    model.load_adapter(tmp_path / "a", adapter_name="ground")
+    assert model.adapters["law"].below == {"ground"} and model.adapters["ground"].below == set()
+    model.load_adapter(tmp_path / "a", adapter_name="default")  # the same again, by the name that was recorded
+    with pytest.raises(ValueError, match="was trained on top of"):
+        model.set_adapter("law")
+    model.set_adapter(["law", *sorted(model.adapters["law"].below)])
+    assert model.named() == "law"
+
+
+@pytest.mark.parametrize("given", ["stack", "rows"])
+def test_checkpointed_gradients_of_a_stack_and_of_rows_are_the_plain_ones(given, stacked):
+    options = {"adapter_names": [["b", "default"], "default", "__base__"]} if given == "rows" else {}
+    inputs, found = batch(), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            stacked.train()
+            stacked.gradient_checkpointing_enable()
+        stacked.zero_grad()
+        stacked.set_adapter(["b", "default"])
+        loss = stacked(**inputs, labels=inputs["input_ids"], use_cache=False, **options).loss
+        if checkpointing:  # the recomputation is of the forward pass, whatever is said meanwhile
+            stacked.disable_adapters()
+        loss.backward()
+        stacked.enable_adapters()
+        found.append({name: tensor.grad.clone() for name, tensor in stacked.adapter_tensors("b").items()})
+    assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
+    assert any(gradient.any() for gradient in found[0].values())
 
 
 def test_an_adapter_without_those_it_was_trained_on_is_refused_with_their_names(tmp_path):
@@ -354,3 +427,41 @@ def test_training_beside_another_active_adapter_is_recorded(tmp_path):
 def test_a_config_whose_trained_on_is_no_list_of_adapters_is_refused(entries):
     with pytest.raises(ValueError, match="trained_on must be a list"):
         MoExtendConfig(trained_on=entries)
+
+
+def test_older_entries_of_trained_on_are_read():
+    entries = [{"name": "a", "fingerprint": "0"}, {"name": "b", "fingerprint": None, "name_or_path": "me/b"}]
+    assert MoExtendConfig(trained_on=entries).trained_on == entries
+
+
+def trainer_of(model, folder, **settings):
+    return MoExtendSFTTrainer(
+        model=model,
+        args=config(folder, **{"max_steps": 2, "save_strategy": "steps", "save_steps": 1, **settings}),
+        train_dataset=Dataset.from_dict({"text": lines(TASKS["b"])}),
+        processing_class=make_tokenizer(),
+    )
+
+
+def test_a_trainer_keeps_to_the_adapter_it_was_made_for(stacked, tmp_path):
+    trainer = trainer_of(stacked, tmp_path)
+    stacked.set_adapter("default")
+    for action in (trainer.train, trainer.save_model, trainer.create_model_card):
+        with pytest.raises(ValueError, match=r"trains and saves the adapter 'b', but .* \['default'\]: set_adapter"):
+            action()
+    stacked.set_adapter(["default", "b"], inference_mode=True)
+    with pytest.raises(ValueError, match="What trains has changed since this trainer was made"):
+        trainer.train()
+    stacked.set_adapter(["default", "b"])
+    trainer.train()
+    trainer.save_model()
+    assert json.loads((tmp_path / "config.json").read_text())["extended_layers"] == {"0": [1, 2], "1": [4]}
+
+
+def test_a_run_is_not_resumed_on_top_of_another_adapter(stacked, tmp_path):
+    trainer_of(stacked, tmp_path).train()
+    torch.manual_seed(7)
+    other = shake(MoExtendForCausalLM.from_base(make_base(), PLAN, **EXCLUSIVE), seed=7)
+    other.add_adapter("b", {0: [1, 2], 1: [4]}, **EXCLUSIVE)
+    with pytest.raises(ValueError, match="trained_on: the adapter stands on .* the model's on .* as they are now"):
+        trainer_of(other, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
