@@ -96,7 +96,7 @@ def create_card(
             (name, list(tensor.shape), _dtype(tensor), f"{_bytes(tensor):,}") for name, tensor in tensors.items()
         ],
         num_new_experts=_num_new_experts(config),
-        below=[entry["name"] for entry in config.trained_on],
+        below=[(one["name"], one.get("name_or_path") or f"path/to/{one['name']}") for one in config.trained_on],
         scope=config.scope,
         selection=config.selection,
         calibration=config.calibration,

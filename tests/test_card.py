@@ -309,6 +309,13 @@ def test_an_adapter_on_top_of_others_names_them():
     card = create_card(make_config(trained_on=below))
     assert "| on top of the adapters | `law`, `code` |" in str(card)
     assert "trained on top of the adapters law, code and is refused without them" in limits(card)
+    below[0]["name_or_path"] = "me/law"
+    use = str(create_card(make_config(trained_on=below), repo_id="me/med"))
+    assert 'from_pretrained("me/law", trust_remote_code=True, adapter_name="law")' in use
+    assert 'model.load_adapter("path/to/code", adapter_name="code")' in use
+    assert 'model.load_adapter("me/med", adapter_name="top")' in use
+    assert 'model.set_adapter(["law", "code", "top"], inference_mode=True)' in use
+    assert 'MoExtendForCausalLM.from_pretrained("me/law", base="path/to/base"' in use
     assert "on top of" not in str(create_card(make_config()))
 
 

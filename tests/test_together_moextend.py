@@ -11,6 +11,7 @@ from test_sft_trainer import WORDS, config, make_tokenizer
 
 from modeling_moextend import MoExtendConfig, MoExtendForCausalLM
 from modeling_moextend.adapter_moextend import FILE, base_tensors_hash
+from modeling_moextend.card import create_card
 from modeling_moextend.export import merge
 from modeling_moextend.layers_moextend import find_moe_layers
 from modeling_moextend.sft_trainer import MoExtendSFTTrainer
@@ -427,6 +428,22 @@ def test_training_beside_another_active_adapter_is_recorded(tmp_path):
 def test_a_config_whose_trained_on_is_no_list_of_adapters_is_refused(entries):
     with pytest.raises(ValueError, match="trained_on must be a list"):
         MoExtendConfig(trained_on=entries)
+
+
+def test_the_card_of_an_adapter_on_top_says_how_to_load_all_of_them(stacked, tmp_path):
+    make_base().save_pretrained(tmp_path / "base")
+    for name, adapter in stacked.adapters.items():
+        adapter.config.base_model_name_or_path = str(tmp_path / "base")
+        stacked.save_pretrained(tmp_path / name, adapter_name=name)
+    use = str(create_card(stacked.config)).split("```python")[1].split("```")[0]
+    use = use.replace("path/to/default", str(tmp_path / "default")).replace(
+        "path/to/this/adapter", str(tmp_path / "b")
+    )
+    lines, found = [line for line in use.splitlines() if "Tokenizer" not in line], {}
+    exec("from transformers import AutoModelForCausalLM\n" + "\n".join(lines), found)
+    assert found["model"].active_adapters() == ["default", "top"]
+    with torch.no_grad():
+        torch.testing.assert_close(found["model"](**batch()).logits, stacked(**batch()).logits)
 
 
 def test_older_entries_of_trained_on_are_read():
