@@ -5,13 +5,14 @@ as `block_sparse_moe.experts.{e}.w1.weight` and `.w3.weight`. transformers knows
 names here come from it, family by family, and no table of ours has to follow.
 """
 
+import contextlib
 import json
 import re
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
@@ -20,6 +21,29 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from .loading_moextend import auto_class_for
 
 EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")  # the expert's number in a key that holds one expert
+
+
+class Unusable(ValueError):
+    """What was given can't be read (damaged, of a later version), or is something else than it has to be."""
+
+
+@contextlib.contextmanager
+def unusable():
+    """Any `ValueError` of the block becomes an `Unusable`."""
+    try:
+        yield
+    except ValueError as error:
+        raise error if isinstance(error, Unusable) else Unusable(str(error)) from error
+
+
+@contextlib.contextmanager
+def opened(path):
+    """`safe_open`, which does not tell the name of a damaged file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise Unusable(f"{path} is damaged or truncated ({error}). Fetch or save it again.") from error
 
 
 class Checkpoint:
@@ -31,7 +55,7 @@ class Checkpoint:
 
     Raises:
         OSError: no weights in safetensors there.
-        ValueError: an index that names something else than files beside it.
+        Unusable: a damaged file, or an index that names something else than files beside it.
     """
 
     def __init__(self, name_or_path, **hub_kwargs):
@@ -44,7 +68,7 @@ class Checkpoint:
             raise OSError(f"{self.name} lacks weights in safetensors: {', '.join(missing[:8])}.")
         self.place = {}
         for path in found.values():
-            with safe_open(path, framework="pt") as file:
+            with opened(path) as file:
                 self.place |= dict.fromkeys(file.keys(), path)
         self.files = found | ({} if index is None else {SAFE_WEIGHTS_INDEX_NAME: index})
 
@@ -59,14 +83,14 @@ class Checkpoint:
         """One tensor, mapped from its file (read where it is looked at); the map ends with the tensor.
 
         Raises:
-            ValueError: the checkpoint has no such key.
+            Unusable: the checkpoint has no such key.
         """
         if key not in self.place:
-            raise ValueError(
+            raise Unusable(
                 f"{self.name} has no tensor {key}: it is stored otherwise than transformers itself would save it "
                 "(quantised, or of an older layout). Load it, save it with save_pretrained, and give that folder."
             )
-        with safe_open(self.place[key], framework="pt") as file:
+        with opened(self.place[key]) as file:
             return file.get_tensor(key)
 
     def parameter(self, model, name, shape):
@@ -97,7 +121,7 @@ class Checkpoint:
         for key, place in places.items():
             stored = self.tensor(key)
             if stored.shape != place.shape:
-                raise ValueError(
+                raise Unusable(
                     f"{self.name} has {key} as {tuple(stored.shape)}, the model needs {tuple(place.shape)}."
                 )
             if views:
@@ -108,10 +132,13 @@ class Checkpoint:
 
 def shard_names(index):
     """Names of the files that an index (its path) speaks of."""
-    names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-    strange = [name for name in names if Path(name).name != name]
+    try:
+        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+        strange = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Unusable(f"{index} is damaged ({error!r}). Fetch or save it again.") from error
     if strange:
-        raise ValueError(f"{index} names files outside the checkpoint's folder: {', '.join(strange[:8])}.")
+        raise Unusable(f"{index} names files outside the checkpoint's folder: {', '.join(strange[:8])}.")
     return names
 
 

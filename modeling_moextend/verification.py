@@ -1,12 +1,16 @@
 """Whether an adapter is whole and does on its base what it promises."""
 
+import contextlib
+
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
-from .adapter_moextend import check_tensors, fingerprint, read_adapter, same_fingerprint
-from .configuration_moextend import MoExtendConfig
-from .loading_moextend import SHARED_HUB_KWARGS, auto_class_for, load_base, load_stored, place_of
+from .adapter_moextend import fingerprint, same_fingerprint
+from .checkpoints import Checkpoint, Unusable, unusable
+from .inspection import read_whole
+from .loading_moextend import SHARED_HUB_KWARGS, auto_class_for, check_no_adapter, load_base, load_stored, place_of
 from .modeling_moextend import MoExtendForCausalLM
 
 PROMPT = "The"
@@ -38,24 +42,44 @@ def verify_adapter(
 
     Raises:
         OSError: adapter, base or encoder can't be found.
+        Unusable: a damaged base or encoder, or something that is none; the file is named.
     """
     home, sample = (name_or_path, hub_kwargs), None
     try:
-        values, tensors, metadata = read_adapter(name_or_path, **hub_kwargs)
-        check_tensors(tensors, tensors, metadata)  # against its own header: is the file whole?
-        config = MoExtendConfig.from_dict(values)
-    except ValueError as error:
+        config, tensors, _ = read_whole(name_or_path, **hub_kwargs)
+    except Unusable as error:
         checks = [row("file", False, str(error))]
     else:
-        shared = {key: hub_kwargs[key] for key in SHARED_HUB_KWARGS if key in hub_kwargs}
-        auto_class = auto_class_for(config.text_config, AutoModelForCausalLM)
-        kwargs = {"auto_class": auto_class, "dtype": dtype, **shared}
-        loaded = load_stored("base", base, config, load_base, home, **kwargs).eval()
+        loaded = load_base_of(config, base, home, dtype)
         tokenizer = find_tokenizer(home, place_of("base", base, config, home))
         more, sample = base_checks(home, config, loaded, encoder, tokenizer, prompt, max_new_tokens)
         checks = file_checks(tensors) + more
     ok = all(check["ok"] for check in checks)
     return {"adapter": str(name_or_path), "ok": ok, "checks": checks, "sample": sample}
+
+
+def load_base_of(config, given, home, dtype):
+    """An adapter's base; `given`: where the user says that it lies; `home`: (folder or Hub id of the adapter, keywords
+    for the Hub)."""
+    shared = {key: home[1][key] for key in SHARED_HUB_KWARGS if key in home[1]}
+    auto_class = auto_class_for(config.text_config, AutoModelForCausalLM)
+    with unusable(), damage_named("base", given, config, home):
+        path, inside = place_of("base", given, config, home)
+        check_no_adapter(path, {**shared, **inside})
+        return load_stored("base", given, config, load_base, home, auto_class=auto_class, dtype=dtype, **shared).eval()
+
+
+@contextlib.contextmanager
+def damage_named(role, given, config, home):
+    """Where the block fails to load a base or encoder with a damaged file, says which one: transformers does not."""
+    try:
+        yield
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
+        if role == "base" or config.encoder_config is not None:
+            path, inside = place_of(role, given, config, home)
+            with contextlib.suppress(OSError):  # no safetensors: not what is wrong here
+                Checkpoint(path, **{key: home[1][key] for key in SHARED_HUB_KWARGS if key in home[1]}, **inside)
+        raise
 
 
 def row(check, ok, detail):
@@ -78,9 +102,12 @@ def base_checks(home, config, base, encoder, tokenizer, prompt, max_new_tokens):
     ids = ids.to(base.get_input_embeddings().weight.device)
     before, (without, _) = logits_of(base, ids), answer(base, ids, max_new_tokens)
     try:
-        model = MoExtendForCausalLM.from_pretrained(
-            home[0], base=base, encoder=encoder, check_base=same, check_trained_on=False, **home[1]
-        )
+        with damage_named("encoder", encoder, config, home):
+            model = MoExtendForCausalLM.from_pretrained(
+                home[0], base=base, encoder=encoder, check_base=same, check_trained_on=False, **home[1]
+            )
+    except Unusable:
+        raise
     except ValueError as error:
         return [*checks, row("fit", False, str(error))], None
     layers = ", ".join(map(str, config.extended_layers)) or "none"
