@@ -31,7 +31,7 @@ EXPECTED = (OSError, ValueError, ImportError, HTTPError, SafetensorError)  # the
 IN_PYTHON = {  # how errors speak of what is an option here
     r"check_base=False": "--no-check-base",
     r"check_trained_on=False": "--no-check-trained-on",
-    r"\b(base|encoder)=(?=[<'\"])": r"--\1 ",
+    r"\b(base|encoder|prompt)=(?=[<'\"])": r"--\1 ",
 }
 AS_WRITTEN = argparse.RawDescriptionHelpFormatter
 ADAPTER = "folder or Hub id of an adapter"
@@ -220,7 +220,7 @@ def shard_size(text):
     """A size as huggingface_hub reads it; anything else is wrong usage."""
     number = re.fullmatch(r"(\d+(?:\.\d+)?) ?[KMGT]B", text.upper())
     if number is None or not float(number[1]):
-        raise argparse.ArgumentTypeError(f"{text} is no size above 0 like 500MB or 2.5GB (units: KB, MB, GB, TB)")
+        raise argparse.ArgumentTypeError(f"{text!r} is no size above 0 like 500MB or 2.5GB (units: KB, MB, GB, TB)")
     return text
 
 

@@ -145,8 +145,7 @@ def check_fit(config, base_config, checkpoint, tensors, metadata, check_base):
 
     Without `check_base` the config is made to say which base it is.
     """
-    with unusable():  # no causal LM
-        decoder = reading_from(checkpoint, skeleton(base_config)).get_decoder()
+    decoder = reading_from(checkpoint, base_skeleton(checkpoint, base_config)).get_decoder()
     if check_base:
         check_fingerprint("base", config.base_fingerprint, decoder)
     else:
@@ -156,6 +155,24 @@ def check_fit(config, base_config, checkpoint, tensors, metadata, check_base):
     with torch.device("meta"):
         model = MoExtendForCausalLM(config, base=skeleton(base_config))
     check_tensors(model.adapter_tensors(), tensors, metadata)
+
+
+def base_skeleton(checkpoint, config):
+    """The `skeleton` of a base.
+
+    Raises:
+        Unusable: it is no causal LM.
+    """
+    with unusable():
+        try:
+            return skeleton(config)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):  # which names all that transformers knows
+                raise
+            text = (
+                f"base={checkpoint.name!r} is no causal LM: transformers has no causal head for {config.model_type}."
+            )
+            raise ValueError(text) from error
 
 
 def write_standalone(folder, config, checkpoint, encoder, tensors, max_shard_size, check_base):

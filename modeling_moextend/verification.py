@@ -12,6 +12,7 @@ from .checkpoints import Checkpoint, Unusable, unusable
 from .inspection import read_whole
 from .loading_moextend import SHARED_HUB_KWARGS, auto_class_for, check_no_adapter, load_base, load_stored, place_of
 from .modeling_moextend import MoExtendForCausalLM
+from .vision_moextend import load_encoder
 
 PROMPT = "The"
 
@@ -50,7 +51,10 @@ def verify_adapter(
     except Unusable as error:
         checks = [row("file", False, str(error))]
     else:
-        loaded = load_base_of(config, base, home, dtype)
+        auto_class = auto_class_for(config.text_config, AutoModelForCausalLM)
+        loaded = load_part("base", base, config, home, load_base, auto_class=auto_class, dtype=dtype).eval()
+        if config.encoder_config is not None:
+            encoder = load_part("encoder", encoder, config, home, load_encoder, dtype=dtype)
         tokenizer = find_tokenizer(home, place_of("base", base, config, home))
         more, sample = base_checks(home, config, loaded, encoder, tokenizer, prompt, max_new_tokens)
         checks = file_checks(tensors) + more
@@ -58,28 +62,24 @@ def verify_adapter(
     return {"adapter": str(name_or_path), "ok": ok, "checks": checks, "sample": sample}
 
 
-def load_base_of(config, given, home, dtype):
-    """An adapter's base; `given`: where the user says that it lies; `home`: (folder or Hub id of the adapter, keywords
-    for the Hub)."""
+def load_part(role, given, config, home, loader, **kwargs):
+    """Base or encoder of an adapter; see `load_stored`.
+
+    Raises:
+        OSError: not found.
+        Unusable: a damaged file, which is named, or something else than it has to be.
+    """
     shared = {key: home[1][key] for key in SHARED_HUB_KWARGS if key in home[1]}
-    auto_class = auto_class_for(config.text_config, AutoModelForCausalLM)
-    with unusable(), damage_named("base", given, config, home):
-        path, inside = place_of("base", given, config, home)
-        check_no_adapter(path, {**shared, **inside})
-        return load_stored("base", given, config, load_base, home, auto_class=auto_class, dtype=dtype, **shared).eval()
-
-
-@contextlib.contextmanager
-def damage_named(role, given, config, home):
-    """Where the block fails to load a base or encoder with a damaged file, says which one: transformers does not."""
-    try:
-        yield
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
-        if role == "base" or config.encoder_config is not None:
-            path, inside = place_of(role, given, config, home)
+    with unusable():
+        path, inside = place_of(role, given, config, home)
+        if role == "base":
+            check_no_adapter(path, {**shared, **inside})
+        try:
+            return load_stored(role, given, config, loader, home, **kwargs, **shared)
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
             with contextlib.suppress(OSError):  # no safetensors: not what is wrong here
-                Checkpoint(path, **{key: home[1][key] for key in SHARED_HUB_KWARGS if key in home[1]}, **inside)
-        raise
+                Checkpoint(path, **shared, **inside)  # names the file, which transformers does not
+            raise
 
 
 def row(check, ok, detail):
@@ -98,16 +98,12 @@ def base_checks(home, config, base, encoder, tokenizer, prompt, max_new_tokens):
     """The checks on `base`, a loaded model, and the sample."""
     same, detail = compare_base(config.base_fingerprint, base)
     checks = [row("base", same, f"{base.config._name_or_path}: {detail}")]
-    ids = torch.arange(1, 9)[None] if tokenizer is None else tokenizer(prompt, return_tensors="pt")["input_ids"]
-    ids = ids.to(base.get_input_embeddings().weight.device)
+    ids = prompt_ids(prompt, tokenizer).to(base.get_input_embeddings().weight.device)
     before, (without, _) = logits_of(base, ids), answer(base, ids, max_new_tokens)
     try:
-        with damage_named("encoder", encoder, config, home):
-            model = MoExtendForCausalLM.from_pretrained(
-                home[0], base=base, encoder=encoder, check_base=same, check_trained_on=False, **home[1]
-            )
-    except Unusable:
-        raise
+        model = MoExtendForCausalLM.from_pretrained(
+            home[0], base=base, encoder=encoder, check_base=same, check_trained_on=False, **home[1]
+        )
     except ValueError as error:
         return [*checks, row("fit", False, str(error))], None
     layers = ", ".join(map(str, config.extended_layers)) or "none"
@@ -126,6 +122,18 @@ def base_checks(home, config, base, encoder, tokenizer, prompt, max_new_tokens):
     read = list if tokenizer is None else tokenizer.decode
     asked = ids[0].tolist() if tokenizer is None else prompt
     return checks, {"prompt": asked, "base": read(without), "adapter": read(with_adapter)}
+
+
+def prompt_ids(prompt, tokenizer):
+    """Token ids [1, length] that the sample answers.
+
+    Raises:
+        ValueError: there are none.
+    """
+    ids = torch.arange(1, 9)[None] if tokenizer is None else tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if not ids.numel():
+        raise ValueError(f"prompt={prompt!r} makes no tokens: give some text.")
+    return ids
 
 
 def compare_base(stored, base):
