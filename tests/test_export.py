@@ -131,7 +131,9 @@ def test_only_the_subfolder_is_new_in_the_config(tmp_path):
     assert load_file(tmp_path / "merged" / FILE).keys() == load_file(tmp_path / "adapter" / FILE).keys()
 
 
-def test_with_its_encoder(tmp_path):
+@pytest.fixture
+def seeing(tmp_path):
+    """A merged folder with an encoder; base, adapter and encoder are gone. (inputs with images, their logits)"""
     make_encoder().save_pretrained(tmp_path / "encoder")
     (tmp_path / "encoder" / "preprocessor_config.json").write_text("{}")
     model = save_pair(tmp_path, plan={1: [0]}, encoder=str(tmp_path / "encoder"), scope="modality")
@@ -142,8 +144,45 @@ def test_with_its_encoder(tmp_path):
     merge(tmp_path / "adapter", tmp_path / "merged")
     for name in ("base", "adapter", "encoder"):
         shutil.rmtree(tmp_path / name)
-    assert torch.equal(logits(MoExtendForCausalLM.from_pretrained(tmp_path / "merged"), **images), expected)
+    return images, expected
+
+
+def test_with_its_encoder(seeing, tmp_path):
+    images, expected = seeing
+    model = MoExtendForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(model, **images), expected)
+    assert (logits(model, **{**images, "pixel_values": -images["pixel_values"]}) - expected).abs().max() > 1e-3
     assert (tmp_path / "merged" / "encoder" / "preprocessor_config.json").exists()
+    config = read_adapter(tmp_path / "merged")[0]
+    assert (config["base_subfolder"], config["encoder_subfolder"]) == ("base", "encoder")
+    (tmp_path / "merged" / "encoder").rename(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="encoder"):
+        MoExtendForCausalLM.from_pretrained(tmp_path / "merged")
+    model = MoExtendForCausalLM.from_pretrained(tmp_path / "merged", encoder=str(tmp_path / "elsewhere"))
+    assert torch.equal(logits(model, **images), expected)
+
+
+@pytest.mark.slow
+def test_with_its_encoder_without_the_package(seeing, tmp_path):
+    images, expected = seeing
+    torch.save({**batch(), **images}, tmp_path / "images.pt")
+    environment = {"PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    found = run(SEE, str(tmp_path / "merged"), str(tmp_path / "images.pt"), environment=environment)
+    assert torch.equal(torch.tensor(json.loads(found)), expected)
+
+
+def test_a_merged_folder_as_a_further_adapter(seeing, tmp_path):
+    """A standalone checkpoint is an adapter's folder as well; a native one is none."""
+    images, expected = seeing
+    model = MoExtendForCausalLM.from_base(str(tmp_path / "merged" / "base"), EVERY_LAYER, **NATIVE)
+    model.save_pretrained(tmp_path / "text")
+    model.load_adapter(tmp_path / "merged", adapter_name="sees")
+    model.set_adapter("sees")
+    assert torch.equal(logits(model.eval(), **images), expected)
+    merge(tmp_path / "text", tmp_path / "native", native=True)
+    with pytest.raises(OSError, match="native holds no MoExtend adapter"):
+        model.load_adapter(tmp_path / "native", adapter_name="none")
+    assert sorted(model.adapters) == ["default", "sees"]
 
 
 def test_merging_a_merged_folder_again(tmp_path):
@@ -499,6 +538,15 @@ else:
 model = Model.from_pretrained(sys.argv[1], **options, **json.loads(sys.argv[2]))
 print(json.dumps(model(input_ids=torch.arange(3, 13)[None]).logits.tolist()))
 assert ("modeling_moextend" in sys.modules) == (sys.argv[3] == "package")
+"""
+SEE = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+with torch.no_grad():
+    images = torch.load(sys.argv[2], weights_only=True)
+    print(json.dumps(model(**images).logits.tolist()))
+assert "modeling_moextend" not in sys.modules
 """
 INSPECT = """
 import sys
