@@ -165,8 +165,8 @@ def merge_command(args):
     A folder holds one adapter. One that was trained on top of others is refused, for it
     was not trained to answer without them.
 
-    Needs memory for the adapter and about one file of the base, not for the base. The
-    folder appears whole or not at all.
+    Needs memory for the adapter and about one file of the base (with --native: and the one
+    that is written), not for the base. The folder appears whole or not at all.
 
     examples:
       moextend merge me/my-adapter outputs/standalone
