@@ -5,14 +5,14 @@ as `block_sparse_moe.experts.{e}.w1.weight` and `.w3.weight`. transformers knows
 names here come from it, family by family, and no table of ours has to follow.
 """
 
+import contextlib
 import json
 import re
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from torch import nn
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -20,6 +20,29 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from .loading_moextend import auto_class_for
 
 EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")  # the expert's number in a key that holds one expert
+
+
+class Unusable(ValueError):
+    """What was given can't be read (damaged, of a later version), or is something else than it has to be."""
+
+
+@contextlib.contextmanager
+def unusable():
+    """Any `ValueError` of the block becomes an `Unusable`."""
+    try:
+        yield
+    except ValueError as error:
+        raise error if isinstance(error, Unusable) else Unusable(str(error)) from error
+
+
+@contextlib.contextmanager
+def opened(path):
+    """`safe_open`, which does not tell the name of a damaged file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise Unusable(f"{path} is damaged or truncated ({error}). Fetch or save it again.") from error
 
 
 class Checkpoint:
@@ -31,7 +54,7 @@ class Checkpoint:
 
     Raises:
         OSError: no weights in safetensors there.
-        ValueError: an index that names something else than files beside it.
+        Unusable: a damaged file, or an index that names something else than files beside it.
     """
 
     def __init__(self, name_or_path, **hub_kwargs):
@@ -44,7 +67,7 @@ class Checkpoint:
             raise OSError(f"{self.name} lacks weights in safetensors: {', '.join(missing[:8])}.")
         self.place = {}
         for path in found.values():
-            with safe_open(path, framework="pt") as file:
+            with opened(path) as file:
                 self.place |= dict.fromkeys(file.keys(), path)
         self.files = found | ({} if index is None else {SAFE_WEIGHTS_INDEX_NAME: index})
 
@@ -55,38 +78,50 @@ class Checkpoint:
     def config(self):
         return AutoConfig.from_pretrained(self.name, **self.hub_kwargs)
 
-    def tensor(self, key):
+    def tensor(self, key, shape=None):
         """One tensor, mapped from its file (read where it is looked at); the map ends with the tensor.
 
         Raises:
-            ValueError: the checkpoint has no such key.
+            Unusable: the checkpoint has no such key, or it is not of the `shape` that the model needs.
         """
         if key not in self.place:
-            raise ValueError(
+            raise Unusable(
                 f"{self.name} has no tensor {key}: it is stored otherwise than transformers itself would save it "
                 "(quantised, or of an older layout). Load it, save it with save_pretrained, and give that folder."
             )
-        with safe_open(self.place[key], framework="pt") as file:
-            return file.get_tensor(key)
+        with opened(self.place[key]) as file:
+            tensor = file.get_tensor(key)
+        if shape is not None and tensor.shape != shape:
+            raise Unusable(f"{self.name} has {key} as {tuple(tensor.shape)}, the model needs {tuple(shape)}.")
+        return tensor
 
-    def parameter(self, model, name, shape):
-        """A parameter as `model` holds it, put together from what the checkpoint has in its place.
+    def values(self, model, name, shape, spots):
+        """Single values of a parameter as `model` holds it, each read from what the checkpoint has in its place.
 
         Args:
             model: causal LM, on the meta device or not.
             name, shape: of the parameter, e.g. "model.layers.0.mlp.experts.gate_up_proj" [E, 2I, H].
+            spots: places of the values in the flattened parameter. Of experts that have a key each, those without
+                any are not read: all of a layer can be many times a file.
         """
         asked = torch.empty(shape, device="meta")
-        parts = {name: asked} if name in self.place else stored_parts(model, name, asked)
+        parts = self.parts(model, name, asked)
         key, part = next(iter(parts.items()))
         if part is asked:  # under another name at most
-            return self.tensor(key)
-        whole = torch.empty(shape, dtype=self.tensor(key).dtype)
+            return self.tensor(key, shape).reshape(-1)[spots]
         by_expert = any(EXPERT.search(key) for key in parts)  # else, say, one matrix of two projections
-        stacked = enumerate(whole.split(1)) if by_expert else [(0, whole)]
-        for first, rows in stacked:
+        size = shape[1:].numel() if by_expert else shape.numel()
+        found = torch.empty(len(spots), dtype=self.tensor(key).dtype)
+        for first in (spots // size).unique().tolist():
+            rows = torch.empty((1, *shape[1:]) if by_expert else shape, dtype=found.dtype)
             self.fill(rows, partial(stored_parts, model, name, first=first))
-        return whole
+            inside = spots // size == first
+            found[inside] = rows.view(-1)[spots[inside] % size]
+        return found
+
+    def parts(self, model, name, asked):
+        """What the checkpoint has in the place of a parameter `asked`, on the meta device: key -> part of it."""
+        return {name: asked} if name in self.place else stored_parts(model, name, asked)
 
     def fill(self, rows, split):
         """Fills `rows` of a parameter from the tensors that `split` makes of them: key -> part."""
@@ -95,11 +130,7 @@ class Checkpoint:
         # Copies can't be written through; of numbered elements each part tells where its own go.
         places = parts if views else split(torch.arange(rows.numel()).reshape(rows.shape))
         for key, place in places.items():
-            stored = self.tensor(key)
-            if stored.shape != place.shape:
-                raise ValueError(
-                    f"{self.name} has {key} as {tuple(stored.shape)}, the model needs {tuple(place.shape)}."
-                )
+            stored = self.tensor(key, place.shape)
             if views:
                 place.copy_(stored)
             else:
@@ -108,10 +139,13 @@ class Checkpoint:
 
 def shard_names(index):
     """Names of the files that an index (its path) speaks of."""
-    names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-    strange = [name for name in names if Path(name).name != name]
+    try:
+        names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+        strange = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Unusable(f"{index} is damaged ({error!r}). Fetch or save it again.") from error
     if strange:
-        raise ValueError(f"{index} names files outside the checkpoint's folder: {', '.join(strange[:8])}.")
+        raise Unusable(f"{index} names files outside the checkpoint's folder: {', '.join(strange[:8])}.")
     return names
 
 
@@ -131,11 +165,35 @@ def skeleton(config):
         return auto_class_for(config, AutoModelForCausalLM).from_config(config).eval()
 
 
-class FromDisk:
-    """In the place of accelerate's hook: `families_moextend.materialised` finds a module's weights through it.
+class OnDisk:
+    """In the place of a weight: gives single values and its dtype, all that a fingerprint asks for."""
 
-    They are there for as long as someone looks at them, so that a fingerprint of any model needs one module's memory.
-    """
+    is_meta, device = False, torch.device("cpu")
+
+    def __init__(self, checkpoint, model, name, shape):
+        self.checkpoint, self.model, self.name, self.shape = checkpoint, model, name, shape
+
+    @property
+    def dtype(self):
+        parts = self.checkpoint.parts(self.model, self.name, torch.empty(self.shape, device="meta"))
+        return self.checkpoint.tensor(next(iter(parts))).dtype
+
+    def detach(self):
+        return self
+
+    def numel(self):
+        return self.shape.numel()
+
+    def reshape(self, length):
+        assert length == -1
+        return self
+
+    def __getitem__(self, spots):
+        return self.checkpoint.values(self.model, self.name, self.shape, spots)
+
+
+class FromDisk:
+    """In the place of accelerate's hook: `families_moextend.materialised` finds a module's weights through it."""
 
     def __init__(self, checkpoint, model, prefix):
         self.checkpoint, self.model, self.prefix = checkpoint, model, prefix
@@ -144,8 +202,8 @@ class FromDisk:
         self.meta = dict(module._parameters)
         for key, parameter in self.meta.items():
             if parameter is not None:
-                tensor = self.checkpoint.parameter(self.model, f"{self.prefix}.{key}", parameter.shape)
-                module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+                name = f"{self.prefix}.{key}"
+                module._parameters[key] = OnDisk(self.checkpoint, self.model, name, parameter.shape)
 
     def post_forward(self, module, output):
         module._parameters.update(self.meta)

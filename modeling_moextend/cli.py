@@ -2,16 +2,19 @@
 
 import argparse
 import json
+import re
 import sys
+import traceback
 from inspect import getdoc
 from pathlib import Path
 
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 
+from .checkpoints import Unusable
 from .export import merge
 from .inspection import diff_adapters, inspect_adapter
 from .publishing import publish_folder
@@ -22,7 +25,14 @@ EXIT_CODES = """\
 exit codes:
   0  all is well: read, every check passed, equal, written, pushed
   1  a problem was found: a check failed, the adapters differ, the merge or push was refused
-  2  wrong usage, or something can't be read: not there, damaged, no network"""
+  2  wrong usage, or something can't be read: not there, damaged, no network
+They mean the same for every command: of a damaged adapter verify too ends with 2."""
+EXPECTED = (OSError, ValueError, ImportError, HTTPError, SafetensorError)  # the last but one: no network
+IN_PYTHON = {  # how errors speak of what is an option here
+    r"check_base=False": "--no-check-base",
+    r"check_trained_on=False": "--no-check-trained-on",
+    r"\b(base|encoder|prompt)=(?=[<'\"])": r"--\1 ",
+}
 AS_WRITTEN = argparse.RawDescriptionHelpFormatter
 ADAPTER = "folder or Hub id of an adapter"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -30,20 +40,51 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def main(argv=None):
     """Runs one command (default: that of `sys.argv`); returns its exit code."""
-    args = build_parser().parse_args(argv)
+    args = parsed(sys.argv[1:] if argv is None else argv)
     try:
         result = args.run(args)
-    except (OSError, ValueError, SafetensorError) as error:  # safetensors' own: a damaged base, a full disk
-        if args.json:
-            print(json.dumps({"error": str(error)}))
-        else:
-            printer(stderr=True).print(f"moextend: {error}")
-        return args.refused if isinstance(error, ValueError) else UNREADABLE
+    except Exception as error:
+        if not isinstance(error, EXPECTED):  # a fault of ours
+            traceback.print_exc()
+        refused = isinstance(error, ValueError) and not isinstance(error, Unusable)
+        return failed(error, args.refused if refused else UNREADABLE, args.json)
     if args.json:
         print(json.dumps(result, indent=2))
     else:
         args.show(printer(), result)
-    return OK if args.well(result) else PROBLEM
+    return args.code(result)
+
+
+class WrongUsage(Exception):
+    """Arguments that a parser can't take: (parser, what is wrong)."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise WrongUsage(self, message)
+
+
+def parsed(argv):
+    """The arguments; wrong ones end the process, with JSON if they ask for it, and else as argparse does."""
+    try:
+        return build_parser().parse_args(argv)
+    except WrongUsage as wrong:
+        parser, message = wrong.args
+        if "--json" not in argv:
+            argparse.ArgumentParser.error(parser, message)
+        raise SystemExit(failed(message, UNREADABLE, as_json=True)) from None
+
+
+def failed(error, code, as_json):
+    """Says what is wrong, in the words of the command line; returns the exit code."""
+    text = str(error) if isinstance(error, (str, *EXPECTED)) else f"{type(error).__name__}: {error}"
+    for pattern, option in IN_PYTHON.items():
+        text = re.sub(pattern, option, text)
+    if as_json:
+        print(json.dumps({"error": text, "exit_code": code}))
+    else:
+        printer(stderr=True).print(f"moextend: {text}")
+    return code
 
 
 def printer(**options):
@@ -89,6 +130,12 @@ def verify_command(args):
     return verify_adapter(args.adapter, **{name: getattr(args, name) for name in names}, **hub_options(args))
 
 
+def code_of_verify(found):
+    """A file that can't be read is no different here than in other commands."""
+    unread = any(row["check"] == "file" and not row["ok"] for row in found["checks"])
+    return OK if found["ok"] else UNREADABLE if unread else PROBLEM
+
+
 def diff_command(args):
     """Compare two adapters.
 
@@ -115,14 +162,17 @@ def merge_command(args):
     calibration "none", no encoder, and a base whose router allows it. Elsewhere every
     condition that fails is named.
 
-    Needs memory for the adapter and about one file of the base, not for the base. The
-    folder appears whole or not at all.
+    A folder holds one adapter. One that was trained on top of others is refused, for it
+    was not trained to answer without them.
+
+    Needs memory for the adapter and about one file of the base (with --native: and the one
+    that is written), not for the base. The folder appears whole or not at all.
 
     examples:
       moextend merge me/my-adapter outputs/standalone
       moextend merge outputs/adapter outputs/more-experts --native --max-shard-size 2GB
     """
-    names = ("base", "encoder", "native", "check_base", "max_shard_size")
+    names = ("base", "encoder", "native", "check_base", "check_trained_on", "max_shard_size")
     return merge(args.adapter, args.output, **{name: getattr(args, name) for name in names}, **hub_options(args))
 
 
@@ -140,6 +190,8 @@ def push_command(args):
     folder = Path(args.folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder.")
+    if args.report is not None and not Path(args.report, "report.json").is_file():
+        raise FileNotFoundError(f"{args.report}: no report there. examples/evaluate.py writes one.")
     options = {name: getattr(args, name) for name in ("base", "encoder", "report", "revision")}
     done = publish_folder(folder, args.repo_id, private=args.private or None, **options)
     return {"repo_id": args.repo_id, "commit": done.oid, "url": done.commit_url}
@@ -149,9 +201,26 @@ def adapter_place(text):
     """An adapter's argument, refused as wrong usage where it can be neither a folder nor a Hub id."""
     if not Path(text).is_dir():
         try:
-            validate_repo_id(text)
-        except HFValidationError:
+            hub_name(text)
+        except argparse.ArgumentTypeError:
             raise argparse.ArgumentTypeError(f"{text} is no folder, and no Hub id like me/my-adapter") from None
+    return text
+
+
+def hub_name(text):
+    """A Hub id; anything else is wrong usage."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        raise argparse.ArgumentTypeError(f"{text} is no Hub id like me/my-adapter") from None
+    return text
+
+
+def shard_size(text):
+    """A size as huggingface_hub reads it; anything else is wrong usage."""
+    number = re.fullmatch(r"(\d+(?:\.\d+)?) ?[KMGT]B", text.upper())
+    if number is None or not float(number[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size above 0 like 500MB or 2.5GB (units: KB, MB, GB, TB)")
     return text
 
 
@@ -257,7 +326,7 @@ def show_table(console, columns, rows):
 def build_parser():
     """The parser of all commands."""
     text = "Look into MoExtend adapters; check, compare, export and publish them."
-    parser = argparse.ArgumentParser("moextend", description=text, epilog=EXIT_CODES, formatter_class=AS_WRITTEN)
+    parser = Parser("moextend", description=text, epilog=EXIT_CODES, formatter_class=AS_WRITTEN)
     more = "`moextend <command> --help` says more"
     commands = parser.add_subparsers(dest="command", required=True, metavar="<command>", help=more)
 
@@ -266,7 +335,7 @@ def build_parser():
     one.add_argument("--tensors", dest="show", action="store_const", const=show_inspect_all, help="list every tensor")
     add_hub_options(one)
 
-    one = add_command(commands, "verify", verify_command, show_verify, well=lambda result: result["ok"])
+    one = add_command(commands, "verify", verify_command, show_verify, code=code_of_verify, refused=UNREADABLE)
     one.add_argument("adapter", type=adapter_place, help=ADAPTER)
     add_parts(one)
     one.add_argument(
@@ -285,7 +354,12 @@ def build_parser():
     add_hub_options(one)
 
     one = add_command(
-        commands, "diff", diff_command, show_diff, well=lambda result: result["equal"], refused=UNREADABLE
+        commands,
+        "diff",
+        diff_command,
+        show_diff,
+        code=lambda result: OK if result["equal"] else PROBLEM,
+        refused=UNREADABLE,
     )
     one.add_argument("adapter", type=adapter_place, help=ADAPTER)
     one.add_argument("other", type=adapter_place, help="another one")
@@ -294,38 +368,53 @@ def build_parser():
     one.add_argument("adapter", type=adapter_place, help=ADAPTER)
     one.add_argument("output", help="the new folder; may not exist yet")
     one.add_argument("--native", action="store_true", help="the base's own architecture with more experts")
-    one.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of weights written anew (default: 5GB)")
+    one.add_argument(
+        "--max-shard-size",
+        type=shard_size,
+        default="5GB",
+        metavar="SIZE",
+        help="of files written anew, e.g. 500MB (default: 5GB)",
+    )
     one.add_argument(
         "--no-check-base", dest="check_base", action="store_false", help="take another base than it was made on"
+    )
+    one.add_argument(
+        "--no-check-trained-on",
+        dest="check_trained_on",
+        action="store_false",
+        help="merge it without the adapters that it was trained on top of",
     )
     add_parts(one)
     add_hub_options(one)
 
     one = add_command(commands, "push", push_command, show_push)
     one.add_argument("folder", help="that save_pretrained or the trainer wrote")
-    one.add_argument("repo_id", help="where to, e.g. me/my-adapter; made if it is not there")
+    one.add_argument("repo_id", type=hub_name, help="where to, e.g. me/my-adapter; made if it is not there")
     one.add_argument("--private", action="store_true", help="make the repository private")
     one.add_argument("--revision", metavar="BRANCH", help="branch to push to; made if it is not there")
-    one.add_argument("--base", metavar="ID", help="Hub id of the base, where the adapter names another place")
-    one.add_argument("--encoder", metavar="ID", help="Hub id of the encoder, where the adapter names another place")
+    for part in ("base", "encoder"):
+        text = f"Hub id of the {part}, where the adapter names another place"
+        one.add_argument(f"--{part}", type=hub_name, metavar="ID", help=text)
     one.add_argument("--report", metavar="FOLDER", help="of examples/evaluate.py: results and pictures for the card")
     return parser
 
 
-def add_command(commands, name, run, show, *, well=lambda result: True, refused=PROBLEM):
+def add_command(commands, name, run, show, *, code=lambda result: OK, refused=PROBLEM):
     """A command's parser.
 
     Args:
         run: parsed arguments -> JSON-ready result; its docstring is the help text.
         show: prints the result.
-        well: result -> whether the exit code is 0 (else 1).
-        refused: exit code when `run` raises `ValueError`.
+        code: result -> exit code.
+        refused: exit code when `run` raises a `ValueError` that is no `Unusable`.
     """
     text = getdoc(run)
     brief = text.split("\n", 1)[0]
     parser = commands.add_parser(name, help=brief, description=text, epilog=EXIT_CODES, formatter_class=AS_WRITTEN)
-    parser.set_defaults(run=run, show=show, well=well, refused=refused)
-    parser.add_argument("--json", action="store_true", help='print JSON: the result, or {"error": ...}')
+    parser.set_defaults(run=run, show=show, code=code, refused=refused)
+    parser.add_argument(
+        "--json", action="store_true", help='print JSON: the result, or {"error": ..., "exit_code": ...}'
+    )
     return parser
 
 

@@ -16,15 +16,14 @@ from pathlib import Path
 import torch
 from transformers.utils import cached_file
 
-from .adapter_moextend import check_tensors, fingerprint, read_adapter, write_adapter
-from .checkpoints import Checkpoint, reading_from, skeleton
-from .configuration_moextend import MoExtendConfig
+from .adapter_moextend import check_tensors, fingerprint, write_adapter
+from .checkpoints import Checkpoint, reading_from, skeleton, unusable
 from .folder_moextend import copy_file, write_text
 from .hub_moextend import TOKENIZER
-from .loading_moextend import SHARED_HUB_KWARGS, check_fingerprint, place_of
+from .inspection import read_whole
+from .loading_moextend import SHARED_HUB_KWARGS, check_fingerprint, check_no_adapter, place_of
 from .modeling_moextend import MoExtendForCausalLM
 from .native import check_native, write_native
-from .together_moextend import check_below
 from .vision_moextend import load_encoder
 
 BASE, ENCODER = "base", "encoder"  # subfolders of a standalone checkpoint
@@ -65,19 +64,18 @@ def merge(
     Raises:
         FileExistsError: something is at `output` already.
         OSError: adapter, base or encoder can't be found.
-        ValueError: a damaged adapter, another base, one that was trained on top of other adapters, tensors that do
-            not fit, or no native form: all that stands against it is named.
+        Unusable: a damaged adapter, base or encoder, or something that is none; the file is named.
+        ValueError: another base, an adapter that was trained on top of others, tensors that do not fit, or no native
+            form: all that stands against it is named.
     """
     with new_folder(output) as folder:
-        values, tensors, metadata = read_adapter(adapter, **hub_kwargs)
-        config = MoExtendConfig.from_dict(values)
+        config, tensors, metadata = read_whole(adapter, **hub_kwargs)
         if check_trained_on:
-            check_below(config, {}, adapter)
+            check_alone(config, adapter)
         config.trained_on = []  # what is merged stands alone
-        home, shared = (adapter, hub_kwargs), {key: hub_kwargs[key] for key in SHARED_HUB_KWARGS if key in hub_kwargs}
-        path, inside = place_of("base", base, config, home)
-        checkpoint = Checkpoint(path, **shared, **inside)
-        base_config = checkpoint.config()
+        with unusable():
+            checkpoint = open_part("base", base, config, adapter, hub_kwargs)
+            base_config = checkpoint.config()
         check_fit(config, base_config, checkpoint, tensors, metadata, check_base)
         if native:
             model = skeleton(base_config)
@@ -85,8 +83,9 @@ def merge(
             write_native(folder, config, base_config, model, checkpoint, tensors, max_shard_size)
             copy_files(checkpoint.find, ABOUT_NATIVE, folder)
         else:
-            place = place_of("encoder", encoder, config, home) if config.encoder_config is not None else None
-            eyes = None if place is None else Checkpoint(place[0], **shared, **place[1])
+            sees = config.encoder_config is not None
+            with unusable():
+                eyes = open_part("encoder", encoder, config, adapter, hub_kwargs) if sees else None
             write_standalone(folder, config, checkpoint, eyes, tensors, max_shard_size, check_base)
         copy_files(finder(adapter, hub_kwargs), ABOUT_ADAPTER if not native else TOKENIZER, folder)
     files = [path for path in Path(output).rglob("*") if path.is_file()]
@@ -96,6 +95,33 @@ def merge(
         "files": len(files),
         "bytes": sum(path.stat().st_size for path in files),
     }
+
+
+def check_alone(config, name):
+    """Refuses an adapter that was trained on top of others: a merged folder holds one.
+
+    Raises:
+        ValueError: names them.
+    """
+    below = ", ".join(repr(entry["name"]) for entry in config.trained_on)
+    if below:
+        raise ValueError(
+            f"{name} was trained on top of {below}, and a merged folder holds one adapter: alone, it would give "
+            "answers that nobody trained. Load them together instead, the lowest with from_pretrained and the others "
+            "with load_adapter; check_trained_on=False merges it alone all the same."
+        )
+
+
+def open_part(role, given, config, adapter, hub_kwargs):
+    """The `Checkpoint` of an adapter's base or encoder; `given`: where the user says that it lies."""
+    shared = {key: hub_kwargs[key] for key in SHARED_HUB_KWARGS if key in hub_kwargs}
+    path, inside = place_of(role, given, config, (adapter, hub_kwargs))
+    if role == "base":
+        check_no_adapter(path, {**shared, **inside})
+    try:
+        return Checkpoint(path, **shared, **inside)
+    except OSError as error:
+        raise OSError(f"{error} Pass {role}=<folder or Hub id> if the {role} lies elsewhere.") from error
 
 
 @contextlib.contextmanager
@@ -119,7 +145,7 @@ def check_fit(config, base_config, checkpoint, tensors, metadata, check_base):
 
     Without `check_base` the config is made to say which base it is.
     """
-    decoder = reading_from(checkpoint, skeleton(base_config)).get_decoder()
+    decoder = reading_from(checkpoint, base_skeleton(checkpoint, base_config)).get_decoder()
     if check_base:
         check_fingerprint("base", config.base_fingerprint, decoder)
     else:
@@ -131,6 +157,24 @@ def check_fit(config, base_config, checkpoint, tensors, metadata, check_base):
     check_tensors(model.adapter_tensors(), tensors, metadata)
 
 
+def base_skeleton(checkpoint, config):
+    """The `skeleton` of a base.
+
+    Raises:
+        Unusable: it is no causal LM.
+    """
+    with unusable():
+        try:
+            return skeleton(config)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):  # which names all that transformers knows
+                raise
+            text = (
+                f"base={checkpoint.name!r} is no causal LM: transformers has no causal head for {config.model_type}."
+            )
+            raise ValueError(text) from error
+
+
 def write_standalone(folder, config, checkpoint, encoder, tensors, max_shard_size, check_base):
     """The adapter with the code of this version, the base in `base/` and the encoder (or `None`) in `encoder/`."""
     config = config.published()
@@ -139,7 +183,8 @@ def write_standalone(folder, config, checkpoint, encoder, tensors, max_shard_siz
     if encoder is not None:
         config.encoder_subfolder = ENCODER
         copy_checkpoint(encoder, ABOUT_ENCODER, folder / ENCODER)
-        tower = load_encoder(str(folder / ENCODER))
+        with unusable():  # no encoder
+            tower = load_encoder(str(folder / ENCODER))
         if check_base:
             check_fingerprint("encoder", config.encoder_fingerprint, tower)
         config.encoder_fingerprint = fingerprint(tower)

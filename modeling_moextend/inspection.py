@@ -11,11 +11,24 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
 from .adapter_moextend import FILE, INDEX, check_format, check_tensors, find_files, read_adapter, tensor_bytes
-from .checkpoints import shard_names
+from .checkpoints import shard_names, unusable
 from .configuration_moextend import MoExtendConfig
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 ROUTING = ("scope", "selection", "calibration")
+
+
+def read_whole(name_or_path, **hub_kwargs):
+    """Reads an adapter that is found whole: its `MoExtendConfig`, name -> tensor, header metadata.
+
+    Raises:
+        OSError: no adapter there.
+        Unusable: a damaged one, or one of a newer format.
+    """
+    with unusable():
+        values, tensors, metadata = read_adapter(name_or_path, **hub_kwargs)
+        check_tensors(tensors, tensors, metadata)  # against its own header: is the file whole?
+        return MoExtendConfig.from_dict(values), tensors, metadata
 
 
 def inspect_adapter(name_or_path, **hub_kwargs):

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from .adapter_moextend import check_tensors, read_adapter, write_adapter
+from .adapter_moextend import write_adapter
 from .card import create_card
-from .configuration_moextend import MoExtendConfig
 from .folder_moextend import write_text
 from .hub_moextend import check_published, published_files, upload
+from .inspection import read_whole
 
 FACTS = "card.json"  # what a run leaves beside the adapter for its card: arguments of `create_card`
 SHIFT = "shift.png"
@@ -36,9 +36,7 @@ def publish_folder(folder, repo_id, *, base=None, encoder=None, dry_run=False, *
     folder = Path(folder)
     if not folder.is_dir():  # else the name would be looked for on the Hub
         raise ValueError(f"{folder}: no such folder.")
-    values, tensors, metadata = read_adapter(str(folder))
-    check_tensors(tensors, tensors, metadata)  # against its own header: is the file whole?
-    config = MoExtendConfig.from_dict(values)
+    config, tensors, _ = read_whole(str(folder))
     if config.base_subfolder is not None:
         raise ValueError(
             f"{folder} is a standalone checkpoint, of which only the adapter would go up. Push the adapter's own "

@@ -1,13 +1,18 @@
 """Whether an adapter is whole and does on its base what it promises."""
 
+import contextlib
+
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
-from .adapter_moextend import check_tensors, fingerprint, read_adapter, same_fingerprint
-from .configuration_moextend import MoExtendConfig
-from .loading_moextend import SHARED_HUB_KWARGS, auto_class_for, load_base, load_stored, place_of
+from .adapter_moextend import fingerprint, same_fingerprint
+from .checkpoints import Checkpoint, Unusable, unusable
+from .inspection import read_whole
+from .loading_moextend import SHARED_HUB_KWARGS, auto_class_for, check_no_adapter, load_base, load_stored, place_of
 from .modeling_moextend import MoExtendForCausalLM
+from .vision_moextend import load_encoder
 
 PROMPT = "The"
 
@@ -38,24 +43,43 @@ def verify_adapter(
 
     Raises:
         OSError: adapter, base or encoder can't be found.
+        Unusable: a damaged base or encoder, or something that is none; the file is named.
     """
     home, sample = (name_or_path, hub_kwargs), None
     try:
-        values, tensors, metadata = read_adapter(name_or_path, **hub_kwargs)
-        check_tensors(tensors, tensors, metadata)  # against its own header: is the file whole?
-        config = MoExtendConfig.from_dict(values)
-    except ValueError as error:
+        config, tensors, _ = read_whole(name_or_path, **hub_kwargs)
+    except Unusable as error:
         checks = [row("file", False, str(error))]
     else:
-        shared = {key: hub_kwargs[key] for key in SHARED_HUB_KWARGS if key in hub_kwargs}
         auto_class = auto_class_for(config.text_config, AutoModelForCausalLM)
-        kwargs = {"auto_class": auto_class, "dtype": dtype, **shared}
-        loaded = load_stored("base", base, config, load_base, home, **kwargs).eval()
+        loaded = load_part("base", base, config, home, load_base, auto_class=auto_class, dtype=dtype).eval()
+        if config.encoder_config is not None:
+            encoder = load_part("encoder", encoder, config, home, load_encoder, dtype=dtype)
         tokenizer = find_tokenizer(home, place_of("base", base, config, home))
         more, sample = base_checks(home, config, loaded, encoder, tokenizer, prompt, max_new_tokens)
         checks = file_checks(tensors) + more
     ok = all(check["ok"] for check in checks)
     return {"adapter": str(name_or_path), "ok": ok, "checks": checks, "sample": sample}
+
+
+def load_part(role, given, config, home, loader, **kwargs):
+    """Base or encoder of an adapter; see `load_stored`.
+
+    Raises:
+        OSError: not found.
+        Unusable: a damaged file, which is named, or something else than it has to be.
+    """
+    shared = {key: home[1][key] for key in SHARED_HUB_KWARGS if key in home[1]}
+    with unusable():
+        path, inside = place_of(role, given, config, home)
+        if role == "base":
+            check_no_adapter(path, {**shared, **inside})
+        try:
+            return load_stored(role, given, config, loader, home, **kwargs, **shared)
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
+            with contextlib.suppress(OSError):  # no safetensors: not what is wrong here
+                Checkpoint(path, **shared, **inside)  # names the file, which transformers does not
+            raise
 
 
 def row(check, ok, detail):
@@ -74,8 +98,7 @@ def base_checks(home, config, base, encoder, tokenizer, prompt, max_new_tokens):
     """The checks on `base`, a loaded model, and the sample."""
     same, detail = compare_base(config.base_fingerprint, base)
     checks = [row("base", same, f"{base.config._name_or_path}: {detail}")]
-    ids = torch.arange(1, 9)[None] if tokenizer is None else tokenizer(prompt, return_tensors="pt")["input_ids"]
-    ids = ids.to(base.get_input_embeddings().weight.device)
+    ids = prompt_ids(prompt, tokenizer).to(base.get_input_embeddings().weight.device)
     before, (without, _) = logits_of(base, ids), answer(base, ids, max_new_tokens)
     try:
         model = MoExtendForCausalLM.from_pretrained(
@@ -99,6 +122,18 @@ def base_checks(home, config, base, encoder, tokenizer, prompt, max_new_tokens):
     read = list if tokenizer is None else tokenizer.decode
     asked = ids[0].tolist() if tokenizer is None else prompt
     return checks, {"prompt": asked, "base": read(without), "adapter": read(with_adapter)}
+
+
+def prompt_ids(prompt, tokenizer):
+    """Token ids [1, length] that the sample answers.
+
+    Raises:
+        ValueError: there are none.
+    """
+    ids = torch.arange(1, 9)[None] if tokenizer is None else tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if not ids.numel():
+        raise ValueError(f"prompt={prompt!r} makes no tokens: give some text.")
+    return ids
 
 
 def compare_base(stored, base):

@@ -10,6 +10,7 @@ import configparser
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -20,9 +21,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_base, make_encoder, shake
+from conftest import batch, make_base, make_encoder, shake
+from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
 from test_export import OBSTACLES
+from test_push_to_hub import ADAPTER, BASE, REPO
+from test_push_to_hub import hub as hub
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from modeling_moextend import MoExtendForCausalLM, cli
 from modeling_moextend.adapter_moextend import FILE, INDEX, header_checksum, read_adapter
@@ -62,7 +68,7 @@ def test_the_document_is_what_help_says(monkeypatch):
 def test_the_document_names_every_condition_of_a_native_form():
     text = DOCUMENT.read_text(encoding="utf-8")
     named = {name for row in re.findall(r"^\| ([a-z, ]+) \|", text, flags=re.MULTILINE) for name in row.split(", ")}
-    assert named - {"condition"} == {*OBSTACLES}
+    assert named - {"condition", "code"} == {*OBSTACLES}
     assert all(family in text for family in NUMBER)
 
 
@@ -119,11 +125,23 @@ def adapter(tmp_path):
 
 
 @pytest.fixture
+def stacked(adapter):
+    """One that was trained on top of `adapter`."""
+    model = MoExtendForCausalLM.from_pretrained(adapter)
+    model.add_adapter("law", {0: [1, 2]}, **NATIVE)
+    shake(model).save_pretrained(adapter.parent / "law", adapter_name="law")
+    return adapter.parent / "law"
+
+
+@pytest.fixture
 def moextend(capsys):
     """Runs a command: (exit code, what it printed; with --json as an object)."""
 
     def run(*arguments):
-        code = cli.main([str(argument) for argument in arguments])
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as left:  # argparse's way
+            code = left.code
         output = capsys.readouterr()
         return code, json.loads(output.out) if "--json" in arguments else output.out + output.err
 
@@ -136,6 +154,191 @@ def rewrite(adapter, **changes):
     metadata = {key: text for key, text in metadata.items() if "checksum" not in key}
     metadata["header_checksum"] = header_checksum(metadata)
     save_file({**load_file(adapter / FILE), **changes}, adapter / FILE, metadata)
+
+
+# ---------------------------------------------------------------- exit codes, the same for every command
+
+DAMAGE = {
+    "cut": lambda content: content[:-10],
+    "header only begun": lambda content: content[:100],
+    "empty": lambda content: b"",
+    "config": lambda content: content.replace(b"mixtral", b"mixtrol"),
+    "data": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+}
+
+
+def command_line(command, adapter):
+    """A command on an adapter that is all right, but that its base is on no Hub."""
+    more = {"diff": [adapter], "merge": [adapter.parent / "merged"], "push": ["me/x"]}
+    return [command, adapter, *more.get(command, [])]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_damaged_adapter_is_code_2(command, damage, adapter, moextend):
+    content = (adapter / FILE).read_bytes()
+    (adapter / FILE).write_bytes(DAMAGE[damage](content))
+    assert (adapter / FILE).read_bytes() != content
+    code, found = moextend(*command_line(command, adapter), "--json")
+    if (command, damage) == ("inspect", "data"):  # reads only the header
+        assert code == 0
+        return
+    said = found["checks"][0]["detail"] if command == "verify" else found["error"]
+    assert code == 2 and "damaged" in said
+    assert found == {"error": said, "exit_code": 2} or command == "verify" and not found["ok"]
+    code, text = moextend(*command_line(command, adapter))
+    assert code == 2 and "damaged" in text
+    assert not (adapter.parent / "merged").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_missing_adapter_is_code_2(command, adapter, moextend):
+    places = {adapter / "nowhere": "no folder, and no Hub id", "nobody/nothing": "holds no MoExtend adapter"}
+    for place, reason in {**places, adapter.parent / "base": "holds no MoExtend adapter"}.items():
+        line = [command, place, *command_line(command, adapter)[2:]]
+        if command == "push" and "base" not in str(place):
+            reason = "no such folder"
+        code, found = moextend(*line, "--json")
+        assert code == 2 and found == {"error": found["error"], "exit_code": 2} and reason in found["error"]
+        code, text = moextend(*line)
+        assert code == 2 and reason in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_wrong_usage_is_code_2(command, adapter, moextend):
+    line = command_line(command, adapter)
+    for wrong, reason in ((line[:-1], "are required"), ([*line, "--nonsense"], "--nonsense"), ([], "are required")):
+        code, text = moextend(*wrong)
+        assert code == 2 and text.startswith("usage: moextend") and reason in text
+        code, found = moextend(*wrong, "--json")
+        assert code == 2 and found == {"error": found["error"], "exit_code": 2} and reason in found["error"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty"])
+@pytest.mark.parametrize("command", [*COMMANDS, "merge --native"])
+def test_a_damaged_base_is_code_2_where_it_is_read(command, damage, adapter, moextend):
+    command, *more = command.split()
+    weights = adapter.parent / "base" / "model.safetensors"
+    weights.write_bytes(DAMAGE[damage](weights.read_bytes()))
+    code, found = moextend(*command_line(command, adapter), *more, "--json")
+    assert code == {"inspect": 0, "diff": 0, "push": 1}.get(command, 2)  # push: is refused, for it is on no Hub
+    if code == 2:
+        assert f"{weights} is damaged" in found["error"], "the file's name"
+    assert not (adapter.parent / "merged").exists()
+
+
+def damaged_index(folder):
+    MoExtendForCausalLM.from_pretrained(folder.parent / "adapter").base.save_pretrained(folder, max_shard_size="30KB")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text("{}")
+    return "model.safetensors.index.json is damaged"
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    return "safetensors"
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+    return "config.json"
+
+
+def damaged_config(folder):
+    (folder / "config.json").write_text("{")
+    return "config.json"
+
+
+def listed_config(folder):
+    (folder / "config.json").write_text("[]")
+    return "has a config.json that can't be read"
+
+
+def of_another_kind(folder):
+    make_encoder().save_pretrained(folder)
+    return "is no causal LM: transformers has no causal head for"
+
+
+def is_an_adapter(folder):
+    shutil.rmtree(folder)
+    shutil.copytree(folder.parent / "adapter", folder)
+    return f"--base {str(folder)!r} is extended already: it is an adapter. Pass --base <its base>"
+
+
+def is_not_there(folder):
+    shutil.rmtree(folder)
+    return "--base <folder or Hub id>"
+
+
+BASES = [damaged_index, no_weights, no_config, damaged_config, listed_config, of_another_kind, is_an_adapter]
+
+
+@pytest.mark.parametrize("spoil", [*BASES, is_not_there], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("command", ["verify", "merge"])
+def test_what_is_no_base_is_code_2(command, spoil, adapter, moextend):
+    shutil.copytree(adapter.parent / "base", adapter.parent / "other")
+    reason = spoil(adapter.parent / "other")
+    code, found = moextend(*command_line(command, adapter), "--base", adapter.parent / "other", "--json")
+    assert code == 2 and reason in found["error"]
+    assert not (adapter.parent / "merged").exists()
+
+
+@pytest.mark.parametrize("command", ["verify", "merge"])
+def test_a_damaged_encoder_is_code_2(command, tmp_path, moextend):
+    make_encoder().save_pretrained(tmp_path / "encoder")
+    adapter = save_pair(tmp_path, encoder=str(tmp_path / "encoder"), scope="modality")
+    assert moextend(*command_line(command, adapter))[0] == 0
+    shutil.rmtree(tmp_path / "merged", ignore_errors=True)
+    weights = tmp_path / "encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    code, found = moextend(*command_line(command, adapter), "--json")
+    assert code == 2 and f"{weights} is damaged" in found["error"]
+    make_base().save_pretrained(tmp_path / "encoder")
+    code, found = moextend(*command_line(command, adapter), "--json")
+    assert code == 2 and "must be a CLIP or SigLIP" in found["error"]
+
+
+@pytest.mark.parametrize("command", ["verify", "merge"])
+def test_another_encoder_is_code_1(command, tmp_path, moextend):
+    encoder = make_encoder()
+    encoder.save_pretrained(tmp_path / "encoder")
+    adapter = save_pair(tmp_path, encoder=str(tmp_path / "encoder"), scope="modality")
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.mul_(1.5)
+    encoder.save_pretrained(tmp_path / "other")
+    code, found = moextend(*command_line(command, adapter), "--encoder", tmp_path / "other", "--json")
+    said = found["checks"][-1]["detail"] if command == "verify" else found["error"]
+    assert code == 1 and "This is a different encoder than the adapter was made on" in said
+
+
+FAULTS = [RuntimeError("oops"), KeyError("name")]
+
+
+@pytest.mark.parametrize("error", [*FAULTS, ImportError("no jinja2"), HTTPError("gone")])
+def test_whatever_happens_there_is_one_object_on_stdout(error, adapter, monkeypatch, capsys):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(cli, "diff_adapters", fail)
+    assert cli.main(["diff", str(adapter), str(adapter), "--json"]) == 2
+    output = capsys.readouterr()
+    ours = error in FAULTS
+    said = f"{type(error).__name__}: {error}" if ours else str(error)
+    assert json.loads(output.out) == {"error": said, "exit_code": 2}
+    assert ("Traceback" in output.err) == ours, "a fault of the program is to be reported"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["inspect", "push"])
+def test_no_network_is_code_2(command, adapter):
+    hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1", "HF_TOKEN": "hf_me"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(adapter.parent / "cache"), **hub}
+    line = ["inspect", "me/x"] if command == "inspect" else ["push", str(adapter), "me/x", "--base", "me/base"]
+    python = [sys.executable, "-m", "modeling_moextend.cli", *line, "--json"]
+    done = subprocess.run(python, env=environment, capture_output=True, text=True, timeout=120)
+    found = json.loads(done.stdout)
+    assert done.returncode == 2 and "refused" in found["error"] and "Traceback" not in done.stderr
 
 
 # ---------------------------------------------------------------- inspect
@@ -204,22 +407,6 @@ def test_inspect_of_shards(adapter, moextend):
     assert found == before
 
 
-@pytest.mark.parametrize("command", ["inspect", "diff"])
-def test_what_cannot_be_read_is_code_2(command, adapter, moextend, capsys):
-    more = [adapter] if command == "diff" else []
-    for place in ("nobody/nothing", adapter.parent / "base"):
-        code, text = moextend(command, place, *more)
-        assert code == 2 and "holds no MoExtend adapter" in text
-    with pytest.raises(SystemExit) as left:
-        moextend(command, adapter / "nowhere", *more)
-    assert left.value.code == 2 and "no folder, and no Hub id" in capsys.readouterr().err
-    (adapter / FILE).write_bytes((adapter / FILE).read_bytes()[:-10])
-    code, text = moextend(command, adapter, *more)
-    assert code == 2 and "damaged" in text
-    code, found = moextend(command, adapter, *more, "--json")
-    assert code == 2 and "damaged" in found["error"]
-
-
 # ---------------------------------------------------------------- verify
 
 
@@ -277,28 +464,35 @@ def test_verify_of_a_damaged_file_and_without_a_base(adapter, moextend):
     content[-1] ^= 1
     (adapter / FILE).write_bytes(content)
     code, found = moextend("verify", adapter, "--json")
-    assert code == 1 and checks(found) == {"file": False} and "checksum" in found["checks"][0]["detail"]
+    assert code == 2 and checks(found) == {"file": False} and "checksum" in found["checks"][0]["detail"]
     content[-1] ^= 1
     (adapter / FILE).write_bytes(content)
     code, text = moextend("verify", adapter, "--base", adapter.parent / "nowhere")
     assert code == 2 and "can't be loaded" in text
 
 
+def test_verify_answers_a_prompt(adapter, moextend):
+    words = Tokenizer(models.WordLevel({f"word{number}": number for number in range(96)}, unk_token="word0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(adapter)
+    code, found = moextend("verify", adapter, "--prompt", "word3 word9", "--max-new-tokens", 3, "--json")
+    model = MoExtendForCausalLM.from_pretrained(adapter)
+    answer = model.generate(torch.tensor([[3, 9]]), max_new_tokens=3, do_sample=False)[0, 2:].tolist()
+    assert code == 0 and found["sample"]["prompt"] == "word3 word9"
+    assert found["sample"]["adapter"] == " ".join(f"word{number}" for number in answer)
+    code, found = moextend("verify", adapter, "--prompt", "", "--json")
+    assert code == 2 and "--prompt '' makes no tokens" in found["error"]
+
+
 @pytest.mark.parametrize("option", ["--dtype=foo", "--max-new-tokens=0", "--max-new-tokens=x"])
-def test_verify_refuses_values_that_mean_nothing(option, adapter, moextend, capsys):
-    with pytest.raises(SystemExit) as left:
-        moextend("verify", adapter, option)
-    assert left.value.code == 2 and option.split("=")[0] in capsys.readouterr().err
+def test_verify_refuses_values_that_mean_nothing(option, adapter, moextend):
+    code, text = moextend("verify", adapter, option)
+    assert code == 2 and f"error: argument {option.split('=')[0]}" in text
 
 
-@pytest.mark.parametrize("command", [["verify"], ["merge"], ["merge", "--native"]])
-def test_a_damaged_base_is_code_2(command, adapter, tmp_path, moextend):
-    weights = tmp_path / "base" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-10])
-    more = [tmp_path / "merged"] if command[0] == "merge" else []
-    code, found = moextend(*command, adapter, *more, "--json")
-    assert code == 2 and "incomplete metadata" in found["error"]
-    assert not (tmp_path / "merged").exists()
+def test_verify_of_an_adapter_that_was_trained_on_top_of_another(stacked, moextend):
+    code, found = moextend("verify", stacked, "--json")
+    assert code == 0 and "trained on top of 'default', left out here" in found["checks"][3]["detail"]
 
 
 def test_verify_notices_a_model_that_is_not_the_base_when_off(adapter, moextend, monkeypatch):
@@ -362,6 +556,41 @@ def test_diff_of_shapes_and_dtypes(adapter, tmp_path, moextend):
 # ---------------------------------------------------------------- merge
 
 
+def test_merge_of_an_adapter_that_was_trained_on_top_of_another(stacked, tmp_path, moextend):
+    code, text = moextend("merge", stacked, tmp_path / "merged")
+    assert code == 1 and "law was trained on top of 'default', and a merged folder holds one adapter" in text
+    assert "; --no-check-trained-on merges it alone all the same" in text and not (tmp_path / "merged").exists()
+    assert moextend("merge", stacked, tmp_path / "merged", "--no-check-trained-on")[0] == 0
+    alone = MoExtendForCausalLM.from_pretrained(stacked, check_trained_on=False)
+    merged = MoExtendForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        assert torch.equal(merged(**batch()).logits, alone(**batch()).logits)
+
+
+def test_errors_speak_of_options(adapter, tmp_path, moextend):
+    other = make_base()
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    code, text = moextend("merge", adapter, tmp_path / "merged", "--base", tmp_path / "other")
+    assert code == 1 and "Pass --base <the right one>; --no-check-base loads it all the same" in text
+    assert moextend("merge", adapter, tmp_path / "merged", "--base", tmp_path / "other", "--no-check-base")[0] == 0
+
+
+@pytest.mark.parametrize("size", ["foo", "0", "0GB", "5", "-5GB", "5 bytes", "nanGB", "1e3MB", ""])
+def test_merge_refuses_sizes_that_are_none(size, adapter, tmp_path, moextend):
+    line = ["merge", adapter, tmp_path / "merged", f"--max-shard-size={size}"]
+    code, text = moextend(*line)
+    assert code == 2 and f"argument --max-shard-size: {size!r} is no size above 0 like 500MB or 2.5GB" in text
+    assert moextend(*line, "--json")[0] == 2 and not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("size", ["20KB", "0.02MB", "20 kb"])
+def test_merge_takes_sizes(size, adapter, tmp_path, moextend):
+    assert moextend("merge", adapter, tmp_path / "merged", "--max-shard-size", size)[0] == 0
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) == 2
+
+
 def test_merge(adapter, tmp_path, moextend):
     code, done = moextend("merge", adapter, tmp_path / "merged", "--json")
     assert code == 0 and done["kind"] == "standalone" and (tmp_path / "merged" / "base" / "config.json").exists()
@@ -379,6 +608,7 @@ def test_merge_hands_its_options_on(adapter, monkeypatch, moextend):
     done = {"folder": "out", "kind": "native", "files": 1, "bytes": 2}
     monkeypatch.setattr(cli, "merge", lambda *args, **options: given.update(args=args, **options) or done)
     options = ["--native", "--base", "b", "--no-check-base", "--max-shard-size", "2GB", "--revision", "v2"]
+    options += ["--no-check-trained-on"]
     code, text = moextend("merge", "a", "out", *options)
     assert code == 0 and text == "out: a native checkpoint, 1 files, 2 bytes\n"
     assert given == {
@@ -387,6 +617,7 @@ def test_merge_hands_its_options_on(adapter, monkeypatch, moextend):
         "encoder": None,
         "native": True,
         "check_base": False,
+        "check_trained_on": False,
         "max_shard_size": "2GB",
         "revision": "v2",
     }
@@ -395,16 +626,50 @@ def test_merge_hands_its_options_on(adapter, monkeypatch, moextend):
 # ---------------------------------------------------------------- push
 
 
-def test_push_refuses_what_is_no_adapters_folder(adapter, tmp_path, moextend):
-    code, text = moextend("push", adapter / "nowhere", "me/x")
-    assert code == 2 and "no such folder" in text
-    assert moextend("push", tmp_path / "base", "me/x")[0] == 2
+def test_push_refuses_what_only_this_machine_has(adapter, tmp_path, moextend):
+    code, text = moextend("push", adapter, "me/x")
+    assert code == 1 and "its base is" in text and "a path on this machine" in text
     moextend("merge", adapter, tmp_path / "merged")
     code, text = moextend("push", tmp_path / "merged", "me/x")
     assert code == 1 and f"hf upload me/x {tmp_path / 'merged'}" in text
-    rewrite(adapter, **{"layers.1.router.weight": torch.zeros(1, 32)})
-    (adapter / FILE).write_bytes((adapter / FILE).read_bytes()[:-3])
-    assert moextend("push", adapter, "me/x")[0] == 1
+
+
+def test_push_refuses_arguments_that_mean_nothing(adapter, tmp_path, moextend):
+    for wrong in (["a/b/c"], [tmp_path / "x"], ["me/x", "--base", "a b"], ["me/x", "--encoder", tmp_path / "base"]):
+        code, text = moextend("push", adapter, *wrong)
+        assert code == 2 and f"{wrong[-1]} is no Hub id like me/my-adapter" in text
+    code, text = moextend("push", adapter, "me/x", "--report", tmp_path / "base")
+    assert code == 2 and "base: no report there" in text
+
+
+def test_push(hub, tmp_path, moextend):
+    """The adapter of a base on this machine, whose place on the Hub the call names."""
+    adapter = save_pair(tmp_path, PLAN)
+    (adapter / "optimizer.pt").write_text("nobody else's business")
+    (tmp_path / "base" / "model.safetensors").unlink()  # no base is read
+    code, done = moextend("push", adapter, REPO, "--base", BASE, "--private", "--json")
+    repo, files = hub.repos[REPO], hub.files(REPO)
+    assert code == 0 and repo.private and set(files) == ADAPTER
+    assert done == {"repo_id": REPO, "commit": repo.refs["main"], "url": f"{hub.url}/{REPO}/commit/{done['commit']}"}
+    assert files[FILE] == (adapter / FILE).read_bytes()
+    assert json.loads(files["config.json"])["base_model_name_or_path"] == BASE
+    expected = MoExtendForCausalLM.from_pretrained(adapter)
+    with torch.no_grad():
+        assert torch.equal(MoExtendForCausalLM.from_pretrained(REPO)(**batch()).logits, expected(**batch()).logits)
+    code, text = moextend("push", adapter, REPO, "--revision", "v2")
+    assert code == 0 and text.startswith(f"published: {hub.url}/{REPO}/commit/{repo.refs['v2']}\n")
+    assert hub.files(REPO, "v2") == files
+
+
+def test_push_that_the_hub_refuses_is_code_2(hub, tmp_path, moextend, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_stranger")
+    code, found = moextend("push", save_pair(tmp_path, PLAN), REPO, "--base", BASE, "--json")
+    assert code == 2 and found["exit_code"] == 2 and "403" in found["error"] and REPO not in hub.repos
+
+
+def test_push_with_a_base_that_is_not_on_the_hub_is_refused(hub, tmp_path, moextend):
+    code, text = moextend("push", save_pair(tmp_path, PLAN), REPO, "--base", "org/nothing")
+    assert code == 1 and "'org/nothing', which is not on the Hub" in text and REPO not in hub.repos
 
 
 if __name__ == "__main__":
