@@ -62,7 +62,7 @@ def family_of(module):
 
 def is_torchs(module):
     """Whether a module is one of torch's own: an `nn.Linear` gates shared experts, but answers no choice."""
-    return type(module).__module__.startswith("torch.")
+    return type(module).__module__.startswith("torch.nn.modules.")
 
 
 def plain_class(module):
