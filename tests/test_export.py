@@ -13,13 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import COMMON, FAMILIES, batch, make_base, make_encoder, shake
+from huggingface_hub import constants
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_push_to_hub import BASE
+from test_push_to_hub import hub as hub
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_moextend import MoExtendConfig, MoExtendForCausalLM, export
 from modeling_moextend import native as native_module
-from modeling_moextend.adapter_moextend import FILE, fingerprint, read_adapter, write_adapter
-from modeling_moextend.checkpoints import Checkpoint, OnDisk, reading_from, skeleton
+from modeling_moextend.adapter_moextend import FILE, decode_fingerprint, fingerprint, read_adapter, write_adapter
+from modeling_moextend.checkpoints import Checkpoint, OnDisk, Unusable, reading_from, skeleton
 from modeling_moextend.export import merge
 from modeling_moextend.inspection import inspect_adapter
 from modeling_moextend.native import NUMBER
@@ -78,6 +82,37 @@ def test_parameters_of_checkpoints_that_interleave_or_split(family, tmp_path):
             assert torch.equal(read_all(checkpoint, model, name, parameter.shape), parameter), name
 
 
+def test_single_values_have_the_dtype_of_the_file(tmp_path):
+    """A fingerprint leaves out what is no ordinary floating-point number."""
+    make_base(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    model = skeleton(checkpoint.config())
+    for name in ("model.embed_tokens.weight", "model.layers.0.mlp.experts.gate_up_proj"):
+        weight = OnDisk(checkpoint, model, name, model.get_parameter(name).shape)
+        assert weight.dtype == weight[torch.tensor([0, 5])].dtype == torch.bfloat16
+    key = "model.layers.0.self_attn.q_proj.weight"
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[key] = tensors[key].to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "model.safetensors")
+    decoder = reading_from(checkpoint, model).get_decoder()
+    names = sorted(name for name, parameter in decoder.named_parameters() if parameter.dim() > 1)
+    left_out = decode_fingerprint(fingerprint(decoder)).isnan().nonzero()[:, 0]
+    assert len(left_out) and set((left_out % len(names)).tolist()) == {names.index(key.removeprefix("model."))}
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("key", ["model.embed_tokens.weight", "model.layers.1.block_sparse_moe.experts.3.w2.weight"])
+def test_a_base_that_lacks_a_tensor_or_has_another_is_refused(key, native, tmp_path):
+    save_pair(tmp_path)
+    shard = Checkpoint(tmp_path / "base").place[key]
+    tensors = load_file(shard)
+    for tensor, problem in ((tensors.pop(key)[:-1], "as .*, the model needs"), (None, f"has no tensor {key}")):
+        save_file(tensors if tensor is None else {**tensors, key: tensor.clone()}, shard, {"format": "pt"})
+        with pytest.raises(Unusable, match=problem):
+            merge(tmp_path / "adapter", tmp_path / "merged", native=native)
+    assert not (tmp_path / "merged").exists()
+
+
 def test_an_index_that_leads_elsewhere_is_refused(tmp_path):
     make_base().save_pretrained(tmp_path, max_shard_size="30KB")
     path = tmp_path / "model.safetensors.index.json"
@@ -104,8 +139,23 @@ def test_a_standalone_checkpoint_needs_nothing_else(family, tmp_path):
     assert done["bytes"] == sum(path.stat().st_size for path in files)
 
 
+def test_a_multimodal_base(tmp_path):
+    model = save_pair(tmp_path, "qwen3_vl_moe", {1: [0]}, scope="all")
+    expected = logits(model)
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    shutil.rmtree(tmp_path / "base")
+    assert torch.equal(logits(MoExtendForCausalLM.from_pretrained(tmp_path / "merged")), expected)
+
+
+def test_the_target_may_lie_in_a_folder_that_is_not_there_yet(tmp_path):
+    save_pair(tmp_path)
+    merge(tmp_path / "adapter", tmp_path / "some" / "where" / "merged")
+    assert [path.name for path in (tmp_path / "some" / "where").iterdir()] == ["merged"]
+
+
 def test_the_bases_files_are_copied_as_they_are(tmp_path):
     save_pair(tmp_path)
+    (tmp_path / "base" / "LICENSE").write_text("of the base")
     (tmp_path / "base" / "tokenizer.json").write_text("base's")
     (tmp_path / "base" / "pytorch_model.bin").write_text("pickled")
     (tmp_path / "adapter" / "README.md").write_text("card")
@@ -292,6 +342,25 @@ def test_the_target_appears_last(tmp_path, monkeypatch):
     assert seen == [{str(path.relative_to(tmp_path / "merged")) for path in (tmp_path / "merged").rglob("*")}]
 
 
+@pytest.mark.parametrize("native", [False, True])
+def test_every_file_is_on_the_disk_before_the_target_appears(native, tmp_path, monkeypatch):
+    """And anybody may read it who may read other files: safetensors alone would write for its user only."""
+    save_pair(tmp_path)
+    synced, fsync, rename, late = set(), os.fsync, os.rename, []
+
+    def watch(source, target):
+        late.extend(path for path in Path(source).rglob("*") if path.is_file() and path.stat().st_ino not in synced)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda number: (synced.add(os.fstat(number).st_ino), fsync(number)))
+    monkeypatch.setattr(export.os, "rename", watch)
+    merge(tmp_path / "adapter", tmp_path / "merged", native=native, max_shard_size="30KB")
+    assert not late
+    (tmp_path / "other").touch()
+    files = [path for path in (tmp_path / "merged").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "other").stat().st_mode}
+
+
 def test_damaged_adapters_and_other_bases_are_refused(tmp_path):
     save_pair(tmp_path)
     other = make_base()
@@ -318,9 +387,52 @@ def test_another_base_on_demand(tmp_path):
         MoExtendForCausalLM.from_pretrained(tmp_path / "adapter", base=str(tmp_path / "other"), check_base=False)
     )
     merge(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "other", check_base=False)
-    assert torch.equal(logits(MoExtendForCausalLM.from_pretrained(tmp_path / "merged")), expected)
+    merged = MoExtendForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(merged), expected)
+    stored = read_adapter(tmp_path / "merged")[0]
+    assert stored["base_model_name_or_path"] == str(tmp_path / "other"), "what is saved from it names this one"
     merge(tmp_path / "adapter", tmp_path / "native", base=tmp_path / "other", check_base=False, native=True)
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "native")), expected)
+
+
+def test_another_base_with_another_rule_on_demand(tmp_path):
+    save_pair(tmp_path, "olmoe")
+    make_base("olmoe", norm_topk_prob=True).save_pretrained(tmp_path / "other")
+    options = {"base": str(tmp_path / "other"), "check_base": False}
+    expected = logits(MoExtendForCausalLM.from_pretrained(tmp_path / "adapter", **options))
+    merge(tmp_path / "adapter", tmp_path / "merged", **options)
+    assert torch.equal(logits(MoExtendForCausalLM.from_pretrained(tmp_path / "merged")), expected)
+
+
+def test_another_encoder_on_demand(tmp_path):
+    encoder = make_encoder()
+    encoder.save_pretrained(tmp_path / "encoder")
+    save_pair(tmp_path, plan={1: [0]}, encoder=str(tmp_path / "encoder"), scope="modality")
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.mul_(1.5)
+    encoder.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="different encoder than the adapter was made on"):
+        merge(tmp_path / "adapter", tmp_path / "merged", encoder=tmp_path / "other")
+    merge(tmp_path / "adapter", tmp_path / "merged", encoder=tmp_path / "other", check_base=False)
+    loaded = MoExtendForCausalLM.from_pretrained(tmp_path / "merged").encoder
+    assert all(map(torch.equal, loaded.state_dict().values(), encoder.state_dict().values()))
+
+
+def test_code_and_auto_classes_are_those_of_this_version(tmp_path):
+    save_pair(tmp_path)
+    values, tensors, _ = read_adapter(tmp_path / "adapter")
+    config = MoExtendConfig.from_dict({**values, "auto_map": {}, "architectures": None})
+    write_adapter(tmp_path / "adapter", tensors, config)
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    merged = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert {key: merged[key] for key in ("auto_map", "architectures")} == {
+        "auto_map": values["auto_map"],
+        "architectures": ["MoExtendForCausalLM"],
+    }
+    package = Path(export.__file__).parent
+    for source in package.glob("*_moextend.py"):
+        assert (tmp_path / "merged" / source.name).read_bytes() == source.read_bytes()
 
 
 def test_tensors_that_do_not_fit_are_named(tmp_path):
@@ -393,6 +505,32 @@ def test_native_of_a_base_saved_in_the_models_own_names(tmp_path):
     torch.testing.assert_close(logits(found), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_files_of_a_native_checkpoint(tmp_path):
+    """Those of a checkpoint of the base's kind; the card tells of an adapter, so it stays behind."""
+    save_pair(tmp_path)
+    for name in ("README.md", "tokenizer.json", "processor_config.json"):
+        (tmp_path / "adapter" / name).write_text("{}")
+    (tmp_path / "base" / "merges.txt").write_text("base's")
+    merge(tmp_path / "adapter", tmp_path / "merged", native=True)
+    names = {"config.json", "generation_config.json", "model.safetensors", "merges.txt", "tokenizer.json"}
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == names
+    with safe_open(tmp_path / "merged" / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_native_of_an_adapter_in_less_precision(tmp_path):
+    model = save_pair(tmp_path)
+    model.save_pretrained(tmp_path / "adapter", adapter_dtype="bfloat16")
+    expected = logits(MoExtendForCausalLM.from_pretrained(tmp_path / "adapter"))
+    found, _ = native(tmp_path)
+    torch.testing.assert_close(logits(found), expected, rtol=1e-6, atol=1e-6)
+    checkpoint = Checkpoint(tmp_path / "native")
+    tensors = [checkpoint.tensor(key) for key in checkpoint.place]
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}, "the base's"
+    index = json.loads((tmp_path / "native" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors)
+
+
 def test_native_in_bfloat16(tmp_path):
     model = save_pair(tmp_path, dtype=torch.bfloat16)
     found, _ = native(tmp_path)
@@ -454,6 +592,33 @@ def test_all_failing_conditions_are_named(tmp_path):
         merge(tmp_path / "adapter", tmp_path / "native", native=True)
     lines = str(error.value).splitlines()[1:-1]
     assert [line.split(":")[0].strip() for line in lines] == ["layers", "number", "scope", "selection"]
+
+
+# ---------------------------------------------------------------- from the Hub
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_merging_what_lies_on_the_hub(native, hub, tmp_path):
+    """The adapter at its revision in its subfolder, the base at the commit it was made on, all by one cache."""
+    made_on = hub.repos[BASE].refs["main"]
+    model = shake(MoExtendForCausalLM.from_base(BASE, EVERY_LAYER, **NATIVE)).eval()
+    model.save_pretrained(tmp_path / "parts" / "one")
+    (tmp_path / "parts" / "one" / "tokenizer.json").write_text("{}")
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    hub.add("me/adapters", tmp_path / "base")
+    hub.add("me/adapters", tmp_path / "parts", revision="v1")
+    other = make_base()
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    hub.add(BASE, tmp_path / "other")
+    assert hub.repos[BASE].refs["main"] != made_on
+    where = {"revision": "v1", "subfolder": "one", "cache_dir": str(tmp_path / "downloads")}
+    merge("me/adapters", tmp_path / "merged", native=native, **where)
+    assert not Path(constants.HF_HUB_CACHE).exists(), "everything is in the cache that was named"
+    assert (tmp_path / "merged" / "tokenizer.json").exists()
+    auto = AutoModelForCausalLM if native else MoExtendForCausalLM
+    torch.testing.assert_close(logits(auto.from_pretrained(tmp_path / "merged")), logits(model), rtol=1e-6, atol=1e-6)
 
 
 # ---------------------------------------------------------------- memory
@@ -599,7 +764,7 @@ class Repository(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(tmp_path):
+def merged_hub(tmp_path):
     """A merged folder on a Hub (base and adapter are gone), what it answers, and the environment to ask it from."""
     expected = save_pair(tmp_path, plan={1: [0]}, scope="all")(input_ids=torch.arange(3, 13)[None]).logits
     merge(tmp_path / "adapter", tmp_path / "merged")
@@ -616,8 +781,8 @@ def hub(tmp_path):
 
 
 @pytest.mark.slow
-def test_standalone_without_the_package(hub, tmp_path):
-    handler, expected, environment = hub
+def test_standalone_without_the_package(merged_hub, tmp_path):
+    handler, expected, environment = merged_hub
     found = run(LOAD, "me/merged", '{"revision": "v1"}', "", environment=environment)
     assert torch.equal(torch.tensor(json.loads(found)), expected)
     assert any("/v1/base/model-00001" in path or f"{handler.sha}/base/model-00001" in path for path in handler.asked)
@@ -625,9 +790,9 @@ def test_standalone_without_the_package(hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_standalone_in_a_subfolder_of_a_repository(hub):
+def test_standalone_in_a_subfolder_of_a_repository(merged_hub):
     """With the package: transformers looks for remote code only at the top of a repository."""
-    handler, expected, environment = hub
+    handler, expected, environment = merged_hub
     handler.prefix = "parts/one/"
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     options = '{"revision": "v1", "subfolder": "parts/one"}'
@@ -636,8 +801,8 @@ def test_standalone_in_a_subfolder_of_a_repository(hub):
 
 
 @pytest.mark.slow
-def test_inspecting_a_repository_fetches_headers_only(hub, tmp_path):
-    handler, _, environment = hub
+def test_inspecting_a_repository_fetches_headers_only(merged_hub, tmp_path):
+    handler, _, environment = merged_hub
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     found = json.loads(run(INSPECT, "me/merged", environment=environment))
     here = inspect_adapter(tmp_path / "merged")
