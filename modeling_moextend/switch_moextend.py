@@ -242,9 +242,11 @@ class AdapterSwitch:
         return [name for name in names if name not in below]
 
     def find_below(self):
-        """Notes which adapters of this model each one was trained on top of, in whichever order they were loaded."""
-        fingerprints = self.fingerprints() if any(one.config.trained_on for one in self.adapters.values()) else {}
-        for name, adapter in self.adapters.items():
+        """Notes which adapters of this model each one was trained on top of, in whichever order they were loaded; a
+        second copy of one that is known already adds nothing."""
+        lacking = {name: one for name, one in self.adapters.items() if len(one.below) < len(one.config.trained_on)}
+        fingerprints = self.fingerprints() if lacking else {}
+        for name, adapter in lacking.items():
             others = {other: known for other, known in fingerprints.items() if other != name}
             adapter.below |= set(found_below(adapter.config, others).values()) - {None}
 

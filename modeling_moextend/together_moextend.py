@@ -186,20 +186,24 @@ def check_below(config, fingerprints, name):
         )
 
 
+def left_out(model, names):
+    """Those of the adapters `names` that were trained on top of loaded ones beside `names` -> the names of these."""
+    missing = {name: sorted(model.adapters[name].below - {*names}) for name in names}
+    return {name: below for name, below in missing.items() if below}
+
+
 def check_complete(model, names):
     """Refuses to use the adapters `names` without loaded ones that one of them was trained on top of.
 
     Raises:
         ValueError: names them.
     """
-    for name in names:
-        missing = sorted(model.adapters[name].below - {*names})
-        if missing:
-            raise ValueError(
-                f"Adapter {name!r} was trained on top of {missing}, and alone it is not what was trained. Use them "
-                f"together: {sorted({*names, *missing})}, in set_adapter or as one row of adapter_names; "
-                "set_adapter(..., check_trained_on=False) uses it all the same."
-            )
+    for name, missing in left_out(model, names).items():
+        raise ValueError(
+            f"Adapter {name!r} was trained on top of {missing}, and alone it is not what was trained. Use them "
+            f"together: {sorted({*names, *missing})}, in set_adapter or as one row of adapter_names; "
+            "set_adapter(..., check_trained_on=False) uses it all the same."
+        )
 
 
 def check_may_train(model, name):
@@ -233,7 +237,5 @@ def check_still_below(model, staying):
     Raises:
         ValueError: names them.
     """
-    for name in staying:
-        lost = sorted(model.adapters[name].below - {*staying})
-        if lost:
-            raise ValueError(f"Adapter {name!r} was trained on top of {lost}: delete {name!r} first.")
+    for name, lost in left_out(model, staying).items():
+        raise ValueError(f"Adapter {name!r} was trained on top of {lost}: delete {name!r} first.")
