@@ -1,0 +1,408 @@
+"""`MoExtendConfig`: which base, which layers got new experts, how tokens reach them, and where images come from."""
+
+import copy
+import math
+import re
+from functools import partial
+from operator import index
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from .entries_moextend import nested_problems, problems_of, short
+
+SCOPES = ("all", "modality", "gate")
+SELECTIONS = ("compete", "exclusive")
+CALIBRATIONS = ("all", "routed", "none")
+PAPER = {"scope": "all", "selection": "compete", "calibration": "all"}
+SELECT_FEATURES = ("patch", "full")
+PLAIN_NAME = re.compile(r"\w[\w.-]*")  # of a folder: no dot in front, so neither hidden nor "..", and no separator
+CHOICES = {"scope": SCOPES, "selection": SELECTIONS, "calibration": CALIBRATIONS}
+CHOICES["encoder_select_feature"] = SELECT_FEATURES
+MAX_INDEX = 2**31
+CALLERS = ("attn_implementation", "experts_implementation")  # what only a call says, never a file
+
+
+class MoExtendConfig(PreTrainedConfig):
+    r"""
+    Everything needed to rebuild an adapter on an unchanged base. The defaults of `scope`, `selection` and
+    `calibration` are what a config without these entries means; what a new adapter gets is up to `routing_choices`.
+
+    Args:
+        base_model_name_or_path (`str`, *optional*): Hub id or folder of the base.
+        base_model_revision (`str`, *optional*): commit the adapter was made on.
+        base_fingerprint (`str`, *optional*): 1,024 base values at fixed places, float32, base64.
+        text_config (`PreTrainedConfig` or `dict`, *optional*): the base's whole config, unchanged.
+        encoder_name_or_path (`str`, *optional*): CLIP or SigLIP vision checkpoint; `None` for text only.
+        encoder_config (`PreTrainedConfig` or `dict`, *optional*): the encoder's vision config.
+        encoder_fingerprint (`str`, *optional*): like `base_fingerprint`.
+        encoder_select_layer (`int`): which hidden state of the encoder is projected (LLaVA-1.5: -2).
+        encoder_select_feature (`str`): `"patch"` drops the class token, `"full"` keeps it.
+        projector_hidden_act (`str`): activation between the projector's two linear layers.
+        image_token_id (`int`, *optional*): id standing for an image feature; may lie past the embedding.
+        extended_layers (`dict[int, list[int]]`): decoder layer index -> source expert of each new expert.
+        scope (`str`): tokens that may use new experts: `"all"`, `"modality"` (from the first image token on), or
+            `"gate"` (those that a learned, causal gate lets through).
+        selection (`str`): `"compete"` (one top-k over old and new rows, the paper) or `"exclusive"`.
+        calibration (`str`): `"all"` (the paper), `"routed"` or `"none"`.
+        calibration_hidden_size (`int`): inner width of the calibration.
+        gate_hidden_size (`int`): width D of the gate.
+        gate_threshold (`float`): the gate lets a token through when its routing margin is above this; the higher, the
+            fewer tokens. Can be changed after training (`model.gate_threshold = ...`).
+        routing_rule (`dict`, *optional*): entries of `routing_moextend.Rule`: how the base's routers work, found when
+            the experts were attached. Adapters of version 0.1.0 have three of them; the rest is found anew.
+        trained_on (`list[dict]`): the adapters on top of which this one was trained, each as {"name", "fingerprint",
+            "name_or_path"}; the last is its Hub id, or `None` where it was on none.
+        base_subfolder, encoder_subfolder (`str`, *optional*): where base and encoder lie inside the adapter's own
+            folder or repository, if they came along (a standalone checkpoint of `moextend merge`).
+
+    Raises:
+        ValueError: values outside the allowed ones (all of them named), or a combination without meaning.
+    """
+
+    model_type = "moextend"
+    sub_configs = {"text_config": AutoConfig, "encoder_config": AutoConfig}
+
+    def __init__(
+        self,
+        /,  # a file may hold an entry of any name, "self" as well
+        base_model_name_or_path=None,
+        base_model_revision=None,
+        base_fingerprint=None,
+        text_config=None,
+        encoder_name_or_path=None,
+        encoder_config=None,
+        encoder_fingerprint=None,
+        encoder_select_layer=-2,
+        encoder_select_feature="patch",
+        projector_hidden_act="gelu",
+        image_token_id=None,
+        extended_layers=None,
+        scope="all",
+        selection="compete",
+        calibration="all",
+        calibration_hidden_size=16,
+        gate_hidden_size=64,
+        gate_threshold=0.0,
+        routing_rule=None,
+        trained_on=None,
+        base_subfolder=None,
+        encoder_subfolder=None,
+        **kwargs,
+    ):
+        self.base_model_name_or_path = base_model_name_or_path
+        self.base_model_revision = base_model_revision
+        self.base_fingerprint = base_fingerprint
+        self.text_config = text_config
+        self.encoder_name_or_path = encoder_name_or_path
+        self.encoder_config = encoder_config
+        self.encoder_fingerprint = encoder_fingerprint
+        self.encoder_select_layer = encoder_select_layer
+        self.encoder_select_feature = encoder_select_feature
+        self.projector_hidden_act = projector_hidden_act
+        self.image_token_id = image_token_id
+        self.extended_layers = extended_layers
+        self.scope, self.selection, self.calibration = scope, selection, calibration
+        self.calibration_hidden_size = calibration_hidden_size
+        self.gate_hidden_size, self.gate_threshold = gate_hidden_size, gate_threshold
+        self.routing_rule = routing_rule
+        self.trained_on = [] if trained_on is None else trained_on
+        self.base_subfolder, self.encoder_subfolder = base_subfolder, encoder_subfolder
+        check_entries(self, kwargs)
+        kwargs.setdefault("tie_word_embeddings", False)  # the base ties its own weights; nothing here is tied
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers, without what is no file's to say.
+
+        An implementation may be the name of a kernel on the Hub, so that code would be fetched; private attributes are
+        this class's own.
+        """
+        ours = {
+            name: value
+            for name, value in config_dict.items()
+            if name not in CALLERS and (name == "_name_or_path" or not name.startswith("_"))
+        }
+        return super().from_dict(ours, **kwargs)
+
+    @property
+    def num_image_tokens(self):
+        """Features (and so image tokens) one image gives; 0 without an encoder."""
+        if self.encoder_config is None:
+            return 0
+        return count_image_tokens(self.encoder_config, self.encoder_select_feature)
+
+    def get_text_config(self, decoder=None, encoder=None):
+        """A view of the language model's config: trainers write to it, and the base's own must not change.
+
+        Its `router_aux_loss_coef` is 0: TRL's load-balancing loss needs layers of one width. The base's own stands in
+        `text_config`, and `MoExtendSFTTrainer` goes by that.
+        """
+        if self.text_config is None:
+            return self
+        view = self.__dict__.get("_text_view")
+        if view is None:
+            view = self.__dict__["_text_view"] = copy.deepcopy(self.text_config.get_text_config())
+            view.router_aux_loss_coef = 0.0
+        return view
+
+    def set_text_config(self, config):
+        """Takes the config of the base that is there, a copy; the view of an earlier one is forgotten."""
+        self.text_config = copy.deepcopy(config)
+        self.__dict__.pop("_text_view", None)
+
+    def to_dict(self):
+        """As JSON-ready `dict`: layer indices as strings, the view of `text_config` left out."""
+        output = super().to_dict()
+        output.pop("_text_view", None)
+        output["extended_layers"] = {str(layer): list(sources) for layer, sources in self.extended_layers.items()}
+        return output
+
+    def to_diff_dict(self):
+        """The whole config: an adapter must not depend on a later version's defaults."""
+        return self.to_dict()
+
+    def published(self):
+        """The config as it is saved: with the auto classes that load it, and without the place it was loaded from.
+
+        What is saved is an adapter, which names its base; the base of a standalone checkpoint stays where it is.
+        """
+        config = copy.deepcopy(self)
+        config.name_or_path = ""
+        config.base_subfolder = config.encoder_subfolder = None
+        config.architectures = ["MoExtendForCausalLM"]
+        config.auto_map = {
+            "AutoConfig": "configuration_moextend.MoExtendConfig",
+            "AutoModel": "modeling_moextend.MoExtendModel",
+            "AutoModelForCausalLM": "modeling_moextend.MoExtendForCausalLM",
+            "AutoModelForImageTextToText": "modeling_moextend.MoExtendForCausalLM",
+            # No decision model: the only auto class that `transformers serve` asks for remote code (5.23).
+            "AutoModelForDecision": "modeling_moextend.MoExtendForCausalLM",
+        }
+        return config
+
+
+class UnknownConfig(PreTrainedConfig):
+    """Stands for the config of a base with code of its own, until that base is loaded and brings its class."""
+
+
+def as_config(config):
+    """A config object from a config object, a `dict` with `model_type`, or `None`.
+
+    Raises:
+        ValueError: anything else, or values that the config's class does not take.
+    """
+    if config is None or isinstance(config, PreTrainedConfig):
+        return config
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ValueError(f"a config must be a mapping with a model_type, not {short(config)}.")
+    config = dict(config)
+    model_type = config.pop("model_type")
+    known = model_type in CONFIG_MAPPING
+    problems = nested_problems(config, CONFIG_MAPPING[model_type] if known else UnknownConfig)
+    if problems:
+        raise ValueError("; ".join(problems))
+    try:
+        return AutoConfig.for_model(model_type, **config) if known else UnknownConfig(**config)
+    except Exception as error:  # whatever a class of transformers makes of values that it does not expect
+        raise ValueError(f"no config of a {short(model_type)} model: {short(str(error))}") from error
+
+
+def has_class_token(encoder_config):
+    """CLIP prepends a class token to its patches, SigLIP does not."""
+    return "clip" in encoder_config.model_type and "siglip" not in encoder_config.model_type
+
+
+def count_image_tokens(encoder_config, select_feature="patch"):
+    """P, the features an image gives: (image_size // patch_size)^2, and the class token with "full".
+
+    Raises:
+        ValueError: an unknown `select_feature`.
+    """
+    config = getattr(encoder_config, "vision_config", encoder_config)
+    if select_feature not in SELECT_FEATURES:
+        raise ValueError(f"select_feature={select_feature!r} is unknown; it must be 'patch' or 'full'.")
+    patches = (config.image_size // config.patch_size) ** 2
+    return patches + (1 if select_feature == "full" and has_class_token(config) else 0)
+
+
+def normalise_plan(plan):
+    """`{layer: [source experts]}` with `int` keys in ascending order; JSON has only string keys.
+
+    Raises:
+        ValueError: a plan that is no mapping, a key or source that is no integer, or a layer twice or without sources.
+    """
+    if plan is None:
+        return {}
+    if not hasattr(plan, "items"):
+        raise ValueError(f"extended_layers must map layers to source experts, like {{2: [1]}}, not {short(plan)}.")
+    try:
+        if any(isinstance(source, bool) for sources in plan.values() for source in sources):
+            raise TypeError("True and False are no experts")
+        layers = [
+            (int(layer) if isinstance(layer, str) else index(layer), [index(source) for source in sources])
+            for layer, sources in plan.items()
+        ]
+        numbers = [number for layer, sources in layers for number in (layer, *sources)]
+        if len(dict(layers)) < len(layers) or not all(-MAX_INDEX < number < MAX_INDEX for number in numbers):
+            raise ValueError("a layer is named twice, or a number is no index")
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "extended_layers must map a layer index to a list of source experts, like {2: [1], 5: [3, 0]}; "
+            f"got {short(plan)} ({short(str(error))})."
+        ) from error
+    empty = [layer for layer, sources in layers if not sources]
+    if empty:
+        raise ValueError(
+            f"extended_layers names no source expert for layers {short(empty)}: leave these layers out instead."
+        )
+    return dict(sorted(layers))
+
+
+def routing_choices(scope=None, selection=None, calibration=None, paper=False, has_encoder=False):
+    """The three choices of a new adapter as a `dict`, those left at `None` filled in.
+
+    | | `None` means | with `paper` |
+    |---|---|---|
+    | scope | `"modality"` with an encoder, else `"gate"` | `"all"` |
+    | selection | `"exclusive"` | `"compete"` |
+    | calibration | `"none"` with exclusive selection, else `"routed"` | `"all"` |
+
+    Raises:
+        ValueError: `paper`, and a choice that is not the paper's.
+    """
+    given = {"scope": scope, "selection": selection, "calibration": calibration}
+    if paper:
+        others = {name: value for name, value in given.items() if value not in (None, PAPER[name])}
+        if others:
+            raise ValueError(f"paper=True means {PAPER}, but {others} was given: leave out one or the other.")
+        return dict(PAPER)
+    if scope is None:
+        given["scope"] = "modality" if has_encoder else "gate"
+    if selection is None:
+        given["selection"] = "exclusive"
+    if calibration is None:
+        given["calibration"] = "none" if given["selection"] == "exclusive" else "routed"
+    return given
+
+
+def check_entries(config, others):
+    """Brings the entries of a new config into their form, or refuses them; `others` go to transformers.
+
+    Raises:
+        ValueError: one message with everything that is wrong.
+    """
+    entries = {**vars(config), **others}
+    problems = problems_of(entries, type(config))
+    forms = {"text_config": as_config, "encoder_config": as_config}
+    forms |= {"extended_layers": normalise_plan, "gate_threshold": check_threshold}
+    forms["trained_on"] = check_trained_on
+    forms |= {name: partial(check_subfolder, name) for name in ("base_subfolder", "encoder_subfolder")}
+    for name, form in forms.items():
+        try:
+            setattr(config, name, form(entries[name]))
+        except ValueError as error:
+            problems.append(str(error) if name in str(error) else f"{name}: {error}")
+    problems += choice_problems(config)
+    if not problems:  # of values that are what they should be
+        problems += meaning_problems(config)
+    if problems:
+        lines = "\n  ".join(problems)
+        raise ValueError(lines if len(problems) == 1 else f"The config has {len(problems)} wrong entries.\n  {lines}")
+
+
+def check_routing_choices(config):
+    """Refuses routing and vision choices that are not allowed, with the reasons.
+
+    Raises:
+        ValueError: names each value, the allowed ones and the way out.
+    """
+    problems = choice_problems(config) or meaning_problems(config)
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def choice_problems(config):
+    """Values that are none of the allowed ones, a line each."""
+    choices = CHOICES | {"projector_hidden_act": tuple(sorted(ACT2FN))}
+    given = {name: getattr(config, name) for name in choices}
+    return [
+        f"{name}={short(value)} is not known; allowed: {', '.join(map(repr, choices[name]))}."
+        for name, value in given.items()
+        if value not in choices[name]
+    ]
+
+
+def meaning_problems(config):
+    """Combinations of allowed values that have no meaning, a line each."""
+    problems = []
+    if config.selection == "exclusive" and config.calibration != "none":
+        problems.append(
+            f"selection='exclusive' with calibration={config.calibration!r} has no meaning: the weights of new "
+            "experts already sum to what the base's own weights sum to. Use calibration='none' or "
+            "selection='compete'."
+        )
+    if config.scope == "modality" and config.encoder_name_or_path is None and config.encoder_config is None:
+        problems.append("scope='modality' needs an encoder: without images no token would ever use a new expert.")
+    depth = getattr(config.encoder_config, "num_hidden_layers", None)
+    if depth is not None and config.encoder_select_layer not in range(-depth - 1, depth + 1):
+        problems.append(
+            f"encoder_select_layer={config.encoder_select_layer} is out of range: an encoder of {depth} layers has "
+            f"hidden states {-depth - 1} to {depth} (0: the embeddings, -1: the last)."
+        )
+    return problems
+
+
+def check_trained_on(entries):
+    """A copy of `trained_on`.
+
+    Raises:
+        ValueError: no list of {"name": str, "fingerprint": str or None, "name_or_path": str, None or left out}.
+    """
+    good = isinstance(entries, list) and all(
+        isinstance(entry, dict)
+        and {"name", "fingerprint"} <= set(entry) <= {"name", "fingerprint", "name_or_path"}
+        and isinstance(entry["name"], str)
+        and isinstance(entry["fingerprint"], str | None)
+        and isinstance(entry.get("name_or_path"), str | None)
+        for entry in entries
+    )
+    if not good:
+        raise ValueError(
+            f'trained_on must be a list of {{"name": ..., "fingerprint": ...}}, one for each adapter that was below, '
+            f"not {short(entries)}."
+        )
+    return [dict(entry) for entry in entries]
+
+
+def check_threshold(threshold):
+    """`threshold` as a float.
+
+    Raises:
+        ValueError: no finite number (a JSON file holds no other).
+    """
+    try:
+        value = float(threshold)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if isinstance(threshold, bool) or not math.isfinite(value):
+        raise ValueError(
+            f"gate_threshold={short(threshold)} is no finite number. 0 is where the gate was trained to decide; 1e9 "
+            "lets no token through, -1e9 every one."
+        )
+    return value
+
+
+def check_subfolder(name, value):
+    """`value`, if it is `None` or plain names with `/` between them: a place inside the adapter's own folder.
+
+    Raises:
+        ValueError: anything else, above all what leads out of the folder.
+    """
+    if value is None or (isinstance(value, str) and all(PLAIN_NAME.fullmatch(part) for part in value.split("/"))):
+        return value
+    raise ValueError(
+        f"{name}={short(value)} must name a folder inside the adapter's own, like 'base': no '..', no absolute path, "
+        "no backslash. Nothing was loaded."
+    )

@@ -1,0 +1,110 @@
+"""An adapter's folder, changed by one process at a time and as a whole: it is the old one or the new one."""
+
+import contextlib
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None
+
+
+@contextlib.contextmanager
+def all_or_nothing(folder):
+    """Yields `put(name, write)`: `write(path)` makes a file, beside its place. Nothing else changes inside the block.
+
+    At its end files take their places, in the order in which they were put: the last one (the adapter, or the index of
+    its shards) is the moment at which the folder becomes the new one. Then adapter files that were not put go. One
+    process at a time does this in a folder. Where something fails, as on a full disk, all is left as it was.
+
+    Raises:
+        OSError: says what failed.
+    """
+    folder, unfinished = Path(folder), {}
+    with locked(folder):
+        old = existing_files(folder)
+
+        def put(name, write):
+            unfinished[name] = folder / f"{name}.{secrets.token_hex(4)}.tmp"
+            write_whole(unfinished[name], write)
+
+        try:
+            yield put
+            for name, path in unfinished.items():
+                os.replace(path, folder / name)
+        except (SafetensorError, OSError) as error:
+            raise OSError(
+                f"The adapter can't be saved to {folder} ({error}). What was there before is untouched."
+            ) from error
+        finally:
+            for path in unfinished.values():
+                path.unlink(missing_ok=True)
+        for name in sorted(old - unfinished.keys(), key=not_index):  # it wins over a single file
+            (folder / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder, alone=True):
+    """Waits until no other process changes `folder`, and keeps those that want to waiting inside the block.
+
+    `alone=False` is for readers, of which there may be several.
+    The folder itself is locked, so that nothing is left behind, and the lock ends with the process. Where there is no
+    such lock (Windows, some network disks) one goes on without.
+    """
+    lock = None
+    try:
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+    except (OSError, AttributeError):
+        pass
+    try:
+        yield
+    finally:
+        if lock is not None:
+            with contextlib.suppress(OSError, AttributeError):
+                fcntl.flock(lock, fcntl.LOCK_UN)  # closing alone would not do where a forked process has it open too
+            os.close(lock)
+
+
+def not_index(name):
+    return not name.endswith(".index.json")
+
+
+def existing_files(folder):
+    """Names of adapter files already in `folder`, and of what a killed process left unfinished."""
+    patterns = ("moextend_adapter*", "config.json.*.tmp", "*_moextend.py.*.tmp")
+    return {path.name for pattern in patterns for path in folder.glob(pattern) if path.is_file() or path.is_symlink()}
+
+
+def write_whole(path, write):
+    """`write(path)`, down to the disk, readable as the user's other files are: safetensors would let nobody else."""
+    path.touch()
+    mode = path.stat().st_mode
+    write(path)
+    path.chmod(mode)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def replace_file(path, write):
+    """Writes beside `path` and renames over it, so that `path` is never half a file."""
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        write_whole(unfinished, write)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def copy_file(source, target):
+    """Copies a file of the shipped code."""
+    replace_file(Path(target), lambda unfinished: shutil.copyfile(source, unfinished))
+
+
+def write_text(path, text):
+    replace_file(Path(path), lambda unfinished: unfinished.write_text(text, encoding="utf-8"))

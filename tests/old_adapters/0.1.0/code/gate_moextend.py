@@ -1,0 +1,103 @@
+"""The token gate of `scope="gate"`: which tokens look like the new task, judged from what came before them.
+
+Letters: B rows, S tokens of this pass, L tokens in the cache after it, T = B * S, H hidden size, D gate size.
+
+One gate serves all extended layers of its adapter. It reads the router input of the lowest one, which no new expert of
+that adapter has touched: what it sees is the base's own computation, so it can be trained once, on hidden states
+computed once, and no later training moves what it decides about the base's text. New experts of other active adapters
+below that layer are seen: they are part of what the adapter stands on.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+SCORE_LIMIT = 8.0  # scores are kept within e^-8 ... e^8, so that sums over a long context neither vanish nor overflow
+CLOSED = -1.0  # margin of an untrained gate, for every token
+
+
+class TokenGate(nn.Module):
+    """z_t = MLP([h_t, m_t]); m_t, per channel, is a mean of v(h_s) over s <= t with weights exp(k(h_s)).
+
+    The weighted mean is attention without queries (as in AFT, arXiv 2105.14103): two running sums give it in one pass
+    over a prompt and in one step a token. Weights let a single telling token (a turn marker, say) stand out in a long
+    context, where a plain running mean fades as 1/t.
+
+    key, value [D, H], fc1 [D, H + D], fc2 [1, D]. fc2 starts at zero with bias -1: an untrained gate is closed.
+    """
+
+    def __init__(self, hidden_size, gate_size, device=None):
+        super().__init__()
+        options = {"device": device, "dtype": torch.float32}
+        self.key = nn.Linear(hidden_size, gate_size, **options)
+        self.value = nn.Linear(hidden_size, gate_size, **options)
+        self.fc1 = nn.Linear(hidden_size + gate_size, gate_size, **options)
+        self.fc2 = nn.Linear(gate_size, 1, **options)
+        nn.init.zeros_(self.fc2.weight)
+        nn.init.constant_(self.fc2.bias, CLOSED)
+
+    def forward(self, hidden_states, gated):
+        """Routing margins z [B, S] of hidden states [B, S, H], in float32 whatever the base's dtype.
+
+        `gated` (a `GatedPass`) says where sequences start and what the cache holds; it gets the new sums.
+        """
+        with torch.autocast(hidden_states.device.type, enabled=False):  # the same decision in training and in use
+            hidden = hidden_states.detach().float()
+            weights = linear(self.key, hidden).clamp(-SCORE_LIMIT, SCORE_LIMIT).exp()
+            sums = gated.add(torch.cat([weights * linear(self.value, hidden), weights], dim=-1))
+            total, weight = sums.chunk(2, dim=-1)
+            context = total / weight.clamp_min(torch.finfo(torch.float32).tiny)
+            inner = F.gelu(linear(self.fc1, torch.cat([hidden, context], dim=-1)))
+            return linear(self.fc2, inner).squeeze(-1)
+
+
+def linear(layer, hidden):
+    """`layer`, computed in float32 whatever dtype a user has cast the model to."""
+    return F.linear(hidden, layer.weight.float(), layer.bias.float())
+
+
+class GatedPass:
+    """One forward pass as the gate sees it.
+
+    Args:
+        is_real: [B, S] bool, no padding.
+        starts: [B, S] place in this pass at which each token's sequence starts, -1: before this pass.
+        cached: [B, up to past, 2 D] sums after every token in the cache; `None`: no pass with the gate before.
+        past_length: number of tokens in the cache; default: those of `cached`. Tokens that the cache took in without
+            the gate (its adapter off, or not active) count for nothing.
+        rows: [B] bool, rows of the batch that the gate's adapter serves; `None`: all of them.
+
+    Attributes:
+        allowed: [B, S] bool, tokens that the gate may let through.
+        sums: [B, L, 2 D] float32, the state of the cache after this pass; `None` until the gate has run.
+    """
+
+    def __init__(self, is_real, starts, cached=None, past_length=None, rows=None):
+        self.is_real, self.starts, self.cached, self.sums = is_real, starts, cached, None
+        self.allowed = is_real if rows is None else is_real & rows.to(is_real.device).unsqueeze(1)
+        known = 0 if cached is None else cached.shape[1]
+        self.past_length = known if past_length is None else past_length
+        self.packed = bool((starts >= 0).any())
+
+    def add(self, terms):
+        """Sums [B, S, 2 D] of `terms` over each token's own sequence so far; padding and rows of other adapters add
+        nothing."""
+        terms = terms.masked_fill(~self.allowed.to(terms.device).unsqueeze(-1), 0)
+        starts = self.starts.to(terms.device).unsqueeze(-1)
+        sums = terms.cumsum(dim=1)
+        if self.packed:  # one sum is taken from another, which float32 is too coarse for
+            sums = terms.to(torch.float64).cumsum(dim=1)
+            before = F.pad(sums, (0, 0, 1, 0))[:, :-1]  # what came before each place
+            sums = (sums - before.gather(1, starts.clamp(min=0).expand_as(sums))).float()
+        if self.past_length:
+            cached = self.filled(sums)
+            sums = sums + cached[:, -1:].masked_fill(starts >= 0, 0)
+        self.sums = torch.cat([cached, sums.detach()], dim=1) if self.past_length else sums.detach()
+        return sums
+
+    def filled(self, sums):
+        """[B, past, 2 D]: the cache's sums, the last ones repeated (or zeros) where tokens came without the gate."""
+        cached = sums.new_zeros(len(sums), 0, sums.shape[-1]) if self.cached is None else self.cached.to(sums.device)
+        cached = cached[:, : self.past_length]
+        last = cached[:, -1:] if cached.shape[1] else sums.new_zeros(len(sums), 1, sums.shape[-1])
+        return torch.cat([cached, last.expand(-1, self.past_length - cached.shape[1], -1)], dim=1)

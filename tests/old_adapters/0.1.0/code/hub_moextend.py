@@ -1,0 +1,224 @@
+"""Publishing: which files of a folder make an adapter, and one commit of exactly these."""
+
+import importlib
+import re
+import tempfile
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import is_jinja_available, validate_repo_id
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+TOKENIZER = (  # files of a tokenizer
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+PUBLISHED = [  # patterns of the files that make a published adapter; the card's own pictures come beside them
+    "config.json",
+    "moextend_adapter*.safetensors",
+    "moextend_adapter*.safetensors.index.json",
+    "*_moextend.py",
+    "README.md",
+    "*processor_config.json",
+    *TOKENIZER,
+    "additional_chat_templates/*.jinja",
+]
+PICTURE = re.compile(r"!\[[^\]]*\]\(([^()/\\\s]+\.png)\)")  # in Markdown, one that lies beside the card
+
+FILLED = "<!-- Filled by moextend:"  # in a card that nobody has made their own
+
+PUSH_KWARGS = ("repo_id", "token", "private", "revision", "create_pr", "commit_message", "commit_description")
+PUSH_KWARGS += ("card", "report", "shift", "tags")
+IGNORED_KWARGS = (  # what transformers' own save_pretrained takes and an adapter has no use for
+    "state_dict",
+    "save_function",
+    "safe_serialization",
+    "variant",
+    "save_peft_format",
+    "save_original_format",
+)
+
+
+def check_save_kwargs(names):
+    """Refuses what `save_pretrained` does not know: a misspelled option would be lost without a word."""
+    unknown = sorted(set(names) - {*PUSH_KWARGS, *IGNORED_KWARGS})
+    if unknown:
+        raise TypeError(f"save_pretrained() got unexpected keyword arguments: {', '.join(unknown)}.")
+
+
+def hub_id(name):
+    """`name` if it can be a Hub id, None for nothing, a local folder or file, or anything the Hub would refuse."""
+    if not name or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def check_published(config, api=None):
+    """Refuses to publish an adapter whose base or encoder nobody else could find.
+
+    Args:
+        config: the adapter's `MoExtendConfig`.
+        api: an `HfApi` that is asked whether they are there; `None`: only their names are looked at.
+
+    Raises:
+        ValueError: one of them is a path on this machine, comes from no known place, or is not on the Hub.
+    """
+    roles = ["base_model"] + (["encoder"] if config.encoder_name_or_path or config.encoder_config else [])
+    for role in roles:
+        place, word = getattr(config, f"{role}_name_or_path"), role.removesuffix("_model")
+        if not place:
+            problem = "was given as a model, and the adapter does not say where it lies"
+        elif hub_id(place) is None:
+            problem = f"is {place!r}, a path on this machine"
+        elif api is not None and not api.repo_exists(place):
+            problem = f"is {place!r}, which is not on the Hub (or not to be seen with this token)"
+        else:
+            continue
+        raise ValueError(
+            f"The adapter can't be published yet: its {word} {problem}, so nobody else could load it. Publish the "
+            f"{word} first, then say where: model.config.{role}_name_or_path = 'owner/name' (examples/publish.py: "
+            f"--{word} owner/name). Saving to a folder works as it is."
+        )
+
+
+def published_files(folder):
+    """Names, relative to `folder` (a `Path`), of the files in it that make a published adapter: nothing pickled, no
+    checkpoint, no picture that the card does not show."""
+    found = {path for pattern in PUBLISHED for path in folder.glob(pattern) if path.is_file()}
+    names = {path.relative_to(folder).as_posix() for path in found}
+    if "README.md" in names:
+        shown = PICTURE.findall((folder / "README.md").read_text(encoding="utf-8"))
+        names |= {name for name in shown if (folder / name).is_file()}
+    return sorted(names)
+
+
+def push(model, repo_id, *, adapter_name=None, processor=None, adapter_dtype=None, max_shard_size="50GB", **kwargs):
+    """What `push_to_hub` does: saves the adapter to a temporary folder and uploads it as one commit.
+
+    Args:
+        processor: tokenizer or `MoExtendProcessor` that goes along.
+        adapter_name, adapter_dtype, max_shard_size: as in `save_pretrained`.
+        **kwargs: see `upload`.
+
+    Raises:
+        ValueError: the base or the encoder is not on the Hub.
+    """
+    adapter_name = model.named(adapter_name)
+    config = model.adapters[adapter_name].config
+    check_published(config)
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"adapter_dtype": adapter_dtype, "max_shard_size": max_shard_size}
+        model.save_pretrained(folder, adapter_name=adapter_name, **options)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        return upload(Path(folder), repo_id, config, **kwargs)
+
+
+def upload(
+    folder,
+    repo_id,
+    config,
+    *,
+    token=None,
+    private=None,
+    revision=None,
+    create_pr=False,
+    commit_message="Upload MoExtend adapter",
+    commit_description=None,
+    card=None,
+    report=None,
+    shift=None,
+    tags=None,
+):
+    """One commit of the adapter's files, and of nothing else that lies in `folder` (a `Path`).
+
+    Not huggingface_hub's `upload_folder`: where Xet is installed, that commits in parts, and a push that stops between
+    two of them would leave new code beside an old adapter. A push that fails here leaves the repository as it was.
+
+    Args:
+        config: the adapter's `MoExtendConfig`.
+        token, private, revision, create_pr, commit_message, commit_description: as in `HfApi.create_commit`; a branch
+            named by `revision` is made where there is none.
+        card: what `create_card` takes beside what the folder tells (`dict`).
+        report, shift, tags: see `publishing.folder_card`. README.md is filled if one of these four is given, and else
+            unless `written_by_hand`.
+
+    Returns:
+        `huggingface_hub.CommitInfo`.
+
+    Raises:
+        ValueError: base or encoder are not on the Hub.
+        ImportError: something was given for the card, and it can't be written.
+        HfHubHTTPError: the Hub refused; nothing was committed.
+    """
+    given = {name: value for name, value in (("report", report), ("shift", shift), ("tags", tags)) if value}
+    given |= card or {}
+    write = card_writer()
+    if given and write is None:
+        raise ImportError(
+            f"{', '.join(given)}: a model card needs the moextend package and jinja2: pip install 'moextend[train]'."
+        )
+    api = HfApi(token=token)
+    check_published(config, api)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    known = set(api.list_repo_files(repo_id, revision=revision))
+    if write is not None and (given or not written_by_hand(folder, known)):
+        license = {} if "license" in given else base_license(config, api)
+        write(folder, config, repo_id, **license, **given).save(folder / "README.md")
+    names = published_files(folder)
+    if config.encoder_config is not None and "processor_config.json" not in known.union(names):
+        logger.warning(
+            "No processor goes along, so AutoProcessor can't load it from there: push_to_hub(processor=...)."
+        )
+    stale = [name for name in sorted(known) if fnmatch(name, "moextend_adapter*") and name not in names]
+    operations = [CommitOperationDelete(path_in_repo=name) for name in stale]
+    operations += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names]
+    return api.create_commit(
+        repo_id,
+        operations,
+        commit_message=commit_message,
+        commit_description=commit_description,
+        revision=revision,
+        create_pr=create_pr,
+    )
+
+
+def written_by_hand(folder, known):
+    """Whether there is a card to leave alone: the folder's without the line `FILLED`, or else any in the repository
+    (`known`: its files), which may tell more than this folder can."""
+    own = folder / "README.md"
+    return FILLED not in own.read_text(encoding="utf-8") if own.exists() else "README.md" in known
+
+
+def base_license(config, api):
+    """The licence in the base's card, {entry: value}: new experts begin as copies of its experts. {} where none is."""
+    try:
+        data = api.model_info(config.base_model_name_or_path).card_data or {}
+    except HfHubHTTPError:  # gated, and not for this token
+        return {}
+    return {name: data.get(name) for name in ("license", "license_name", "license_link") if data.get(name)}
+
+
+def card_writer():
+    """`publishing.folder_card`, or `None` without the package or its template language: neither is shipped code."""
+    try:
+        return importlib.import_module(".publishing", __package__).folder_card if is_jinja_available() else None
+    except ImportError:
+        return None

@@ -1,0 +1,234 @@
+"""Layouts: in which form a base's weights and modules may come, and which forms are refused, each by its name.
+
+New experts are copies of rows of the base's experts and router, and they run because these two modules are called. A
+base whose experts or router are packed, sharded or passed over would load and answer, wrongly. docs/layouts.md tells
+what works and how it was checked.
+"""
+
+import copy
+import functools
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers import AutoConfig, PretrainedConfig
+from transformers.quantizers.auto import get_hf_quantizer
+
+from .adapter_moextend import DTensor, is_plain
+from .families_moextend import find_moe_layers
+
+QUANTISED_LINEAR = ("bitsandbytes", "torchao")  # quantise only nn.Linear, so experts and routers stay as they are
+DEQUANTISE = {
+    "mxfp4": "quantization_config=Mxfp4Config(dequantize=True)",
+    "fp8": "quantization_config=FineGrainedFP8Config(dequantize=True)",
+    "mxfp8": "quantization_config=FineGrainedFP8Config(dequantize=True)",
+    "compressed-tensors": "quantization_config=CompressedTensorsConfig(dequantize=True)",
+    "gguf": "quantization_config=GgufConfig(dequantize=True)",
+}
+DISTRIBUTED = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
+CONFIG_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+CONFIG_KWARGS += ("trust_remote_code", "code_revision")
+
+
+# ---------------------------------------------------------------- before a base is loaded
+
+
+def check_request(name_or_path, options):
+    """Refuses, from its config alone, a base whose layout can't be extended: before gigabytes are read.
+
+    Args:
+        name_or_path, options: what the base's `from_pretrained` will be given.
+
+    Raises:
+        ValueError: sharded over processes, or quantised in a way that reaches the experts.
+    """
+    given = [name for name in DISTRIBUTED if options.get(name) is not None]
+    if given:
+        raise ValueError(sharded_message(f"{', '.join(given)} was given"))
+    if options.get("gguf_file") is None:  # of a GGUF file only the loaded model tells whether it is still packed
+        quantiser = planned_quantiser(name_or_path, options)
+        if quantiser is not None and not (quantiser.pre_quantized and will_dequantise(quantiser.quantization_config)):
+            check_method(quantiser.quantization_config)
+
+
+def planned_quantiser(name_or_path, options):
+    """The `HfQuantizer` that transformers will load this base with, or `None`.
+
+    transformers decides by the machine: without a GPU it dequantises MXFP4 and FP8 checkpoints of its own accord.
+    """
+    config = options.get("config")
+    if not isinstance(config, PretrainedConfig):
+        hub = {name: options[name] for name in CONFIG_KWARGS if options.get(name) is not None}
+        config = AutoConfig.from_pretrained(name_or_path, **hub)
+    config, asked = copy.deepcopy(config), copy.deepcopy(options.get("quantization_config"))
+    if asked is None and quantisation_of(config) is None:
+        return None
+    return get_hf_quantizer(config, asked, options.get("device_map"), None, {})[0]
+
+
+def quantisation_of(config):
+    """The quantisation that a base's config names for it or for its language model, or `None`."""
+    configs = (config, config.get_text_config(decoder=True))
+    return next((one.quantization_config for one in configs if getattr(one, "quantization_config", None)), None)
+
+
+def will_dequantise(quantisation):
+    return bool(getattr(quantisation, "dequantize", False))
+
+
+def check_method(quantisation):
+    """Refuses every quantisation but those of linear layers alone that were tried."""
+    method = str(getattr(quantisation.quant_method, "value", quantisation.quant_method))
+    if method in QUANTISED_LINEAR:
+        return
+    advice = DEQUANTISE.get(method)
+    advice = f"Load it with {advice}, " if advice else "Load the checkpoint that it was quantised from, "
+    if will_dequantise(quantisation):  # the checkpoint is not quantised, and would be now
+        advice = "Leave out quantization_config, "
+    raise ValueError(
+        f"The base is quantised with {method!r}, and new experts can't be copied from packed experts. Allowed: no "
+        f"quantisation, or that of linear layers alone by {' or '.join(QUANTISED_LINEAR)}. {advice}in bfloat16 where "
+        "memory is short."
+    )
+
+
+# ---------------------------------------------------------------- a loaded base
+
+
+def check_layout(base):
+    """Refuses a loaded base that is sharded over processes, or quantised in a way that reaches the experts.
+
+    Raises:
+        ValueError: names the layout and says how to load the base instead.
+    """
+    if any(getattr(module, "_is_expert_parallel", False) for module in base.modules()):
+        raise ValueError(sharded_message("the base's experts are spread over processes (expert parallel)"))
+    sharded = next((name for name, p in base.named_parameters() if isinstance(p, DTensor)), None)
+    if sharded is not None:
+        raise ValueError(sharded_message(f"the base's {sharded} is sharded over processes (tp_plan or FSDP)"))
+    if getattr(base, "is_quantized", False):  # set by transformers' quantisers, and only by them
+        check_method(quantisation_of(base.config))
+
+
+def check_layer(index, layer):
+    """Refuses to extend a `MoELayer` that is kernelised, sharded, or whose experts or router aren't plain numbers.
+
+    Raises:
+        ValueError: names the module and tensor; says how to load the base instead.
+    """
+    if not runs_own_forward(layer.block):
+        raise ValueError(replaced_message(index, layer.block))
+    for module in (layer.router, layer.experts):
+        if bound_forward(module) is not None and "moextend" not in module._modules:  # it outlives the swapped class
+            raise ValueError(replaced_message(index, module))
+        for name, tensor in module.named_parameters():
+            if isinstance(tensor, DTensor):
+                raise ValueError(sharded_message(f"{name} of layer {index} is sharded over processes"))
+            if not is_plain(tensor):
+                kind = tensor.dtype if type(tensor) is nn.Parameter else f"{type(tensor).__name__}, {tensor.dtype}"
+                raise ValueError(
+                    f"{type(module).__name__}.{name} in layer {index} of the base is quantised ({kind}): new experts "
+                    "and router rows are copied from plain float32, bfloat16 or float16 tensors. Load the base "
+                    "dequantised, or leave experts and routers out of its quantisation "
+                    "(BitsAndBytesConfig(llm_int8_skip_modules=[...]), TorchAoConfig(modules_to_not_convert=[...]))."
+                )
+
+
+def sharded_message(found):
+    return (
+        f"A base can't be extended where its tensors are spread over processes: {found}. New experts are copied from "
+        "whole experts. Load the base without distributed_config, tp_plan or enable_expert_parallel; device_map "
+        "spreads it over the devices of one process, and FSDP2 shards the extended model for training."
+    )
+
+
+# ---------------------------------------------------------------- what runs in place of a module
+
+
+def check_pass(model):
+    """Refuses a pass in which new experts would take no part, or train on a wrong gradient.
+
+    Hub kernels (`use_kernels=True`, `kernelize`) and other patches put a function of their own before a module's
+    forward. They may come after the adapter, and nobody would notice; so every pass asks.
+
+    Raises:
+        ValueError: names layer, module and what runs there; or see `check_gradients`.
+    """
+    if not model.routing.enabled:
+        return
+    if torch.is_grad_enabled():
+        check_gradients(model)
+    if not any(adapter.config.extended_layers for adapter in model.adapters.values()):
+        return  # a projector alone: nothing depends on how the base's experts run
+    if "_moe_layers" not in model.__dict__:  # found once: it walks over every module
+        model.__dict__["_moe_layers"] = find_moe_layers(model.get_decoder())
+    for index, layer in model.__dict__["_moe_layers"].items():
+        if "moextend" in layer.experts._modules:
+            for module in (layer.block, layer.router, layer.experts):
+                if not runs_own_forward(module):
+                    raise ValueError(replaced_message(index, module))
+
+
+def runs_own_forward(module):
+    """Whether a call of `module` runs the forward of its class: directly, bound, or inside accelerate's hook."""
+    forward = bound_forward(module)
+    return forward is None or getattr(forward, "__func__", None) is type(module).forward
+
+
+def bound_forward(module):
+    """The forward that lies on the instance, before its class's; `None`: there is none but accelerate's hook."""
+    forward = module.__dict__.get("forward")
+    if not isinstance(forward, functools.partial):
+        return forward
+    inner = module.__dict__.get("_old_forward", forward)  # what accelerate's hook calls
+    return None if getattr(inner, "__func__", None) is type(module).forward else inner
+
+
+def replaced_message(layer, module):
+    forward = bound_forward(module)
+    found = getattr(forward, "__qualname__", type(forward).__name__)
+    return (
+        f"In layer {layer}, {found} lies before {type(module).__name__}.forward on the "
+        "instance (a hub kernel or another patch), so new experts would take no part. Load the base without "
+        "use_kernels, or with a kernel_config whose mapping leaves MoE blocks and routers out, e.g. "
+        "KernelConfig({'RMSNorm': ...}, inherit_mapping=False)."
+    )
+
+
+# ---------------------------------------------------------------- gradients through quantised layers
+
+
+def check_gradients(model):
+    """Refuses to train over a quantised base whose linear layers hand on no gradient, or a wrong one.
+
+    What a new expert learns depends on the layers above it. bitsandbytes' 4-bit layers on a CPU with AVX512-BF16
+    repack themselves at the first inference and have no backward after that; torchao's layers with quantised
+    activations never have one.
+
+    Raises:
+        ValueError: names the layer.
+    """
+    if quantisation_of(model.base.config) is None or model.__dict__.get("_gradients_pass"):
+        return
+    for name, linear in model.base.named_modules():
+        if isinstance(linear, nn.Linear) and not hands_on_gradients(linear):
+            raise ValueError(
+                f"{name} of the quantised base ({type(linear).__name__}, {type(linear.weight).__name__}) hands on no "
+                "gradient on this device, so what lies below it would train on a wrong one. For inference use "
+                "torch.no_grad(). To train, load the base with BitsAndBytesConfig(load_in_8bit=True), with "
+                "TorchAoConfig(Int8WeightOnlyConfig()), or unquantised."
+            )
+    model.__dict__["_gradients_pass"] = True
+
+
+def hands_on_gradients(linear):
+    """Whether a gradient passes a linear layer; where torchao's tensors decide about it, by asking the layer."""
+    if linear.weight.device.type == "cpu" and getattr(linear, "support_avx512bf16_for_cpu", False):
+        return False  # bitsandbytes, 4-bit
+    if not is_traceable_wrapper_subclass(linear.weight):
+        return True
+    with torch.enable_grad():
+        rows = torch.ones(
+            2, linear.in_features, dtype=linear.weight.dtype, device=linear.weight.device, requires_grad=True
+        )
+        return linear(rows).requires_grad

@@ -1,0 +1,326 @@
+"""Routing: how a token chooses among base experts and new experts.
+
+Letters: T tokens, E base experts, N new experts of a layer, K experts a token selects, H hidden size.
+
+A base router answers (logits [T, E], weights [T, K], index [T, K]). `route` extends that answer by N new rows and
+keeps the base's own answer, bit for bit, for every token that selects no new expert.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+WEIGHT_FLOOR = 1e-6  # p + MLP(p) may leave (0, 1]; below this floor a weight could flip sign or the sum could vanish
+TINY = 1e-20  # keeps a sum of sigmoid scores that underflowed from dividing by zero
+UNUSED = -1  # index of a slot that holds no expert: an exclusive token has only N < K of them to fill
+
+
+class Rule(NamedTuple):
+    """How a base's routers work: all that new experts need to know of them. Found by `families_moextend.find_rule`.
+
+    What a token gets of the experts it chose:
+        score: function in `SCORES` that makes scores of logits. With a correction bias (DeepSeek-V3, arXiv 2412.19437,
+            Eq. 16), score + bias decides which experts win; the weights are made from the score alone.
+        renormalise: whether the weights of the chosen experts are divided by their sum. A softmax over only the chosen
+            logits (granitemoe, gpt_oss) is the same function as softmax, then renormalise.
+        scale: factor on the weights (DeepSeek's `routed_scaling_factor`).
+        epsilon: added to the sum that renormalises (lfm2_moe: 1e-6); 0 where it is too small to matter.
+        floor: the least sum that renormalises (ernie4_5_moe's `moe_norm_min`).
+        jitter: of routers that weigh by SparseMixer (phimoe); `None` elsewhere.
+        shared: experts that every token uses and that the chosen ones share their sum with (inkling), see `sharing`.
+        corrected: what the correction bias is added to, `"score"` or `"logit"` (kolibri1).
+
+    How a row makes a logit:
+        inputs: function in `INPUTS` that makes what rows are multiplied with of the hidden state.
+        multiplier: factor on the logits (muse_spark).
+        softcap: logits are softcap * tanh(logits / softcap); 0: as they are (laguna).
+        answers: what the router returns first, `"logits"` or `"scores"` (gemma4).
+
+    Where a router keeps what there is one of for every expert; "": nowhere.
+        rows: parameter [E, H]; its bias, if any, is beside it.
+        correction: tensor [E], or `"argument:name"`: handed to the router, and kept in its block under that name.
+        expert_scale: factor [E] on an expert's weight after all else (gemma4).
+    """
+
+    score: str
+    renormalise: bool
+    scale: float = 1.0
+    epsilon: float = 0.0
+    floor: float = 0.0
+    jitter: float | None = None
+    shared: int = 0
+    corrected: str = "score"
+    inputs: str = "plain"
+    multiplier: float = 1.0
+    softcap: float = 0.0
+    answers: str = "logits"
+    rows: str = "weight"
+    correction: str = ""
+    expert_scale: str = ""
+
+
+SCORES = {
+    "softmax": lambda logits: logits.softmax(dim=-1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
+}
+
+INPUTS = {
+    "plain": lambda router, hidden: hidden,
+    "normed": lambda router, hidden: router.norm(hidden) * router.scale * router.scalar_root_size,
+}
+
+
+class RoutingRecord(NamedTuple):
+    """What one MoE layer decided in one forward pass.
+
+    logits [T, E + N] (base columns first), index [T, K] of the selected experts (`UNUSED` where a slot is empty),
+    scope [T] bool: tokens in the scope of at least one adapter (`None`: every token), num_base E, num_new N of all
+    adapters of the pass, margins: adapter name -> [T] routing margins of its gate, in the layer that decides for all.
+    """
+
+    logits: torch.Tensor
+    index: torch.Tensor
+    scope: torch.Tensor | None
+    num_base: int
+    num_new: int
+    margins: dict = {}
+
+    @property
+    def gate(self):
+        """[T] routing margins of the one gate that decides in this layer; `None` where there is none, or several."""
+        return next(iter(self.margins.values())) if len(self.margins) == 1 else None
+
+
+class Calibration(nn.Module):
+    """`w = p + MLP(p)`: gives back what new rows took from the old probabilities (paper, section 3.3; additive form).
+
+    fc1 [hidden, E + N], fc2 [E + N, hidden], no bias; fc2 starts at zero, so that w = p at first.
+    """
+
+    def __init__(self, num_experts, hidden_size, dtype=torch.float32, device=None):
+        super().__init__()
+        self.fc1 = nn.Linear(num_experts, hidden_size, bias=False, dtype=dtype, device=device)
+        self.fc2 = nn.Linear(hidden_size, num_experts, bias=False, dtype=dtype, device=device)
+
+    def forward(self, scores):
+        """[T, E + N] -> [T, E + N], positive."""
+        hidden = F.gelu(self.fc1(scores.to(self.fc1.weight.dtype)))
+        return (scores + self.fc2(hidden)).clamp_min(WEIGHT_FLOOR)
+
+
+def cap(logits, rule):
+    """Logits of plain products rows @ input: what the family makes of them before scoring."""
+    logits = logits * rule.multiplier
+    return torch.tanh(logits / rule.softcap) * rule.softcap if rule.softcap else logits
+
+
+def choice_keys(logits, rule, correction=None):
+    """[T, E] -> [T, E]: whoever has the highest keys is chosen."""
+    keys = logits if rule.corrected == "logit" else SCORES[rule.score](logits)
+    return keys if correction is None else keys + correction
+
+
+def rule_weights(scores, index, rule):
+    """Weights [T, K] of the experts `index` [T, K], from scores (or calibrated scores) [T, E + N]."""
+    weights = scores.gather(-1, index)
+    if rule.renormalise:
+        total = weights.sum(dim=-1, keepdim=True).clamp_min(max(rule.floor, TINY))
+        weights = weights / (total + rule.epsilon)
+    return weights * rule.scale
+
+
+def sharing(rule, base_logits, base_answer):
+    """`rule` for the tokens of an answer whose chosen experts share their sum with shared experts (inkling).
+
+    The answer is (logits, weights w [T, K], index, weights g [T, S] of the shared experts): w_i = c s_i / D and
+    g_j = c s_j / D with D = sum of all those scores s. So c = sum w + sum g, and the shared experts' part of D is
+    sum s_i * sum g / sum w: to other experts that are chosen it is an epsilon, and c their scale; [T, 1] each.
+    """
+    _, weights, index, shared = base_answer
+    chosen = SCORES[rule.score](base_logits.float()).gather(-1, index).sum(dim=-1, keepdim=True)
+    total, rest = weights.float().sum(dim=-1, keepdim=True), shared.float().sum(dim=-1, keepdim=True)
+    return rule._replace(epsilon=chosen * rest / total.clamp_min(TINY), scale=total + rest)
+
+
+def left_to_shared(base_answer, weights):
+    """Weights [T, S] of the shared experts where chosen ones now weigh `weights` [T, K]: the sum of all stays."""
+    _, base_weights, _, shared = base_answer
+    same = (weights == base_weights).all(dim=-1, keepdim=True)
+    rest = shared.float().sum(dim=-1, keepdim=True)
+    now = rest + base_weights.float().sum(dim=-1, keepdim=True) - weights.float().sum(dim=-1, keepdim=True)
+    return torch.where(same, shared, (shared.float() * now / rest.clamp_min(TINY)).to(shared.dtype))
+
+
+def sparsemixer(logits, index, jitter):
+    """Weights [T, K] by SparseMixer (arXiv 2409.12136) as in evaluation, without its sampling.
+
+    The k-th expert weighs its softmax among those not chosen before it that come near the best of them: not further
+    below than 2 * jitter of the larger of the two.
+    """
+    weights, left = [], logits
+    for chosen in index.split(1, dim=-1):
+        best = left.amax(dim=-1, keepdim=True)
+        far = (best - logits) / torch.maximum(logits.abs(), best) > 2 * jitter
+        weights.append(left.masked_fill(far, -torch.inf).softmax(dim=-1).gather(-1, chosen))
+        left = left.scatter(-1, chosen, -torch.inf)
+    return torch.cat(weights, dim=-1)
+
+
+def route(
+    base_answer,
+    new_logits,
+    rule,
+    *,
+    selection,
+    calibrate,
+    calibration=None,
+    correction=None,
+    scope=None,
+    expert_scale=None,
+    sizes=(),
+):
+    """Extends a base router's answer by the new rows of one adapter, or of several that share tokens.
+
+    Candidates are the base's own K winners and the N new experts: whatever limited the base's choice (groups,
+    correction bias) stays in force, and the top K of these are the top K of all. New rows stand outside the base's
+    groups: a copy of an expert whose group a token did not choose can still win.
+
+    With several adapters each row is a candidate for the tokens in its own adapter's scope. Once it is clear of which
+    adapters a token selects an expert, its weights are made as if no others were there.
+
+    Args:
+        base_answer: (logits [T, E], weights [T, K], index [T, K]) as the base's router gives them.
+        new_logits: [T, N].
+        selection: `"compete"` or `"exclusive"`.
+        calibrate: `"all"`, `"routed"` or `"none"`; several adapters take only the last.
+        calibration: a `Calibration`, unless `calibrate` is `"none"`.
+        correction: [E + N] correction bias of the families that have one.
+        scope: [T] bool, tokens that may use new experts; `None` for every token. With several adapters a list.
+        expert_scale: [E + N] factor on an expert's weight, in the families that have one.
+        sizes: with several adapters, how many of the N rows belong to each, in order.
+
+    Returns:
+        (logits [T, E + N], weights [T, K], index [T, K]); new experts are E ... E + N - 1.
+    """
+    base_logits, base_weights, base_index = base_answer
+    logits = torch.cat([base_logits.to(new_logits.dtype), new_logits], dim=-1)
+    choose, closed = exclusive if selection == "exclusive" else compete, None
+    if len(sizes) > 1:
+        every = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        scopes = torch.stack([every if one is None else one for one in scope], dim=-1)  # [T, adapters]
+        owner = torch.arange(len(sizes), device=logits.device).repeat_interleave(torch.tensor(sizes).to(logits.device))
+        _, index = choose(logits, base_answer, rule, None, correction, None, ~scopes[:, owner])
+        closed, scope = ~selected_owners(index, base_logits.shape[-1], owner)[:, owner], scopes.any(dim=-1)
+    weights, index = choose(logits, base_answer, rule, calibration, correction, expert_scale, closed)
+    # A token is changed where it selects a new expert; calibration="all" reweights every token in scope.
+    changed = (index >= base_logits.shape[-1]).any(dim=-1)
+    if calibrate == "all":
+        changed = torch.ones_like(changed)
+    if scope is not None:
+        changed = changed & scope
+    changed = changed.unsqueeze(-1)
+    weights = torch.where(changed, weights.to(base_weights.dtype), base_weights)
+    return logits, weights, torch.where(changed, index, base_index)
+
+
+def selected_owners(index, num_base, owner):
+    """[T, adapters] bool: of which adapters a token's `index` [T, K] holds an expert; owner [N]: whose each row is."""
+    num_adapters = int(owner[-1]) + 1
+    owners = torch.where(index >= num_base, owner[(index - num_base).clamp(min=0)], num_adapters)
+    hits = torch.zeros(len(index), num_adapters + 1, dtype=torch.bool, device=index.device)
+    return hits.scatter(-1, owners, True)[:, :num_adapters]
+
+
+def shut(tensor, closed, value):
+    """`tensor` [T, E + N] with `value` in the new columns that are `closed` [T, N] to a token; `None`: none is."""
+    if closed is None:
+        return tensor
+    return tensor.masked_fill(F.pad(closed, (tensor.shape[-1] - closed.shape[-1], 0)), value)
+
+
+def compete(logits, base_answer, rule, calibration, correction, expert_scale, closed=None):
+    """The paper's selection (Eq. 7-10): old and new rows share one top-k. Returns weights and index, [T, K] each."""
+    base_logits, _, base_index = base_answer
+    logits = shut(logits, closed, torch.finfo(logits.dtype).min)
+    keys = shut(choice_keys(logits, rule, correction), closed, -torch.inf)
+    new_index = torch.arange(base_logits.shape[-1], logits.shape[-1], device=logits.device)
+    candidates = torch.cat([base_index, new_index.expand(len(logits), -1)], dim=-1)  # [T, K + N]
+    best = keys.gather(-1, candidates).topk(base_index.shape[-1], dim=-1).indices
+    index = candidates.gather(-1, best)
+    return weigh(logits, index, rule, calibration, expert_scale), index
+
+
+def weigh(logits, index, rule, calibration=None, expert_scale=None):
+    """Weights [T, K] that the rule gives the experts `index` [T, K], from logits [T, E + N]."""
+    if rule.jitter is not None:
+        return sparsemixer(logits, index, rule.jitter)
+    scores = SCORES[rule.score](logits)
+    weights = rule_weights(scores if calibration is None else calibration(scores), index, rule)
+    return weights if expert_scale is None else weights * expert_scale[index]
+
+
+def exclusive(logits, base_answer, rule, calibration, correction, expert_scale, closed=None):
+    """New experts only: the best min(K, N), their weights sharing what the base's own weights sum to.
+
+    Families differ in that sum (some do not renormalise, some scale, some have a scale for every expert, which
+    therefore counts through the base's sum and not again). Slots past min(K, N) stay `UNUSED`.
+    """
+    base_logits, base_weights, base_index = base_answer
+    num_base, num_slots = base_logits.shape[-1], base_index.shape[-1]
+    new_logits = shut(logits[:, num_base:], closed, torch.finfo(logits.dtype).min)
+    keys = shut(
+        choice_keys(new_logits, rule, None if correction is None else correction[num_base:]), closed, -torch.inf
+    )
+    best = keys.topk(min(num_slots, new_logits.shape[-1]), dim=-1)
+    weights = rule_weights(SCORES[rule.score](new_logits), best.indices, Rule(rule.score, renormalise=True))
+    weights = weights * base_weights.float().sum(dim=-1, keepdim=True)
+    chosen = torch.where(best.values == -torch.inf, UNUSED, best.indices + num_base)
+    empty = num_slots - chosen.shape[-1]
+    return F.pad(weights, (0, empty)), F.pad(chosen, (0, empty), value=UNUSED)
+
+
+def balance_loss(records, rule, selection, attention_mask=None):
+    """Load-balancing loss: mean over MoE layers of E_l * sum_i f_i * P_i (Switch Transformer, 2101.03961, Eq. 4).
+
+    f_i is the share of all selections that fell on expert i, P_i its mean score; 1 when perfectly even. Layers may
+    have different widths. With exclusive selection, tokens in scope count over the new experts only.
+
+    Args:
+        records: layer index -> `RoutingRecord`.
+        attention_mask: [B, S], 0 for padding; `None` where nothing is padded.
+
+    Returns:
+        scalar, 0 where no token counts.
+    """
+    return torch.stack([layer_balance(record, rule, selection, attention_mask) for record in records.values()]).mean()
+
+
+def layer_balance(record, rule, selection, attention_mask):
+    """E_l * sum_i f_i * P_i of one layer, over the tokens that count; groups of experts weighted by their tokens."""
+    logits = record.logits.float()
+    real = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    if attention_mask is not None:
+        real = attention_mask.reshape(-1).to(logits.device).bool()
+    if selection == "compete" or record.num_new == 0:
+        return group_balance(logits, record.index, real, rule)
+    scope = torch.ones_like(real) if record.scope is None else record.scope
+    new = group_balance(logits[:, record.num_base :], record.index - record.num_base, real & scope, rule)
+    old = group_balance(logits[:, : record.num_base], record.index, real & ~scope, rule)
+    share = (real & scope).sum() / real.sum().clamp(min=1)
+    return share * new + (1 - share) * old
+
+
+def group_balance(logits, index, tokens, rule):
+    """E * sum_i f_i * P_i over `tokens` [T] and the E experts of `logits` [T, E]; any other `index` is no one's."""
+    num_experts = logits.shape[-1]
+    weight = tokens.to(logits.dtype)
+    scores = SCORES[rule.score](logits)
+    if rule.score != "softmax":
+        scores = scores / scores.sum(dim=-1, keepdim=True)  # DeepSeek-V3, Eq. 19: shares, so that layers compare
+    mean_score = (scores * weight.unsqueeze(-1)).sum(dim=0) / weight.sum().clamp(min=1)
+    picks = F.one_hot(torch.where((index >= 0) & (index < num_experts), index, num_experts), num_experts + 1)
+    counts = (picks.sum(dim=1)[:, :num_experts] * weight.unsqueeze(-1)).sum(dim=0)
+    return num_experts * (counts / counts.sum().clamp(min=1) * mean_score).sum()
