@@ -1,6 +1,6 @@
 """Writes adapters of this version, for the test that later versions load them: tests/test_old_adapters.py.
 
-    PYTHONPATH=. python tests/old_adapters/make.py        # from the root of the repository, once a version of the format
+    PYTHONPATH=. python tests/old_adapters/make.py        # from the root, once a version of the format
 
 Bases, encoder and adapters lie side by side in a folder named by the version, small and random: their configs name
 each other by relative paths. `code/` holds the files that this version ships with each of them; `logits.safetensors`
