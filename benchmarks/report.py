@@ -14,7 +14,7 @@ from statistics import mean, pstdev
 
 from runs import GROUPS, latest, read_runs, rise, spread, winner
 
-from modeling_moextend.figures import draw_frontier, new_figure
+from modeling_moextend.evaluation.figures import draw_frontier, new_figure
 
 COLUMNS = ("method", "rate", "seeds", "accuracy", *GROUPS, "captured", "seconds")
 

@@ -16,7 +16,7 @@ from tasks import TASKS, held_out_rows, messages, prepare, read
 from training import align, load_base, load_processing, train
 from transformers import logging
 
-from modeling_moextend.evaluation import answer, base_retention, compare_with_base, score
+from modeling_moextend.evaluation.compare import answer, base_retention, compare_with_base, score
 
 STACK = (
     "torch",

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path += [str(ROOT / "assets"), str(ROOT / "examples")]  # last: examples/evaluate.py is not the library evaluate
+sys.path += [str(ROOT / "assets"), str(ROOT / "examples")]
 
 import text_data  # noqa: E402
 

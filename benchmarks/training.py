@@ -17,7 +17,7 @@ from variants import VARIANTS
 
 from modeling_moextend import MoExtendForCausalLM, MoExtendSFTConfig, MoExtendSFTTrainer
 from modeling_moextend.processing_moextend import load_processor
-from modeling_moextend.stages import change_routing
+from modeling_moextend.training.stages import change_routing
 
 CACHE = ROOT / "outputs/benchmarks"
 ALIGN_STEPS, ALIGN_RATE = 100, 1e-3

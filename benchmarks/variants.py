@@ -6,9 +6,9 @@ A run is a process of its own, so nothing is changed back.
 import torch
 from torch import nn
 
-from modeling_moextend import gate_training
+from modeling_moextend.families_moextend import find_moe_layers
 from modeling_moextend.gate_moextend import TokenGate
-from modeling_moextend.layers_moextend import find_moe_layers
+from modeling_moextend.training import gate as gate_training
 
 RANK = 16
 

@@ -13,7 +13,7 @@ an option for the card is given.
 
 import argparse
 
-from modeling_moextend.publishing import publish_folder
+from modeling_moextend.publishing.folder import publish_folder
 
 CARD = ("license", "language", "datasets")
 
@@ -26,7 +26,7 @@ def main():
     parser.add_argument("--revision", help="branch to push to")
     parser.add_argument("--base", help="Hub id of the base, where the adapter names another place")
     parser.add_argument("--encoder", help="Hub id of the encoder, where the adapter names another place")
-    parser.add_argument("--report", help="report folder of evaluate.py: results, forgetting table and pictures")
+    parser.add_argument("--report", help="folder of evaluate_adapter.py: results, forgetting table and pictures")
     parser.add_argument("--shift", help="picture of the router shift; default: what stage extend left there")
     parser.add_argument("--license", help="of the adapter; default: the base's")
     parser.add_argument("--language", nargs="+", help="ISO 639 codes")

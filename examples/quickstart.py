@@ -27,9 +27,9 @@ from trl import TrlParser
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.adapter_moextend import base_tensors_hash
 from modeling_moextend.processing_moextend import MoExtendProcessor
-from modeling_moextend.publishing import folder_card, read_facts, write_facts
-from modeling_moextend.sft_config import MoExtendSFTConfig
-from modeling_moextend.stages import STAGES, StagesConfig, run_stages
+from modeling_moextend.publishing.folder import folder_card, read_facts, write_facts
+from modeling_moextend.training.config import MoExtendSFTConfig
+from modeling_moextend.training.stages import STAGES, StagesConfig, run_stages
 
 HERE = Path(__file__).resolve().parent
 EASY_VQA = Path("outputs/easy-vqa")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from trl import TrlParser
 
-from modeling_moextend.publishing import publish_folder
-from modeling_moextend.sft_config import MoExtendSFTConfig
-from modeling_moextend.stages import StagesConfig, run_stages
+from modeling_moextend.publishing.folder import publish_folder
+from modeling_moextend.training.config import MoExtendSFTConfig
+from modeling_moextend.training.stages import StagesConfig, run_stages
 
 
 def main():

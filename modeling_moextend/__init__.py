@@ -11,18 +11,18 @@ from .processing_moextend import MoExtendProcessor, load_processor
 __version__ = "0.1.0"
 
 LAZY = {  # these import trl, datasets or matplotlib, which the model itself does not need
-    "MoExtendSFTConfig": "sft_config",
-    "MoExtendSFTTrainer": "sft_trainer",
-    "RouterShift": "extender",
-    "measure_router_shift": "extender",
-    "load_llava": "llava",
-    "create_card": "card",
-    "compare_with_base": "evaluation",
-    "base_retention": "evaluation",
-    "threshold_curve": "evaluation",
-    "evaluate_adapter": "report",
-    "write_report": "report",
-    "ReportCallback": "report",
+    "MoExtendSFTConfig": "training.config",
+    "MoExtendSFTTrainer": "training.trainer",
+    "RouterShift": "extender.router_shift",
+    "measure_router_shift": "extender.router_probe",
+    "load_llava": "data.llava",
+    "create_card": "publishing.card",
+    "compare_with_base": "evaluation.compare",
+    "base_retention": "evaluation.compare",
+    "threshold_curve": "evaluation.compare",
+    "evaluate_adapter": "evaluation.report",
+    "write_report": "evaluation.report",
+    "ReportCallback": "evaluation.report",
 }
 
 __all__ = ["MoExtendConfig", "MoExtendForCausalLM", "MoExtendModel", "MoExtendProcessor", "load_processor", *LAZY]

@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.utils import cached_file
 
 from .entries_moextend import FINGERPRINT_SIZE, short
+from .families_moextend import materialised
 from .folder_moextend import all_or_nothing, locked
-from .layers_moextend import materialised
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
@@ -196,10 +196,15 @@ def laid_out(tensor, like):
 # ---------------------------------------------------------------- writing
 
 
+def shipped_code():
+    """Paths of the files that go with every adapter."""
+    return sorted(Path(__file__).parent.glob("*_moextend.py"))
+
+
 def write_folder(folder, tensors, config, max_shard_size="50GB"):
     """Writes a whole adapter folder, that is the shipped code, config.json and the adapter: see `write_adapter`."""
     with all_or_nothing(folder) as put:
-        for source in Path(__file__).parent.glob("*_moextend.py"):
+        for source in shipped_code():
             target = Path(folder) / source.name
             if not target.exists() or not source.samefile(target):
                 put(source.name, lambda path, source=source: shutil.copyfile(source, path))

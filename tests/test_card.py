@@ -11,8 +11,8 @@ from conftest import PAPER
 from hub_server import card_problems
 from huggingface_hub import ModelCard
 
-from modeling_moextend import card as card_module
-from modeling_moextend.card import create_card, read_template
+from modeling_moextend.publishing import card as card_module
+from modeling_moextend.publishing.card import create_card, read_template
 
 VISION = {
     "base_model_name_or_path": "mistralai/Mixtral-8x7B-Instruct-v0.1",

@@ -30,8 +30,8 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from modeling_moextend import MoExtendForCausalLM
-from modeling_moextend.sft_checks import allow_missing_base, check_sharding
-from modeling_moextend.sft_trainer import MoExtendSFTTrainer
+from modeling_moextend.training.checks import allow_missing_base, check_sharding
+from modeling_moextend.training.trainer import MoExtendSFTTrainer
 
 CONFIGURATION = Path(__file__).resolve().parents[1] / "configuration" / "accelerate"
 STEPS = 4

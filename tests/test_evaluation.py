@@ -14,13 +14,12 @@ from torch.nn import functional as F
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from modeling_moextend import MoExtendForCausalLM, MoExtendProcessor
-from modeling_moextend.evaluation import (
+from modeling_moextend.data.files import read_documents, read_questions
+from modeling_moextend.evaluation.compare import (
     answer,
     base_retention,
     compare_with_base,
     expert_use,
-    read_documents,
-    read_questions,
     routing_of,
     score,
     threshold_curve,

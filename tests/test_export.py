@@ -20,13 +20,14 @@ from test_push_to_hub import BASE
 from test_push_to_hub import hub as hub
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from modeling_moextend import MoExtendConfig, MoExtendForCausalLM, export
-from modeling_moextend import native as native_module
+from modeling_moextend import MoExtendConfig, MoExtendForCausalLM
 from modeling_moextend.adapter_moextend import FILE, decode_fingerprint, fingerprint, read_adapter, write_adapter
-from modeling_moextend.checkpoints import Checkpoint, OnDisk, Unusable, reading_from, skeleton
-from modeling_moextend.export import merge
-from modeling_moextend.inspection import inspect_adapter
-from modeling_moextend.native import NUMBER
+from modeling_moextend.tools import merge as export
+from modeling_moextend.tools import native as native_module
+from modeling_moextend.tools.base_weights import Checkpoint, OnDisk, Unusable, reading_from, skeleton
+from modeling_moextend.tools.inspection import inspect_adapter
+from modeling_moextend.tools.merge import merge
+from modeling_moextend.tools.native import NUMBER
 
 NATIVE = {"scope": "all", "selection": "compete", "calibration": "none"}
 EVERY_LAYER = {layer: [1, 4] for layer in range(4)}
@@ -626,7 +627,7 @@ def test_merging_what_lies_on_the_hub(native, hub, tmp_path):
 MEASURE = """
 import sys
 from pathlib import Path
-from modeling_moextend.export import merge
+from modeling_moextend.tools.merge import merge
 from transformers import AutoModelForCausalLM, GraniteMoeForCausalLM, MixtralForCausalLM
 def memory(name):  # MiB; not resource.getrusage, whose peak a new process inherits from the one that started it
     status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
@@ -715,7 +716,7 @@ assert "modeling_moextend" not in sys.modules
 """
 INSPECT = """
 import sys
-from modeling_moextend import cli
+from modeling_moextend.cli import commands as cli
 sys.exit(cli.main(["inspect", sys.argv[1], "--revision", "v1", "--json"]))
 """
 

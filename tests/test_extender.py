@@ -24,15 +24,15 @@ from transformers import (
 )
 
 from modeling_moextend import MoExtendForCausalLM, MoExtendProcessor
-from modeling_moextend.extender import (
-    RouterShift,
+from modeling_moextend.extender.router_probe import (
     count_answer,
     decoder_of,
     measure_router_shift,
     probe_config,
     router_deltas,
 )
-from modeling_moextend.layers_moextend import find_moe_layers
+from modeling_moextend.extender.router_shift import RouterShift
+from modeling_moextend.families_moextend import find_moe_layers
 
 WORDS = ["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
 LAYERS, EXPERTS, TOP_K = 4, 4, 2

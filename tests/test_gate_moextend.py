@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from modeling_moextend import MoExtendConfig, MoExtendForCausalLM, MoExtendModel
 from modeling_moextend.adapter_moextend import FILE
+from modeling_moextend.families_moextend import find_moe_layers
 from modeling_moextend.gate_moextend import CLOSED, GatedPass, TokenGate
-from modeling_moextend.layers_moextend import find_moe_layers
 from modeling_moextend.scope_moextend import STATE, cached_state, remember
 
 PLAN = {1: [0, 3], 3: [2]}

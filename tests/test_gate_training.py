@@ -5,9 +5,9 @@ import torch
 from conftest import batch, make_base, make_encoder
 from test_gate_moextend import LOWEST, gated, listen, opened, random_gate, text
 
+from modeling_moextend.families_moextend import find_moe_layers
 from modeling_moextend.gate_moextend import TokenGate
-from modeling_moextend.gate_training import TOKENS_A_STEP, fit_gate, gate_inputs, run_gate, shared_prefix, some
-from modeling_moextend.layers_moextend import find_moe_layers
+from modeling_moextend.training.gate import TOKENS_A_STEP, fit_gate, gate_inputs, run_gate, shared_prefix, some
 
 SIZE = 6
 

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from modeling_moextend import MoExtendForCausalLM
-from modeling_moextend.layers_moextend import find_moe_layers, zero_tie
+from modeling_moextend.families_moextend import find_moe_layers
+from modeling_moextend.layers_moextend import zero_tie
 from modeling_moextend.routing_moextend import SCORES
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")

@@ -11,8 +11,8 @@ from PIL import Image
 from test_processing_moextend import build_processor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from modeling_moextend import llava
-from modeling_moextend.llava import load_llava, read_entries
+from modeling_moextend.data import llava
+from modeling_moextend.data.llava import load_llava, read_entries
 
 IMAGE = {"type": "image", "text": None}
 STREAMING = pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
@@ -196,7 +196,7 @@ def test_a_completion_takes_no_images(folder, streaming):
 def test_skipped_samples_are_counted_and_the_first_few_named(folder, streaming, caplog):
     bad = [entry(f"bad{i}", "gone.png") for i in range(7)]
     path = write(folder, [text_entry("one"), *bad, text_entry("two")])
-    with caplog.at_level(logging.WARNING, logger="modeling_moextend.llava"):
+    with caplog.at_level(logging.WARNING, logger="modeling_moextend.data.llava"):
         kept = [sample["id"] for sample in load_llava(path, streaming=streaming, on_error="skip")]
     assert kept == ["one", "two"]
     (report,) = caplog.messages

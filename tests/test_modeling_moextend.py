@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from modeling_moextend import MoExtendForCausalLM, MoExtendModel, switch_moextend
-from modeling_moextend.layers_moextend import find_moe_layers
+from modeling_moextend.families_moextend import find_moe_layers
 from modeling_moextend.routing_moextend import Rule, balance_loss
 from modeling_moextend.scope_moextend import sequence_starts
 

@@ -12,11 +12,11 @@ import torch
 from datasets import Dataset
 from test_evaluation import DOCUMENTS, PROMPTS, make_model, make_tokenizer
 
-from modeling_moextend import figures, report
-from modeling_moextend.card import create_card
-from modeling_moextend.report import ReportCallback, evaluate_adapter, read_point, write_report
-from modeling_moextend.sft_config import MoExtendSFTConfig
-from modeling_moextend.sft_trainer import MoExtendSFTTrainer
+from modeling_moextend.evaluation import figures, report
+from modeling_moextend.evaluation.report import ReportCallback, evaluate_adapter, read_point, write_report
+from modeling_moextend.publishing.card import create_card
+from modeling_moextend.training.config import MoExtendSFTConfig
+from modeling_moextend.training.trainer import MoExtendSFTTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTIONS = [{"prompt": prompt, "answer": "a", "images": []} for prompt in PROMPTS]
@@ -315,7 +315,7 @@ def test_the_script_writes_a_report_and_a_card(tmp_path, place):
     rows = [{"messages": [*row["prompt"], {"role": "assistant", "content": "a"}]} for row in QUESTIONS]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     write_report(tmp_path / "other", make_results(), title="another adapter")
-    command = [sys.executable, ROOT / "examples/evaluate.py", "--adapter", "law", "--base", "base"]
+    command = [sys.executable, ROOT / "examples/evaluate_adapter.py", "--adapter", "law", "--base", "base"]
     command += [
         "--text",
         "text.jsonl",

@@ -209,7 +209,7 @@ def pip(python, *arguments, cwd):
 def check_installed(python, cwd):
     """The package in `python` reads the same template as the one at the root; returns where it was imported from."""
     code = (
-        "from importlib.metadata import version; from modeling_moextend import card;"
+        "from importlib.metadata import version; from modeling_moextend.publishing import card;"
         "print(version('moextend')); print(card.__file__); print(card.read_template(), end='')"
     )
     version, place, template = run(python, "-c", code, cwd=cwd).split("\n", 2)
@@ -224,7 +224,7 @@ def test_wheel_holds_the_modules_and_the_template(source_tree, new_python, tmp_p
     (wheel,) = tmp_path.glob("moextend-*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {f"modeling_moextend/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.py")}
-    assert names == modules | {"modeling_moextend/model_card_template.md"}
+    assert names == modules | {"modeling_moextend/publishing/model_card_template.md"}
     assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
     pip(new_python, "install", "--ignore-installed", wheel, cwd=tmp_path)
     assert check_installed(new_python, cwd=tmp_path).is_relative_to(tmp_path / "venv")
@@ -246,7 +246,7 @@ def test_source_archive_builds_the_same_wheel(source_tree, tmp_path):
         assert all(member.isfile() or member.isdir() for member in tar.getmembers())
     pip(sys.executable, "wheel", archive, "-w", tmp_path, cwd=tmp_path)
     (wheel,) = tmp_path.glob("moextend-*.whl")
-    template = zipfile.ZipFile(wheel).read("modeling_moextend/model_card_template.md")
+    template = zipfile.ZipFile(wheel).read("modeling_moextend/publishing/model_card_template.md")
     assert template == (ROOT / "model_card_template.md").read_bytes()
 
 

@@ -13,8 +13,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
-from modeling_moextend import retention
-from modeling_moextend.retention import (
+from modeling_moextend.training import retention
+from modeling_moextend.training.retention import (
     batches,
     chat_start,
     closed_gate,

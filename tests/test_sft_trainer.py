@@ -15,11 +15,13 @@ from tokenizers.pre_tokenizers import Split
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig
 
-from modeling_moextend import MoExtendForCausalLM, MoExtendProcessor, gate_training
-from modeling_moextend.gate_training import GateReport
-from modeling_moextend.retention import last_hidden_states, prompt_distance
-from modeling_moextend.sft_config import MoExtendSFTConfig
-from modeling_moextend.sft_trainer import MaskImageLabels, MoExtendSFTTrainer, optimizer_bytes
+from modeling_moextend import MoExtendForCausalLM, MoExtendProcessor
+from modeling_moextend.data.collators import MaskImageLabels
+from modeling_moextend.training import gate as gate_training
+from modeling_moextend.training.config import MoExtendSFTConfig
+from modeling_moextend.training.gate import GateReport
+from modeling_moextend.training.retention import last_hidden_states, prompt_distance
+from modeling_moextend.training.trainer import MoExtendSFTTrainer, optimizer_bytes
 
 PLAN = {1: [0], 2: [3, 1]}  # layers 0 and 3 stay as they are: widths 6, 7, 8, 6
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz", "USER:", "ASSISTANT:"]
@@ -657,7 +659,7 @@ def test_asked_for_its_own_text_the_trainer_samples_without_a_word(tmp_path, cap
     trainer.train()
     assert "no retention_dataset" not in capsys.readouterr().out
     assert len(list((tmp_path / "cache").iterdir())) == 1
-    monkeypatch.setattr("modeling_moextend.retention.draw", None)  # the next run reads
+    monkeypatch.setattr("modeling_moextend.training.retention.draw", None)  # the next run reads
     again = gated_trainer(tmp_path, retention_dataset=None, retention="self", max_steps=1)
     again.train()
     assert_equal(tensors(again.model), tensors(trainer.model))
@@ -748,7 +750,7 @@ def test_the_retention_loss_keeps_prompts_nearer_to_the_base(tmp_path):
 
 
 def test_without_its_weight_there_is_no_retention_loss(tmp_path, monkeypatch):
-    monkeypatch.setattr("modeling_moextend.sft_trainer.prompt_distance", None)
+    monkeypatch.setattr("modeling_moextend.training.trainer.prompt_distance", None)
     model = shake(open_wide(make_model(**GATED)))
     trainer = gated_trainer(tmp_path, model, gate_steps=0, retention_weight=0.0)
     trainer.train()
@@ -862,8 +864,8 @@ def test_a_resumed_gated_run_has_its_gate_and_ends_as_the_run_that_never_stopped
 
     whole = start(tmp_path)
     whole.train()
-    monkeypatch.setattr("modeling_moextend.gate_training.fit_gate", None)
-    monkeypatch.setattr("modeling_moextend.retention.draw", None)
+    monkeypatch.setattr("modeling_moextend.training.gate.fit_gate", None)
+    monkeypatch.setattr("modeling_moextend.training.retention.draw", None)
     resumed = start(tmp_path)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     history = [[e for e in t.state.log_history if "loss" in e] for t in (whole, resumed)]

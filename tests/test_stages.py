@@ -14,9 +14,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from trl import TrlParser
 
 from modeling_moextend import MoExtendForCausalLM
-from modeling_moextend.sft_config import MoExtendSFTConfig
-from modeling_moextend.sft_trainer import MoExtendSFTTrainer
-from modeling_moextend.stages import StagesConfig, build_model, load_any, load_data, read_plan, run_stages
+from modeling_moextend.training.config import MoExtendSFTConfig
+from modeling_moextend.training.stages import StagesConfig, build_model, load_any, load_data, read_plan, run_stages
+from modeling_moextend.training.trainer import MoExtendSFTTrainer
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(ROOT.glob("configuration/recipes/*.yaml"))
@@ -286,7 +286,7 @@ def test_what_a_later_stage_would_refuse_is_refused_before_the_first_step(folder
 )
 def test_routing_without_meaning_is_refused_before_the_probe_of_a_text_only_run(folders, values, message, monkeypatch):
     write_text_data(folders)
-    monkeypatch.setattr("modeling_moextend.stages.extend", lambda *args: pytest.fail("the probe ran"))
+    monkeypatch.setattr("modeling_moextend.training.stages.extend", lambda *args: pytest.fail("the probe ran"))
     arguments = options(folders, **values, data=folders / "text.json", assistant_only_loss="false")
     with pytest.raises(ValueError, match=message):
         run_stages(*parse(*arguments, "--stages", "extend", "finetune"))

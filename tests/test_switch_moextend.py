@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from modeling_moextend import MoExtendForCausalLM, MoExtendModel
 from modeling_moextend.adapter_moextend import FILE, base_tensors_hash
-from modeling_moextend.layers_moextend import find_moe_layers
+from modeling_moextend.families_moextend import find_moe_layers
 from modeling_moextend.routing_moextend import Rule, choice_keys, route
 from modeling_moextend.scope_moextend import IMAGES, STATE, cached_state
 from modeling_moextend.state_moextend import meeting

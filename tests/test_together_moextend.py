@@ -11,10 +11,10 @@ from test_sft_trainer import WORDS, config, make_tokenizer
 
 from modeling_moextend import MoExtendConfig, MoExtendForCausalLM
 from modeling_moextend.adapter_moextend import FILE, base_tensors_hash
-from modeling_moextend.card import create_card
-from modeling_moextend.export import merge
-from modeling_moextend.layers_moextend import find_moe_layers
-from modeling_moextend.sft_trainer import MoExtendSFTTrainer
+from modeling_moextend.families_moextend import find_moe_layers
+from modeling_moextend.publishing.card import create_card
+from modeling_moextend.tools.merge import merge
+from modeling_moextend.training.trainer import MoExtendSFTTrainer
 
 PLAN = {1: [0, 3], 2: [2, 5]}
 GATED = {"scope": "gate", "selection": "exclusive", "calibration": "none", "gate_hidden_size": 16}

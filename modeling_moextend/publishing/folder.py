@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from .adapter_moextend import write_adapter
+from ..adapter_moextend import write_adapter
+from ..folder_moextend import write_text
+from ..hub_moextend import check_published, published_files, upload
+from ..tools.inspection import read_whole
 from .card import create_card
-from .folder_moextend import write_text
-from .hub_moextend import check_published, published_files, upload
-from .inspection import read_whole
 
 FACTS = "card.json"  # what a run leaves beside the adapter for its card: arguments of `create_card`
 SHIFT = "shift.png"
@@ -116,7 +116,7 @@ def read_report(report, folder):
         return {}
     path = Path(report, "report.json")
     if not path.exists():
-        raise ValueError(f"{report} is no report: report.json is not there. examples/evaluate.py writes one.")
+        raise ValueError(f"{report} is no report: report.json is not there. examples/evaluate_adapter.py writes one.")
     card = json.loads(path.read_text(encoding="utf-8"))["card"]
     for picture in card["figures"].values():
         copy_picture(path.parent / picture, folder / picture)

@@ -10,9 +10,9 @@ from huggingface_hub.errors import SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
-from .adapter_moextend import FILE, INDEX, check_format, check_tensors, find_files, read_adapter, tensor_bytes
-from .checkpoints import shard_names, unusable
-from .configuration_moextend import MoExtendConfig
+from ..adapter_moextend import FILE, INDEX, check_format, check_tensors, find_files, read_adapter, tensor_bytes
+from ..configuration_moextend import MoExtendConfig
+from .base_weights import shard_names, unusable
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 ROUTING = ("scope", "selection", "calibration")

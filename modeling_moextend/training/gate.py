@@ -15,8 +15,9 @@ from accelerate.utils import broadcast, broadcast_object_list
 from torch.nn import functional as F
 from tqdm.auto import tqdm, trange
 
-from .gate_moextend import GatedPass
-from .layers_moextend import find_moe_layers, input_device
+from ..families_moextend import find_moe_layers
+from ..gate_moextend import GatedPass
+from ..layers_moextend import input_device
 from .retention import FORWARD_KEYS, common_prefix, sample_retention
 
 TOKENS_A_STEP = 2048  # of the task, and as many of retention text

@@ -13,10 +13,10 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from .checkpoints import EXPERT, stored_parts
-from .families_moextend import CORRECTION, GROUPS, find_moe_layers
-from .folder_moextend import replace_file, write_text
-from .routing_moextend import Rule
+from ..families_moextend import CORRECTION, GROUPS, find_moe_layers
+from ..folder_moextend import replace_file, write_text
+from ..routing_moextend import Rule
+from .base_weights import EXPERT, stored_parts
 
 NUMBER = {  # family -> config entry with its number of experts; measured by tests/test_export.py
     "mixtral": "num_local_experts",

@@ -8,86 +8,14 @@ Any causal LM can be measured against another one (`base=`); a MoExtend model is
 """
 
 import contextlib
-import json
-import random
 import sys
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from .metrics import load_metric
+from ..metrics import load_metric
 
 CHUNK = 256  # tokens whose distributions over the vocabulary are compared at once, in float32
-
-
-# ---------------------------------------------------------------- files
-
-
-def read_documents(path):
-    """[{"domain", "text"}] of JSON lines; a document may hold "messages" (a chat) in place of "text".
-
-    Raises:
-        ValueError: names the line that holds neither, or no domain; an empty file.
-    """
-    documents = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            document = json.loads(line)
-            if not isinstance(document, dict) or "domain" not in document or not {"text", "messages"} & set(document):
-                raise ValueError(f'Line {number} of {path} must be {{"domain": ..., "text": ... or "messages": ...}}.')
-            documents.append(document)
-    if not documents:
-        raise ValueError(f"{path} holds no document.")
-    return documents
-
-
-def read_questions(path, image_folder=None, number=None):
-    """[{"prompt": messages, "answer": str, "images": [paths]}]: the last message is the answer, the others ask.
-
-    Args:
-        path: JSON or JSON lines, either with `messages` and, if need be, `images` (TRL's) or with `conversations` and
-            `image` (LLaVA's). With `messages`, `answers` may list what several people answered, for VQA accuracy.
-        image_folder: what image paths start from; default: the file's own folder.
-        number: a random sample of so many (seed 0); default: all.
-
-    Raises:
-        ValueError: an empty file; an entry whose last message is not the assistant's.
-    """
-    from .llava import load_llava, read_entries
-
-    rows, folder = [entry for _, entry in read_entries(path)], image_folder or Path(path).parent
-    if rows and "conversations" in rows[0]:
-        samples = load_llava(path, folder, prompt_completion=True).with_format(None)  # images stay files
-        rows = [{**sample, "messages": [*sample["prompt"], *sample["completion"]]} for sample in samples]
-        folder = ""  # is in the paths already
-    if not rows:
-        raise ValueError(f"{path} holds no question.")
-    questions = [question(place, row, path, folder) for place, row in enumerate(rows)]
-    return questions if number is None else random.Random(0).sample(questions, min(number, len(questions)))
-
-
-def question(place, row, path, folder):
-    """One row with `messages` as {"prompt", "answer", "images"} and, where it has them, "answers".
-
-    Raises:
-        ValueError: names the row.
-    """
-    messages = row.get("messages") or []
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError(
-            f"Entry {place} of {path} must hold `messages` that end with the assistant's, the reference answer, or "
-            "LLaVA's `conversations`."
-        )
-    images = [image if isinstance(image, str) else image["path"] for image in row.get("images") or []]
-    found = {"prompt": messages[:-1], "answer": as_text(messages[-1]["content"])}
-    found["images"] = [str(Path(folder, image)) for image in images]
-    return found | ({"answers": row["answers"]} if row.get("answers") else {})
-
-
-def as_text(content):
-    """A message's content as text, whether it is a string or a list of parts."""
-    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
 # ---------------------------------------------------------------- metrics

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 
-from .checkpoints import Unusable
-from .export import merge
-from .inspection import diff_adapters, inspect_adapter
-from .publishing import publish_folder
-from .verification import PROMPT, verify_adapter
+from ..publishing.folder import publish_folder
+from ..tools.base_weights import Unusable
+from ..tools.inspection import diff_adapters, inspect_adapter
+from ..tools.merge import merge
+from ..tools.verification import PROMPT, verify_adapter
 
 OK, PROBLEM, UNREADABLE = 0, 1, 2
 EXIT_CODES = """\
@@ -191,7 +191,7 @@ def push_command(args):
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder.")
     if args.report is not None and not Path(args.report, "report.json").is_file():
-        raise FileNotFoundError(f"{args.report}: no report there. examples/evaluate.py writes one.")
+        raise FileNotFoundError(f"{args.report}: no report there. examples/evaluate_adapter.py writes one.")
     options = {name: getattr(args, name) for name in ("base", "encoder", "report", "revision")}
     done = publish_folder(folder, args.repo_id, private=args.private or None, **options)
     return {"repo_id": args.repo_id, "commit": done.oid, "url": done.commit_url}
@@ -395,7 +395,7 @@ def build_parser():
     for part in ("base", "encoder"):
         text = f"Hub id of the {part}, where the adapter names another place"
         one.add_argument(f"--{part}", type=hub_name, metavar="ID", help=text)
-    one.add_argument("--report", metavar="FOLDER", help="of examples/evaluate.py: results and pictures for the card")
+    one.add_argument("--report", metavar="FOLDER", help="of evaluate_adapter.py: results and pictures for the card")
     return parser
 
 
@@ -427,7 +427,3 @@ def add_hub_options(parser):
     parser.add_argument("--revision", help="branch, tag or commit of the adapter's repository")
     parser.add_argument("--subfolder", help="of the adapter in its repository")
     parser.add_argument("--cache-dir", metavar="DIR", help="of downloads (default: the usual one)")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

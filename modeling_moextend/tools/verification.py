@@ -7,12 +7,12 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
-from .adapter_moextend import fingerprint, same_fingerprint
-from .checkpoints import Checkpoint, Unusable, unusable
+from ..adapter_moextend import fingerprint, same_fingerprint
+from ..loading_moextend import SHARED_HUB_KWARGS, auto_class_for, check_no_adapter, load_base, load_stored, place_of
+from ..modeling_moextend import MoExtendForCausalLM
+from ..vision_moextend import load_encoder
+from .base_weights import Checkpoint, Unusable, unusable
 from .inspection import read_whole
-from .loading_moextend import SHARED_HUB_KWARGS, auto_class_for, check_no_adapter, load_base, load_stored, place_of
-from .modeling_moextend import MoExtendForCausalLM
-from .vision_moextend import load_encoder
 
 PROMPT = "The"
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
-from .processing_moextend import IMAGE_TOKEN, to_rgb
+from ..processing_moextend import IMAGE_TOKEN, to_rgb
 
 logger = logging.getLogger(__name__)
 

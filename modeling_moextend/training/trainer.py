@@ -2,13 +2,10 @@
 
 import os
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, save_fsdp_optimizer
@@ -20,13 +17,12 @@ from transformers.utils import PushInProgress
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from .adapter_moextend import base_tensors_hash, reshard, stored_dtype
-from .folder_moextend import write_text
-from .gate_training import train_gate
-from .hub_moextend import check_published, upload
-from .publishing import folder_card, write_facts
-from .retention import last_hidden_states, prompt_distance
-from .sft_checks import (
+from ..adapter_moextend import base_tensors_hash, reshard, stored_dtype
+from ..data.collators import MaskImageLabels
+from ..folder_moextend import write_text
+from ..hub_moextend import check_published, upload
+from ..publishing.folder import folder_card, write_facts
+from .checks import (
     allow_missing_base,
     check_image_token,
     check_model,
@@ -37,7 +33,9 @@ from .sft_checks import (
     check_trained,
     default_processor,
 )
-from .sft_config import MoExtendSFTConfig
+from .config import MoExtendSFTConfig
+from .gate import train_gate
+from .retention import last_hidden_states, prompt_distance
 
 TRAINING_ARGS = "training_args.bin"
 SCHEDULER = "scheduler.pt"
@@ -58,32 +56,6 @@ CARD_SETTINGS = (
 )
 CARD_GATE = ("gate_steps", "retention_weight")  # of scope "gate" only
 CARD_LOGS = {"task_loss": "last task loss", "train_runtime": "seconds of training"}  # what the log calls them
-
-
-@dataclass
-class MaskImageLabels:
-    """A collator around another one: ids that stand for image features, or have no row in the head, are no labels.
-
-    Done here and not with the loss, because Trainer counts labels for its mean before the loss is computed.
-
-    Args:
-        collator: gives a batch with `input_ids` and `labels`, both [B, S].
-        image_token_id: `None` for a text-only model.
-        vocab_size: ids from here on are masked as well.
-    """
-
-    collator: Callable[[list[dict]], dict[str, Any]]
-    image_token_id: int | None
-    vocab_size: int
-
-    def __call__(self, examples):
-        batch = self.collator(examples)
-        labels = batch["labels"]
-        no_label = labels >= self.vocab_size
-        if self.image_token_id is not None:
-            no_label = no_label | (labels == self.image_token_id)
-        batch["labels"] = labels.masked_fill(no_label, -100)
-        return batch
 
 
 class MoExtendSFTTrainer(SFTTrainer):

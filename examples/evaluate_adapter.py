@@ -1,8 +1,8 @@
 """Writes a report on an adapter: what it learned, what its base lost. JSON, Markdown, pictures and a model card.
 
-    python examples/evaluate.py --adapter outputs/x --text assets/tiny-moe/held_out.jsonl --output report
-    python examples/evaluate.py --adapter outputs/x --text assets/tiny-moe/held_out.jsonl --questions new_task.jsonl \
-        --compare other/report another/report --output report
+    python examples/evaluate_adapter.py --adapter outputs/x --text assets/tiny-moe/held_out.jsonl --output report
+    python examples/evaluate_adapter.py --adapter outputs/x --text assets/tiny-moe/held_out.jsonl \
+        --questions new_task.jsonl --compare other/report another/report --output report
 
 --text holds what the base knew: JSON lines {"domain", "text"}, or "messages" in place of "text".
 --questions holds the new task: JSON (lines) with "messages", the last one being the reference answer, or LLaVA JSON.
@@ -10,22 +10,17 @@ With scope "gate" both are also measured over --thresholds of the gate; the adap
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoProcessor, AutoTokenizer
 
 from modeling_moextend import MoExtendForCausalLM, load_processor
-from modeling_moextend.card import create_card
-from modeling_moextend.evaluation import read_documents, read_questions
-from modeling_moextend.metrics import evaluate_library
-from modeling_moextend.report import evaluate_adapter, read_point, write_report
+from modeling_moextend.data.files import read_documents, read_questions
+from modeling_moextend.evaluation.report import evaluate_adapter, read_point, write_report
+from modeling_moextend.publishing.card import create_card
 
 THRESHOLDS = [-1.0, -0.5, 0.0, 0.5, 1.0]
-
-if __name__ == "evaluate":  # whoever says `import evaluate` beside this script means the library of that name
-    sys.modules["evaluate"] = evaluate_library()
 
 
 def parse():

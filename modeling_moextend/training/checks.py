@@ -4,9 +4,9 @@ from datasets import Dataset, IterableDataset
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from transformers.trainer_utils import HubStrategy
 
-from .layouts_moextend import check_gradients
-from .processing_moextend import load_processor
-from .sft_config import MoExtendSFTConfig
+from ..layouts_moextend import check_gradients
+from ..processing_moextend import load_processor
+from .config import MoExtendSFTConfig
 
 RETENTION_COLUMNS = ("messages", "conversations", "completion", "input_ids")
 

@@ -13,16 +13,14 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from .evaluation import (
+from ..data.files import as_text, read_documents, read_questions
+from .compare import (
     answer,
-    as_text,
     base_retention,
     check_gate,
     compare_with_base,
     expert_use,
     is_moextend,
-    read_documents,
-    read_questions,
     score,
     threshold_curve,
 )

@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 from transformers.utils import cached_file
 
-from .adapter_moextend import check_tensors, fingerprint, write_adapter
-from .checkpoints import Checkpoint, reading_from, skeleton, unusable
-from .folder_moextend import copy_file, write_text
-from .hub_moextend import TOKENIZER
+from ..adapter_moextend import check_tensors, fingerprint, shipped_code, write_adapter
+from ..folder_moextend import copy_file, write_text
+from ..hub_moextend import TOKENIZER
+from ..loading_moextend import SHARED_HUB_KWARGS, check_fingerprint, check_no_adapter, place_of
+from ..modeling_moextend import MoExtendForCausalLM
+from ..vision_moextend import load_encoder
+from .base_weights import Checkpoint, reading_from, skeleton, unusable
 from .inspection import read_whole
-from .loading_moextend import SHARED_HUB_KWARGS, check_fingerprint, check_no_adapter, place_of
-from .modeling_moextend import MoExtendForCausalLM
 from .native import check_native, write_native
-from .vision_moextend import load_encoder
 
 BASE, ENCODER = "base", "encoder"  # subfolders of a standalone checkpoint
 READER = (*TOKENIZER, "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -188,7 +188,7 @@ def write_standalone(folder, config, checkpoint, encoder, tensors, max_shard_siz
         if check_base:
             check_fingerprint("encoder", config.encoder_fingerprint, tower)
         config.encoder_fingerprint = fingerprint(tower)
-    for source in Path(__file__).parent.glob("*_moextend.py"):
+    for source in shipped_code():
         copy_file(source, folder / source.name)
     write_adapter(folder, tensors, config, max_shard_size)
     write_text(folder / "config.json", config.to_json_string(use_diff=False))

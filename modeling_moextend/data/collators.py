@@ -1,0 +1,31 @@
+"""Collators: what makes a batch of samples."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class MaskImageLabels:
+    """A collator around another one: ids that stand for image features, or have no row in the head, are no labels.
+
+    Done here and not with the loss, because Trainer counts labels for its mean before the loss is computed.
+
+    Args:
+        collator: gives a batch with `input_ids` and `labels`, both [B, S].
+        image_token_id: `None` for a text-only model.
+        vocab_size: ids from here on are masked as well.
+    """
+
+    collator: Callable[[list[dict]], dict[str, Any]]
+    image_token_id: int | None
+    vocab_size: int
+
+    def __call__(self, examples):
+        batch = self.collator(examples)
+        labels = batch["labels"]
+        no_label = labels >= self.vocab_size
+        if self.image_token_id is not None:
+            no_label = no_label | (labels == self.image_token_id)
+        batch["labels"] = labels.masked_fill(no_label, -100)
+        return batch

@@ -1,0 +1,6 @@
+"""Publishing an adapter: its card, the files that make it, and one commit of exactly these."""
+
+from .card import create_card
+from .folder import folder_card, publish_folder
+
+__all__ = ["create_card", "folder_card", "publish_folder"]
