@@ -13,7 +13,7 @@ an option for the card is given.
 
 import argparse
 
-from modeling_moextend.publishing.folder import publish_folder
+from modeling_moextend.publishing.hub import publish_folder
 
 CARD = ("license", "language", "datasets")
 

@@ -25,9 +25,9 @@ from transformers import AutoTokenizer, logging
 from trl import TrlParser
 
 from modeling_moextend import MoExtendForCausalLM
-from modeling_moextend.adapter_moextend import base_tensors_hash
 from modeling_moextend.processing_moextend import MoExtendProcessor
-from modeling_moextend.publishing.folder import folder_card, read_facts, write_facts
+from modeling_moextend.publishing.facts import folder_card, read_facts, write_facts
+from modeling_moextend.tools.hashes import base_tensors_hash
 from modeling_moextend.training.config import MoExtendSFTConfig
 from modeling_moextend.training.stages import STAGES, StagesConfig, run_stages
 

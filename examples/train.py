@@ -12,7 +12,7 @@ from pathlib import Path
 
 from trl import TrlParser
 
-from modeling_moextend.publishing.folder import publish_folder
+from modeling_moextend.publishing.hub import publish_folder
 from modeling_moextend.training.config import MoExtendSFTConfig
 from modeling_moextend.training.stages import StagesConfig, run_stages
 

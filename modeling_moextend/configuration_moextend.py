@@ -9,7 +9,7 @@ from operator import index
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .entries_moextend import nested_problems, problems_of, short
+from .validation_moextend import nested_problems, problems_of, short
 
 SCOPES = ("all", "modality", "gate")
 SELECTIONS = ("compete", "exclusive")
@@ -20,6 +20,14 @@ PLAIN_NAME = re.compile(r"\w[\w.-]*")  # of a folder: no dot in front, so neithe
 CHOICES = {"scope": SCOPES, "selection": SELECTIONS, "calibration": CALIBRATIONS}
 CHOICES["encoder_select_feature"] = SELECT_FEATURES
 MAX_INDEX = 2**31
+AUTO_MAP = {
+    "AutoConfig": "configuration_moextend.MoExtendConfig",
+    "AutoModel": "modeling_moextend.MoExtendModel",
+    "AutoModelForCausalLM": "modeling_moextend.MoExtendForCausalLM",
+    "AutoModelForImageTextToText": "modeling_moextend.MoExtendForCausalLM",
+    # No decision model: the only auto class that `transformers serve` asks for remote code (5.23).
+    "AutoModelForDecision": "modeling_moextend.MoExtendForCausalLM",
+}
 CALLERS = ("attn_implementation", "experts_implementation")  # what only a call says, never a file
 
 
@@ -163,7 +171,7 @@ class MoExtendConfig(PreTrainedConfig):
         """The whole config: an adapter must not depend on a later version's defaults."""
         return self.to_dict()
 
-    def published(self):
+    def published(self, with_code=True):
         """The config as it is saved: with the auto classes that load it, and without the place it was loaded from.
 
         What is saved is an adapter, which names its base; the base of a standalone checkpoint stays where it is.
@@ -172,14 +180,9 @@ class MoExtendConfig(PreTrainedConfig):
         config.name_or_path = ""
         config.base_subfolder = config.encoder_subfolder = None
         config.architectures = ["MoExtendForCausalLM"]
-        config.auto_map = {
-            "AutoConfig": "configuration_moextend.MoExtendConfig",
-            "AutoModel": "modeling_moextend.MoExtendModel",
-            "AutoModelForCausalLM": "modeling_moextend.MoExtendForCausalLM",
-            "AutoModelForImageTextToText": "modeling_moextend.MoExtendForCausalLM",
-            # No decision model: the only auto class that `transformers serve` asks for remote code (5.23).
-            "AutoModelForDecision": "modeling_moextend.MoExtendForCausalLM",
-        }
+        config.__dict__.pop("auto_map", None)
+        if with_code:
+            config.auto_map = dict(AUTO_MAP)
         return config
 
 

@@ -1,15 +1,14 @@
-"""Families: where a base keeps its MoE layers, and by which rule each of their routers works.
+"""Families: where a base keeps its MoE layers, and whether a router works by a given rule.
 
 Letters: T tokens, E base experts, K experts a token selects, H hidden size.
 
-No family has code or a row of its own here. A rule is found by asking: a float32 twin of the router with random rows
-answers random tokens, and what explains its answer is its rule. So a family of a newer transformers needs nothing here
-if it follows a known rule, and is refused, by name and with the reason, if it does not. See docs/families.md.
+A rule is checked by asking: a float32 twin of the router with random tensors answers random tokens, and the rule has
+to explain its answer. This needs no weights, and no checkpoint's values can fool it. A newer transformers that routes
+otherwise is noticed. See docs/families.md.
 """
 
 import contextlib
 import inspect
-import math
 import re
 from typing import NamedTuple
 
@@ -17,14 +16,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .routing_moextend import INPUTS, SCORES, Rule, cap, choice_keys, rule_weights, sparsemixer
+from .routing_moextend import (
+    INPUTS,
+    SCORES,
+    RouterOutput,
+    choice_keys,
+    expert_weights,
+    rule_with_shared_experts,
+    scale_logits,
+)
 
 EXPERTS_INTERFACE = ("_is_expert_parallel", "has_gate", "is_transposed", "down_proj")
 ROUTER_NAMES = ("gate", "router")
 GROUPS = ("num_group", "n_group")
 CORRECTION = "e_score_correction_bias"
-EXPERT_SCALE = "per_expert_scale"
-FLOOR, SOFTCAP, JITTER = "norm_min", "router_logit_softcapping", "router_jitter_noise"
 SHARED = "n_shared_experts"
 NUM_TOKENS = 16  # random tokens of each kind, see `random_tokens`
 COLD, FLAT, SHARP = 8.0, 0.05, 4.0
@@ -56,8 +61,8 @@ class MoELayer(NamedTuple):
 
 def family_of(module):
     """The family a module's class belongs to: its folder in transformers, or its file for code from elsewhere."""
-    place = type(module).__module__.split(".")
-    return place[2] if place[:2] == ["transformers", "models"] else place[-1].removeprefix("modeling_")
+    path = type(module).__module__.split(".")
+    return path[2] if path[:2] == ["transformers", "models"] else path[-1].removeprefix("modeling_")
 
 
 def is_torchs(module):
@@ -68,11 +73,6 @@ def is_torchs(module):
 def plain_class(module):
     """The class of `module`, without what extending it mixed in."""
     return vars(type(module)).get("moextend_base", type(module))
-
-
-def asked_for(router):
-    """The parameters of a router's forward after hidden states."""
-    return list(inspect.signature(plain_class(router).forward).parameters.values())[2:]
 
 
 # ---------------------------------------------------------------- finding layers
@@ -92,9 +92,9 @@ def find_moe_layers(decoder):
         experts = getattr(module, "experts", None)
         routers = [getattr(module, router, None) for router in ROUTER_NAMES]
         router = next((one for one in routers if isinstance(one, nn.Module) and not is_torchs(one)), None)
-        place = re.search(r"(?:^|\.)(\d+)\.", f"{path}.")
-        if place and router is not None and all(hasattr(experts, attribute) for attribute in EXPERTS_INTERFACE):
-            index = int(place.group(1))
+        number = re.search(r"(?:^|\.)(\d+)\.", f"{path}.")
+        if number and router is not None and all(hasattr(experts, attribute) for attribute in EXPERTS_INTERFACE):
+            index = int(number.group(1))
             if index in layers:
                 raise ValueError(
                     f"{name} ({family}) can't be extended: layer {index} has several MoE blocks, so it is not said "
@@ -115,7 +115,7 @@ def find_moe_layers(decoder):
 
 
 @contextlib.contextmanager
-def materialised(module):
+def onloaded(module):
     """Makes offloaded weights of `module` readable inside the `with` block, by its own accelerate hook."""
     hook = getattr(module, "_hf_hook", None)
     if hook is not None:
@@ -128,12 +128,40 @@ def materialised(module):
 
 
 def tensor_at(module, path):
-    """The tensor `path` ("weight", "wg.weight") of a module that is materialised itself; `None`: there is none."""
+    """The tensor `path` ("weight", "wg.weight") of a module that is onloaded itself; `None`: there is none."""
     owner, _, name = path.rpartition(".")
     owner = module.get_submodule(owner)
-    with contextlib.nullcontext() if owner is module else materialised(owner):
+    with contextlib.nullcontext() if owner is module else onloaded(owner):
         tensor = owner._parameters.get(name, owner._buffers.get(name))
     return None if tensor is None else tensor.detach()
+
+
+def bias_path(rule):
+    """Where the rows' bias is, if they have one."""
+    return rule.rows.removesuffix("weight") + "bias"
+
+
+def correction_of(layer, rule):
+    """The layer's correction bias [E], or `None`."""
+    if not rule.correction:
+        return None
+    kind, _, name = rule.correction.rpartition(":")
+    with onloaded(layer.block if kind else layer.router) as owner:
+        tensor = tensor_at(owner, name)
+    return None if tensor is None else tensor.reshape(-1)
+
+
+def num_groups(router):
+    """Groups of neighbouring experts that the router first chooses among."""
+    return next((router.__dict__[name] for name in GROUPS if router.__dict__.get(name)), 1)
+
+
+def call_router(router, tokens, *args, **kwargs):
+    """The router's answer for tokens [T, H]; some routers take them as [1, T, H] only."""
+    try:
+        return router.forward(tokens, *args, **kwargs)
+    except (ValueError, IndexError, RuntimeError):
+        return router.forward(tokens.unsqueeze(0), *args, **kwargs)
 
 
 def sibling(module, parameters, buffers=(), **attributes):
@@ -145,7 +173,7 @@ def sibling(module, parameters, buffers=(), **attributes):
     for name, child in module._modules.items():
         if name != "moextend":
             twin._modules[name] = child  # activations and the like: shared, they have no weights of their own
-    for name in {**module._parameters, **parameters}:  # not a set's order: optimiser states are told apart by place
+    for name in {**module._parameters, **parameters}:  # not a set's order: optimiser states go by it
         twin.register_parameter(name, nn.Parameter(parameters[name]) if name in parameters else None)
     for name, tensor in dict(buffers).items():
         twin.register_buffer(name, tensor)
@@ -157,7 +185,40 @@ def sibling(module, parameters, buffers=(), **attributes):
 
 
 class NoRule(Exception):
-    """Says why a router follows no known rule."""
+    """Says why a router does not work by a rule."""
+
+
+class Probe(NamedTuple):
+    """A float32 twin of a router, random tokens [T, H] and what it answers; its correction bias [E], if it has one."""
+
+    twin: nn.Module
+    tokens: torch.Tensor
+    output: RouterOutput
+    correction_bias: torch.Tensor | None
+
+
+def probe_router(layer, rows, correction, seed=0):
+    """The `Probe` of a layer's router; what is random goes by `seed` and leaves the global random state alone.
+
+    Args:
+        rows, correction: as in `Rule`.
+
+    Raises:
+        NoRule: it depends on more than hidden states, or does not answer like a router.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    in_group = layer.num_experts // num_groups(layer.router)
+    widened = {"top_k": 2} if layer.router.__dict__.get("top_k") == 1 and in_group > 1 else {}
+    with torch.device("cpu"), torch.no_grad():
+        twin = random_twin(layer.router, generator, **widened).eval()  # renormalised, K = 1 always weighs 1
+        weight = twin.get_parameter(rows)
+        tokens = random_tokens(weight, generator)
+        bias = torch.randn(layer.num_experts, generator=generator) / 2 if correction else None
+        args = (bias,) if ":" in correction else ()
+        if correction and not args:
+            tensor = tensor_at(twin, correction)
+            tensor.copy_(bias.reshape(tensor.shape))
+        return Probe(twin, tokens, checked_answer(twin, layer, tokens, args, len(weight) > layer.num_experts), bias)
 
 
 def random_twin(module, generator, **attributes):
@@ -179,98 +240,85 @@ def random_twin(module, generator, **attributes):
     return twin
 
 
-def rows_of(router, num_experts):
-    """The path of the router's rows: its only parameter [E, H], or [E + S, H] with S shared experts."""
-    lengths = num_experts, num_experts + router.__dict__.get(SHARED, 0)
-    paths = [name for name, p in router.named_parameters() if p.dim() == 2 and len(p) in lengths]
-    paths = [path for path in paths if "moextend" not in path.split(".") and CORRECTION not in path]
-    if len(paths) != 1:
-        raise NoRule(f"it has {len(paths)} parameters with a row for each expert, not one ({', '.join(paths)})")
-    return paths[0]
+def random_tokens(weight, generator):
+    """Tokens [T, H] whose logits are near zero, cold (all far below it), flat (nearly equal) and sharp, by turns.
+
+    What a rule does to small sums shows where scores are small: an epsilon with sigmoid scores of cold tokens, a floor
+    with softmax scores of flat ones. So that there are cold tokens, rows get a direction in common.
+    """
+    direction = F.normalize(torch.randn(weight.shape[-1], generator=generator), dim=0)
+    weight += direction
+    tokens = torch.randn(4, NUM_TOKENS, weight.shape[-1], generator=generator)
+    tokens[1] -= COLD * direction
+    tokens[2] *= FLAT
+    tokens[3] *= SHARP
+    return tokens.flatten(0, 1)
 
 
-def correction_at(layer):
-    """Where a layer keeps its correction bias, as in `Rule.correction`."""
-    router, num_experts, block = layer.router, layer.num_experts, layer.block
-    tensors = dict(router.named_parameters()) | dict(router.named_buffers())
-    for path, tensor in tensors.items():
-        if path.split(".")[-1] == CORRECTION and tensor.numel() == num_experts:
-            return path
-    for name in (parameter.name for parameter in asked_for(router)[:1]):
-        tensor = block._parameters.get(name, block._buffers.get(name))
-        if tensor is not None and tensor.numel() == num_experts:
-            return f"argument:{name}"
-    return ""
+def asked_for(router):
+    """The parameters of a router's forward after hidden states."""
+    return list(inspect.signature(plain_class(router).forward).parameters.values())[2:]
 
 
-def correction_of(layer, rule):
-    """The layer's correction bias [E], or `None`."""
-    if not rule.correction:
-        return None
-    kind, _, name = rule.correction.rpartition(":")
-    with materialised(layer.block if kind else layer.router) as owner:
-        return tensor_at(owner, name).reshape(-1)
-
-
-def given_to(layer, rule):
-    """What the layer's router is called with beside hidden states."""
-    return (correction_of(layer, rule),) if ":" in rule.correction else ()
-
-
-def bias_path(rule):
-    """Where the rows' bias is, if they have one."""
-    return rule.rows.removesuffix("weight") + "bias"
-
-
-def ask(router, tokens, *given, **named):
-    """The router's answer for tokens [T, H]; some routers take them as [1, T, H] only."""
+def goes_by(parameter, twin, tokens, args):
+    """Whether an answer depends on a further parameter of the router's forward. An optional one may lie idle in this
+    setting: then the answer is the same for an argument that nothing can be done with."""
+    if parameter.default is parameter.empty:
+        return True
     try:
-        return router.forward(tokens, *given, **named)
-    except (ValueError, IndexError, RuntimeError):
-        return router.forward(tokens.unsqueeze(0), *given, **named)
+        answers = call_router(twin, tokens, *args), call_router(twin, tokens, *args, **{parameter.name: object()})
+        return not all(torch.equal(*pair) for pair in zip(*answers, strict=True))
+    except Exception:  # whatever a family's code raises
+        return True
 
 
-# ---------------------------------------------------------------- finding a rule
+def checked_answer(twin, layer, tokens, args, shares):
+    """The twin's `RouterOutput` in float32; `shares`: with weights of shared experts."""
+    missing = [p.name for p in asked_for(layer.router)[len(args) :] if goes_by(p, twin, tokens, args)]
+    if missing:
+        raise NoRule(f"its choice also depends on {', '.join(missing)}, where a new row sees the hidden state alone")
+    try:
+        answer = call_router(twin, tokens, *args)
+    except Exception as error:
+        raise NoRule(f"asked for random tokens it fails ({type(error).__name__}: {error})") from error
+    parts = 4 if shares else 3
+    if not isinstance(answer, tuple) or len(answer) != parts or not all(torch.is_tensor(part) for part in answer):
+        raise NoRule("it does not answer (logits, weights, index)")
+    logits, weights, index, *rest = answer
+    if logits.shape != (len(tokens), layer.num_experts) or weights.shape != index.shape or len(index) != len(tokens):
+        shapes = ", ".join(str(list(part.shape)) for part in answer)
+        raise NoRule(f"it answers shapes {shapes}, not [T, E], [T, K], [T, K]")
+    if not bool(((index >= 0) & (index < layer.num_experts)).all()):
+        raise NoRule(f"it answers indices that are none of its {layer.num_experts} experts")
+    return RouterOutput(logits.float(), weights.float(), index, *rest)
 
 
-def find_rule(index, layer):
-    """The routing rule of decoder layer `index`, by what its router really does.
+# ---------------------------------------------------------------- does a rule hold?
 
-    A twin with random rows answers, so this needs no weights (meta devices), neither reads nor moves the global random
-    state, and can't be fooled by a checkpoint's values.
+
+def check_routers(layers, indices, rule):
+    """Refuses layers (of those at `indices`) whose router works by another rule than `rule`, the adapter's.
+
+    Routers of one kind and setting are asked once.
 
     Raises:
-        ValueError: the router answers otherwise than any known rule; says which family and layer, and why.
+        ValueError: says which family and layer, and in what it differs.
     """
-    try:
-        with torch.device("cpu"), torch.no_grad():
-            rule, again = probe(layer, seed=0), probe(layer, seed=1)
-        if not same_rule(rule, again):
-            raise NoRule("numbers of its rule lie in a tensor of its own, so a new row would not go by them")
-        return rule
-    except NoRule as error:
-        raise ValueError(
-            f"Layer {index} of {family_of(layer.router)} can't be extended. {plain_class(layer.router).__name__} "
-            f"does not follow the router interface: {error}. See docs/families.md for the rules that are known."
-        ) from error
-
-
-def same_rule(one, other):
-    """Whether rules found with other random tensors are one; their numbers are fitted, so the last digits differ."""
-    return all(
-        math.isclose(*pair, rel_tol=1e-4) if all(isinstance(entry, float) for entry in pair) else pair[0] == pair[1]
-        for pair in zip(one, other, strict=True)
-    )
-
-
-def find_rules(layers, indices):
-    """The rule of each of the layers `indices`, as `find_rule`; routers of one kind and setting are asked once."""
-    seen = {}
+    seen = set()
     for index in indices:
-        kind = settings(layers[index].router), correction_at(layers[index])
-        if kind not in seen:
-            seen[kind] = find_rule(index, layers[index])
-        yield index, seen[kind]
+        layer, kind = layers[index], settings(layers[index].router)
+        if kind in seen:
+            continue
+        seen.add(kind)
+        try:
+            with torch.device("cpu"), torch.no_grad():
+                check_router(layer, rule)
+        except NoRule as error:
+            raise ValueError(
+                f"Layer {index} of {family_of(layer.router)} does not route by the rule of this adapter: "
+                f"{plain_class(layer.router).__name__} was asked, and {error}. The rule is {rule}. Leave this layer "
+                "out, or pass the base that the adapter was made on; a newer transformers may route otherwise."
+            ) from error
 
 
 def settings(module):
@@ -288,144 +336,42 @@ def settings(module):
     )
 
 
-def probe(layer, seed):
-    """The `Rule` of a layer's router, or `NoRule`; what is random goes by `seed`."""
-    generator = torch.Generator().manual_seed(seed)
-    rows, correction = rows_of(layer.router, layer.num_experts), correction_at(layer)
-    in_group = layer.num_experts // num_groups(layer.router)
-    widened = {"top_k": 2} if layer.router.__dict__.get("top_k") == 1 and in_group > 1 else {}
-    twin = random_twin(layer.router, generator, **widened).eval()  # renormalised, K = 1 always weighs 1: says nothing
-    weight = twin.get_parameter(rows)
-    tokens = random_tokens(weight, generator)
-    bias = torch.randn(layer.num_experts, generator=generator) / 2 if correction else None
-    given = (bias,) if ":" in correction else ()
-    if correction and not given:
-        tensor = tensor_at(twin, correction)
-        tensor.copy_(bias.reshape(tensor.shape))
-    scale = EXPERT_SCALE if EXPERT_SCALE in twin._parameters else ""
-    shared = len(weight) - layer.num_experts
-    known = Rule("softmax", True, shared=shared, rows=rows, correction=correction, expert_scale=scale)
-    answer = checked_answer(twin, layer, tokens, given, shared)
-    rule, logits = find_link(twin, tokens, answer[0], known)
-    return find_weights(twin, tokens, logits, answer, rule, bias)
-
-
-def random_tokens(weight, generator):
-    """Tokens [T, H] whose logits are near zero, cold (all far below it), flat (nearly equal) and sharp, by turns.
-
-    What a rule does to small sums shows where scores are small: an epsilon with sigmoid scores of cold tokens, a floor
-    with softmax scores of flat ones. So that there are cold tokens, rows get a direction in common.
-    """
-    direction = F.normalize(torch.randn(weight.shape[-1], generator=generator), dim=0)
-    weight += direction
-    tokens = torch.randn(4, NUM_TOKENS, weight.shape[-1], generator=generator)
-    tokens[1] -= COLD * direction
-    tokens[2] *= FLAT
-    tokens[3] *= SHARP
-    return tokens.flatten(0, 1)
-
-
-def goes_by(parameter, twin, tokens, given):
-    """Whether an answer depends on a further parameter of the router's forward. An optional one may lie idle in this
-    setting: then the answer is the same for an argument that nothing can be done with."""
-    if parameter.default is parameter.empty:
-        return True
+def check_router(layer, rule):
+    """Raises `NoRule` where a router's twin answers otherwise than `rule` says."""
     try:
-        answers = ask(twin, tokens, *given), ask(twin, tokens, *given, **{parameter.name: object()})
-        return not all(torch.equal(*pair) for pair in zip(*answers, strict=True))
-    except Exception:  # whatever a family's code raises
-        return True
+        if rule.correction and correction_of(layer, rule) is None:
+            raise NoRule(f"it has no {rule.correction}")
+        probe = probe_router(layer, rule.rows, rule.correction)
+        logits = twin_logits(probe, rule, layer.num_experts)
+        scale = tensor_at(probe.twin, rule.expert_scale) if rule.expert_scale else None
+    except AttributeError as error:  # a tensor that the rule names is not there
+        raise NoRule(f"it has not what the rule reads ({error})") from error
+    answered = logits if rule.answers == "logits" else SCORES[rule.score](logits)
+    if not close(answered, probe.output.router_logits):
+        raise NoRule("its logits are made otherwise")
+    keys = choice_keys(logits, rule, probe.correction_bias)
+    if not is_top_k(probe.output.top_k_index, keys, num_groups(layer.router)):
+        raise NoRule("it chooses otherwise")
+    weights = rule_weights_of(probe.output, logits, rule, scale)
+    if not (shares(probe, rule, logits) if rule.shared else close(weights, probe.output.top_k_weights)):
+        raise NoRule("its weights are made otherwise")
 
 
-def checked_answer(twin, layer, tokens, given, shared):
-    """The twin's (logits [T, E], weights [T, K], index [T, K], weights [T, S] of shared experts), or `NoRule`."""
-    missing = [p.name for p in asked_for(layer.router)[len(given) :] if goes_by(p, twin, tokens, given)]
-    if missing:
-        raise NoRule(f"its choice also depends on {', '.join(missing)}, where a new row sees the hidden state alone")
-    try:
-        answer = ask(twin, tokens, *given)
-    except Exception as error:
-        raise NoRule(f"asked for random tokens it fails ({type(error).__name__}: {error})") from error
-    parts = 4 if shared else 3
-    if not isinstance(answer, tuple) or len(answer) != parts or not all(torch.is_tensor(part) for part in answer):
-        raise NoRule("it does not answer (logits, weights, index)")
-    logits, weights, index, *rest = answer
-    if logits.shape != (len(tokens), layer.num_experts) or weights.shape != index.shape or len(index) != len(tokens):
-        shapes = ", ".join(str(list(part.shape)) for part in answer)
-        raise NoRule(f"it answers shapes {shapes}, not [T, E], [T, K], [T, K]")
-    if not bool(((index >= 0) & (index < layer.num_experts)).all()):
-        raise NoRule(f"it answers indices that are none of its {layer.num_experts} experts")
-    return logits.float(), weights.float(), index, *rest
+def twin_logits(probe, rule, num_experts):
+    """Logits [T, E] that the rule makes of a probe's tokens."""
+    rows, bias = probe.twin.get_parameter(rule.rows), tensor_at(probe.twin, bias_path(rule))
+    products = F.linear(INPUTS[rule.inputs](probe.twin, probe.tokens), rows, bias)[:, :num_experts]
+    return scale_logits(products, rule).detach()
 
 
-def find_link(twin, tokens, answered, known):
-    """How rows make what the router answers first: (`known` with that filled in, logits [T, E]), or `NoRule`."""
-    weight, bias = twin.get_parameter(known.rows), tensor_at(twin, bias_path(known))
-    for inputs, transform in INPUTS.items():
-        try:
-            products = F.linear(transform(twin, tokens), weight, bias)[:, : answered.shape[-1]]
-        except AttributeError:
-            continue  # this router has not what the transform needs
-        for answers in ("logits", *SCORES):
-            rule = known._replace(inputs=inputs, answers="logits" if answers == "logits" else "scores")
-            rule = rule._replace(softcap=float(twin.__dict__.get(SOFTCAP, 0.0)))
-            if answers == "logits" and not rule.softcap:
-                rule = rule._replace(multiplier=factor(products, answered))
-            logits = cap(products, rule)
-            if close(logits if answers == "logits" else SCORES[answers](logits), answered):
-                return rule, logits
-    raise NoRule("its logits are not weight @ hidden state (+ bias)")
-
-
-def find_weights(twin, tokens, logits, answer, rule, bias):
-    """`rule` with what makes choice and weights filled in, or `NoRule`."""
-    _, weights, index, *_ = answer
-    if rule.expert_scale:
-        weights = weights / twin.get_parameter(rule.expert_scale)[index]
-    chosen = False
-    for score in SCORES:
-        for corrected in ("score", "logit") if rule.correction else ("score",):
-            tried = rule._replace(score=score, corrected=corrected, floor=float(twin.__dict__.get(FLOOR, 0.0)))
-            if not is_top_k(index, choice_keys(logits, tried, bias), num_groups(twin)):
-                continue
-            chosen = True
-            if rule.shared and shares(twin, tokens, logits, answer, tried):
-                return tried
-            for renormalise in () if rule.shared else (True, False):
-                found = fitted(tried._replace(renormalise=renormalise), SCORES[score](logits), index, weights)
-                if close(rule_weights(SCORES[score](logits), index, found), weights):
-                    return found
-    jitter = twin.__dict__.get(JITTER)
-    if jitter is not None and close(sparsemixer(logits, index, jitter), weights):
-        return rule._replace(score="softmax", renormalise=False, jitter=jitter)
-    raise NoRule("its weights follow no known rule" if chosen else "it does not choose the top k of any known score")
-
-
-def shares(twin, tokens, logits, answer, rule):
+def shares(probe, rule, logits):
     """Whether chosen and shared experts share one sum: all weights over all scores are one number for all tokens."""
-    _, weights, index, shared = answer
-    rows = twin.get_parameter(rule.rows)[-rule.shared :]
-    scores = [SCORES[rule.score](part) for part in (logits, cap(F.linear(tokens, rows), rule))]
-    scores = torch.cat([scores[0].gather(-1, index), scores[1]], dim=-1)
+    rows = probe.twin.get_parameter(rule.rows)[-rule.shared :]
+    scores = [SCORES[rule.score](part) for part in (logits, scale_logits(F.linear(probe.tokens, rows), rule))]
+    scores = torch.cat([scores[0].gather(-1, probe.output.top_k_index), scores[1]], dim=-1)
     found = scores / scores.sum(dim=-1, keepdim=True)
-    answered = torch.cat([weights, shared], dim=-1)
+    answered = torch.cat([probe.output.top_k_weights, probe.output.shared], dim=-1)
     return close(found * factor(found, answered), answered)
-
-
-def fitted(rule, scores, index, weights):
-    """`rule` with the epsilon and scale that come nearest to the answered weights.
-
-    Per token, the ratio of the answered sum and that of `rule` is scale * sum / (sum + epsilon); its inverse is a
-    straight line over 1 / sum.
-    """
-    if rule.renormalise:
-        total = scores.gather(-1, index).double().sum(dim=-1)
-        ratio = rule_weights(scores, index, rule).double().sum(dim=-1) / weights.double().sum(dim=-1)
-        line = torch.stack([torch.ones_like(total), 1 / total], dim=-1)
-        one, slope = torch.linalg.lstsq(line, ratio.unsqueeze(-1)).solution.squeeze(-1).tolist()
-        if one and 1e-5 * total.min() < slope / one < 0.1 * total.max():  # between noise and not renormalised at all
-            rule = rule._replace(epsilon=float(f"{slope / one:.2g}"))
-    return rule._replace(scale=factor(rule_weights(scores, index, rule), weights))
 
 
 def factor(found, answered):
@@ -434,13 +380,14 @@ def factor(found, answered):
     return float(f"{((found * answered).sum() / found.square().sum()).item():.7g}")
 
 
+def rule_weights_of(output, logits, rule, expert_scale):
+    """Weights [T, K] that `rule` makes of a router's logits [T, E], for the experts that its output has chosen."""
+    made_by = rule_with_shared_experts(rule, logits, output) if rule.shared else rule
+    return expert_weights(logits, output.top_k_index, made_by, expert_scale=expert_scale)
+
+
 def close(found, answered):
-    return torch.allclose(found.float(), answered, rtol=1e-4, atol=1e-6 * answered.abs().amax().item())
-
-
-def num_groups(router):
-    """Groups of neighbouring experts that the router first chooses among."""
-    return next((router.__dict__[name] for name in GROUPS if router.__dict__.get(name)), 1)
+    return torch.allclose(found.float(), answered.float(), rtol=1e-4, atol=1e-6 * answered.abs().amax().item())
 
 
 def is_top_k(index, keys, groups, slack=1e-6):

@@ -1,6 +1,6 @@
 """The token gate of `scope="gate"`: which tokens look like the new task, judged from what came before them.
 
-Letters: B rows, S tokens of this pass, L tokens in the cache after it, T = B * S, H hidden size, D gate size.
+Letters: B batch items, S tokens of this pass, L tokens in the cache after it, T = B * S, H hidden size, D gate size.
 
 One gate serves all extended layers of its adapter. It reads the router input of the lowest one, which no new expert of
 that adapter has touched: what it sees is the base's own computation, so it can be trained once, on hidden states
@@ -57,7 +57,7 @@ def linear(layer, hidden):
 
 
 class GatedPass:
-    """One forward pass as the gate sees it.
+    """One forward pass as the gate of one adapter sees it: what it has to know, and what it finds.
 
     Args:
         is_real: [B, S] bool, no padding.
@@ -65,22 +65,32 @@ class GatedPass:
         cached: [B, up to past, 2 D] sums after every token in the cache; `None`: no pass with the gate before.
         past_length: number of tokens in the cache; default: those of `cached`. Tokens that the cache took in without
             the gate (its adapter off, or not active) count for nothing.
-        rows: [B] bool, rows of the batch that the gate's adapter serves; `None`: all of them.
+        items: [B] bool, items of the batch that the gate's adapter serves; `None`: all of them.
+        threshold: a token is let through when its margin is above it.
 
     Attributes:
         allowed: [B, S] bool, tokens that the gate may let through.
         sums: [B, L, 2 D] float32, the state of the cache after this pass; `None` until the gate has run.
+        in_scope: [T] bool, tokens let through; `None` until the gate has decided.
     """
 
-    def __init__(self, is_real, starts, cached=None, past_length=None, rows=None):
-        self.is_real, self.starts, self.cached, self.sums = is_real, starts, cached, None
-        self.allowed = is_real if rows is None else is_real & rows.to(is_real.device).unsqueeze(1)
+    def __init__(self, is_real, starts, cached=None, past_length=None, items=None, threshold=0.0):
+        self.is_real, self.starts, self.cached, self.threshold = is_real, starts, cached, threshold
+        self.allowed = is_real if items is None else is_real & items.to(is_real.device).unsqueeze(1)
         known = 0 if cached is None else cached.shape[1]
         self.past_length = known if past_length is None else past_length
         self.packed = bool((starts >= 0).any())
+        self.sums = self.in_scope = None
+
+    def decide(self, gate, hidden_states):
+        """Asks the gate about hidden states [T, H]; returns its margins [T]."""
+        margins = gate(hidden_states.reshape(*self.is_real.shape, -1), self)
+        in_scope = (margins > self.threshold) & self.allowed.to(margins.device)
+        self.in_scope = in_scope.detach().reshape(-1)
+        return margins.reshape(-1)
 
     def add(self, terms):
-        """Sums [B, S, 2 D] of `terms` over each token's own sequence so far; padding and rows of other adapters add
+        """Sums [B, S, 2 D] of `terms` over each token's own sequence so far; padding and items of other adapters add
         nothing."""
         terms = terms.masked_fill(~self.allowed.to(terms.device).unsqueeze(-1), 0)
         starts = self.starts.to(terms.device).unsqueeze(-1)

@@ -1,10 +1,12 @@
-"""Loading: base and encoder from their own checkpoints, and every check before anything is attached."""
+"""Loading base and encoder from their own checkpoints, or taking those that are given, and saying which they are."""
 
 import contextlib
 import copy
 from pathlib import Path
 
 from huggingface_hub import ResolvedRevision
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
@@ -14,27 +16,27 @@ from transformers import (
 )
 from transformers.utils.hub import resolve_revision
 
-from .adapter_moextend import fingerprint, same_fingerprint
+from .base_checks_moextend import (
+    check_causal_lm,
+    check_fingerprint,
+    check_layout,
+    check_not_extended,
+    check_plan,
+    check_request,
+    forget_other_rule,
+)
 from .configuration_moextend import check_routing_choices
-from .families_moextend import family_of, find_moe_layers, find_rule, find_rules, same_rule
+from .families_moextend import find_moe_layers
 from .layers_moextend import detach, input_device
-from .layouts_moextend import check_layer, check_layout, check_request
-from .routing_moextend import Rule
+from .tensors_moextend import fingerprint, same_fingerprint
 from .vision_moextend import load_encoder, vision_tower
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 SHARED_HUB_KWARGS = ("cache_dir", "local_files_only", "token")
-UNLOADED = ("_from_auto", "adapter_kwargs", "output_loading_info")
-HOW_TO_READ = (  # entries of the config without which the tensors of an adapter mean something else
-    "extended_layers",
-    "scope",
-    "selection",
-    "calibration",
-    "encoder_select_layer",
-    "encoder_select_feature",
-    "projector_hidden_act",
-)
 ENCODER_KWARGS = ("dtype", "use_safetensors", *SHARED_HUB_KWARGS)
+
+
+# ---------------------------------------------------------------- for a new adapter
 
 
 def load_new_parts(base, encoder, plan, auto_class, options):
@@ -44,6 +46,7 @@ def load_new_parts(base, encoder, plan, auto_class, options):
         ValueError: no causal LM, no MoE layers, a plan that does not fit, an encoder of another kind or one too many.
     """
     base = load_base(base, auto_class, **options) if not isinstance(base, PreTrainedModel) else base
+    check_not_extended(base)
     check_causal_lm(base, auto_class)
     check_layout(base)
     check_plan(find_moe_layers(base.get_decoder()), plan)
@@ -65,170 +68,6 @@ def load_new_encoder(encoder, base, options=None):
     return vision_tower(encoder).to(input_device(base))
 
 
-def load_stored_encoder(model, stored, encoder, check_base, home):
-    """The encoder of a stored adapter that is loaded beside others; one of theirs, where it is the same.
-
-    `home`: (folder or Hub id, keywords for the Hub) of the adapter: see `within`.
-
-    Raises:
-        OSError, ValueError: not found; of another kind; not the one the adapter was made on.
-    """
-    if stored.encoder_config is None:
-        return None
-    for adapter in model.adapters.values() if encoder is None and stored.encoder_fingerprint else ():
-        known = adapter.config.encoder_fingerprint
-        if adapter.encoder is not None and known and same_fingerprint(known, stored.encoder_fingerprint):
-            return adapter.encoder
-    if not isinstance(encoder, PreTrainedModel):
-        options = {key: home[1][key] for key in SHARED_HUB_KWARGS if key in home[1]}
-        encoder = load_stored("encoder", encoder, stored, load_encoder, home, dtype=model.base.dtype, **options)
-    encoder = vision_tower(encoder).to(input_device(model.base))
-    if check_base:
-        check_fingerprint("encoder", stored.encoder_fingerprint, encoder)
-    return encoder
-
-
-def stored_config(config_class, values, tensors):
-    """The config of a stored adapter: `values` of its header, checked against the sizes of its tensors.
-
-    Of the base's own config only the kind is read: the base that is loaded brings the rest (`load_parts`).
-
-    Raises:
-        ValueError: values that are not allowed, or many more new experts than the file has.
-    """
-    base_config = values.get("text_config")
-    if isinstance(base_config, dict):
-        base_config = {name: base_config[name] for name in ("model_type",) if name in base_config}
-    stored = config_class.from_dict({**values, "text_config": base_config})
-    rows = {}  # of the tensors that have one row an expert
-    for name, tensor in tensors.items():
-        part = name.split(".")
-        if part[0] == "layers" and part[2:3] in (["experts"], ["router"]) and tensor.dim():
-            rows[part[1]] = max(rows.get(part[1], 0), len(tensor))
-    asked, there = sum(map(len, stored.extended_layers.values())), sum(rows.values())
-    if asked > 2 * there + 16:  # what little is missing gets named later, beside the new experts of the model
-        raise ValueError(
-            f"The adapter does not fit itself; nothing was loaded: extended_layers names {asked} new experts, and the "
-            f"file has tensors of {there}."
-        )
-    return stored
-
-
-def load_parts(stored, base, encoder, auto_class, check_base, options, home=None):
-    """Base and encoder of a stored adapter, each loaded unless given as a model, and checked against it.
-
-    Args:
-        stored: the adapter's `MoExtendConfig`; gets the configs of base and encoder.
-        base, encoder: model, or where it lies; `None`: where `stored` says.
-        auto_class: `AutoModelForCausalLM` or `AutoModel`.
-        check_base: whether fingerprints must agree.
-        options: to the base's `from_pretrained`.
-        home: (folder or Hub id, keywords for the Hub) of the adapter: see `within`.
-
-    Raises:
-        OSError, ValueError: not found; incomplete; of another kind; not the ones the adapter was made on.
-    """
-    if stored.encoder_config is not None and not isinstance(encoder, PreTrainedModel):
-        chosen = {key: options[key] for key in ENCODER_KWARGS if key in options}
-        encoder = load_stored("encoder", encoder, stored, load_encoder, home, **chosen)
-    if not isinstance(base, PreTrainedModel):
-        auto_class = auto_class_for(stored.text_config, auto_class)
-        if base is None:  # a file names it: transformers' prompt would wait for somebody who never heard of it
-            options = {"trust_remote_code": False, **options}
-        base = load_stored("base", base, stored, load_base, home, auto_class=auto_class, **options)
-    check_not_extended(base)
-    check_layout(base)
-    stored.set_text_config(base.config)
-    if not check_base:
-        stored.routing_rule = None  # the base's own will be found
-    if encoder is not None:
-        encoder = vision_tower(encoder).to(input_device(base))
-        stored.encoder_config = copy.deepcopy(encoder.config)
-        check_routing_choices(stored)  # a hidden state that this encoder has
-        if stored.image_token_id is None:
-            raise ValueError("image_token_id=None must be an integer: the adapter has an encoder.")
-    for role, module in (("base", base.get_decoder()), ("encoder", encoder)):
-        if module is not None and check_base:
-            check_fingerprint(role, getattr(stored, f"{role}_fingerprint"), module)
-    check_plan(find_moe_layers(base.get_decoder()), stored.extended_layers)
-    return base, encoder
-
-
-def base_rule(layers, config):
-    """The routing `Rule` that the base's MoE layers go by; kept in `config`.
-
-    Layers that are to be extended must all follow it. Without any (stage align) it is that of the first layer that
-    follows a known rule.
-
-    Raises:
-        ValueError: no known rule, or another one than in the config of an adapter that was made before.
-    """
-    plan = config.extended_layers
-    found = find_rule(min(plan), layers[min(plan)]) if plan else first_rule(layers)
-    check_rule(layers, plan, found)
-    rule = agreed_rule(config, found)
-    config.routing_rule = rule._asdict()
-    return rule
-
-
-def agreed_rule(config, found):
-    """The rule of an adapter's `config`, which has to be `found`, the base's own.
-
-    Raises:
-        ValueError: names both.
-    """
-    rule = Rule(**{**found._asdict(), **(config.routing_rule or {})})  # older adapters store less
-    if not same_rule(rule, found):
-        raise ValueError(
-            f"The adapter was made on a base that routes by {rule}, but this one routes by {found}. Pass base=<the "
-            "right one>; check_base=False loads it all the same."
-        )
-    if rule.jitter is not None and config.calibration != "none":
-        raise ValueError(
-            f"calibration={config.calibration!r} has no meaning for a base that weighs its experts by SparseMixer: "
-            "it mends shares of a softmax over all of them. Use calibration='none'."
-        )
-    return rule
-
-
-def first_rule(layers):
-    """The rule of the first layer that follows a known one."""
-    errors = []
-    for index, layer in layers.items():
-        try:
-            return find_rule(index, layer)
-        except ValueError as error:
-            errors.append(error)
-    raise errors[0]
-
-
-def check_rule(layers, plan, rule):
-    """Refuses a plan with a layer whose router follows another rule than `rule`, or none that is known."""
-    for index, found in find_rules(layers, plan):
-        if not same_rule(found, rule):
-            raise ValueError(
-                f"Layer {index} of {family_of(layers[index].router)} routes by {found}, the other extended layers by "
-                f"{rule}: an adapter extends layers of one rule. Leave this layer out."
-            )
-
-
-@contextlib.contextmanager
-def undone_on_error(base, encoder):
-    """Leaves base and encoder as the caller gave them where the block, which attaches an adapter, fails."""
-    modules = [module for model in (base, encoder) if model is not None for module in model.modules()]
-    trained = [p for module in modules for p in module.parameters(recurse=False) if p.requires_grad]
-    modes = [module.training for module in modules]
-    try:
-        yield
-    except BaseException:
-        detach(base.get_decoder())
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
-        raise
-
-
 def identity(base, encoder):
     """The entries of a config that say which base and encoder these are."""
     known = {
@@ -244,21 +83,154 @@ def identity(base, encoder):
     return known
 
 
-def is_multimodal(config):
-    """Whether a base of this config has a language model inside a model that sees."""
-    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+# ---------------------------------------------------------------- for a stored adapter
 
 
-def auto_class_for(config, auto_class):
-    """The auto class of a base with a causal head: multimodal ones have one of their own."""
-    if auto_class is AutoModelForCausalLM and is_multimodal(config):
-        return AutoModelForImageTextToText
-    return auto_class
+def load_parts(stored, base, encoder, auto_class, check_base, options, location=None):
+    """Base and encoder of a stored adapter, each loaded unless given as a model, and checked against it.
+
+    Args:
+        stored: the adapter's `MoExtendConfig`; gets the configs of base and encoder.
+        base, encoder: model, or where it lies; `None`: where `stored` says.
+        auto_class: `AutoModelForCausalLM` or `AutoModel`.
+        check_base: whether fingerprints must agree.
+        options: to the base's `from_pretrained`.
+        location: (folder or Hub id, keywords for the Hub) of the adapter: see `within`.
+
+    Raises:
+        OSError, ValueError: not found; incomplete; of another kind; not the ones the adapter was made on.
+    """
+    if stored.encoder_config is not None and not isinstance(encoder, PreTrainedModel):
+        chosen = {key: options[key] for key in ENCODER_KWARGS if key in options}
+        encoder = load_stored("encoder", encoder, stored, load_encoder, location, **chosen)
+    if not isinstance(base, PreTrainedModel):
+        auto_class = auto_class_for(stored.text_config, auto_class)
+        if base is None:  # a file names it: transformers' prompt would wait for somebody who never heard of it
+            options = {"trust_remote_code": False, **options}
+        base = load_stored("base", base, stored, load_base, location, auto_class=auto_class, **options)
+    check_not_extended(base)
+    check_layout(base)
+    stored.set_text_config(base.config)
+    if encoder is not None:
+        encoder = vision_tower(encoder).to(input_device(base))
+        stored.encoder_config = copy.deepcopy(encoder.config)
+        check_routing_choices(stored)  # a hidden state that this encoder has
+        if stored.image_token_id is None:
+            raise ValueError("image_token_id=None must be an integer: the adapter has an encoder.")
+    for role, module in (("base", base.get_decoder()), ("encoder", encoder)):
+        recorded = getattr(stored, f"{role}_fingerprint")
+        if module is not None and check_base and recorded:
+            check_fingerprint(role, recorded, fingerprint(module))
+    layers = find_moe_layers(base.get_decoder())
+    check_plan(layers, stored.extended_layers)
+    if not check_base:
+        forget_other_rule(stored, layers)
+    return base, encoder
 
 
-def random_base(config, auto_class):
-    """A base with random weights."""
-    return auto_class_for(config, auto_class).from_config(config)
+def load_stored_encoder(model, stored, encoder, check_base, location):
+    """The encoder of a stored adapter that is loaded beside others; one of theirs, where it is the same.
+
+    `location`: (folder or Hub id, keywords for the Hub) of the adapter: see `within`.
+
+    Raises:
+        OSError, ValueError: not found; of another kind; not the one the adapter was made on.
+    """
+    if stored.encoder_config is None:
+        return None
+    for adapter in model.adapters.values() if encoder is None and stored.encoder_fingerprint else ():
+        known = adapter.config.encoder_fingerprint
+        if adapter.encoder is not None and known and same_fingerprint(known, stored.encoder_fingerprint):
+            return adapter.encoder
+    if not isinstance(encoder, PreTrainedModel):
+        options = {key: location[1][key] for key in SHARED_HUB_KWARGS if key in location[1]}
+        encoder = load_stored("encoder", encoder, stored, load_encoder, location, dtype=model.base.dtype, **options)
+    encoder = vision_tower(encoder).to(input_device(model.base))
+    if check_base and stored.encoder_fingerprint:
+        check_fingerprint("encoder", stored.encoder_fingerprint, fingerprint(encoder))
+    return encoder
+
+
+def load_stored(role, given, config, loader, location=None, **kwargs):
+    """Base or encoder, from where the call or else the adapter's config says; see `location_of`."""
+    path, inside = location_of(role, given, config, location)
+    if Path(path).exists() and not Path(path).is_dir():  # transformers would read any file as a config
+        raise ValueError(f"The adapter's {role} {str(path)!r} is a file: pass {role}=<folder or Hub id>.")
+    try:
+        return loader(path, **kwargs, **inside)
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(
+            f"The adapter's {role} {str(path)!r} can't be loaded: pass {role}=<folder or Hub id> if it lies "
+            "elsewhere, or use_safetensors=False if it has only pickled weights and you trust them. "
+            f"({error})"
+        ) from error
+
+
+def location_of(role, given, config, location=None):
+    """Where base or encoder lies: (folder or Hub id, keywords for the Hub).
+
+    Args:
+        role: "base" or "encoder".
+        given: what the user says, which wins.
+        config: the adapter's.
+        location: (folder or Hub id, keywords for the Hub) of the adapter, if parts of it may lie there: see `within`.
+
+    Raises:
+        ValueError: nobody says where.
+    """
+    if given is not None:
+        return given, {}
+    subfolder = getattr(config, f"{role}_subfolder")
+    if subfolder is not None and location is not None:
+        return within(*location, subfolder)
+    name, revision = config.encoder_name_or_path, None
+    if role == "base":
+        name, revision = config.base_model_name_or_path, config.base_model_revision
+    if name is None:
+        raise ValueError(f"The adapter does not say where its {role} lies: pass {role}=<folder or Hub id>.")
+    return name, {"revision": revision} if revision else {}
+
+
+def within(name_or_path, hub_kwargs, subfolder):
+    """Where a subfolder of an adapter's own folder or repository lies: (folder or Hub id, keywords for the Hub).
+
+    Raises:
+        ValueError: a link that leads out of the folder.
+    """
+    below = "/".join(filter(None, (hub_kwargs.get("subfolder"), subfolder)))
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return name_or_path, {"subfolder": below, "revision": hub_kwargs.get("revision")}
+    if not (folder / below).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{folder / below} is a link that leads out of {folder}. Nothing was loaded.")
+    return str(folder / below), {}
+
+
+def check_folder(folder, config):
+    """Refuses to write over the config.json of a base or encoder."""
+    for role in ("base_model", "encoder"):
+        place = getattr(config, f"{role}_name_or_path")
+        if place is not None and Path(place).is_dir() and folder.resolve() == Path(place).resolve():
+            raise ValueError(
+                f"{folder} is the folder of the adapter's {role.split('_')[0]}: save the adapter elsewhere."
+            )
+    if config.base_subfolder and (folder / config.base_subfolder).is_dir():
+        raise ValueError(f"{folder} is a standalone checkpoint with a base of its own: save the adapter elsewhere.")
+
+
+def hub_id(name):
+    """`name` if it can be a Hub id, None for nothing, a local folder or file, or anything the Hub would refuse."""
+    if not name or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+# ---------------------------------------------------------------- bases
 
 
 def load_base(name_or_path, auto_class, **kwargs):
@@ -303,144 +275,35 @@ def check_no_adapter(name_or_path, options):
         raise ValueError(f"base={str(name_or_path)!r} is extended already: it is an adapter. Pass base=<its base>.")
 
 
-def load_stored(role, given, config, loader, home=None, **kwargs):
-    """Base or encoder, from where the call or else the adapter's config says; see `place_of`."""
-    path, inside = place_of(role, given, config, home)
-    if Path(path).exists() and not Path(path).is_dir():  # transformers would read any file as a config
-        raise ValueError(f"The adapter's {role} {str(path)!r} is a file: pass {role}=<folder or Hub id>.")
+def is_multimodal(config):
+    """Whether a base of this config has a language model inside a model that sees."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def auto_class_for(config, auto_class):
+    """The auto class of a base with a causal head: multimodal ones have one of their own."""
+    if auto_class is AutoModelForCausalLM and is_multimodal(config):
+        return AutoModelForImageTextToText
+    return auto_class
+
+
+def random_base(config, auto_class):
+    """A base with random weights."""
+    return auto_class_for(config, auto_class).from_config(config)
+
+
+@contextlib.contextmanager
+def undone_on_error(base, encoder):
+    """Leaves base and encoder as the caller gave them where the block, which attaches an adapter, fails."""
+    modules = [module for model in (base, encoder) if model is not None for module in model.modules()]
+    trained = [p for module in modules for p in module.parameters(recurse=False) if p.requires_grad]
+    modes = [module.training for module in modules]
     try:
-        return loader(path, **kwargs, **inside)
-    except (OSError, ValueError) as error:
-        kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(
-            f"The adapter's {role} {str(path)!r} can't be loaded: pass {role}=<folder or Hub id> if it lies "
-            "elsewhere, or use_safetensors=False if it has only pickled weights and you trust them. "
-            f"({error})"
-        ) from error
-
-
-def place_of(role, given, config, home=None):
-    """Where base or encoder lies: (folder or Hub id, keywords for the Hub).
-
-    Args:
-        role: "base" or "encoder".
-        given: what the user says, which wins.
-        config: the adapter's.
-        home: (folder or Hub id, keywords for the Hub) of the adapter, if parts of it may lie there: see `within`.
-
-    Raises:
-        ValueError: nobody says where.
-    """
-    if given is not None:
-        return given, {}
-    subfolder = getattr(config, f"{role}_subfolder")
-    if subfolder is not None and home is not None:
-        return within(*home, subfolder)
-    name, revision = config.encoder_name_or_path, None
-    if role == "base":
-        name, revision = config.base_model_name_or_path, config.base_model_revision
-    if name is None:
-        raise ValueError(f"The adapter does not say where its {role} lies: pass {role}=<folder or Hub id>.")
-    return name, {"revision": revision} if revision else {}
-
-
-def within(name_or_path, hub_kwargs, subfolder):
-    """Where a subfolder of an adapter's own folder or repository lies: (folder or Hub id, keywords for the Hub).
-
-    Raises:
-        ValueError: a link that leads out of the folder.
-    """
-    below = "/".join(filter(None, (hub_kwargs.get("subfolder"), subfolder)))
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        return name_or_path, {"subfolder": below, "revision": hub_kwargs.get("revision")}
-    if not (folder / below).resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{folder / below} is a link that leads out of {folder}. Nothing was loaded.")
-    return str(folder / below), {}
-
-
-def check_causal_lm(base, auto_class):
-    """Refuses what is no causal LM, or extended already."""
-    name = type(base).__name__
-    check_not_extended(base)
-    if auto_class is AutoModelForCausalLM and (
-        base.config.is_encoder_decoder or base.get_output_embeddings() is None or not base.can_generate()
-    ):
-        raise ValueError(
-            f"{name} is no causal LM (it has no language-model head of its own): pass the ...ForCausalLM."
-        )
-
-
-def check_not_extended(base):
-    """Refuses a base that carries an adapter: one attached twice would answer for both."""
-    if base.config.model_type == "moextend" or any(hasattr(module, "moextend") for module in base.modules()):
-        raise ValueError(
-            f"{type(base).__name__} is extended already: use model.extend(plan), or pass what model.detach() returns."
-        )
-
-
-def check_plan(layers, plan):
-    """Refuses layers that are no MoE layers or in a layout that can't be extended, and source experts out of range.
-
-    Raises:
-        ValueError: says which layers and experts there are.
-    """
-    wrong = sorted(plan.keys() - layers.keys())
-    if wrong:
-        raise ValueError(f"Layers {wrong} are not MoE layers of this base; its MoE layers are {sorted(layers)}.")
-    for layer, sources in plan.items():
-        check_layer(layer, layers[layer])
-        bad = [source for source in sources if not 0 <= source < layers[layer].num_experts]
-        if bad:
-            raise ValueError(
-                f"Source experts {bad} of layer {layer} are out of range: "
-                f"it has experts 0 to {layers[layer].num_experts - 1}."
-            )
-
-
-def check_folder(folder, config):
-    """Refuses to write over the config.json of a base or encoder."""
-    for role in ("base_model", "encoder"):
-        place = getattr(config, f"{role}_name_or_path")
-        if place is not None and Path(place).is_dir() and folder.resolve() == Path(place).resolve():
-            raise ValueError(
-                f"{folder} is the folder of the adapter's {role.split('_')[0]}: save the adapter elsewhere."
-            )
-    if config.base_subfolder and (folder / config.base_subfolder).is_dir():
-        raise ValueError(f"{folder} is a standalone checkpoint with a base of its own: save the adapter elsewhere.")
-
-
-def check_same_kind(config, other, name, check_base):
-    """Refuses an adapter, with config `other`, that is no other state of the one that `config` describes.
-
-    Raises:
-        ValueError: one message with every difference.
-    """
-    problems = [
-        f"{entry}: the adapter's {getattr(other, entry)!r}, the model's {getattr(config, entry)!r}"
-        for entry in HOW_TO_READ
-        if getattr(other, entry) != getattr(config, entry)
-    ]
-    below = [[entry["fingerprint"] for entry in owner.trained_on] for owner in (other, config)]
-    if len(below[0]) != len(below[1]) or not all(
-        None in pair or same_fingerprint(*pair) for pair in zip(*below, strict=True)
-    ):
-        names = [[entry["name"] for entry in owner.trained_on] for owner in (other, config)]
-        problems.append(f"trained_on: the adapter stands on {names[0]}, the model's on {names[1]} as they are now")
-    for role in ("base", "encoder") if check_base else ():
-        pair = [getattr(owner, f"{role}_fingerprint") for owner in (other, config)]
-        if all(pair) and not same_fingerprint(*pair):
-            problems.append(f"{role}_fingerprint: made on a different {role}; check_base=False loads it all the same")
-    if problems:
-        lines = "\n  ".join(problems)
-        raise ValueError(f"The adapter {name} does not belong to this model; nothing was loaded.\n  {lines}")
-
-
-def check_fingerprint(role, stored, module, advice=None):
-    """Refuses a base or encoder that is not the one the adapter was made on."""
-    found = fingerprint(module) if stored else None
-    if found is not None and not same_fingerprint(stored, found):
-        raise ValueError(
-            f"This is a different {role} than the adapter was made on: its weights do not match the adapter's "
-            f"{role} fingerprint. {advice or f'Pass {role}=<the right one>'}; check_base=False loads it all the same."
-        )
+        yield
+    except BaseException:
+        detach(base.get_decoder())
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+        raise

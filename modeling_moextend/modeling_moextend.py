@@ -1,18 +1,209 @@
-"""MoExtendModel and MoExtendForCausalLM: an unchanged base, new experts in some of its layers, and eyes if it has any.
+"""MoExtendModel and MoExtendForCausalLM: an unchanged base, new experts in some of its layers, and an encoder or none.
 
-One batch: image features take the place of image tokens (vision), the tokens that may use new experts are marked
-(scope), and the base's own forward runs; its extended layers find the mark in the shared `RoutingState` (layers,
-routing). Attention, norms, head, caches and generation are the base's own code.
+The pass, from top to bottom: which adapters serve it (`select_adapters`), which tokens may use their new experts
+(`plan_pass`), image features in the place of image tokens (`embed`), then the base's own forward, whose extended
+layers read the plan (layers, routing). Attention, norms, head, caches and generation are the base's own code.
 """
 
+import contextlib
 import copy
+from functools import partial
 
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .generation_moextend import ImageGenerationMixin
-from .pretrained_moextend import MoExtendPreTrainedModel
+from .adapters_moextend import DEFAULT, AdapterSwitch
+from .base_checks_moextend import check_pass
+from .compatibility_moextend import check_image_items, check_new_name, recorded_selection
+from .configuration_moextend import MoExtendConfig
+from .families_moextend import find_moe_layers
+from .layers_moextend import keep_in_graph
+from .loading_moextend import is_multimodal, random_base
+from .persistence_moextend import Persistence
+from .routing_moextend import Rule, balance_loss
+from .scope_moextend import Passes, PassInputs, plan_pass, remember
+from .tensors_moextend import AdapterTensors
+from .vision_moextend import ImageGenerationMixin, encode_images, merge_images, projector_tied
+
+# What generate and set_attn_implementation ask; not _can_compile_fullgraph: new experts run on gathered tokens.
+BASE_FLAGS = ("_is_stateful", "_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn")
+
+
+class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTrainedModel):
+    """What both models share: the base and its adapters, and one pass through them."""
+
+    config_class = MoExtendConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, config, base=None, encoder=None, adapter_name=DEFAULT):
+        """`base` and `encoder` are loaded models; without them, random ones are made from the config."""
+        super().__init__(config)
+        self.base = base if base is not None else random_base(config.text_config, self.auto_base_class)
+        if encoder is None and config.encoder_config is not None:
+            encoder = AutoModel.from_config(config.encoder_config)
+        self.adapters, self.passes = nn.ModuleDict(), Passes()
+        self.moe_layers = find_moe_layers(self.get_decoder())  # decoder layer -> MoELayer
+        # Names, not parameters: held here, each process would keep the whole of what FSDP2 shards.
+        self.base_trainable = [name for name, parameter in self.base.named_parameters() if parameter.requires_grad]
+        self.base.requires_grad_(False)
+        check_new_name(adapter_name, self)
+        self.attach_adapter(adapter_name, config, encoder)
+        self.activate([adapter_name])
+        self.post_init()
+        # Not the encoder's: FSDP would gather its layers where the batch has images, and wait for the other processes.
+        self._no_split_modules = set(self.base._no_split_modules or [])
+        for flag in BASE_FLAGS:
+            setattr(self, flag, getattr(self.base, flag))
+        self.train(self.base.training)
+
+    def init_weights(self):
+        """Nothing: base and encoder come with their weights, new tensors with theirs (`start_values`)."""
+
+    # ------------------------------------------------------------ the pass
+
+    def run_base(self, selection, input_ids, position_ids, past_key_values, inputs_embeds, pixel_values, **kwargs):
+        """One pass by the adapters of `selection`; the other arguments and the outputs are the base's."""
+        check_pass(self, selection)
+        inputs = PassInputs(input_ids, inputs_embeds, position_ids, kwargs.get("attention_mask"), past_key_values)
+        plan, state = plan_pass(self.passes, selection, inputs)
+        if selection.vision_adapter is None and is_multimodal(self.base.config):
+            kwargs["pixel_values"], pixel_values = pixel_values, None  # seen by the base's own encoder
+        input_ids, inputs_embeds = self.embed(selection, input_ids, inputs_embeds, pixel_values)
+        if inputs_embeds is not None:
+            kwargs["inputs_embeds"] = inputs_embeds
+        projector = None if selection.vision_adapter is None else selection.vision_adapter.projector
+        with self.passes.using(plan=plan), projector_tied(self.get_input_embeddings(), projector):
+            outputs = self.base(
+                input_ids=input_ids, position_ids=position_ids, past_key_values=past_key_values, **kwargs
+            )
+        remember(getattr(outputs, "past_key_values", None), state)
+        return outputs
+
+    def embed(self, selection, input_ids, inputs_embeds, pixel_values):
+        """(input_ids, inputs_embeds) for the base: with images, [B, S, H] embeddings that hold their features."""
+        vision = selection.vision_adapter
+        has_images = vision is not None and input_ids is not None
+        has_images = has_images and bool((input_ids == vision.config.image_token_id).any())
+        if pixel_values is not None or has_images:
+            return None, self.embed_images(selection, input_ids, inputs_embeds, pixel_values)
+        if inputs_embeds is not None and vision is not None:
+            inputs_embeds = keep_in_graph(inputs_embeds, vision.projector.parameters())
+        return input_ids, inputs_embeds
+
+    def embed_images(self, selection, input_ids, inputs_embeds, pixel_values):
+        """[B, S, H]: token embeddings with image features in place of image tokens.
+
+        Raises:
+            ValueError: no encoder, or the adapter is off; no `input_ids`; another number of image tokens than of
+                features; image tokens in an item whose adapter can't see.
+        """
+        vision = selection.vision_adapter
+        if vision is None:
+            raise ValueError(
+                "pixel_values was given, but this model has no encoder, or its active adapters have none. Extend the "
+                "base with encoder=..., or set_adapter(<one that has an encoder>)."
+            )
+        if not selection.enabled:
+            raise ValueError(
+                "Images were given while the adapter is off: the base alone can't see. Leave out pixel_values and the "
+                "image tokens, or switch the adapter on."
+            )
+        if inputs_embeds is not None or input_ids is None:
+            raise ValueError(
+                "Give images with input_ids, not with inputs_embeds: features go where image tokens stand."
+            )
+        check_image_items(selection, input_ids)
+        features, config = None, vision.config
+        if pixel_values is not None:
+            selected = config.encoder_select_layer, config.encoder_select_feature
+            features = encode_images(vision.encoder, vision.projector, pixel_values, *selected)
+        return merge_images(input_ids, self.get_input_embeddings(), config.image_token_id, features)
+
+    def has_image_tokens(self, input_ids):
+        """Whether `input_ids` (or `None`) hold image tokens of the adapter that sees."""
+        if self.vision_adapter is None or input_ids is None:
+            return False
+        return bool((input_ids == self.vision_adapter.config.image_token_id).any())
+
+    @contextlib.contextmanager
+    def record_routing(self, wanted=True):
+        """Yields a `dict` that every forward pass inside fills: decoder layer -> `RoutingRecord`, all MoE layers.
+
+        Unless `wanted`, it stays empty, and whoever listened before goes on listening.
+        """
+        records = {}
+        with self.passes.using(records=records if wanted else self.passes.thread.records):
+            yield records
+
+    def balance_loss(self, records, attention_mask=None):
+        """Load-balancing loss (scalar) of recorded routing; see `routing_moextend.balance_loss`.
+
+        The new experts of all adapters of the pass count together.
+
+        Raises:
+            ValueError: adapters of different selection were recorded (`adapter_names`).
+        """
+        selection = recorded_selection(records, self.config.selection)
+        if attention_mask is not None and attention_mask.dim() != 2:
+            attention_mask = None
+        if attention_mask is not None and records:
+            width = len(next(iter(records.values())).logits) // len(attention_mask)
+            attention_mask = attention_mask[:, -width:]  # a cache's part of the mask has no tokens in this pass
+        return balance_loss(records, Rule(**self.config.routing_rule), selection, attention_mask)
+
+    @property
+    def router_aux_loss_coef(self):
+        """The base's own coefficient of the load-balancing loss; 0 where the base has none.
+
+        f_i here is a share of all selections, so the loss is 1/K of transformers' own, which counts K a token.
+        """
+        return float(getattr(self.config.text_config.get_text_config(), "router_aux_loss_coef", 0.0) or 0.0)
+
+    # ------------------------------------------------------------ what transformers asks of a model
+
+    def get_decoder(self):
+        return self.base.get_decoder()
+
+    def get_input_embeddings(self):
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return self.base.get_output_embeddings()
+
+    def set_attn_implementation(self, attn_implementation, **kwargs):
+        """The base's; the encoder's is its own."""
+        self.base.set_attn_implementation(attn_implementation, **kwargs)
+
+    def set_experts_implementation(self, experts_implementation):
+        """The base's, which its new experts follow."""
+        self.base.set_experts_implementation(experts_implementation)
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise ValueError("The base's vocabulary stays as it is; the image token's id may lie past the embedding.")
+
+    def enable_input_require_grads(self):
+        """Nothing: transformers calls this for reentrant checkpointing; it would bring back backward work below the
+        lowest extended layer."""
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+        """As in transformers, but the recomputation sees the plan of its own forward pass.
+
+        Every public way to switch checkpointing on comes through here, in all supported versions.
+
+        Raises:
+            ValueError: `use_reentrant=True`, which can't restore that plan and needs input gradients.
+        """
+        options = {"use_reentrant": False, **getattr(gradient_checkpointing_func, "keywords", {})}
+        if enable and options["use_reentrant"]:
+            raise ValueError("use_reentrant=True is not supported: use {'use_reentrant': False}, the default.")
+        options["context_fn"] = partial(self.passes.checkpoint_contexts, options.get("context_fn"))
+        super()._set_gradient_checkpointing(enable, partial(gradient_checkpointing_func, **options), **kwargs)
 
 
 class MoExtendModel(MoExtendPreTrainedModel):
@@ -45,9 +236,10 @@ class MoExtendModel(MoExtendPreTrainedModel):
                 "uneven: leave router_aux_loss_coef out, or train with MoExtendSFTTrainer, which has one that fits."
             )
         kwargs |= {"attention_mask": attention_mask, "use_cache": use_cache}
+        selection = self.select_adapters(adapter_names, num_items(input_ids, inputs_embeds))
         with self.record_routing(bool(output_router_logits)) as records:
             outputs = self.run_base(
-                input_ids, position_ids, past_key_values, inputs_embeds, pixel_values, adapter_names, **kwargs
+                selection, input_ids, position_ids, past_key_values, inputs_embeds, pixel_values, **kwargs
             )
         return MoeModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
@@ -59,7 +251,7 @@ class MoExtendModel(MoExtendPreTrainedModel):
 
 
 class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
-    """A pretrained MoE causal LM with new experts in some layers and, with an encoder, eyes. See `from_base`."""
+    """A pretrained MoE causal LM with new experts in some layers and, with an encoder, images. See `from_base`."""
 
     auto_base_class = AutoModelForCausalLM
 
@@ -74,8 +266,8 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
         if body is None:
             body = MoExtendModel.__new__(MoExtendModel)
             PreTrainedModel.__init__(body, self.config)
-            body.base, body.adapters, body.routing = self.get_decoder(), self.adapters, self.routing
-            body.training = self.training
+            body.base, body.adapters, body.passes = self.get_decoder(), self.adapters, self.passes
+            body.moe_layers, body.training = self.moe_layers, self.training
             self.__dict__["_body"] = body  # not a child: its tensors are already this model's
         body.config = self.config  # which changes with the active adapters
         return body
@@ -106,7 +298,7 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
             pixel_values: [images in the batch, 3, h, w], in reading order.
             output_router_logits: also return every MoE layer's logits [B * S, E + N] and the load-balancing loss,
                 added to the loss with `router_aux_loss_coef`.
-            adapter_names: [B], for each row of the batch an adapter, whatever is active, or a list of them that take
+            adapter_names: [B], for each item of the batch an adapter, whatever is active, or a list of them that take
                 part together; "__base__": none.
 
         Returns:
@@ -116,27 +308,28 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
             ValueError: numbers of image tokens and features differ; images while the adapter is off or no encoder;
                 `adapter_names` of another length, unknown ones, or ones that can't be used so.
         """
+        selection = self.select_adapters(adapter_names, num_items(input_ids, inputs_embeds))
         kwargs |= {"attention_mask": attention_mask, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
         if labels is not None:
-            with self.serving(adapter_names, None):  # which may see with other eyes than the active ones
-                kwargs["labels"] = labels.masked_fill(labels == self.image_token_id, -100)
+            vision = selection.vision_adapter
+            image_token_id = (self.config if vision is None else vision.config).image_token_id
+            kwargs["labels"] = labels.masked_fill(labels == image_token_id, -100)
         if output_router_logits is None:
             output_router_logits = getattr(self.config.get_text_config(), "output_router_logits", False)
         with self.record_routing(bool(output_router_logits)) as records:
             outputs = self.run_base(
+                selection,
                 input_ids,
                 position_ids,
                 past_key_values,
                 inputs_embeds,
                 pixel_values,
-                adapter_names,
                 output_router_logits=False,  # the base's own loss expects layers of one width
                 **kwargs,
             )
         loss, aux_loss = outputs.loss, None
         if records and self.router_aux_loss_coef:
-            with self.serving(adapter_names, None):
-                aux_loss = self.balance_loss(records, attention_mask)
+            aux_loss = self.balance_loss(records, attention_mask)
             loss = loss + self.router_aux_loss_coef * aux_loss.to(loss.device) if loss is not None else None
         return MoeCausalLMOutputWithPast(
             loss=loss,
@@ -147,3 +340,9 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
             attentions=outputs.attentions,
             router_logits=tuple(record.logits for record in records.values()) or None,
         )
+
+
+def num_items(input_ids, inputs_embeds):
+    """B of a batch; `None` where neither ids nor embeddings are given."""
+    tokens = inputs_embeds if input_ids is None else input_ids
+    return None if tokens is None else len(tokens)

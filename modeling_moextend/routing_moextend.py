@@ -2,8 +2,8 @@
 
 Letters: T tokens, E base experts, N new experts of a layer, K experts a token selects, H hidden size.
 
-A base router answers (logits [T, E], weights [T, K], index [T, K]). `route` extends that answer by N new rows and
-keeps the base's own answer, bit for bit, for every token that selects no new expert.
+A base router answers a `RouterOutput`. `route` extends it by N new rows and keeps the base's own, bit for bit, for
+every token that selects no new expert.
 """
 
 from typing import NamedTuple
@@ -15,6 +15,19 @@ from torch.nn import functional as F
 WEIGHT_FLOOR = 1e-6  # p + MLP(p) may leave (0, 1]; below this floor a weight could flip sign or the sum could vanish
 TINY = 1e-20  # keeps a sum of sigmoid scores that underflowed from dividing by zero
 UNUSED = -1  # index of a slot that holds no expert: an exclusive token has only N < K of them to fill
+
+
+class RouterOutput(NamedTuple):
+    """What a router answers for T tokens, in transformers' names.
+
+    router_logits [T, E] (scores where `Rule.answers` is "scores"), top_k_weights [T, K], top_k_index [T, K]; shared:
+    weights [T, S] of the experts that every token uses, where the router gives these too (inkling).
+    """
+
+    router_logits: torch.Tensor
+    top_k_weights: torch.Tensor
+    top_k_index: torch.Tensor
+    shared: torch.Tensor | None = None
 
 
 class Rule(NamedTuple):
@@ -29,7 +42,8 @@ class Rule(NamedTuple):
         epsilon: added to the sum that renormalises (lfm2_moe: 1e-6); 0 where it is too small to matter.
         floor: the least sum that renormalises (ernie4_5_moe's `moe_norm_min`).
         jitter: of routers that weigh by SparseMixer (phimoe); `None` elsewhere.
-        shared: experts that every token uses and that the chosen ones share their sum with (inkling), see `sharing`.
+        shared: experts that every token uses and that the chosen ones share their sum with (inkling), see
+            `rule_with_shared_experts`.
         corrected: what the correction bias is added to, `"score"` or `"logit"` (kolibri1).
 
     How a row makes a logit:
@@ -78,7 +92,8 @@ class RoutingRecord(NamedTuple):
 
     logits [T, E + N] (base columns first), index [T, K] of the selected experts (`UNUSED` where a slot is empty),
     scope [T] bool: tokens in the scope of at least one adapter (`None`: every token), num_base E, num_new N of all
-    adapters of the pass, margins: adapter name -> [T] routing margins of its gate, in the layer that decides for all.
+    adapters of the pass, margins: adapter name -> [T] routing margins of its gate, in the layer that decides for all,
+    selections: adapter name -> how it selects, of all adapters of the pass that extend any layer.
     """
 
     logits: torch.Tensor
@@ -87,6 +102,12 @@ class RoutingRecord(NamedTuple):
     num_base: int
     num_new: int
     margins: dict = {}
+    selections: dict = {}
+
+    @property
+    def selects_new(self):
+        """[T] bool: tokens that select at least one new expert."""
+        return (self.index >= self.num_base).any(dim=-1)
 
     @property
     def gate(self):
@@ -111,16 +132,16 @@ class Calibration(nn.Module):
         return (scores + self.fc2(hidden)).clamp_min(WEIGHT_FLOOR)
 
 
-def cap(logits, rule):
-    """Logits of plain products rows @ input: what the family makes of them before scoring."""
+def scale_logits(logits, rule):
+    """Logits of plain products row @ input: what the family makes of them before scoring."""
     logits = logits * rule.multiplier
     return torch.tanh(logits / rule.softcap) * rule.softcap if rule.softcap else logits
 
 
-def choice_keys(logits, rule, correction=None):
+def choice_keys(logits, rule, correction_bias=None):
     """[T, E] -> [T, E]: whoever has the highest keys is chosen."""
     keys = logits if rule.corrected == "logit" else SCORES[rule.score](logits)
-    return keys if correction is None else keys + correction
+    return keys if correction_bias is None else keys + correction_bias
 
 
 def rule_weights(scores, index, rule):
@@ -132,26 +153,24 @@ def rule_weights(scores, index, rule):
     return weights * rule.scale
 
 
-def sharing(rule, base_logits, base_answer):
-    """`rule` for the tokens of an answer whose chosen experts share their sum with shared experts (inkling).
+def rule_with_shared_experts(rule, base_logits, base):
+    """`rule` for the tokens of a base's output whose chosen experts share their sum with shared experts (inkling).
 
-    The answer is (logits, weights w [T, K], index, weights g [T, S] of the shared experts): w_i = c s_i / D and
-    g_j = c s_j / D with D = sum of all those scores s. So c = sum w + sum g, and the shared experts' part of D is
-    sum s_i * sum g / sum w: to other experts that are chosen it is an epsilon, and c their scale; [T, 1] each.
+    With weights w of the chosen experts and g of the shared ones, w_i = c s_i / D and g_j = c s_j / D, where D is the
+    sum of all those scores s. So c = sum w + sum g, and the shared experts' part of D is sum s_i * sum g / sum w: to
+    other experts that are chosen it is an epsilon, and c their scale; [T, 1] each.
     """
-    _, weights, index, shared = base_answer
-    chosen = SCORES[rule.score](base_logits.float()).gather(-1, index).sum(dim=-1, keepdim=True)
-    total, rest = weights.float().sum(dim=-1, keepdim=True), shared.float().sum(dim=-1, keepdim=True)
+    chosen = SCORES[rule.score](base_logits.float()).gather(-1, base.top_k_index).sum(dim=-1, keepdim=True)
+    total, rest = (part.float().sum(dim=-1, keepdim=True) for part in (base.top_k_weights, base.shared))
     return rule._replace(epsilon=chosen * rest / total.clamp_min(TINY), scale=total + rest)
 
 
-def left_to_shared(base_answer, weights):
+def shared_expert_weights(base, weights):
     """Weights [T, S] of the shared experts where chosen ones now weigh `weights` [T, K]: the sum of all stays."""
-    _, base_weights, _, shared = base_answer
-    same = (weights == base_weights).all(dim=-1, keepdim=True)
-    rest = shared.float().sum(dim=-1, keepdim=True)
-    now = rest + base_weights.float().sum(dim=-1, keepdim=True) - weights.float().sum(dim=-1, keepdim=True)
-    return torch.where(same, shared, (shared.float() * now / rest.clamp_min(TINY)).to(shared.dtype))
+    same = (weights == base.top_k_weights).all(dim=-1, keepdim=True)
+    total, rest = (part.float().sum(dim=-1, keepdim=True) for part in (base.top_k_weights, base.shared))
+    left = rest + total - weights.float().sum(dim=-1, keepdim=True)
+    return torch.where(same, base.shared, (base.shared.float() * left / rest.clamp_min(TINY)).to(base.shared.dtype))
 
 
 def sparsemixer(logits, index, jitter):
@@ -170,19 +189,19 @@ def sparsemixer(logits, index, jitter):
 
 
 def route(
-    base_answer,
+    base,
     new_logits,
     rule,
     *,
     selection,
     calibrate,
     calibration=None,
-    correction=None,
+    correction_bias=None,
     scope=None,
     expert_scale=None,
     sizes=(),
 ):
-    """Extends a base router's answer by the new rows of one adapter, or of several that share tokens.
+    """Extends a base router's output by the new rows of one adapter, or of several that share tokens.
 
     Candidates are the base's own K winners and the N new experts: whatever limited the base's choice (groups,
     correction bias) stays in force, and the top K of these are the top K of all. New rows stand outside the base's
@@ -192,38 +211,38 @@ def route(
     adapters a token selects an expert, its weights are made as if no others were there.
 
     Args:
-        base_answer: (logits [T, E], weights [T, K], index [T, K]) as the base's router gives them.
+        base: `RouterOutput` of the base's router, with logits [T, E].
         new_logits: [T, N].
         selection: `"compete"` or `"exclusive"`.
         calibrate: `"all"`, `"routed"` or `"none"`; several adapters take only the last.
         calibration: a `Calibration`, unless `calibrate` is `"none"`.
-        correction: [E + N] correction bias of the families that have one.
+        correction_bias: [E + N], of the families that have one.
         scope: [T] bool, tokens that may use new experts; `None` for every token. With several adapters a list.
         expert_scale: [E + N] factor on an expert's weight, in the families that have one.
         sizes: with several adapters, how many of the N rows belong to each, in order.
 
     Returns:
-        (logits [T, E + N], weights [T, K], index [T, K]); new experts are E ... E + N - 1.
+        `RouterOutput` with logits [T, E + N]; new experts are E ... E + N - 1.
     """
-    base_logits, base_weights, base_index = base_answer
-    logits = torch.cat([base_logits.to(new_logits.dtype), new_logits], dim=-1)
+    num_base = base.router_logits.shape[-1]
+    logits = torch.cat([base.router_logits.to(new_logits.dtype), new_logits], dim=-1)
     choose, closed = exclusive if selection == "exclusive" else compete, None
     if len(sizes) > 1:
         every = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
         scopes = torch.stack([every if one is None else one for one in scope], dim=-1)  # [T, adapters]
         owner = torch.arange(len(sizes), device=logits.device).repeat_interleave(torch.tensor(sizes).to(logits.device))
-        _, index = choose(logits, base_answer, rule, None, correction, None, ~scopes[:, owner])
-        closed, scope = ~selected_owners(index, base_logits.shape[-1], owner)[:, owner], scopes.any(dim=-1)
-    weights, index = choose(logits, base_answer, rule, calibration, correction, expert_scale, closed)
+        _, index = choose(logits, base, rule, None, correction_bias, None, ~scopes[:, owner])
+        closed, scope = ~selected_owners(index, num_base, owner)[:, owner], scopes.any(dim=-1)
+    weights, index = choose(logits, base, rule, calibration, correction_bias, expert_scale, closed)
     # A token is changed where it selects a new expert; calibration="all" reweights every token in scope.
-    changed = (index >= base_logits.shape[-1]).any(dim=-1)
+    changed = (index >= num_base).any(dim=-1)
     if calibrate == "all":
         changed = torch.ones_like(changed)
     if scope is not None:
         changed = changed & scope
     changed = changed.unsqueeze(-1)
-    weights = torch.where(changed, weights.to(base_weights.dtype), base_weights)
-    return logits, weights, torch.where(changed, index, base_index)
+    weights = torch.where(changed, weights.to(base.top_k_weights.dtype), base.top_k_weights)
+    return RouterOutput(logits, weights, torch.where(changed, index, base.top_k_index))
 
 
 def selected_owners(index, num_base, owner):
@@ -234,26 +253,26 @@ def selected_owners(index, num_base, owner):
     return hits.scatter(-1, owners, True)[:, :num_adapters]
 
 
-def shut(tensor, closed, value):
+def mask_closed(tensor, closed, value):
     """`tensor` [T, E + N] with `value` in the new columns that are `closed` [T, N] to a token; `None`: none is."""
     if closed is None:
         return tensor
     return tensor.masked_fill(F.pad(closed, (tensor.shape[-1] - closed.shape[-1], 0)), value)
 
 
-def compete(logits, base_answer, rule, calibration, correction, expert_scale, closed=None):
+def compete(logits, base, rule, calibration, correction_bias, expert_scale, closed=None):
     """The paper's selection (Eq. 7-10): old and new rows share one top-k. Returns weights and index, [T, K] each."""
-    base_logits, _, base_index = base_answer
-    logits = shut(logits, closed, torch.finfo(logits.dtype).min)
-    keys = shut(choice_keys(logits, rule, correction), closed, -torch.inf)
-    new_index = torch.arange(base_logits.shape[-1], logits.shape[-1], device=logits.device)
-    candidates = torch.cat([base_index, new_index.expand(len(logits), -1)], dim=-1)  # [T, K + N]
-    best = keys.gather(-1, candidates).topk(base_index.shape[-1], dim=-1).indices
+    num_base, num_slots = base.router_logits.shape[-1], base.top_k_index.shape[-1]
+    logits = mask_closed(logits, closed, torch.finfo(logits.dtype).min)
+    keys = mask_closed(choice_keys(logits, rule, correction_bias), closed, -torch.inf)
+    new_index = torch.arange(num_base, logits.shape[-1], device=logits.device)
+    candidates = torch.cat([base.top_k_index, new_index.expand(len(logits), -1)], dim=-1)  # [T, K + N]
+    best = keys.gather(-1, candidates).topk(num_slots, dim=-1).indices
     index = candidates.gather(-1, best)
-    return weigh(logits, index, rule, calibration, expert_scale), index
+    return expert_weights(logits, index, rule, calibration, expert_scale), index
 
 
-def weigh(logits, index, rule, calibration=None, expert_scale=None):
+def expert_weights(logits, index, rule, calibration=None, expert_scale=None):
     """Weights [T, K] that the rule gives the experts `index` [T, K], from logits [T, E + N]."""
     if rule.jitter is not None:
         return sparsemixer(logits, index, rule.jitter)
@@ -262,21 +281,19 @@ def weigh(logits, index, rule, calibration=None, expert_scale=None):
     return weights if expert_scale is None else weights * expert_scale[index]
 
 
-def exclusive(logits, base_answer, rule, calibration, correction, expert_scale, closed=None):
+def exclusive(logits, base, rule, calibration, correction_bias, expert_scale, closed=None):
     """New experts only: the best min(K, N), their weights sharing what the base's own weights sum to.
 
     Families differ in that sum (some do not renormalise, some scale, some have a scale for every expert, which
     therefore counts through the base's sum and not again). Slots past min(K, N) stay `UNUSED`.
     """
-    base_logits, base_weights, base_index = base_answer
-    num_base, num_slots = base_logits.shape[-1], base_index.shape[-1]
-    new_logits = shut(logits[:, num_base:], closed, torch.finfo(logits.dtype).min)
-    keys = shut(
-        choice_keys(new_logits, rule, None if correction is None else correction[num_base:]), closed, -torch.inf
-    )
+    num_base, num_slots = base.router_logits.shape[-1], base.top_k_index.shape[-1]
+    new_logits = mask_closed(logits[:, num_base:], closed, torch.finfo(logits.dtype).min)
+    new_bias = None if correction_bias is None else correction_bias[num_base:]
+    keys = mask_closed(choice_keys(new_logits, rule, new_bias), closed, -torch.inf)
     best = keys.topk(min(num_slots, new_logits.shape[-1]), dim=-1)
     weights = rule_weights(SCORES[rule.score](new_logits), best.indices, Rule(rule.score, renormalise=True))
-    weights = weights * base_weights.float().sum(dim=-1, keepdim=True)
+    weights = weights * base.top_k_weights.float().sum(dim=-1, keepdim=True)
     chosen = torch.where(best.values == -torch.inf, UNUSED, best.indices + num_base)
     empty = num_slots - chosen.shape[-1]
     return F.pad(weights, (0, empty)), F.pad(chosen, (0, empty), value=UNUSED)
@@ -290,6 +307,7 @@ def balance_loss(records, rule, selection, attention_mask=None):
 
     Args:
         records: layer index -> `RoutingRecord`.
+        selection: of the adapters that were recorded.
         attention_mask: [B, S], 0 for padding; `None` where nothing is padded.
 
     Returns:

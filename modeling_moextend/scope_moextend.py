@@ -1,128 +1,360 @@
-"""Scope: which tokens may use new experts, and how that lives on in the key-value cache.
+"""A pass: which adapters serve it, which tokens may use their new experts, and what of that lives on in the cache.
+
+What holds for a pass is taken once, at its start, into a `PassPlan` that the layers read and nobody changes. So a pass
+is one adapter set from its first layer to its last, whatever other threads switch, load or delete meanwhile.
 
 `scope="all"` needs nothing. `scope="modality"` starts at the first image token of a token's own sequence and lasts to
-that sequence's end: it is causal, so a cached prefix stays valid when an image comes later. Its state is, per cache
-row, the place of that first image token, so that a cropped cache forgets an image that was cut off, and reordered rows
-(beams) carry their own. `scope="gate"` is decided inside the pass, by the gate of the lowest extended layer; its state
-is what the gate sums up, per row and cache slot, so that a cropped cache falls back to the sums of its last token.
+that sequence's end: it is causal, so a cached prefix stays valid when an image comes later. Its state is, per item of
+the batch, the place of that first image token, so that a cropped cache forgets an image that was cut off, and items
+that are reordered (beams) carry their own. `scope="gate"` is decided inside the pass, by the gate of the lowest
+extended layer; its state is what the gate sums up, per item and cache slot, so that a cropped cache falls back to the
+sums of its last token. The cache keeps one state a gate, by its adapter's name, and one for the images, whichever
+adapter sees them.
 
-Each active adapter has a scope of its own. The cache keeps one state a gate, by its adapter's name, and one for the
-images, whichever adapter sees them: an adapter that joins a conversation later finds where its images are.
+Letters: B items of the batch, S tokens of this pass, T = B * S, L tokens in the cache after it, D gate size.
 """
 
+import contextlib
 import functools
+import threading
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 
 from .gate_moextend import GatedPass
 
-NEVER = torch.iinfo(torch.long).max  # place of the first image token in a row that has none
+BASE = "__base__"  # in adapter_names: an item of the batch that no adapter serves
+NEVER = torch.iinfo(torch.long).max  # place of the first image token in an item that has none
 STATE = "moextend_state"  # attribute of a cache: a dict of what follows, or not there
 IMAGES = "__images__"  # -> [B] places in cache slots; every other key is an adapter: [B, L, 2 D] sums of its gate
 
 
-class Pass(NamedTuple):
+# ---------------------------------------------------------------- which adapters
+
+
+class NewExperts(NamedTuple):
+    """What one adapter adds to one layer: its router rows and its experts, both modules."""
+
+    rows: torch.nn.Module
+    experts: torch.nn.Module
+
+
+class LayerPlan(NamedTuple):
+    """The new experts of one layer in one pass.
+
+    parts: adapter name -> `NewExperts`, of the adapters that take part; spans: name -> (first, stop), the indices that
+    its new experts have, counted from the base's last one; idle: modules of the adapters that do not take part.
+    """
+
+    parts: dict
+    spans: dict
+    idle: tuple
+
+
+class Selection(NamedTuple):
+    """Which adapters serve a pass, or all passes of one `generate`.
+
+    adapters: name -> `Adapter`, all that the model has; names: those asked for, in ascending order; groups: tuples of
+    names, adapters of different tuples never meet on one token; per_item: for each item of the batch the names of its
+    adapters, `None`: all serve every item; enabled: whether new experts take part at all.
+    """
+
+    adapters: dict
+    names: tuple
+    groups: tuple
+    per_item: tuple | None = None
+    enabled: bool = True
+
+    @property
+    def taking_part(self):
+        """Names of the adapters whose new experts take part; in the order of their spans, whatever the order of
+        loading was."""
+        return tuple(name for group in self.groups for name in group) if self.enabled else ()
+
+    @property
+    def vision_adapter(self):
+        """The `Adapter` with which this pass sees, or `None`: of adapters that serve one pass, one has an encoder."""
+        seeing = (self.adapters[name] for name in self.names)
+        return next((adapter for adapter in seeing if adapter.encoder is not None), None)
+
+    def served(self, num_items):
+        """Adapter name -> [B] bool, the items of a batch of `num_items` that it serves; `{}`: each adapter serves all.
+
+        `generate` asks for an item a prompt and then repeats the items, for beams and for several answers.
+        """
+        if self.per_item is None:
+            return {}
+        repeats = num_items // len(self.per_item)
+        return {
+            name: torch.tensor([name in names for names in self.per_item for _ in range(repeats)])
+            for name in self.taking_part
+        }
+
+
+class AdapterSet(NamedTuple):
+    """A model's adapters at one moment; replaced as a whole, never changed.
+
+    adapters: name -> `Adapter`; active: names of those that take part, in ascending order; trained: the one that is
+    trained, saved and asked for its tensors where no name is given (the only active one, or the one on top of the
+    others), `None` where there is no such one; switched_on: `False` after `disable_adapters`; layer_plans: made once
+    for each choice of adapters, see `layer_plans_of`.
+    """
+
+    adapters: dict = {}
+    active: tuple = ()
+    trained: str | None = None
+    switched_on: bool = True
+    layer_plans: dict = {}
+
+    def selection(self):
+        """The active adapters, for every item of a batch."""
+        return Selection(self.adapters, self.active, (self.active,), enabled=self.switched_on)
+
+
+def layer_plans_of(adapters, names):
+    """Decoder layer -> `LayerPlan` of a pass with the adapters `names`; each layer that any of `adapters` extends."""
+    plans = {}
+    for layer in sorted({layer for adapter in adapters.values() for layer in adapter.layers}):
+        parts, spans, first = {}, {}, 0
+        for name in names:
+            if layer in adapters[name].layers:
+                parts[name] = adapters[name].layers[layer]
+                spans[name] = first, first + parts[name].rows.num_new
+                first = spans[name][1]
+        others = (adapter for name, adapter in adapters.items() if name not in parts and layer in adapter.layers)
+        plans[layer] = LayerPlan(parts, spans, tuple(adapter.layers[layer].experts for adapter in others))
+    return plans
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """What one forward pass was started with; the layers read it. See `Passes.plan`.
+
+    layers: decoder layer -> `LayerPlan`; groups: as in `Selection`; scopes: adapter name -> [T] bool, tokens that may
+    use its new experts, without those that all tokens may use; gates: adapter name -> the `GatedPass` in which its
+    gate decides; records: filled with a `RoutingRecord` a layer where somebody listens; selections: adapter name ->
+    how it selects, of those that take part.
+    """
+
+    layers: dict = field(default_factory=dict)
+    groups: tuple = ()
+    scopes: dict = field(default_factory=dict)
+    gates: dict = field(default_factory=dict)
+    records: dict | None = None
+    selections: dict = field(default_factory=dict)
+
+    def scope(self, names, like):
+        """[T] bool: tokens in the scope of at least one of `names`; `None`: every token of `like` [T, ...]."""
+        scopes = [self.gates[name].in_scope if name in self.gates else self.scopes.get(name) for name in names]
+        if not scopes or any(scope is None for scope in scopes):
+            return None
+        return torch.stack([scope.to(like.device) for scope in scopes]).any(dim=0)
+
+    def takes_part(self, name):
+        """False where no token is in an adapter's scope and nobody needs a gradient or the new logits: as if it were
+        not loaded."""
+        if name in self.gates and self.gates[name].in_scope is None:
+            return False  # a gate that was not asked lets no token through
+        scope = self.gates[name].in_scope if name in self.gates else self.scopes.get(name)
+        return scope is None or self.records is not None or torch.is_grad_enabled() or bool(scope.any())
+
+
+class ThreadState(threading.local):
+    """What one thread has asked for the passes that it begins, and the plan of the one under way.
+
+    plan: `PassPlan`; enabled: `False` inside `disable_adapter`, `None`: as the model says; selection: the one that a
+    whole `generate` keeps; records: where the routing is recorded; thresholds: adapter name -> in place of its own.
+    """
+
+    plan = None
+    enabled = None
+    selection = None
+    records = None
+    thresholds = {}  # replaced, never written to
+
+
+class Passes:
+    """One object a model, shared with its MoE layers: the adapters that the next pass begins with, and each thread's
+    own pass."""
+
+    def __init__(self, current=None):
+        self.current = AdapterSet() if current is None else current
+        self.thread, self.lock = ThreadState(), threading.RLock()
+
+    def __reduce__(self):
+        return Passes, (self.current,)  # a pass under way is not copied or pickled along
+
+    def change(self, **values):
+        """Replaces the adapter set by one with other values; passes under way keep the one they began with."""
+        with self.lock:
+            self.current = self.current._replace(**values, layer_plans={})
+
+    def selection(self):
+        """Which adapters serve a pass that this thread begins now and that names none itself."""
+        chosen = self.thread.selection or self.current.selection()
+        return chosen if self.thread.enabled is None else chosen._replace(enabled=self.thread.enabled)
+
+    def layer_plans(self, selection):
+        """`layer_plans_of` a selection, made once for each adapter set."""
+        current, names = self.current, selection.taking_part
+        if current.adapters is not selection.adapters:  # it has been replaced meanwhile
+            return layer_plans_of(selection.adapters, names)
+        if names not in current.layer_plans:
+            current.layer_plans[names] = layer_plans_of(current.adapters, names)
+        return current.layer_plans[names]
+
+    @property
+    def plan(self):
+        """The `PassPlan` of the pass under way in this thread.
+
+        Where a layer is called by itself, without a pass of the model, new experts of `scope="all"` take part: nothing
+        tells which tokens are in another scope.
+        """
+        if self.thread.plan is not None:
+            return self.thread.plan
+        selection = self.selection()
+        adapters = {name: selection.adapters[name] for name in selection.taking_part}
+        names = tuple(name for name, adapter in adapters.items() if adapter.config.scope == "all")
+        selection = selection._replace(
+            groups=tuple(tuple(n for n in group if n in names) for group in selection.groups)
+        )
+        return PassPlan(self.layer_plans(selection), selection.groups, records=self.thread.records)
+
+    @contextlib.contextmanager
+    def using(self, **values):
+        """Sets attributes of this thread's `ThreadState` for the length of a `with` block."""
+        before = [(name, getattr(self.thread, name)) for name in values]
+        for name, value in values.items():  # one by one: torch.compile can't trace `__dict__.update`
+            setattr(self.thread, name, value)
+        try:
+            yield
+        finally:
+            for name, value in before:
+                setattr(self.thread, name, value)
+
+    def checkpoint_contexts(self, other=None):
+        """`context_fn` of `torch.utils.checkpoint`: the recomputation in backward sees the plan of its own forward.
+
+        Without it a layer recomputed after the forward pass would route every token as if in scope. `other` is a
+        `context_fn` to run inside this one. The plan is set in the thread that recomputes.
+        """
+        forward, recompute = other() if other else (contextlib.nullcontext(), contextlib.nullcontext())
+        plan = replace(self.plan, records=None)
+
+        @contextlib.contextmanager
+        def replay():
+            with self.using(plan=plan), recompute:
+                yield
+
+        return forward, replay()
+
+
+def merge_overlapping(groups):
+    """Names that meet in `groups` (lists of names), as sorted tuples; none is in two of them."""
+    merged = []
+    for group in map(set, groups):
+        group = group.union(*(other for other in merged if other & group))
+        merged = [other for other in merged if not other & group] + [group]
+    return tuple(sorted(tuple(sorted(group)) for group in merged if group))
+
+
+# ---------------------------------------------------------------- which tokens
+
+
+class PassInputs(NamedTuple):
     """What scope has to know of one forward pass.
 
-    input_ids [B, S], image tokens still in it, or `None` where only inputs_embeds [B, S, H] was given; image_token_id:
-    `None` where no adapter of this pass sees; position_ids [B, S] or `None`: where they fall back, a new sequence
-    starts (packed rows); attention_mask [B, past + S], 0 for padding, another shape or `None`: nothing is known of
-    padding; cache: the key-value cache or `None`, whose state is read here and written by `remember`; past_length:
-    number of tokens in it before this pass; rows: adapter name -> [B] bool, rows of the batch that it serves, `{}`:
-    every adapter serves all.
+    input_ids [B, S], image tokens still in it, or `None` where only inputs_embeds [B, S, H] was given; position_ids
+    [B, S] or `None`: where they fall back, a new sequence starts (packed batches); attention_mask [B, past + S], 0 for
+    padding, another shape or `None`: nothing is known of padding; cache: the key-value cache or `None`, whose state is
+    read here and written by `remember`.
     """
 
     input_ids: torch.Tensor | None
     inputs_embeds: torch.Tensor | None
-    image_token_id: int | None
     position_ids: torch.Tensor | None
     attention_mask: torch.Tensor | None
     cache: object
-    past_length: int
-    rows: dict
+
+    @property
+    def tokens(self):
+        """[B, S] tensor of the tokens' shape and device."""
+        return self.inputs_embeds[..., 0] if self.input_ids is None else self.input_ids
 
 
-def token_scopes(scopes, tracked, now):
-    """Which tokens of this forward pass may use new experts.
-
-    Args:
-        scopes: adapter name -> its scope, of the adapters that take part.
-        tracked: whether any loaded adapter has `scope="modality"`, so that images are to be remembered.
-        now: a `Pass`.
-
-    Returns:
-        (adapter name -> [B * S] bool, without those whose tokens all may, or whose gate decides later; adapter name ->
-        `GatedPass`, which the gate fills; key -> new state of the cache).
+def plan_pass(passes, selection, inputs):
+    """The `PassPlan` of a pass, and the new state of its cache (key -> tensor or `GatedPass`); see `remember`.
 
     Raises:
         ValueError: `scope="modality"` and no `input_ids` to find the image tokens in.
     """
-    if "modality" in scopes.values() and now.input_ids is None:
+    plan = PassPlan(passes.layer_plans(selection), records=passes.thread.records)
+    extending = {
+        name: adapter.config for name, adapter in selection.adapters.items() if adapter.config.extended_layers
+    }
+    if not selection.enabled or not extending:
+        return plan, {}
+    names = [name for name in selection.taking_part if name in extending]
+    scopes = {name: extending[name].scope for name in names}
+    if "modality" in scopes.values() and inputs.input_ids is None:
         raise ValueError(
             "scope='modality' finds the image tokens in input_ids, but only inputs_embeds was given. Pass input_ids "
             "(with pixel_values), or use scope='all'."
         )
-    tokens, found, state = now.inputs_embeds[..., 0] if now.input_ids is None else now.input_ids, {}, {}
-    gated = {name: gated_pass(tokens, name, now) for name, scope in scopes.items() if scope == "gate"}
-    seen = None
-    if tracked and now.input_ids is not None:
-        is_image = torch.zeros_like(tokens, dtype=torch.bool)
-        is_image = is_image if now.image_token_id is None else tokens == now.image_token_id
-        is_real = real_tokens(now.attention_mask, tokens.shape[1], now.past_length)
-        seen, state[IMAGES] = modality_scope(is_image, now.position_ids, now.cache, now.past_length, is_real)
-    for name in scopes.keys() - gated.keys():
-        parts = [seen] if scopes[name] == "modality" else []
-        parts += [now.rows[name].to(tokens.device).unsqueeze(1).expand_as(tokens)] if now.rows else []
+    served, past_length, state = selection.served(len(inputs.tokens)), seen_tokens(inputs.cache), {}
+    gates = {}
+    for name in (name for name in names if scopes[name] == "gate"):
+        threshold = passes.thread.thresholds.get(name, extending[name].gate_threshold)
+        gates[name] = gated_pass(name, inputs, past_length, served.get(name), threshold)
+    after_image = None
+    if inputs.input_ids is not None and any(config.scope == "modality" for config in extending.values()):
+        vision = selection.vision_adapter
+        after_image, state[IMAGES] = modality_scope(
+            inputs, past_length, None if vision is None else vision.config.image_token_id
+        )
+    decided = {}
+    for name in (name for name in names if name not in gates):
+        parts = [after_image] if scopes[name] == "modality" else []
+        parts += [served[name].to(inputs.tokens.device).unsqueeze(1).expand_as(inputs.tokens)] if served else []
         if parts:
-            found[name] = functools.reduce(torch.logical_and, parts).reshape(-1)
-    return found, gated, {**state, **gated}
+            decided[name] = functools.reduce(torch.logical_and, parts).reshape(-1)
+    selections = {name: extending[name].selection for name in names}
+    plan = replace(plan, groups=selection.groups, scopes=decided, gates=gates, selections=selections)
+    return plan, {**state, **gates}
 
 
-def real_tokens(attention_mask, length, past_length):
-    """[B, S] bool: the tokens of this pass that are no padding; `None` where no 2-D mask says."""
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
-        return None
-    if attention_mask.shape[1] < past_length + length:
-        return attention_mask[:, -length:].bool()
-    return attention_mask[:, past_length : past_length + length].bool()
+def real_tokens(inputs, past_length):
+    """[B, S] bool: the tokens of this pass that are no padding; all of them where no 2-D mask says."""
+    mask, length = inputs.attention_mask, inputs.tokens.shape[1]
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return torch.ones_like(inputs.tokens, dtype=torch.bool)
+    whole = mask.shape[1] >= past_length + length
+    real = mask[:, past_length : past_length + length] if whole else mask[:, -length:]
+    return real.to(inputs.tokens.device).bool()
 
 
-def gated_pass(tokens, name, now):
-    """The `GatedPass` of `tokens` [B, S] for the gate of the adapter `name`: what it has to know of this pass."""
-    is_real = real_tokens(now.attention_mask, tokens.shape[1], now.past_length)
-    is_real = torch.ones_like(tokens, dtype=torch.bool) if is_real is None else is_real.to(tokens.device)
-    columns = torch.arange(tokens.shape[1], device=tokens.device).expand_as(is_real)
-    starts = sequence_starts(is_real, now.position_ids, columns)
-    return GatedPass(is_real, starts, cached_state(now.cache, name), now.past_length, now.rows.get(name))
+def gated_pass(name, inputs, past_length, served, threshold):
+    """The `GatedPass` for the gate of the adapter `name`."""
+    is_real = real_tokens(inputs, past_length)
+    columns = torch.arange(is_real.shape[1], device=is_real.device).expand_as(is_real)
+    starts = sequence_starts(is_real, inputs.position_ids, columns)
+    return GatedPass(is_real, starts, cached_state(inputs.cache, name), past_length, served, threshold)
 
 
-def modality_scope(is_image, position_ids, cache, past_length, is_real=None):
+def modality_scope(inputs, past_length, image_token_id):
     """[B, S] bool: at or after the first image token of its own sequence. And [B]: the state after this pass."""
+    is_image = torch.zeros_like(inputs.tokens, dtype=torch.bool)
+    is_image = is_image if image_token_id is None else inputs.tokens == image_token_id
     places = past_length + torch.arange(is_image.shape[1], device=is_image.device).expand_as(is_image)
-    is_real = torch.ones_like(is_image) if is_real is None else is_real.to(is_image.device)
-    starts = sequence_starts(is_real, position_ids, places)
+    starts = sequence_starts(real_tokens(inputs, past_length), inputs.position_ids, places)
     # The newest image token so far, per token; one that lies before the token's own sequence does not count.
     newest = torch.where(is_image, places, -1).cummax(dim=1).values
     in_scope = (newest >= starts) & (newest >= 0)
-    cached = cached_first(cache, is_image.shape[0], past_length, is_image.device)
+    cached = cached_first(inputs.cache, is_image.shape[0], past_length, is_image.device)
     in_scope = in_scope | ((starts < 0) & (cached < NEVER).unsqueeze(1))
     first = torch.where(in_scope, places, NEVER).masked_fill(places < starts[:, -1:], NEVER).amin(dim=1)
     return in_scope, torch.where(starts[:, -1] < 0, torch.minimum(first, cached), first)
-
-
-def cached_state(cache, key):
-    """What `cache` remembers under `key` (`IMAGES`, or the name of an adapter with a gate), or `None`."""
-    return (getattr(cache, STATE, None) or {}).get(key)
-
-
-def remember(cache, state):
-    """Keeps `state` (key -> tensor or `GatedPass`) with `cache`, so that the next pass and every move of its rows find
-    it. What other adapters have left there stays."""
-    state = {key: value.sums if isinstance(value, GatedPass) else value for key, value in state.items()}
-    state = {key: value for key, value in state.items() if value is not None}
-    if cache is not None and state:
-        setattr(follow_rows(cache), STATE, {**(getattr(cache, STATE, None) or {}), **state})
 
 
 def sequence_starts(is_real, position_ids, places):
@@ -143,6 +375,14 @@ def sequence_starts(is_real, position_ids, places):
     return torch.where(is_real & (position_ids <= previous), places, -1).cummax(dim=1).values
 
 
+# ---------------------------------------------------------------- the cache
+
+
+def cached_state(cache, key):
+    """What `cache` remembers under `key` (`IMAGES`, or the name of an adapter with a gate), or `None`."""
+    return (getattr(cache, STATE, None) or {}).get(key)
+
+
 def cached_first(cache, batch_size, past_length, device):
     """[B]: the state of `cache`, without images that a crop has cut off; `NEVER` where there is none yet."""
     state = cached_state(cache, IMAGES)
@@ -150,6 +390,15 @@ def cached_first(cache, batch_size, past_length, device):
         return torch.full((batch_size,), NEVER, device=device)
     state = state.to(device)
     return torch.where(state < past_length, state, NEVER)
+
+
+def remember(cache, state):
+    """Keeps `state` (key -> tensor or `GatedPass`) with `cache`, so that the next pass and every move of its items
+    find it. What other adapters have left there stays."""
+    state = {key: value.sums if isinstance(value, GatedPass) else value for key, value in state.items()}
+    state = {key: value for key, value in state.items() if value is not None}
+    if cache is not None and state:
+        setattr(follow_items(cache), STATE, {**(getattr(cache, STATE, None) or {}), **state})
 
 
 def seen_tokens(cache):
@@ -166,7 +415,7 @@ def cut(cache, state, *_):
     return state[:, :length] if state.dim() == 3 else torch.where(state < length, state, NEVER)
 
 
-MOVES = {  # cache methods that move rows or cut tokens off -> what becomes of the state
+MOVES = {  # cache methods that move items or cut tokens off -> what becomes of the state
     "reorder_cache": lambda cache, state, index: state.index_select(0, index.to(state.device)),
     "batch_select_indices": lambda cache, state, index: state[index.to(state.device)],
     "batch_repeat_interleave": lambda cache, state, repeats: state.repeat_interleave(repeats, dim=0),
@@ -175,8 +424,8 @@ MOVES = {  # cache methods that move rows or cut tokens off -> what becomes of t
 }
 
 
-def follow_rows(cache):
-    """Makes `cache` move its state whenever it moves its rows or is cut, and returns it.
+def follow_items(cache):
+    """Makes `cache` move its state whenever it moves its items or is cut, and returns it.
 
     Moves are methods of the cache's own class, of which there are many; a subclass serves them all, keeps
     `isinstance` true and survives `deepcopy` and pickling, which a patched instance method would not.

@@ -11,17 +11,17 @@ import contextlib
 import torch
 
 from .families_moextend import (
-    ask,
+    call_router,
     correction_of,
     family_of,
-    given_to,
     is_top_k,
-    materialised,
     num_groups,
+    onloaded,
+    rule_weights_of,
     tensor_at,
 )
 from .layers_moextend import run_pairs
-from .routing_moextend import SCORES, choice_keys, sharing, weigh
+from .routing_moextend import SCORES, RouterOutput, choice_keys
 
 NUM_TOKENS = 8
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the largest logit; other dtypes: half precision
@@ -29,25 +29,21 @@ HALF = 0.03
 
 
 @contextlib.contextmanager
-def self_checked(layers, plan, rule, state, name):
+def self_checked(layers, plan, rule, passes, name):
     """Tries the layers of `plan` around the block, which puts new experts of the adapter `name` into them.
 
     Raises:
         ValueError: a layer that is not what it was, or whose new rows or experts are no copies; says family and layer.
     """
-    before = {index: sample(layers[index], rule) for index in plan}
-    with state.using(enabled=False):
-        outputs = {index: run(layers[index], rule, tokens) for index, tokens in before.items() if tokens is not None}
+    tokens = {index: sample_tokens(layers[index], rule) for index in plan}
+    with passes.using(enabled=False):
+        outputs = {index: run(layers[index], rule, found) for index, found in tokens.items() if found is not None}
     yield
     for index, expected in outputs.items():
-        tokens = before[index]
         try:
-            with state.using(enabled=False):
-                check_off(lambda: run(layers[index], rule, tokens), expected)  # noqa: B023
-            logits = check_rows(layers[index], name, rule, tokens, plan[index], expected[0])
-            check_rule(layers[index], rule, tokens[0], logits, expected[:-1])
-            check_pairs(layers[index].experts, tokens[1], *expected[1:3], expected[-1])
-            check_copies(layers[index].experts, name, tokens[1][:2], plan[index])
+            with passes.using(enabled=False):
+                check_off(lambda: run(layers[index], rule, tokens[index]), expected)  # noqa: B023
+            check_layer(layers[index], name, rule, tokens[index], plan[index], expected)
         except AssertionError as error:
             raise ValueError(
                 f"Layer {index} of {family_of(layers[index].router)} can't be extended: {error}. Please report this "
@@ -55,11 +51,11 @@ def self_checked(layers, plan, rule, state, name):
             ) from error
 
 
-def sample(layer, rule):
+def sample_tokens(layer, rule):
     """Random tokens (router's input [T, H], experts' input [T, H or a latent size]); `None` where there are no weights
     to compute with (meta device)."""
     experts = layer.experts
-    with materialised(layer.router), materialised(experts):
+    with onloaded(layer.router), onloaded(experts):
         rows, down = tensor_at(layer.router, rule.rows), experts.down_proj
         if rows.is_meta or down.is_meta:
             return None
@@ -73,16 +69,21 @@ def sample(layer, rule):
 
 @torch.no_grad()
 def run(layer, rule, tokens):
-    """What the router answers and then the experts' output, for tokens of `sample`; forward hooks don't see it."""
-    with evaluating(layer.router), evaluating(layer.experts):
-        told, weights, index, *rest = ask(layer.router, tokens[0].clone(), *given_to(layer, rule))
-        return told, weights, index, *rest, layer.experts.forward(tokens[1].clone(), index, weights)
+    """What the router answers and then the experts' output, for sampled tokens; forward hooks don't see it."""
+    correction = (correction_of(layer, rule),) if ":" in rule.correction else ()
+    with evaluation_mode(layer.router, layer.experts):
+        answer = call_router(layer.router, tokens[0].clone(), *correction)
+        _, weights, index, *_ = answer
+        return *answer, layer.experts.forward(tokens[1].clone(), index, weights)
 
 
 @contextlib.contextmanager
-def evaluating(module):
-    """Inside, `module` and its children are in evaluation mode: in training some draw at random."""
-    modes = [(part, part.training) for part in module.modules()]
+def evaluation_mode(*modules):
+    """Inside, modules and their children are in evaluation mode; afterwards each is in the mode it was.
+
+    Set by attribute, as `train()` does it: some models override that.
+    """
+    modes = [(part, part.training) for module in modules for part in module.modules()]
     for part, _ in modes:
         part.training = False
     try:
@@ -111,77 +112,74 @@ def same(ones, others):
     )
 
 
-def tolerance_of(tokens):
-    return TOLERANCE.get(tokens.dtype, HALF)
-
-
-def apart(found, expected):
-    """How far tensors are apart, and the largest value expected."""
+def assert_near(found, expected, tolerance, what, at_least=0.0):
+    """Asserts that tensors differ by no more than `tolerance` of the largest value expected (or `at_least`)."""
     found, expected = found.float(), expected.float()
-    return (found - expected).abs().amax().item(), expected.abs().amax().item()
+    error = (found - expected).abs().amax().item()
+    size = max(at_least, expected.abs().amax().item())
+    assert not error > tolerance * size, f"{what} (they are {error:.2g} apart)"
 
 
 @torch.no_grad()
-def check_rows(layer, name, rule, tokens, sources, told):
+def check_layer(layer, name, rule, tokens, sources, expected):
+    """Asserts that rule, rows and experts of an extended layer are what they were taken for.
+
+    `expected`: what `run` found before: parts of a `RouterOutput`, and the experts' output.
+    """
+    output, tolerance = RouterOutput(*expected[:-1]), TOLERANCE.get(tokens[0].dtype, HALF)
+    logits = check_rows(layer, name, rule, tokens[0], sources, output.router_logits, tolerance)
+    check_rule(layer, rule, logits, output, tolerance)
+    with evaluation_mode(layer.experts):
+        check_pairs(layer.experts, tokens[1], output, expected[-1], tolerance)
+        check_copies(layer.experts, name, tokens[1][:2], sources, tolerance)
+
+
+def check_rows(layer, name, rule, tokens, sources, answered, tolerance):
     """Asserts that copied rows give their sources' logits, and that logits are what the router goes by; returns the
     base's logits [T, E]."""
     extension = layer.router.moextend
-    with materialised(layer.router) as router:
-        base_logits, new_logits = extension.logits(router, tokens[0], told, [name])
+    with onloaded(layer.router) as router:
+        rows = {name: extension.adapters[name]}
+        base_logits, new_logits = extension.logits(router, tokens, answered, rows)
     pairs = [(new_logits[name], base_logits[:, sources])]
     if rule.answers != "logits":
-        pairs.append((SCORES[rule.score](base_logits.float()), told))
+        pairs.append((SCORES[rule.score](base_logits.float()), answered))
     for found, expected in pairs:
-        error, size = apart(found, expected)
-        assert not error > tolerance_of(tokens[0]) * max(1.0, size), (
-            f"a copied router row gives another logit than its source (they are {error:.2g} apart)"
-        )
+        assert_near(found, expected, tolerance, "a copied router row gives another logit than its source", 1.0)
     return base_logits.float()
 
 
-@torch.no_grad()
-def check_rule(layer, rule, tokens, logits, answer):
+def check_rule(layer, rule, logits, output, tolerance):
     """Asserts that the layer's own numbers choose and weigh as the rule says: it was found with numbers made up."""
-    _, weights, index, *_ = answer
-    tolerance, correction = tolerance_of(tokens), correction_of(layer, rule)
+    correction = correction_of(layer, rule)
     keys = choice_keys(logits, rule, None if correction is None else correction.float())
     if num_groups(layer.router) == 1 and bool(keys.isfinite().all()):  # a group's best may be filled up with others
         slack = tolerance * keys.abs().amax().item()
-        assert is_top_k(index, keys, 1, slack), "it does not choose the top k by its rule"
+        assert is_top_k(output.top_k_index, keys, 1, slack), "it does not choose the top k by its rule"
     if rule.jitter is not None and tolerance == HALF:
         return  # SparseMixer has thresholds, which rounded logits may lie on either side of
-    with materialised(layer.router) as router:
+    with onloaded(layer.router) as router:
         scale = tensor_at(router, rule.expert_scale) if rule.expert_scale else None
-    found = weigh(logits, index, sharing(rule, logits, answer) if rule.shared else rule, expert_scale=scale)
-    error, size = apart(found, weights)
-    assert not error > tolerance * size, f"its weights are not those of its rule (they are {error:.2g} apart)"
+    weights = rule_weights_of(output, logits, rule, scale)
+    assert_near(weights, output.top_k_weights, tolerance, "its weights are not those of its rule")
 
 
-@torch.no_grad()
-def check_pairs(experts, tokens, weights, index, output):
+def check_pairs(experts, tokens, output, expected, tolerance):
     """Asserts that the output is the sum of what each chosen expert gives alone: so new experts are run and added."""
-    with evaluating(experts):
-        pairs = run_pairs(experts.forward, tokens, index, weights, torch.arange(index.numel(), device=index.device), 0)
-    error, size = apart(pairs.view(*index.shape, -1).float().sum(dim=1), output)
-    assert not error > tolerance_of(tokens) * size, (
-        f"the output of its experts is not the sum of what each of them gives (they are {error:.2g} apart)"
-    )
+    weights, index = output.top_k_weights, output.top_k_index
+    pairs = run_pairs(experts.forward, tokens, index, weights, torch.arange(index.numel(), device=index.device), 0)
+    found = pairs.view(*index.shape, -1).float().sum(dim=1)
+    assert_near(found, expected, tolerance, "the output of its experts is not the sum of what each of them gives")
 
 
-@torch.no_grad()
-def check_copies(experts, name, tokens, sources):
+def check_copies(experts, name, tokens, sources, tolerance):
     """Asserts that new experts are copies: what tells experts apart may lie elsewhere than in their parameters."""
-    new, weights = experts.moextend[name], tokens.new_ones(len(tokens), 1)
-    for place, source in enumerate(sources):
-        with evaluating(experts):
-            expected = experts.forward(tokens.clone(), torch.full_like(weights, source, dtype=torch.long), weights)
-            try:
-                found = new.forward(
-                    tokens.to(new.down_proj.dtype), torch.full_like(weights, place, dtype=torch.long), weights
-                )
-            except Exception as error:
-                raise AssertionError(f"a new expert can't run ({type(error).__name__}: {error})") from error
-        error, size = apart(found, expected)
-        assert not error > tolerance_of(tokens) * size, (
-            f"a copied expert gives another output than its source (they are {error:.2g} apart)"
-        )
+    new, weights = experts.moextend.adapters[name], tokens.new_ones(len(tokens), 1)
+    for number, source in enumerate(sources):
+        expected = experts.forward(tokens.clone(), torch.full_like(weights, source, dtype=torch.long), weights)
+        index = torch.full_like(weights, number, dtype=torch.long)
+        try:
+            found = new.forward(tokens.to(new.down_proj.dtype), index, weights)
+        except Exception as error:
+            raise AssertionError(f"a new expert can't run ({type(error).__name__}: {error})") from error
+        assert_near(found, expected, tolerance, "a copied expert gives another output than its source")

@@ -1,17 +1,22 @@
 """Vision: a frozen encoder and a projector put image features where the image tokens stand (LLaVA-1.5).
 
-Letters: B rows, S tokens, I images in the batch, P features an image, H hidden size of the base, D of the encoder.
+Generation with images is the base's own, told which images belong to which pass, item and column of scores.
+
+Letters: B items, S tokens, I images in the batch, P features an image, H hidden size of the base, D of the encoder.
 """
 
 import contextlib
+from functools import partial
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, GenerationMixin, LogitsProcessorList
 from transformers.activations import ACT2FN
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from .configuration_moextend import has_class_token
-from .layers_moextend import zero_tie
+from .layers_moextend import keep_in_graph
 
 VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model")
 
@@ -41,7 +46,7 @@ def projector_tied(embedding, projector):
     if not any(parameter.requires_grad for parameter in trained):
         yield
         return
-    hook = embedding.register_forward_hook(lambda module, args, output: zero_tie(output, trained))
+    hook = embedding.register_forward_hook(lambda module, args, output: keep_in_graph(output, trained))
     try:
         yield
     finally:
@@ -137,8 +142,8 @@ def merge_images(input_ids, embedding, image_token_id, features):
     return embeds.masked_scatter(is_image.unsqueeze(-1).to(embeds.device), features)
 
 
-def images_per_row(input_ids, image_token_id, num_image_tokens):
-    """[B]: how many images' tokens each row of `input_ids` [B, S] holds."""
+def images_per_item(input_ids, image_token_id, num_image_tokens):
+    """[B]: how many images' tokens each item of `input_ids` [B, S] holds."""
     return (input_ids == image_token_id).sum(dim=1) // max(num_image_tokens, 1)
 
 
@@ -148,8 +153,8 @@ def select_images(pixel_values, input_ids, past_length, image_token_id, num_imag
     `input_ids` [B, S] is the whole conversation. A user who hands on a cache gives either the images of the whole
     conversation or only the new ones; which of the two is told by their number.
     """
-    total = images_per_row(input_ids, image_token_id, num_image_tokens)
-    new = images_per_row(input_ids[:, past_length:], image_token_id, num_image_tokens)
+    total = images_per_item(input_ids, image_token_id, num_image_tokens)
+    new = images_per_item(input_ids[:, past_length:], image_token_id, num_image_tokens)
     if past_length == 0 or len(pixel_values) == int(new.sum()):
         return pixel_values
     if len(pixel_values) != int(total.sum()):
@@ -157,15 +162,153 @@ def select_images(pixel_values, input_ids, past_length, image_token_id, num_imag
             f"{len(pixel_values)} images were given; the conversation has {int(total.sum())}, of which "
             f"{int(new.sum())} are not in the cache yet. Give all of them, or just the new ones."
         )
-    rows = pixel_values.split(total.tolist())
-    kept = [images[len(images) - count :] for images, count in zip(rows, new.tolist(), strict=True)]
-    return torch.cat(kept) if int(new.sum()) else None
+    items = pixel_values.split(total.tolist())
+    unseen = [images[len(images) - count :] for images, count in zip(items, new.tolist(), strict=True)]
+    return torch.cat(unseen) if int(new.sum()) else None
 
 
 def expand_images(pixel_values, input_ids, expand_size, image_token_id, num_image_tokens):
-    """Repeats each row's images `expand_size` times (beams, several returned sequences), row by row.
+    """Repeats each item's images `expand_size` times (beams, several returned sequences), item by item.
 
     [I, 3, h, w] -> [I * expand_size, 3, h, w]. Repeating image by image would hand beams their neighbour's images.
     """
-    rows = pixel_values.split(images_per_row(input_ids, image_token_id, num_image_tokens).tolist())
-    return torch.cat([row for row in rows for _ in range(expand_size)])
+    items = pixel_values.split(images_per_item(input_ids, image_token_id, num_image_tokens).tolist())
+    return torch.cat([images for images in items for _ in range(expand_size)])
+
+
+# ---------------------------------------------------------------- generation
+
+
+class ImageGenerationMixin(GenerationMixin):
+    """transformers' `generate` for prompts that hold image tokens, and for prompts of several adapters."""
+
+    def generate(self, inputs=None, *args, adapter_names=None, **kwargs):
+        """As in transformers, by the adapters that are active when it begins. `adapter_names`: for each prompt an
+        adapter or a list of them, see `forward`.
+
+        Raises:
+            ValueError: an unknown name, another number of them than of prompts, adapters that are off.
+        """
+        prompts = next(
+            (x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), [0]
+        )
+        with self.passes.using(selection=self.select_adapters(adapter_names, len(prompts))):
+            return super().generate(inputs, *args, **kwargs)
+
+    def _supports_default_dynamic_cache(self):
+        return self.base._supports_default_dynamic_cache()
+
+    def _prepare_cache_for_generation(self, *args, **kwargs):
+        """The base's own cache: some families bring a class of theirs."""
+        return self.base._prepare_cache_for_generation(*args, **kwargs)
+
+    def _prepare_position_ids_for_generation(self, *args, **kwargs):
+        """The base's own: multimodal ones have positions of several dimensions."""
+        return self.base._prepare_position_ids_for_generation(*args, **kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs):
+        """Without an encoder here, the base's own: what a multimodal one takes is its affair."""
+        validate = super() if self.encoder is not None else self.base
+        validate._validate_model_kwargs(model_kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, pixel_values=None, **kwargs):
+        """The base's own preparation; images go with the pass that has their tokens, and with no other."""
+        inputs = self.base.prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, pixel_values=pixel_values, **kwargs
+        )
+        if inputs.get("input_ids") is None or self.vision_adapter is None:
+            return inputs
+        config = self.vision_adapter.config
+        if inputs.get("pixel_values") is not None:
+            cut = input_ids.shape[1] - inputs["input_ids"].shape[1]
+            inputs["pixel_values"] = select_images(
+                pixel_values, input_ids, cut, config.image_token_id, config.num_image_tokens
+            )
+        elif not kwargs.get("is_first_iteration"):
+            # An assistant gets the image tokens of the prompt, but generate hands it no images: it drafts without.
+            is_image = inputs["input_ids"] == config.image_token_id
+            inputs["input_ids"] = inputs["input_ids"].masked_fill(is_image, 0)
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Repeats items for beams; images are per image, not per item, and are repeated with their item."""
+        if self.encoder is None:  # a multimodal base knows its own images
+            return self.base._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        if pixel_values is not None and expand_size > 1 and self.vision_adapter is not None:
+            config = self.vision_adapter.config
+            pixel_values = expand_images(
+                pixel_values, input_ids, expand_size, config.image_token_id, config.num_image_tokens
+            )
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if pixel_values is not None:
+            model_kwargs["pixel_values"] = pixel_values
+        return input_ids, model_kwargs
+
+    def _get_logits_processor(self, generation_config, *args, **kwargs):
+        """The usual processors, which index scores by ids: image tokens may lie past the head.
+
+        Raises:
+            ValueError: a processor that cannot work with images, by name.
+        """
+        if self.has_image_tokens(kwargs.get("encoder_input_ids")):
+            head = self.get_output_embeddings().weight.shape[0]
+            past_head = not 0 <= self.vision_adapter.config.image_token_id < head
+            check_processors(generation_config, kwargs.get("negative_prompt_ids"), past_head)
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        vision = self.vision_adapter
+        return processors if vision is None else WithImageColumn(vision.config.image_token_id, processors)
+
+    def _get_candidate_generator(self, *args, **kwargs):
+        """The usual one, which never proposes an image token."""
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        if self.vision_adapter is None:
+            return generator
+        if isinstance(generator, PromptLookupCandidateGenerator):
+            generator.logits_processor = None  # it would look up the score of an image token; proposals are verified
+        image_token_id = self.vision_adapter.config.image_token_id
+        generator.get_candidates = partial(text_candidates, generator.get_candidates, image_token_id)
+        return generator
+
+
+def check_processors(generation_config, negative_prompt_ids, past_head):
+    """Refuses, by name, what generates without the prompt's images, or looks image tokens up past the head."""
+    scale, penalty = generation_config.guidance_scale, generation_config.encoder_repetition_penalty
+    blind = {"guidance_scale": scale not in (None, 1), "negative_prompt_ids": negative_prompt_ids is not None}
+    out_of_range = {
+        "encoder_repetition_penalty": penalty not in (None, 1),
+        "encoder_no_repeat_ngram_size": bool(generation_config.encoder_no_repeat_ngram_size),
+    }
+    used = [name for name, given in (blind | (out_of_range if past_head else {})).items() if given]
+    if used:
+        raise ValueError(
+            f"{' and '.join(used)} cannot be used in generate with images: guidance runs the model without the "
+            "prompt's images, and encoder_... looks up the scores of the prompt's tokens, where an image token past "
+            "the vocabulary has none. Leave it out."
+        )
+
+
+class WithImageColumn(LogitsProcessorList):
+    """Logits processors that see one more column of scores, the image token's: processors index scores by ids."""
+
+    def __init__(self, image_token_id, processors):
+        super().__init__(processors)
+        self.image_token_id = image_token_id
+
+    def __call__(self, input_ids, scores, **kwargs):
+        is_image, vocab_size = input_ids == self.image_token_id, scores.shape[-1]
+        if 0 <= self.image_token_id < vocab_size or not is_image.any():
+            return super().__call__(input_ids, scores, **kwargs)
+        scores = F.pad(scores, (0, 1), value=-torch.inf)
+        return super().__call__(input_ids.masked_fill(is_image, vocab_size), scores, **kwargs)[:, :vocab_size]
+
+
+def text_candidates(get_candidates, image_token_id, input_ids, **kwargs):
+    """Candidates of assisted generation up to the first image token among them."""
+    candidates, logits = get_candidates(input_ids, **kwargs)
+    length = input_ids.shape[1]
+    is_image = (candidates[0, length:] == image_token_id).nonzero()
+    kept = int(is_image[0]) if len(is_image) else candidates.shape[1] - length
+    return candidates[:, : length + kept], None if logits is None else logits[:, :kept]

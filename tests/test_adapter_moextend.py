@@ -19,15 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from modeling_moextend import MoExtendForCausalLM, adapter_moextend
-from modeling_moextend.adapter_moextend import (
-    FILE,
-    INDEX,
-    base_tensors_hash,
-    fingerprint,
-    read_adapter,
-    same_fingerprint,
-    write_adapter,
-)
+from modeling_moextend.adapter_file_moextend import FILE, INDEX, read_adapter, write_adapter
+from modeling_moextend.tensors_moextend import fingerprint, same_fingerprint
+from modeling_moextend.tools.hashes import base_tensors_hash
 
 PLAN = {1: [0], 3: [2, 5]}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -31,7 +31,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from modeling_moextend import MoExtendForCausalLM
-from modeling_moextend.adapter_moextend import FILE, INDEX, header_checksum, read_adapter
+from modeling_moextend.adapter_file_moextend import FILE, INDEX, header_checksum, read_adapter
 from modeling_moextend.cli import commands as cli
 from modeling_moextend.tools.native import NUMBER
 

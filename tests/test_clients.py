@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from modeling_moextend import MoExtendForCausalLM, load_processor
-from modeling_moextend.adapter_moextend import FILE, base_tensors_hash
+from modeling_moextend.adapter_file_moextend import FILE
+from modeling_moextend.tools.hashes import base_tensors_hash
 
 ROOT = Path(__file__).parents[1]
 BASE, ENCODER = ROOT / "assets" / "tiny-moe", ROOT / "assets" / "tiny-clip"

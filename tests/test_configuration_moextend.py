@@ -19,7 +19,7 @@ from transformers import AutoConfig, CLIPVisionConfig, MixtralConfig, PreTrained
 
 from modeling_moextend import MoExtendConfig, MoExtendForCausalLM
 from modeling_moextend.configuration_moextend import CHOICES, routing_choices
-from modeling_moextend.entries_moextend import ENTRIES, OWN
+from modeling_moextend.validation_moextend import ENTRIES, OWN
 
 ENCODER = {
     "model_type": "clip_vision_model",

@@ -21,7 +21,8 @@ from test_push_to_hub import hub as hub
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_moextend import MoExtendConfig, MoExtendForCausalLM
-from modeling_moextend.adapter_moextend import FILE, decode_fingerprint, fingerprint, read_adapter, write_adapter
+from modeling_moextend.adapter_file_moextend import FILE, read_adapter, write_adapter
+from modeling_moextend.tensors_moextend import decode_fingerprint, fingerprint
 from modeling_moextend.tools import merge as export
 from modeling_moextend.tools import native as native_module
 from modeling_moextend.tools.base_weights import Checkpoint, OnDisk, Unusable, reading_from, skeleton

@@ -18,12 +18,12 @@ from modeling_moextend.families_moextend import (
     MoELayer,
     family_of,
     find_moe_layers,
-    find_rule,
     find_rules,
     is_top_k,
     sibling,
 )
 from modeling_moextend.routing_moextend import SCORES, Rule, rule_weights
+from modeling_moextend.tools.routing_rules import find_rule
 
 E_, H, K = 6, 16, 2
 

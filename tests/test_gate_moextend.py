@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from modeling_moextend import MoExtendConfig, MoExtendForCausalLM, MoExtendModel
-from modeling_moextend.adapter_moextend import FILE
+from modeling_moextend.adapter_file_moextend import FILE
 from modeling_moextend.families_moextend import find_moe_layers
 from modeling_moextend.gate_moextend import CLOSED, GatedPass, TokenGate
 from modeling_moextend.scope_moextend import STATE, cached_state, remember

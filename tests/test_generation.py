@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 from modeling_moextend import MoExtendForCausalLM
-from modeling_moextend.generation_moextend import WithImageColumn
-from modeling_moextend.pretrained_moextend import BASE_FLAGS
+from modeling_moextend.modeling_moextend import BASE_FLAGS
+from modeling_moextend.vision_moextend import WithImageColumn
 
 IMAGE = 96  # the first id past the vocabulary; an image has four features
 NEW = 10

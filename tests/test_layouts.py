@@ -31,8 +31,9 @@ from transformers.integrations.mxfp4 import Mxfp4GptOssExperts, Mxfp4GptOssMLP
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from modeling_moextend import MoExtendForCausalLM
-from modeling_moextend.adapter_moextend import base_tensors_hash, tensor_bytes
-from modeling_moextend.layouts_moextend import check_gradients, quantisation_of
+from modeling_moextend.adapter_file_moextend import tensor_bytes
+from modeling_moextend.base_checks_moextend import check_gradients, quantisation_of
+from modeling_moextend.tools.hashes import base_tensors_hash
 
 PLAN = {1: [0, 3], 2: [1]}
 COMPETE = {"scope": "all", "selection": "compete", "calibration": "none"}

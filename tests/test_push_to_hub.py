@@ -22,10 +22,10 @@ from test_sft_trainer import make_trainer
 from transformers import MixtralForCausalLM
 
 from modeling_moextend import MoExtendForCausalLM
-from modeling_moextend.adapter_moextend import FILE, INDEX, read_adapter
+from modeling_moextend.adapter_file_moextend import FILE, INDEX, read_adapter
 from modeling_moextend.evaluation.report import write_report
 from modeling_moextend.extender.router_shift import RouterShift
-from modeling_moextend.hub_moextend import published_files
+from modeling_moextend.publishing.hub import published_files
 
 ROOT = Path(__file__).parents[1]
 REPO, BASE = "me/my-adapter", "org/base"

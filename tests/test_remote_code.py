@@ -16,7 +16,7 @@ from test_processing_moextend import build_processor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 
 from modeling_moextend import MoExtendForCausalLM, MoExtendModel
-from modeling_moextend.adapter_moextend import FILE
+from modeling_moextend.adapter_file_moextend import FILE
 
 PLAN = {1: [0], 3: [2, 5]}
 PROMPT = "USER: <image> what? ASSISTANT:"

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from modeling_moextend import MoExtendConfig, MoExtendForCausalLM, adapter_moextend
-from modeling_moextend.entries_moextend import ENTRIES
+from modeling_moextend.validation_moextend import ENTRIES
 
 HERE = Path(__file__).parent
 # What a clear error names: a file of the folder, an entry of the config, a tensor, or whose checkpoint it is about.

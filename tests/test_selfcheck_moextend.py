@@ -11,9 +11,10 @@ from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
 
 from modeling_moextend import MoExtendForCausalLM
-from modeling_moextend.families_moextend import find_moe_layers, find_rule
+from modeling_moextend.families_moextend import find_moe_layers
 from modeling_moextend.layers_moextend import RouterExtension, add_experts
 from modeling_moextend.selfcheck_moextend import check_rule, run, same, sample, self_checked
+from modeling_moextend.tools.routing_rules import find_rule
 
 PLAN = {2: [3, 0]}
 

@@ -13,11 +13,12 @@ from test_gate_moextend import open_gate
 from transformers import DynamicCache
 
 from modeling_moextend import MoExtendForCausalLM, MoExtendModel
-from modeling_moextend.adapter_moextend import FILE, base_tensors_hash
+from modeling_moextend.adapter_file_moextend import FILE
 from modeling_moextend.families_moextend import find_moe_layers
 from modeling_moextend.routing_moextend import Rule, choice_keys, route
 from modeling_moextend.scope_moextend import IMAGES, STATE, cached_state
 from modeling_moextend.state_moextend import meeting
+from modeling_moextend.tools.hashes import base_tensors_hash
 
 IMAGE = 96
 NONE = {"calibration": "none"}

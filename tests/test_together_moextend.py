@@ -10,9 +10,10 @@ from safetensors import safe_open
 from test_sft_trainer import WORDS, config, make_tokenizer
 
 from modeling_moextend import MoExtendConfig, MoExtendForCausalLM
-from modeling_moextend.adapter_moextend import FILE, base_tensors_hash
+from modeling_moextend.adapter_file_moextend import FILE
 from modeling_moextend.families_moextend import find_moe_layers
 from modeling_moextend.publishing.card import create_card
+from modeling_moextend.tools.hashes import base_tensors_hash
 from modeling_moextend.tools.merge import merge
 from modeling_moextend.training.trainer import MoExtendSFTTrainer
 

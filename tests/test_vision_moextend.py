@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel, SiglipVisionModel, ViTConfig, ViTModel
 
 from modeling_moextend import MoExtendForCausalLM
-from modeling_moextend.adapter_moextend import base_tensors_hash
+from modeling_moextend.tools.hashes import base_tensors_hash
 from modeling_moextend.vision_moextend import (
     Projector,
     encode_images,

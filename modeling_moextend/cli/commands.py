@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 
-from ..publishing.folder import publish_folder
+from ..publishing.hub import publish_folder
 from ..tools.base_weights import Unusable
 from ..tools.inspection import diff_adapters, inspect_adapter
 from ..tools.merge import merge

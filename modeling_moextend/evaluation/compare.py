@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ..metrics import load_metric
+from ..selfcheck_moextend import evaluation_mode
 
 CHUNK = 256  # tokens whose distributions over the vocabulary are compared at once, in float32
 
@@ -157,7 +158,7 @@ def routing_of(records, row, length, width):
         index, total = record.index[here].cpu(), record.num_base + record.num_new
         found["experts"][layer] = torch.bincount(index[index >= 0], minlength=total).tolist()
         if record.num_new:
-            found["captured"][layer] = (index >= record.num_base).any(-1).int().tolist()
+            found["captured"][layer] = record.selects_new[here].int().tolist()
         if getattr(record, "gate", None) is not None:
             found.setdefault("gate", {})[layer] = record.gate.reshape(-1)[here].float().tolist()
     return found
@@ -321,19 +322,3 @@ def batches(lengths, size):
 
 def bar(total, title, progress):
     return tqdm(total=total, desc=title, disable=not progress, file=sys.stderr)
-
-
-@contextlib.contextmanager
-def evaluation_mode(*models):
-    """Inside, the models are in evaluation mode; afterwards every module is in the mode it was."""
-    modes = [(model, module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, module, training in modes:
-            if model is module:
-                model.train(training)  # some models keep parts that are no modules of theirs
-        for _, module, training in modes:
-            module.training = training

@@ -24,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..data.collators import MaskImageLabels
 from ..families_moextend import find_moe_layers
+from ..selfcheck_moextend import evaluation_mode
 from .router_shift import RouterShift
 
 MODES = ("training", "gradient_checkpointing")  # what trainers switch on every module
@@ -176,7 +177,7 @@ def new_experts_off(model):
     """Leaves the new experts of a MoExtend model out, and only them: `disable_adapter` would refuse images as well."""
     if getattr(model.config, "model_type", None) != "moextend":
         return contextlib.nullcontext()
-    return model.routing.using(groups=())
+    return model.passes.using(selection=model.select_adapters()._replace(groups=()))
 
 
 @contextlib.contextmanager
@@ -226,16 +227,13 @@ def count_selections(trainer, layers, title):
 
     routers = [layer.router for layer in layers.values()]
     hooks = [router.register_forward_hook(partial(count, place)) for place, router in enumerate(routers)]
-    was_training = model.training
-    model.eval()
     try:
-        for batch in tqdm(held_out_batches(trainer), desc=title, disable=not accelerator.is_main_process):
-            inputs = trainer._prepare_inputs(batch)
-            with torch.no_grad(), accelerator.autocast():
+        with evaluation_mode(model), torch.no_grad(), accelerator.autocast():
+            for batch in tqdm(held_out_batches(trainer), desc=title, disable=not accelerator.is_main_process):
+                inputs = trainer._prepare_inputs(batch)
                 # The body alone: nobody needs logits over the vocabulary.
                 model.base_model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
     return accelerator.reduce(counts, reduction="sum").cpu()

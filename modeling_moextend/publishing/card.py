@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import is_jinja_available
 
-from ..hub_moextend import hub_id
+from ..loading_moextend import hub_id
 
 TAGS = ["moextend", "moe", "mixture-of-experts", "adapter"]
 

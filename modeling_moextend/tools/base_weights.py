@@ -18,7 +18,19 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ..loading_moextend import auto_class_for
+from ..tensors_moextend import PLAIN, named_owners, sample_values
 
+TOKENIZER = (  # files of a tokenizer
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
 EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")  # the expert's number in a key that holds one expert
 
 
@@ -95,28 +107,28 @@ class Checkpoint:
             raise Unusable(f"{self.name} has {key} as {tuple(tensor.shape)}, the model needs {tuple(shape)}.")
         return tensor
 
-    def values(self, model, name, shape, spots):
+    def values(self, model, name, shape, indices):
         """Single values of a parameter as `model` holds it, each read from what the checkpoint has in its place.
 
         Args:
             model: causal LM, on the meta device or not.
             name, shape: of the parameter, e.g. "model.layers.0.mlp.experts.gate_up_proj" [E, 2I, H].
-            spots: places of the values in the flattened parameter. Of experts that have a key each, those without
+            indices: of the values in the flattened parameter. Of experts that have a key each, those without
                 any are not read: all of a layer can be many times a file.
         """
         asked = torch.empty(shape, device="meta")
         parts = self.parts(model, name, asked)
         key, part = next(iter(parts.items()))
         if part is asked:  # under another name at most
-            return self.tensor(key, shape).reshape(-1)[spots]
+            return self.tensor(key, shape).reshape(-1)[indices]
         by_expert = any(EXPERT.search(key) for key in parts)  # else, say, one matrix of two projections
         size = shape[1:].numel() if by_expert else shape.numel()
-        found = torch.empty(len(spots), dtype=self.tensor(key).dtype)
-        for first in (spots // size).unique().tolist():
+        found = torch.empty(len(indices), dtype=self.tensor(key).dtype)
+        for first in (indices // size).unique().tolist():
             rows = torch.empty((1, *shape[1:]) if by_expert else shape, dtype=found.dtype)
             self.fill(rows, partial(stored_parts, model, name, first=first))
-            inside = spots // size == first
-            found[inside] = rows.view(-1)[spots[inside] % size]
+            inside = indices // size == first
+            found[inside] = rows.view(-1)[indices[inside] % size]
         return found
 
     def parts(self, model, name, asked):
@@ -165,53 +177,19 @@ def skeleton(config):
         return auto_class_for(config, AutoModelForCausalLM).from_config(config).eval()
 
 
-class OnDisk:
-    """In the place of a weight: gives single values and its dtype, all that a fingerprint asks for."""
+def checkpoint_fingerprint(checkpoint, model):
+    """`tensors_moextend.fingerprint` of the decoder of `model`, a `skeleton`, by the values that `checkpoint` has on
+    disk."""
+    names = {module: name for name, module in model.named_modules()}
+    shapes, full_names = {}, {}
+    for name, owner, key in named_owners(model.get_decoder()):
+        if owner._parameters[key].dim() >= 2:
+            shapes[name], full_names[name] = owner._parameters[key].shape, f"{names[owner]}.{key}"
 
-    is_meta, device = False, torch.device("cpu")
+    def read(name, indices):
+        parts = checkpoint.parts(model, full_names[name], torch.empty(shapes[name], device="meta"))
+        if checkpoint.tensor(next(iter(parts))).dtype not in PLAIN:
+            return torch.full((len(indices),), torch.nan)
+        return checkpoint.values(model, full_names[name], shapes[name], indices)
 
-    def __init__(self, checkpoint, model, name, shape):
-        self.checkpoint, self.model, self.name, self.shape = checkpoint, model, name, shape
-
-    @property
-    def dtype(self):
-        parts = self.checkpoint.parts(self.model, self.name, torch.empty(self.shape, device="meta"))
-        return self.checkpoint.tensor(next(iter(parts))).dtype
-
-    def detach(self):
-        return self
-
-    def numel(self):
-        return self.shape.numel()
-
-    def reshape(self, length):
-        assert length == -1
-        return self
-
-    def __getitem__(self, spots):
-        return self.checkpoint.values(self.model, self.name, self.shape, spots)
-
-
-class FromDisk:
-    """In the place of accelerate's hook: `families_moextend.materialised` finds a module's weights through it."""
-
-    def __init__(self, checkpoint, model, prefix):
-        self.checkpoint, self.model, self.prefix = checkpoint, model, prefix
-
-    def pre_forward(self, module):
-        self.meta = dict(module._parameters)
-        for key, parameter in self.meta.items():
-            if parameter is not None:
-                name = f"{self.prefix}.{key}"
-                module._parameters[key] = OnDisk(self.checkpoint, self.model, name, parameter.shape)
-
-    def post_forward(self, module, output):
-        module._parameters.update(self.meta)
-
-
-def reading_from(checkpoint, model):
-    """`model`, a `skeleton`, with weights that come from `checkpoint` when a fingerprint looks at them."""
-    for prefix, module in model.named_modules():
-        if module._parameters:
-            module._hf_hook = FromDisk(checkpoint, model, prefix)
-    return model
+    return sample_values({name: shape.numel() for name, shape in shapes.items()}, read)

@@ -1,34 +1,41 @@
 """What is in an adapter, and how two of them differ: read from their files, without any base."""
 
-import json
 import math
 from pathlib import Path
 
-import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import SafetensorsParsingError
-from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
-from ..adapter_moextend import FILE, INDEX, check_format, check_tensors, find_files, read_adapter, tensor_bytes
-from ..configuration_moextend import MoExtendConfig
-from .base_weights import shard_names, unusable
+from ..adapter_file_moextend import (
+    FILE,
+    INDEX,
+    check_tensors,
+    find_files,
+    joined,
+    read_adapter,
+    read_file,
+    shards_of,
+    tensor_bytes,
+    without_data,
+)
+from .base_weights import unusable
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 ROUTING = ("scope", "selection", "calibration")
 
 
 def read_whole(name_or_path, **hub_kwargs):
-    """Reads an adapter that is found whole: its `MoExtendConfig`, name -> tensor, header metadata.
+    """Reads an adapter that is found whole, by its own checksums: -> `StoredAdapter`.
 
     Raises:
         OSError: no adapter there.
         Unusable: a damaged one, or one of a newer format.
     """
     with unusable():
-        values, tensors, metadata = read_adapter(name_or_path, **hub_kwargs)
-        check_tensors(tensors, tensors, metadata)  # against its own header: is the file whole?
-        return MoExtendConfig.from_dict(values), tensors, metadata
+        stored = read_adapter(name_or_path, **hub_kwargs)
+        check_tensors(stored.tensors, stored)
+        stored.config()  # its values are allowed ones
+        return stored
 
 
 def inspect_adapter(name_or_path, **hub_kwargs):
@@ -42,19 +49,17 @@ def inspect_adapter(name_or_path, **hub_kwargs):
         OSError: no adapter there.
         ValueError: a damaged header, or a newer format.
     """
-    files = read_headers(name_or_path, hub_kwargs)
-    metadata = next(iter(files.values()))[0]
-    config = MoExtendConfig.from_dict(read_config(name_or_path, metadata))
-    tensors = {key: tensor for _, held in files.values() for key, tensor in held.items()}
+    stored = read_headers(name_or_path, hub_kwargs)
+    config, tensors = stored.config(), stored.tensors
     return {
         "adapter": str(name_or_path),
-        "format": int(metadata["moextend_format"]),
+        "format": int(stored.metadata["moextend_format"]),
         "base": part_of(config, "base_model", "base", config.text_config),
         "encoder": part_of(config, "encoder", "encoder", config.encoder_config) if config.encoder_config else None,
         **{name: getattr(config, name) for name in ROUTING},
         "gate_threshold": config.gate_threshold if config.scope == "gate" else None,
         **size_of(tensors),
-        "files": list(files),
+        "files": list(stored.files),
         "layers": [
             {"layer": layer, "source_experts": sources, **size_of(under(tensors, f"layers.{layer}."))}
             for layer, sources in config.extended_layers.items()
@@ -67,14 +72,6 @@ def inspect_adapter(name_or_path, **hub_kwargs):
             for name, tensor in sorted(tensors.items())
         ],
     }
-
-
-def read_config(name_or_path, metadata):
-    """The config in a header, as a `dict`."""
-    try:
-        return json.loads(metadata["config"])
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name_or_path} is damaged: the config in its header is no JSON ({error}).") from error
 
 
 def part_of(config, role, word, own_config):
@@ -101,7 +98,7 @@ def size_of(tensors):
 
 
 def read_headers(name_or_path, hub_kwargs):
-    """File name -> (header metadata, name -> tensor on the meta device) of every file of an adapter.
+    """A `StoredAdapter` whose tensors have no data, on the meta device.
 
     Of a repository on the Hub only the headers are fetched, unless the user is offline (then: from the cache).
 
@@ -109,44 +106,24 @@ def read_headers(name_or_path, hub_kwargs):
         OSError, ValueError: see `inspect_adapter`.
     """
     local = Path(name_or_path).is_dir() or hub_kwargs.get("local_files_only") or constants.HF_HUB_OFFLINE
-    found = local_headers(name_or_path, hub_kwargs) if local else remote_headers(name_or_path, hub_kwargs)
-    for name, (metadata, _) in found.items():
-        check_format(f"{name_or_path}/{name}", metadata)
-    return found
-
-
-def local_headers(name_or_path, hub_kwargs):
-    found = {}
-    for path in map(Path, find_files(name_or_path, hub_kwargs)):
-        try:
-            with safe_open(path, framework="pt") as file:
-                parts = {key: file.get_slice(key) for key in file.keys()}
-                tensors = {key: nothing(part.get_dtype(), part.get_shape()) for key, part in parts.items()}
-                found[path.name] = file.metadata() or {}, tensors
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged or truncated ({error}).") from error
-    return found
+    if not local:
+        return joined(remote_headers(name_or_path, hub_kwargs))
+    return joined({path: read_file(path, with_data=False) for path in find_files(name_or_path, hub_kwargs)})
 
 
 def remote_headers(repo_id, hub_kwargs):
+    """File name -> (tensors without data, header metadata) of every file of an adapter on the Hub."""
     index = cached_file(repo_id, INDEX, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
     api, found = HfApi(token=hub_kwargs.get("token")), {}
-    for name in [FILE] if index is None else shard_names(index):
-        place = "/".join(filter(None, (hub_kwargs.get("subfolder"), name)))
+    for name in [FILE] if index is None else shards_of(index):
+        path = "/".join(filter(None, (hub_kwargs.get("subfolder"), name)))
         try:
-            header = api.parse_safetensors_file_metadata(repo_id, place, revision=hub_kwargs.get("revision"))
-        except SafetensorsParsingError as error:
-            raise ValueError(f"{repo_id}/{place} is damaged ({error}).") from error
-        tensors = {key: nothing(tensor.dtype, tensor.shape) for key, tensor in header.tensors.items()}
-        found[name] = header.metadata, tensors
+            header = api.parse_safetensors_file_metadata(repo_id, path, revision=hub_kwargs.get("revision"))
+            tensors = {key: without_data(tensor.dtype, tensor.shape) for key, tensor in header.tensors.items()}
+        except (SafetensorsParsingError, ValueError) as error:
+            raise ValueError(f"{repo_id}/{path} is damaged ({error}).") from error
+        found[name] = tensors, header.metadata
     return found
-
-
-def nothing(dtype, shape):
-    """A tensor of this dtype (safetensors' word) and shape, without data."""
-    if dtype not in DTYPES:
-        raise ValueError(f"An adapter holds tensors of {', '.join(DTYPES)}; this one has {dtype}: it is damaged.")
-    return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
 
 
 def diff_adapters(one, other, **hub_kwargs):
@@ -162,9 +139,9 @@ def diff_adapters(one, other, **hub_kwargs):
     """
     pair = []
     for name in (one, other):
-        values, tensors, metadata = read_adapter(name, **hub_kwargs)
-        check_tensors(tensors, tensors, metadata)  # against its own header: is the file whole?
-        pair.append((flat(values), tensors))
+        stored = read_adapter(name, **hub_kwargs)
+        check_tensors(stored.tensors, stored)  # against its own header: is the file whole?
+        pair.append((flat(stored.values), stored.tensors))
     (config, tensors), (other_config, other_tensors) = pair
     shared = sorted(tensors.keys() & other_tensors.keys())
     same_shape = [name for name in shared if tensors[name].shape == other_tensors[name].shape]

@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 from transformers.utils import cached_file
 
-from ..adapter_moextend import check_tensors, fingerprint, shipped_code, write_adapter
-from ..folder_moextend import copy_file, write_text
-from ..hub_moextend import TOKENIZER
-from ..loading_moextend import SHARED_HUB_KWARGS, check_fingerprint, check_no_adapter, place_of
+from ..adapter_file_moextend import check_tensors, write_folder
+from ..base_checks_moextend import check_fingerprint
+from ..folder_moextend import copy_file
+from ..loading_moextend import SHARED_HUB_KWARGS, check_no_adapter, location_of
 from ..modeling_moextend import MoExtendForCausalLM
+from ..tensors_moextend import fingerprint
 from ..vision_moextend import load_encoder
-from .base_weights import Checkpoint, reading_from, skeleton, unusable
+from .base_weights import TOKENIZER, Checkpoint, checkpoint_fingerprint, skeleton, unusable
 from .inspection import read_whole
 from .native import check_native, write_native
 
@@ -69,24 +70,25 @@ def merge(
             form: all that stands against it is named.
     """
     with new_folder(output) as folder:
-        config, tensors, metadata = read_whole(adapter, **hub_kwargs)
+        stored = read_whole(adapter, **hub_kwargs)
+        config = stored.config()
         if check_trained_on:
             check_alone(config, adapter)
         config.trained_on = []  # what is merged stands alone
         with unusable():
             checkpoint = open_part("base", base, config, adapter, hub_kwargs)
             base_config = checkpoint.config()
-        check_fit(config, base_config, checkpoint, tensors, metadata, check_base)
+        check_fit(config, base_config, checkpoint, stored, check_base)
         if native:
             model = skeleton(base_config)
-            check_native(config, base_config, model, checkpoint, tensors)
-            write_native(folder, config, base_config, model, checkpoint, tensors, max_shard_size)
+            check_native(config, base_config, model, checkpoint, stored.tensors)
+            write_native(folder, config, base_config, model, checkpoint, stored.tensors, max_shard_size)
             copy_files(checkpoint.find, ABOUT_NATIVE, folder)
         else:
             sees = config.encoder_config is not None
             with unusable():
-                eyes = open_part("encoder", encoder, config, adapter, hub_kwargs) if sees else None
-            write_standalone(folder, config, checkpoint, eyes, tensors, max_shard_size, check_base)
+                encoder = open_part("encoder", encoder, config, adapter, hub_kwargs) if sees else None
+            write_standalone(folder, config, checkpoint, encoder, stored.tensors, max_shard_size, check_base)
         copy_files(finder(adapter, hub_kwargs), ABOUT_ADAPTER if not native else TOKENIZER, folder)
     files = [path for path in Path(output).rglob("*") if path.is_file()]
     return {
@@ -115,7 +117,7 @@ def check_alone(config, name):
 def open_part(role, given, config, adapter, hub_kwargs):
     """The `Checkpoint` of an adapter's base or encoder; `given`: where the user says that it lies."""
     shared = {key: hub_kwargs[key] for key in SHARED_HUB_KWARGS if key in hub_kwargs}
-    path, inside = place_of(role, given, config, (adapter, hub_kwargs))
+    path, inside = location_of(role, given, config, (adapter, hub_kwargs))
     if role == "base":
         check_no_adapter(path, {**shared, **inside})
     try:
@@ -140,21 +142,22 @@ def new_folder(target):
         raise
 
 
-def check_fit(config, base_config, checkpoint, tensors, metadata, check_base):
+def check_fit(config, base_config, checkpoint, stored, check_base):
     """Refuses another base than the adapter's, and tensors that do not fit it; no weight stays in memory.
 
     Without `check_base` the config is made to say which base it is.
     """
-    decoder = reading_from(checkpoint, base_skeleton(checkpoint, base_config)).get_decoder()
+    base = base_skeleton(checkpoint, base_config)
+    found = checkpoint_fingerprint(checkpoint, base)
     if check_base:
-        check_fingerprint("base", config.base_fingerprint, decoder)
+        check_fingerprint("base", config.base_fingerprint, found)
     else:
         config.text_config, config.routing_rule = copy.deepcopy(base_config), None
         config.base_model_name_or_path, config.base_model_revision = checkpoint.name, None
-        config.base_fingerprint = fingerprint(decoder)
+        config.base_fingerprint = found
     with torch.device("meta"):
-        model = MoExtendForCausalLM(config, base=skeleton(base_config))
-    check_tensors(model.adapter_tensors(), tensors, metadata)
+        model = MoExtendForCausalLM(config, base=base)
+    check_tensors(model.adapter_tensors(), stored)
 
 
 def base_skeleton(checkpoint, config):
@@ -186,12 +189,9 @@ def write_standalone(folder, config, checkpoint, encoder, tensors, max_shard_siz
         with unusable():  # no encoder
             tower = load_encoder(str(folder / ENCODER))
         if check_base:
-            check_fingerprint("encoder", config.encoder_fingerprint, tower)
+            check_fingerprint("encoder", config.encoder_fingerprint, fingerprint(tower))
         config.encoder_fingerprint = fingerprint(tower)
-    for source in shipped_code():
-        copy_file(source, folder / source.name)
-    write_adapter(folder, tensors, config, max_shard_size)
-    write_text(folder / "config.json", config.to_json_string(use_diff=False))
+    write_folder(folder, tensors, config, max_shard_size)
     copy_files(checkpoint.find, READER, folder)
 
 

@@ -7,9 +7,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
-from ..adapter_moextend import fingerprint, same_fingerprint
-from ..loading_moextend import SHARED_HUB_KWARGS, auto_class_for, check_no_adapter, load_base, load_stored, place_of
+from ..loading_moextend import SHARED_HUB_KWARGS, auto_class_for, check_no_adapter, load_base, load_stored, location_of
 from ..modeling_moextend import MoExtendForCausalLM
+from ..tensors_moextend import fingerprint, same_fingerprint
 from ..vision_moextend import load_encoder
 from .base_weights import Checkpoint, Unusable, unusable
 from .inspection import read_whole
@@ -45,37 +45,38 @@ def verify_adapter(
         OSError: adapter, base or encoder can't be found.
         Unusable: a damaged base or encoder, or something that is none; the file is named.
     """
-    home, sample = (name_or_path, hub_kwargs), None
+    location, sample = (name_or_path, hub_kwargs), None
     try:
-        config, tensors, _ = read_whole(name_or_path, **hub_kwargs)
+        stored = read_whole(name_or_path, **hub_kwargs)
+        config, tensors = stored.config(), stored.tensors
     except Unusable as error:
         checks = [row("file", False, str(error))]
     else:
         auto_class = auto_class_for(config.text_config, AutoModelForCausalLM)
-        loaded = load_part("base", base, config, home, load_base, auto_class=auto_class, dtype=dtype).eval()
+        loaded = load_part("base", base, config, location, load_base, auto_class=auto_class, dtype=dtype).eval()
         if config.encoder_config is not None:
-            encoder = load_part("encoder", encoder, config, home, load_encoder, dtype=dtype)
-        tokenizer = find_tokenizer(home, place_of("base", base, config, home))
-        more, sample = base_checks(home, config, loaded, encoder, tokenizer, prompt, max_new_tokens)
+            encoder = load_part("encoder", encoder, config, location, load_encoder, dtype=dtype)
+        tokenizer = find_tokenizer(location, location_of("base", base, config, location))
+        more, sample = base_checks(location, config, loaded, encoder, tokenizer, prompt, max_new_tokens)
         checks = file_checks(tensors) + more
     ok = all(check["ok"] for check in checks)
     return {"adapter": str(name_or_path), "ok": ok, "checks": checks, "sample": sample}
 
 
-def load_part(role, given, config, home, loader, **kwargs):
+def load_part(role, given, config, location, loader, **kwargs):
     """Base or encoder of an adapter; see `load_stored`.
 
     Raises:
         OSError: not found.
         Unusable: a damaged file, which is named, or something else than it has to be.
     """
-    shared = {key: home[1][key] for key in SHARED_HUB_KWARGS if key in home[1]}
+    shared = {key: location[1][key] for key in SHARED_HUB_KWARGS if key in location[1]}
     with unusable():
-        path, inside = place_of(role, given, config, home)
+        path, inside = location_of(role, given, config, location)
         if role == "base":
             check_no_adapter(path, {**shared, **inside})
         try:
-            return load_stored(role, given, config, loader, home, **kwargs, **shared)
+            return load_stored(role, given, config, loader, location, **kwargs, **shared)
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
             with contextlib.suppress(OSError):  # no safetensors: not what is wrong here
                 Checkpoint(path, **shared, **inside)  # names the file, which transformers does not
@@ -94,7 +95,7 @@ def file_checks(tensors):
     return [row("file", True, f"{len(tensors)} tensors, {size:,} bytes"), row("finite", not wild, detail)]
 
 
-def base_checks(home, config, base, encoder, tokenizer, prompt, max_new_tokens):
+def base_checks(location, config, base, encoder, tokenizer, prompt, max_new_tokens):
     """The checks on `base`, a loaded model, and the sample."""
     same, detail = compare_base(config.base_fingerprint, base)
     checks = [row("base", same, f"{base.config._name_or_path}: {detail}")]
@@ -102,7 +103,7 @@ def base_checks(home, config, base, encoder, tokenizer, prompt, max_new_tokens):
     before, (without, _) = logits_of(base, ids), answer(base, ids, max_new_tokens)
     try:
         model = MoExtendForCausalLM.from_pretrained(
-            home[0], base=base, encoder=encoder, check_base=same, check_trained_on=False, **home[1]
+            location[0], base=base, encoder=encoder, check_base=same, check_trained_on=False, **location[1]
         )
     except ValueError as error:
         return [*checks, row("fit", False, str(error))], None
@@ -144,9 +145,9 @@ def compare_base(stored, base):
     return same, "the adapter's fingerprint" if same else "its weights do not match the adapter's base fingerprint"
 
 
-def find_tokenizer(home, base_place):
+def find_tokenizer(location, base_location):
     """The adapter's tokenizer, else its base's, or `None`; a place is (folder or Hub id, keywords for the Hub)."""
-    for name_or_path, hub_kwargs in (home, base_place):
+    for name_or_path, hub_kwargs in (location, base_location):
         known = cached_file(
             name_or_path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs
         )

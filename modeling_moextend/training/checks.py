@@ -4,7 +4,7 @@ from datasets import Dataset, IterableDataset
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from transformers.trainer_utils import HubStrategy
 
-from ..layouts_moextend import check_gradients
+from ..base_checks_moextend import check_gradients
 from ..processing_moextend import load_processor
 from .config import MoExtendSFTConfig
 

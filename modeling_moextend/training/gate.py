@@ -15,9 +15,9 @@ from accelerate.utils import broadcast, broadcast_object_list
 from torch.nn import functional as F
 from tqdm.auto import tqdm, trange
 
-from ..families_moextend import find_moe_layers
 from ..gate_moextend import GatedPass
 from ..layers_moextend import input_device
+from ..selfcheck_moextend import evaluation_mode
 from .retention import FORWARD_KEYS, common_prefix, sample_retention
 
 TOKENS_A_STEP = 2048  # of the task, and as many of retention text
@@ -57,26 +57,24 @@ def gate_inputs(model, batches):
         model: a MoExtend model with `scope="gate"`.
         batches: iterable of what its forward takes; `attention_mask`, `position_ids`, `pixel_values` where given.
     """
-    router = find_moe_layers(model.get_decoder())[min(model.config.extended_layers)].router
-    device, seen, sequences, training = input_device(model.base), [], [], model.training
+    router = model.moe_layers[min(model.config.extended_layers)].router
+    device, seen, sequences = input_device(model.base), [], []
 
     def keep(module, args):
-        seen.append((args[0].detach(), model.routing.gated[model.lead]))
+        seen.append((args[0].detach(), model.passes.plan.gates[model.leading]))
         raise StopPass
 
     handle = router.register_forward_pre_hook(keep)
-    model.eval()
     try:
-        for batch in batches:
-            try:
-                with model.routing.using(enabled=True):
+        with evaluation_mode(model), model.passes.using(enabled=True):
+            for batch in batches:
+                try:
                     model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
-            except StopPass:
-                hidden, gated = seen.pop()
-                sequences += split(batch["input_ids"], hidden.reshape(*batch["input_ids"].shape, -1), gated)
+                except StopPass:
+                    hidden, gated = seen.pop()
+                    sequences += split(batch["input_ids"], hidden.reshape(*batch["input_ids"].shape, -1), gated)
     finally:
         handle.remove()
-        model.train(training)
     return sequences
 
 

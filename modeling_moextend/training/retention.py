@@ -20,6 +20,8 @@ from huggingface_hub.constants import HF_HOME
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from ..selfcheck_moextend import evaluation_mode
+
 STARTS = ("document", "1 random token", "3 random tokens", "chat")
 FORWARD_KEYS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
 SAMPLER = 1  # counts up when the same settings would give other text, so that no stale cache is read
@@ -126,12 +128,11 @@ def draw(model, starts, length, batch_size, seed, progress):
         suppress_tokens=None if image is None else [image],
     )
     device, rows = model.get_input_embeddings().weight.device, []
-    own, training = model.generation_config, model.training
+    own = model.generation_config
     devices = [device] if device.type == "cuda" else []
     model.generation_config = GenerationConfig()  # generate fills in from it what `settings` leaves open
-    model.eval()
     try:
-        with torch.random.fork_rng(devices), model.disable_adapter():
+        with torch.random.fork_rng(devices), evaluation_mode(model), model.disable_adapter():
             torch.manual_seed(seed)
             for batch in tqdm(batches(starts, batch_size), desc="sampling retention text", disable=not progress):
                 ids = torch.tensor(batch, device=device)
@@ -139,7 +140,6 @@ def draw(model, starts, length, batch_size, seed, progress):
                 rows += output.tolist()
     finally:
         model.generation_config = own
-        model.train(training)
     return rows
 
 
@@ -182,7 +182,8 @@ def prompt_distance(model, core, hidden, inputs):
         scalar; 0 where every token is a label.
     """
     batch = {key: inputs[key] for key in FORWARD_KEYS if inputs.get(key) is not None}
-    with torch.no_grad(), closed_gate(core), last_hidden_states(core) as base:
+    closed = {core.leading: math.inf}  # images are still seen, which they are not with the adapter off
+    with torch.no_grad(), core.passes.using(thresholds=closed), last_hidden_states(core) as base:
         model(**batch, use_cache=False, logits_to_keep=1)  # on every process, whatever its batch: sharded ones meet
     chosen = prompt_tokens(inputs, hidden).unsqueeze(-1)
     base = base[-1].float()
@@ -205,13 +206,3 @@ def prompt_tokens(inputs, hidden):
         positions = positions.expand_as(labels)
         chosen[:, :-1] &= positions[:, 1:] > positions[:, :-1]
     return chosen
-
-
-@contextlib.contextmanager
-def closed_gate(model):
-    """Inside, no token is let through; images are still seen, which they are not with the adapter off."""
-    before, model.config.gate_threshold = model.config.gate_threshold, math.inf
-    try:
-        yield
-    finally:
-        model.config.gate_threshold = before

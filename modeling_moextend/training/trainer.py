@@ -17,11 +17,12 @@ from transformers.utils import PushInProgress
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..adapter_moextend import base_tensors_hash, reshard, stored_dtype
 from ..data.collators import MaskImageLabels
 from ..folder_moextend import write_text
-from ..hub_moextend import check_published, upload
-from ..publishing.folder import folder_card, write_facts
+from ..publishing.facts import folder_card, write_facts
+from ..publishing.hub import check_published, upload
+from ..tensors_moextend import reshard, stored_dtype
+from ..tools.hashes import base_tensors_hash
 from .checks import (
     allow_missing_base,
     check_image_token,
@@ -107,7 +108,7 @@ class MoExtendSFTTrainer(SFTTrainer):
         check_image_token(self.model, self.processing_class)
         self.router_aux_loss_coef = coefficient
         self._trained = set(self.model.set_trainable(stage=args.stage, train_projector=args.train_projector))
-        self.adapter_name = self.model.named()
+        self.adapter_name = self.model.resolve_name()
         if self.is_deepspeed_enabled:
             self.model.register_load_state_dict_post_hook(allow_missing_base)
         if not isinstance(self.data_collator, DataCollatorForLanguageModeling):  # that one has no images
@@ -132,10 +133,10 @@ class MoExtendSFTTrainer(SFTTrainer):
             ValueError: it has been switched to another one.
         """
         core = self.accelerator.unwrap_model(self.model)
-        if core.routing.target != self.adapter_name:
+        if core.passes.current.trained != self.adapter_name:
             raise ValueError(
                 f"This trainer trains and saves the adapter {self.adapter_name!r}, but by now the model's active ones "
-                f"are {list(core.routing.active)}: set_adapter back to what it was when the trainer was made."
+                f"are {list(core.passes.current.active)}: set_adapter back to what it was when the trainer was made."
             )
         return core
 
@@ -251,8 +252,8 @@ class MoExtendSFTTrainer(SFTTrainer):
         """
         output_dir = self.args.output_dir if output_dir is None else output_dir
         dtype = torch.float32 if self._in_checkpoint else torch_dtype(self.args.adapter_dtype)
-        core = self.core
-        core.save_pretrained(output_dir, adapter_dtype=dtype, is_main_process=self.args.should_save)
+        options = {"adapter_dtype": dtype, "with_code": not self._in_checkpoint}
+        self.core.save_pretrained(output_dir, is_main_process=self.args.should_save, **options)
         if not self.args.should_save:
             return
         if self.processing_class is not None:
@@ -401,8 +402,7 @@ def new_expert_counts(records, attention_mask):
     counts = {}
     for layer, record in records.items():
         if record.num_new:
-            selects_new = (record.index >= record.num_base).any(dim=-1)
-            counts[layer] = (selects_new & real.to(selects_new.device)).sum()
+            counts[layer] = (record.selects_new & real.to(record.index.device)).sum()
     return counts, real.sum()
 
 

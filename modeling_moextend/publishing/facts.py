@@ -1,59 +1,15 @@
-"""Publishing an adapter's folder: what its card can say, gathered from the folder, and the way to the Hub."""
+"""What an adapter's folder knows for its card: facts that a run left there, reports, pictures."""
 
 import json
 import shutil
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-
-from ..adapter_moextend import write_adapter
+from ..adapter_file_moextend import read_file
 from ..folder_moextend import write_text
-from ..hub_moextend import check_published, published_files, upload
-from ..tools.inspection import read_whole
 from .card import create_card
 
 FACTS = "card.json"  # what a run leaves beside the adapter for its card: arguments of `create_card`
 SHIFT = "shift.png"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-def publish_folder(folder, repo_id, *, base=None, encoder=None, dry_run=False, **push):
-    """Publishes a folder that `save_pretrained` or the trainer wrote, once it is read and found whole.
-
-    Args:
-        base, encoder: Hub ids, where the adapter names others (a path on this machine): written into its header and
-            config.json before it is published.
-        dry_run: whether to stop before anything is written or sent.
-        **push: to `hub_moextend.upload` (`private`, `revision`, `token`, `report`, `card`, ...).
-
-    Returns:
-        The `CommitInfo`; with `dry_run`, the names of the files that would go up.
-
-    Raises:
-        OSError, ValueError: no adapter there, or a damaged one; base or encoder are not on the Hub.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():  # else the name would be looked for on the Hub
-        raise ValueError(f"{folder}: no such folder.")
-    config, tensors, _ = read_whole(str(folder))
-    if config.base_subfolder is not None:
-        raise ValueError(
-            f"{folder} is a standalone checkpoint, of which only the adapter would go up. Push the adapter's own "
-            f"folder, or all of this one: hf upload {repo_id} {folder}"
-        )
-    if base is not None and base != config.base_model_name_or_path:
-        config.base_model_name_or_path, config.base_model_revision = base, None
-    if encoder is not None:
-        config.encoder_name_or_path = encoder
-    check_published(config)
-    if dry_run:
-        return sorted({*published_files(folder), "README.md"})
-    if base is not None or encoder is not None:
-        config = config.published()
-        write_adapter(folder, tensors, config)
-        write_text(folder / "config.json", config.to_json_string(use_diff=False))
-    return upload(folder, repo_id, config, **push)
 
 
 def folder_card(folder, config, repo_id=None, *, report=None, shift=None, **given):
@@ -84,13 +40,8 @@ def folder_card(folder, config, repo_id=None, *, report=None, shift=None, **give
 
 def read_shapes(folder):
     """name -> tensor without data, of every tensor in the adapter's files; only their headers are read."""
-    tensors = {}
-    for path in sorted(folder.glob("moextend_adapter*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                part = file.get_slice(name)
-                tensors[name] = torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
-    return tensors
+    files = sorted(folder.glob("moextend_adapter*.safetensors"))
+    return {name: tensor for path in files for name, tensor in read_file(path, with_data=False)[0].items()}
 
 
 def read_facts(folder):

@@ -1,4 +1,4 @@
-"""Layouts: in which form a base's weights and modules may come, and which forms are refused, each by its name.
+"""May this base be extended, and is it the adapter's own: layout, plan, rule, fingerprint, each refusal by name.
 
 New experts are copies of rows of the base's experts and router, and they run because these two modules are called. A
 base whose experts or router are packed, sharded or passed over would load and answer, wrongly. docs/layouts.md tells
@@ -11,11 +11,14 @@ import functools
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.quantizers.auto import get_hf_quantizer
 
-from .adapter_moextend import DTensor, is_plain
-from .families_moextend import find_moe_layers
+from .families_moextend import check_routers
+from .layers_moextend import is_extended
+from .package_moextend import from_package
+from .routing_moextend import Rule
+from .tensors_moextend import DTensor, is_plain, same_fingerprint
 
 QUANTISED_LINEAR = ("bitsandbytes", "torchao")  # quantise only nn.Linear, so experts and routers stay as they are
 DEQUANTISE = {
@@ -119,7 +122,7 @@ def check_layer(index, layer):
     if not runs_own_forward(layer.block):
         raise ValueError(replaced_message(index, layer.block))
     for module in (layer.router, layer.experts):
-        if bound_forward(module) is not None and "moextend" not in module._modules:  # it outlives the swapped class
+        if bound_forward(module) is not None and not is_extended(module):  # it outlives the swapped class
             raise ValueError(replaced_message(index, module))
         for name, tensor in module.named_parameters():
             if isinstance(tensor, DTensor):
@@ -145,7 +148,7 @@ def sharded_message(found):
 # ---------------------------------------------------------------- what runs in place of a module
 
 
-def check_pass(model):
+def check_pass(model, selection):
     """Refuses a pass in which new experts would take no part, or train on a wrong gradient.
 
     Hub kernels (`use_kernels=True`, `kernelize`) and other patches put a function of their own before a module's
@@ -154,19 +157,15 @@ def check_pass(model):
     Raises:
         ValueError: names layer, module and what runs there; or see `check_gradients`.
     """
-    if not model.routing.enabled:
+    if not selection.enabled:
         return
     if torch.is_grad_enabled():
         check_gradients(model)
-    if not any(adapter.config.extended_layers for adapter in model.adapters.values()):
-        return  # a projector alone: nothing depends on how the base's experts run
-    if "_moe_layers" not in model.__dict__:  # found once: it walks over every module
-        model.__dict__["_moe_layers"] = find_moe_layers(model.get_decoder())
-    for index, layer in model.__dict__["_moe_layers"].items():
-        if "moextend" in layer.experts._modules:
-            for module in (layer.block, layer.router, layer.experts):
-                if not runs_own_forward(module):
-                    raise ValueError(replaced_message(index, module))
+    for index in {layer for adapter in selection.adapters.values() for layer in adapter.layers}:
+        layer = model.moe_layers[index]
+        for module in (layer.block, layer.router, layer.experts):
+            if not runs_own_forward(module):
+                raise ValueError(replaced_message(index, module))
 
 
 def runs_own_forward(module):
@@ -232,3 +231,87 @@ def hands_on_gradients(linear):
             2, linear.in_features, dtype=linear.weight.dtype, device=linear.weight.device, requires_grad=True
         )
         return linear(rows).requires_grad
+
+
+# ---------------------------------------------------------------- is it the right base?
+
+
+def check_not_extended(base):
+    """Refuses a base that carries an adapter: one attached twice would answer for both."""
+    if base.config.model_type == "moextend" or any(is_extended(module) for module in base.modules()):
+        raise ValueError(
+            f"{type(base).__name__} is extended already: use model.extend(plan), or pass what model.detach() returns."
+        )
+
+
+def check_causal_lm(base, auto_class):
+    """Refuses what is no causal LM."""
+    if auto_class is AutoModelForCausalLM and (
+        base.config.is_encoder_decoder or base.get_output_embeddings() is None or not base.can_generate()
+    ):
+        raise ValueError(
+            f"{type(base).__name__} is no causal LM (it has no language-model head of its own): pass the "
+            "...ForCausalLM."
+        )
+
+
+def check_plan(layers, plan):
+    """Refuses layers that are no MoE layers or in a layout that can't be extended, and source experts out of range.
+
+    Raises:
+        ValueError: says which layers and experts there are.
+    """
+    wrong = sorted(plan.keys() - layers.keys())
+    if wrong:
+        raise ValueError(f"Layers {wrong} are not MoE layers of this base; its MoE layers are {sorted(layers)}.")
+    for layer, sources in plan.items():
+        check_layer(layer, layers[layer])
+        bad = [source for source in sources if not 0 <= source < layers[layer].num_experts]
+        if bad:
+            raise ValueError(
+                f"Source experts {bad} of layer {layer} are out of range: "
+                f"it has experts 0 to {layers[layer].num_experts - 1}."
+            )
+
+
+def check_fingerprint(role, recorded, found, advice=None):
+    """Refuses a base or encoder with the fingerprint `found`, if it is not the one the adapter was made on."""
+    if recorded and found is not None and not same_fingerprint(recorded, found):
+        raise ValueError(
+            f"This is a different {role} than the adapter was made on: its weights do not match the adapter's "
+            f"{role} fingerprint. {advice or f'Pass {role}=<the right one>'}; check_base=False loads it all the same."
+        )
+
+
+def base_rule(config, layers):
+    """The routing `Rule` of the base that `layers` (index -> `MoELayer`) are of; the layers of the plan have to follow
+    it. Kept in `config`.
+
+    It was recorded when the adapter was made. Where nothing is recorded (a base that was never extended), or less than
+    today (adapters of the first version), the package finds it.
+
+    Raises:
+        ValueError: no known rule, or a layer that routes by another one.
+        ImportError: there is none recorded, and the package is not installed.
+    """
+    recorded = config.routing_rule or {}
+    if set(recorded) < set(Rule._fields):
+        finder = from_package("tools.routing_rules", "Finding the routing rule of a base that was never extended")
+        recorded = finder.complete_rule(recorded, layers, config.extended_layers)._asdict()
+    rule = Rule(**recorded)
+    check_routers(layers, config.extended_layers, rule)
+    if rule.jitter is not None and config.calibration != "none":
+        raise ValueError(
+            f"calibration={config.calibration!r} has no meaning for a base that weighs its experts by SparseMixer: "
+            "it mends shares of a softmax over all of them. Use calibration='none'."
+        )
+    config.routing_rule = rule._asdict()
+    return rule
+
+
+def forget_other_rule(config, layers):
+    """Takes the recorded rule out of `config` where `layers` do not follow it: the base's own is to be found then."""
+    try:
+        check_routers(layers, config.extended_layers, Rule(**(config.routing_rule or {})))
+    except (ValueError, TypeError):  # the latter: nothing recorded
+        config.routing_rule = None

@@ -1,29 +1,23 @@
 """Publishing: which files of a folder make an adapter, and one commit of exactly these."""
 
-import importlib
 import re
 import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import is_jinja_available, validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import is_jinja_available
 from transformers.utils import logging
+
+from ..adapter_file_moextend import write_folder
+from ..loading_moextend import hub_id
+from ..tools.base_weights import TOKENIZER
+from ..tools.inspection import read_whole
+from .facts import folder_card
 
 logger = logging.get_logger(__name__)
 
-TOKENIZER = (  # files of a tokenizer
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-)
 PUBLISHED = [  # patterns of the files that make a published adapter; the card's own pictures come beside them
     "config.json",
     "moextend_adapter*.safetensors",
@@ -37,35 +31,6 @@ PUBLISHED = [  # patterns of the files that make a published adapter; the card's
 PICTURE = re.compile(r"!\[[^\]]*\]\(([^()/\\\s]+\.png)\)")  # in Markdown, one that lies beside the card
 
 FILLED = "<!-- Filled by moextend:"  # in a card that nobody has made their own
-
-PUSH_KWARGS = ("repo_id", "token", "private", "revision", "create_pr", "commit_message", "commit_description")
-PUSH_KWARGS += ("card", "report", "shift", "tags")
-IGNORED_KWARGS = (  # what transformers' own save_pretrained takes and an adapter has no use for
-    "state_dict",
-    "save_function",
-    "safe_serialization",
-    "variant",
-    "save_peft_format",
-    "save_original_format",
-)
-
-
-def check_save_kwargs(names):
-    """Refuses what `save_pretrained` does not know: a misspelled option would be lost without a word."""
-    unknown = sorted(set(names) - {*PUSH_KWARGS, *IGNORED_KWARGS})
-    if unknown:
-        raise TypeError(f"save_pretrained() got unexpected keyword arguments: {', '.join(unknown)}.")
-
-
-def hub_id(name):
-    """`name` if it can be a Hub id, None for nothing, a local folder or file, or anything the Hub would refuse."""
-    if not name or Path(name).exists():
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
 
 
 def check_published(config, api=None):
@@ -107,6 +72,47 @@ def published_files(folder):
     return sorted(names)
 
 
+MODELING = "modeling_moextend.py"  # is there where the shipped code is
+
+
+def publish_folder(folder, repo_id, *, base=None, encoder=None, dry_run=False, **push):
+    """Publishes a folder that `save_pretrained` or the trainer wrote, once it is read and found whole.
+
+    Args:
+        base, encoder: Hub ids, where the adapter names others (a path on this machine): written into its header and
+            config.json before it is published.
+        dry_run: whether to stop before anything is written or sent.
+        **push: to `upload` (`private`, `revision`, `token`, `report`, `card`, ...).
+
+    Returns:
+        The `CommitInfo`; with `dry_run`, the names of the files that would go up.
+
+    Raises:
+        OSError, ValueError: no adapter there, or a damaged one; base or encoder are not on the Hub.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():  # else the name would be looked for on the Hub
+        raise ValueError(f"{folder}: no such folder.")
+    stored = read_whole(str(folder))
+    config = stored.config()
+    if config.base_subfolder is not None:
+        raise ValueError(
+            f"{folder} is a standalone checkpoint, of which only the adapter would go up. Push the adapter's own "
+            f"folder, or all of this one: hf upload {repo_id} {folder}"
+        )
+    if base is not None and base != config.base_model_name_or_path:
+        config.base_model_name_or_path, config.base_model_revision = base, None
+    if encoder is not None:
+        config.encoder_name_or_path = encoder
+    check_published(config)
+    if dry_run:
+        return sorted({*published_files(folder), "README.md"})
+    if base is not None or encoder is not None or not (folder / MODELING).exists():  # a run's checkpoint has no code
+        config = config.published()
+        write_folder(folder, stored.tensors, config)
+    return upload(folder, repo_id, config, **push)
+
+
 def push(model, repo_id, *, adapter_name=None, processor=None, adapter_dtype=None, max_shard_size="50GB", **kwargs):
     """What `push_to_hub` does: saves the adapter to a temporary folder and uploads it as one commit.
 
@@ -118,7 +124,7 @@ def push(model, repo_id, *, adapter_name=None, processor=None, adapter_dtype=Non
     Raises:
         ValueError: the base or the encoder is not on the Hub.
     """
-    adapter_name = model.named(adapter_name)
+    adapter_name = model.resolve_name(adapter_name)
     config = model.adapters[adapter_name].config
     check_published(config)
     with tempfile.TemporaryDirectory() as folder:
@@ -155,7 +161,7 @@ def upload(
         token, private, revision, create_pr, commit_message, commit_description: as in `HfApi.create_commit`; a branch
             named by `revision` is made where there is none.
         card: what `create_card` takes beside what the folder tells (`dict`).
-        report, shift, tags: see `publishing.folder_card`. README.md is filled if one of these four is given, and else
+        report, shift, tags: see `folder_card`. README.md is filled if one of these four is given, and else
             unless `written_by_hand`.
 
     Returns:
@@ -168,20 +174,18 @@ def upload(
     """
     given = {name: value for name, value in (("report", report), ("shift", shift), ("tags", tags)) if value}
     given |= card or {}
-    write = card_writer()
-    if given and write is None:
-        raise ImportError(
-            f"{', '.join(given)}: a model card needs the moextend package and jinja2: pip install 'moextend[train]'."
-        )
+    writes = is_jinja_available()
+    if given and not writes:
+        raise ImportError(f"{', '.join(given)}: a model card needs jinja2: pip install 'moextend[train]'.")
     api = HfApi(token=token)
     check_published(config, api)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     known = set(api.list_repo_files(repo_id, revision=revision))
-    if write is not None and (given or not written_by_hand(folder, known)):
+    if writes and (given or not written_by_hand(folder, known)):
         license = {} if "license" in given else base_license(config, api)
-        write(folder, config, repo_id, **license, **given).save(folder / "README.md")
+        folder_card(folder, config, repo_id, **license, **given).save(folder / "README.md")
     names = published_files(folder)
     if config.encoder_config is not None and "processor_config.json" not in known.union(names):
         logger.warning(
@@ -214,11 +218,3 @@ def base_license(config, api):
     except HfHubHTTPError:  # gated, and not for this token
         return {}
     return {name: data.get(name) for name in ("license", "license_name", "license_link") if data.get(name)}
-
-
-def card_writer():
-    """`publishing.folder_card`, or `None` without the package or its template language: neither is shipped code."""
-    try:
-        return importlib.import_module(".publishing", __package__).folder_card if is_jinja_available() else None
-    except ImportError:
-        return None

@@ -4,7 +4,6 @@ Reading checks everything before any model is touched; writing leaves either the
 the process dies.
 """
 
-import base64
 import contextlib
 import hashlib
 import json
@@ -13,6 +12,7 @@ import secrets
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -21,176 +21,63 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.utils import cached_file
 
-from .entries_moextend import FINGERPRINT_SIZE, short
-from .families_moextend import materialised
+from .configuration_moextend import MoExtendConfig
 from .folder_moextend import all_or_nothing, locked
-
-if torch.distributed.is_available():
-    from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor, distribute_tensor
-else:
-    FSDPModule = DTensor = ()
+from .tensors_moextend import PLAIN, DTensor, shard_like
+from .validation_moextend import short
 
 FILE = "moextend_adapter.safetensors"
 INDEX = FILE + ".index.json"
 FORMAT = 1
-PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_JSON = 8 * 2**20  # bytes of an index or of a config, many times what a large base needs
 MAX_SHARDS = 4096
 MAX_DEPTH = 32
 
 
-# ---------------------------------------------------------------- fingerprint
+class StoredAdapter(NamedTuple):
+    """An adapter as it lies on disk, read once and checked against its own checksums.
 
-
-def fingerprint(module):
-    """1,024 values at fixed places over the weights of `module` (matrices and stacks), float32, base64.
-
-    Quantised tensors are left out (NaN in their places). `None` where the weights are on the meta device.
+    values: the config in its header, as a `dict`; tensors: name -> tensor on the CPU; metadata: of the header; files:
+    names.
     """
-    owners = {name: owner for name, owner in owned_parameters(module) if owner[1].dim() >= 2}
 
-    def read(name):
-        owner, _, key = owners[name]
-        with materialised(owner):
-            return owner._parameters[key].detach()
+    values: dict
+    tensors: dict
+    metadata: dict
+    files: tuple = ()
 
-    return sampled(owners, read)
+    def config(self):
+        """Its `MoExtendConfig`, whole, as it was saved.
 
+        Raises:
+            ValueError: values that are not allowed.
+        """
+        return MoExtendConfig.from_dict(self.values)
 
-def tensors_fingerprint(tensors):
-    """`fingerprint` of tensors by name: which adapter this is, whatever dtype it was saved in."""
-    return sampled(
-        [name for name, tensor in tensors.items() if tensor.dim() >= 2], lambda name: tensors[name].detach()
-    )
+    def config_for_loading(self):
+        """Its `MoExtendConfig`, checked against the sizes of its tensors.
 
+        Of the base's own config only the kind is read: the base that is loaded brings the rest.
 
-def sampled(names, read):
-    """The values of a fingerprint; `read` gives the tensor of a name, all of them together having one place each."""
-    names = sorted(names)
-    step = max(1, -(-len(names) // FINGERPRINT_SIZE))
-    names = names[::step]
-    values = torch.full((FINGERPRINT_SIZE,), torch.nan)
-    for place, name in enumerate(names):
-        slots = torch.arange(place, FINGERPRINT_SIZE, len(names))
-        tensor = read(name)
-        if tensor.is_meta:
-            return None
-        if is_plain(tensor):
-            spots = torch.linspace(0, tensor.numel() - 1, len(slots) + 2, dtype=torch.float64)[1:-1].long()
-            values[slots] = tensor.reshape(-1)[spots.to(tensor.device)].float().cpu()
-    return base64.b64encode(values.numpy().tobytes()).decode()
-
-
-def is_plain(tensor):
-    """Whether a weight is an ordinary tensor of floating-point numbers: not quantised, packed or sharded."""
-    return tensor.dtype in PLAIN and not is_traceable_wrapper_subclass(tensor)
-
-
-def owned_parameters(module):
-    """(name, (owner module, parameter, its key)) of every base parameter, new ones left out."""
-    for prefix, owner in module.named_modules():
-        if "moextend" in prefix.split("."):
-            continue
-        for key, parameter in owner._parameters.items():
-            if parameter is not None:
-                yield f"{prefix}.{key}".lstrip("."), (owner, parameter, key)
-
-
-def same_fingerprint(one, other):
-    """Whether two fingerprints can be of one checkpoint.
-
-    Two loads in one dtype give the same values. Loads in two dtypes differ by half a step of the coarser one (and by a
-    rounding of the finer one before it); fp16 has a smallest step besides, 6e-8.
-    """
-    one, other = decode_fingerprint(one), decode_fingerprint(other)
-    both = ~(one.isnan() | other.isnan())
-    if not both.any():
-        return True
-    steps = rounding(one[both]), rounding(other[both])
-    relative = 0.0 if steps[0] == steps[1] else 0.6 * max(steps)
-    return torch.allclose(one[both], other[both], rtol=relative, atol=6e-8 if max(steps) > 1e-6 else 0.0)
-
-
-def decode_fingerprint(text):
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32)
-
-
-def rounding(values):
-    """The relative step of the coarsest dtype that holds `values` exactly."""
-    for dtype in (torch.bfloat16, torch.float16):
-        if torch.equal(values.to(dtype).float(), values):
-            return torch.finfo(dtype).eps
-    return torch.finfo(torch.float32).eps
-
-
-def base_tensors_hash(model):
-    """name -> sha256 of every base and encoder tensor of a MoExtend model (new tensors and projectors left out).
-
-    Where tensors are sharded, of this process's shards.
-    """
-    reshard(model)
-    encoders = {f"adapters.{name}.encoder": adapter.encoder for name, adapter in model.adapters.items()}
-    parts, hashes = {"base": model.base, **encoders}, {}
-    for part, module in parts.items():
-        for prefix, owner in module.named_modules() if module is not None else ():
-            if "moextend" in prefix.split("."):
-                continue
-            with materialised(owner):
-                for key, tensor in (*owner._parameters.items(), *owner._buffers.items()):
-                    if tensor is not None:
-                        hashes[f"{part}.{prefix}.{key}"] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-    return hashes
-
-
-def tensor_bytes(tensor):
-    if isinstance(tensor, DTensor):
-        return tensor_bytes(tensor.to_local())
-    if is_traceable_wrapper_subclass(tensor):  # torchao's values and scales
-        return b"".join(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-# ---------------------------------------------------------------- sharded tensors (FSDP2)
-
-
-def reshard(model):
-    """Puts shards back in the place of whole tensors.
-
-    After a forward pass FSDP2 leaves the root module's parameters whole: copies, in the dtype of the pass. What is
-    read from them may be rounded, and what is written to them is lost.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def stored_dtype(name, dtype):
-    """What a tensor is stored in: the gate always in float32, for its rounding would move tokens across the line."""
-    return torch.float32 if name.startswith("gate.") else dtype
-
-
-def gather(tensors, dtype, keep=True):
-    """name -> whole tensor in `dtype` (see `stored_dtype`) on the CPU; empty where not `keep`.
-
-    Every process has to call this, for sharded tensors are made whole by all of them together.
-    """
-    whole = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach()
-        if isinstance(tensor, DTensor):
-            tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()  # from the CPU, where offloaded
-        if keep:
-            whole[name] = tensor.to("cpu", stored_dtype(name, dtype))
-    return whole
-
-
-def laid_out(tensor, like):
-    """A whole tensor, the same on every process, sharded as `like` is."""
-    if not isinstance(like, DTensor):
-        return tensor
-    mesh = like.device_mesh
-    return distribute_tensor(tensor.to(mesh.device_type), mesh, like.placements).to(like.device)
+        Raises:
+            ValueError: values that are not allowed, or many more new experts than the file has.
+        """
+        base_config = self.values.get("text_config")
+        if isinstance(base_config, dict):
+            base_config = {name: base_config[name] for name in ("model_type",) if name in base_config}
+        config = MoExtendConfig.from_dict({**self.values, "text_config": base_config})
+        rows = {}  # of the tensors that have one row an expert
+        for name, tensor in self.tensors.items():
+            part = name.split(".")
+            if part[0] == "layers" and part[2:3] in (["experts"], ["router"]) and tensor.dim():
+                rows[part[1]] = max(rows.get(part[1], 0), len(tensor))
+        asked, there = sum(map(len, config.extended_layers.values())), sum(rows.values())
+        if asked > 2 * there + 16:  # what little is missing gets named later, beside the new experts of the model
+            raise ValueError(
+                f"The adapter does not fit itself; nothing was loaded: extended_layers names {asked} new experts, and "
+                f"the file has tensors of {there}."
+            )
+        return config
 
 
 # ---------------------------------------------------------------- writing
@@ -201,10 +88,10 @@ def shipped_code():
     return sorted(Path(__file__).parent.glob("*_moextend.py"))
 
 
-def write_folder(folder, tensors, config, max_shard_size="50GB"):
+def write_folder(folder, tensors, config, max_shard_size="50GB", with_code=True):
     """Writes a whole adapter folder, that is the shipped code, config.json and the adapter: see `write_adapter`."""
     with all_or_nothing(folder) as put:
-        for source in shipped_code():
+        for source in shipped_code() if with_code else ():
             target = Path(folder) / source.name
             if not target.exists() or not source.samefile(target):
                 put(source.name, lambda path, source=source: shutil.copyfile(source, path))
@@ -269,11 +156,20 @@ def checksum(tensors):
     return digest.hexdigest()
 
 
+def tensor_bytes(tensor):
+    """The bytes of a tensor; of a sharded one, those of this process's shard."""
+    if isinstance(tensor, DTensor):
+        return tensor_bytes(tensor.to_local())
+    if is_traceable_wrapper_subclass(tensor):  # torchao's values and scales
+        return b"".join(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 # ---------------------------------------------------------------- reading
 
 
 def read_adapter(name_or_path, **hub_kwargs):
-    """Reads an adapter: (config as `dict`, name -> tensor on the CPU, header metadata). See `check_tensors` next.
+    """Reads an adapter's files: -> `StoredAdapter`. Whether it fits a model is for `put_tensors` to say.
 
     Raises:
         OSError: no adapter there.
@@ -282,30 +178,48 @@ def read_adapter(name_or_path, **hub_kwargs):
     """
     with locked(name_or_path, alone=False) if os.path.isdir(name_or_path) else contextlib.nullcontext():
         files = find_files(name_or_path, hub_kwargs)
-        contents = [read_file(path) for path in files]
-    tensors, first = {}, None
-    for path, (found, metadata) in zip(files, contents, strict=True):
+        return joined({path: read_file(path) for path in files})
+
+
+def joined(contents):
+    """The `StoredAdapter` of path -> (tensors, header metadata), the files of one save."""
+    tensors, first, paths = {}, None, list(contents)
+    for path, (found, metadata) in contents.items():
         check_format(path, metadata)
         if first not in (None, metadata) or tensors.keys() & found.keys():
-            raise ValueError(f"The adapter is damaged: {path} is of another save than {files[0]}. Nothing was loaded.")
+            raise ValueError(f"The adapter is damaged: {path} is of another save than {paths[0]}. Nothing was loaded.")
         tensors, first = tensors | found, metadata
-    return parse_json(first["config"], f"{files[0]} is damaged: the config in its header"), tensors, first
+    values = parse_json(first["config"], f"{paths[0]} is damaged: the config in its header")
+    return StoredAdapter(values, tensors, first, tuple(Path(path).name for path in paths))
 
 
-def read_file(path):
-    """Tensors and header metadata of one safetensors file."""
+def read_file(path, with_data=True):
+    """(tensors, header metadata) of one safetensors file; without data the tensors lie on the meta device."""
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
         if size > 2 * MAX_JSON:
             raise OSError(f"a header of {size} bytes")
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+            if with_data:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+            else:
+                parts = {key: file.get_slice(key) for key in file.keys()}
+                tensors = {key: without_data(part.get_dtype(), part.get_shape()) for key, part in parts.items()}
+            return tensors, file.metadata() or {}
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged or truncated ({short(str(error))}). Nothing was loaded; fetch or save the adapter "
             "again."
         ) from error
+
+
+def without_data(dtype, shape):
+    """A tensor on the meta device; `dtype` in safetensors' word."""
+    known = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    if dtype not in known:
+        raise ValueError(f"an adapter holds tensors of {', '.join(known)}, not {short(dtype)}")
+    return torch.empty(shape, dtype=known[dtype], device="meta")
 
 
 def parse_json(text, what):
@@ -422,12 +336,13 @@ def shown(name):
     return name if name.isprintable() else short(name)
 
 
-def check_tensors(expected, given, metadata):
-    """Compares name -> tensor of a model with those of a file, then the file with its own checksum.
+def check_tensors(expected, stored):
+    """Compares name -> tensor of a model with those of a `StoredAdapter`, then these with their own checksum.
 
     Raises:
         ValueError: one message with every missing, unexpected and wrongly shaped or typed tensor; or a damaged file.
     """
+    given = stored.tensors
     problems = [f"missing: {name}" for name in sorted(expected.keys() - given.keys())]
     problems += [f"unexpected: {shown(name)}" for name in sorted(given.keys() - expected.keys())]
     problems += [
@@ -443,7 +358,7 @@ def check_tensors(expected, given, metadata):
     if problems:
         lines = "\n  ".join(problems)
         raise ValueError(f"The adapter does not fit the model; nothing was loaded.\n  {lines}")
-    if metadata.get("checksum") not in (None, checksum(given)):
+    if stored.metadata.get("checksum") not in (None, checksum(given)):
         raise ValueError(
             "The adapter is damaged: its tensors do not match the checksum in its header. Nothing was loaded; fetch "
             "or save the adapter again."
@@ -451,15 +366,15 @@ def check_tensors(expected, given, metadata):
 
 
 @torch.no_grad()
-def put_tensors(live, tensors, metadata, base_dtype=None):
-    """Copies tensors of a file into those of a model (name -> tensor), once all of them are checked.
+def put_tensors(live, stored, base_dtype=None):
+    """Copies tensors of a `StoredAdapter` into those of a model (name -> tensor), once all of them are checked.
 
     They keep the model's dtype; with `base_dtype` they take the file's or that one, whichever is wider.
     """
-    check_tensors(live, tensors, metadata)
-    for name, tensor in tensors.items():
+    check_tensors(live, stored)
+    for name, tensor in stored.tensors.items():
         if base_dtype is None:
-            live[name].copy_(laid_out(tensor, live[name]))
+            live[name].copy_(shard_like(tensor, live[name]))
         else:
             wide = torch.promote_types(tensor.dtype, base_dtype)
             live[name].data = tensor.to(live[name].device, wide, copy=True)  # out of the file's map, and aligned

@@ -1,0 +1,239 @@
+"""How a model begins and ends: from a base, from a saved adapter, to a folder, to the Hub, back to the base."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from .adapter_file_moextend import put_tensors, read_adapter, write_folder
+from .adapters_moextend import DEFAULT
+from .compatibility_moextend import check_below, check_nothing_above, check_same_kind
+from .configuration_moextend import normalise_plan, routing_choices
+from .layers_moextend import detach
+from .loading_moextend import (
+    HUB_KWARGS,
+    SHARED_HUB_KWARGS,
+    check_folder,
+    identity,
+    load_new_parts,
+    load_parts,
+    undone_on_error,
+)
+from .package_moextend import from_package
+from .tensors_moextend import gather
+
+UNLOADED = ("_from_auto", "adapter_kwargs", "output_loading_info")  # keywords that are not for the base
+IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+PUSH_KWARGS = ("repo_id", "token", "private", "revision", "create_pr", "commit_message", "commit_description")
+PUSH_KWARGS += ("card", "report", "shift", "tags")
+IGNORED_KWARGS = (  # what transformers' own save_pretrained takes and an adapter has no use for
+    "state_dict",
+    "save_function",
+    "safe_serialization",
+    "variant",
+    "save_peft_format",
+    "save_original_format",
+)
+PUBLISHING = "Publishing (save_pretrained to a folder works without)"
+
+
+class Persistence:
+    """Attaching, saving, loading and detaching: mixed into `MoExtendPreTrainedModel`."""
+
+    auto_base_class = AutoModelForCausalLM  # what a stored base is loaded with
+
+    @classmethod
+    def from_base(
+        cls,
+        base,
+        extended_layers=None,
+        *,
+        scope=None,
+        selection=None,
+        calibration=None,
+        paper=False,
+        encoder=None,
+        image_token_id=None,
+        encoder_select_layer=-2,
+        encoder_select_feature="patch",
+        projector_hidden_act="gelu",
+        calibration_hidden_size=16,
+        gate_hidden_size=64,
+        gate_threshold=0.0,
+        adapter_name=DEFAULT,
+        **kwargs,
+    ):
+        """Attaches new experts, and an encoder, to a pretrained MoE causal LM.
+
+        Args:
+            base: Hub id, folder, or a loaded model (which is extended in place; its own tensors never change).
+            extended_layers: decoder layer index -> source experts; one new expert for each.
+            scope: which tokens may use new experts: `"all"`, `"modality"` (default with an encoder) or `"gate"`
+                (default without one; the gate lets no token through until it is trained).
+            selection: `"compete"` (base experts and new ones share one top-k) or `"exclusive"` (default).
+            calibration: whose weights are calibrated: `"all"`, `"routed"` (default with `"compete"`) or `"none"`
+                (default with `"exclusive"`, which takes no other).
+            paper: sets the paper's three (`"all"`, `"compete"`, `"all"`) and refuses others.
+            encoder: CLIP or SigLIP vision checkpoint or model; `None` for text only.
+            image_token_id: stands for image features in `input_ids`; default: the first id past the embedding. With a
+                processor: `processor.image_token_id`.
+            adapter_name: what the adapter is called in this model, where more are to come.
+            **kwargs: to the base's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
+
+        Raises:
+            ValueError: no MoE layers; a family without the interface; a layer that is no MoE layer; a source out of
+                range; nothing to add; no causal LM; choices without meaning. A base given as a model stays as it was.
+            ImportError: only the code of an adapter is there, and not the package, which finds a base's routing rule.
+        """
+        plan = normalise_plan(extended_layers)
+        choices = routing_choices(scope, selection, calibration, paper, has_encoder=encoder is not None)
+        if not plan and encoder is None:
+            raise ValueError(
+                "Nothing to add: extended_layers is empty and there is no encoder. Name layers and source experts, "
+                "like extended_layers={2: [1]}, or pass encoder=... to begin with a projector."
+            )
+        base, encoder = load_new_parts(base, encoder, plan, cls.auto_base_class, kwargs)
+        config = cls.config_class(
+            **identity(base, encoder),
+            encoder_select_layer=encoder_select_layer,
+            encoder_select_feature=encoder_select_feature,
+            projector_hidden_act=projector_hidden_act,
+            image_token_id=base.get_input_embeddings().weight.shape[0] if image_token_id is None else image_token_id,
+            extended_layers=plan,
+            calibration_hidden_size=calibration_hidden_size,
+            gate_hidden_size=gate_hidden_size,
+            gate_threshold=gate_threshold,
+            dtype=base.dtype,
+            **choices,
+        )
+        with undone_on_error(base, encoder):
+            return cls(config, base=base, encoder=encoder, adapter_name=adapter_name)
+
+    def detach(self):
+        """Takes all adapters off and returns the base, bit for bit what it was."""
+        detach(self.get_decoder())
+        for name in self.base_trainable:
+            self.base.get_parameter(name).requires_grad_(True)
+        return self.base
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *model_args,
+        config=None,
+        base=None,
+        encoder=None,
+        check_base=True,
+        check_trained_on=True,
+        adapter_name=DEFAULT,
+        **kwargs,
+    ):
+        """Loads base and encoder (from safetensors) and puts the adapter on top.
+
+        Args:
+            pretrained_model_name_or_path: the adapter's folder or Hub id.
+            base, encoder: where they lie, if elsewhere than the config says; or loaded models.
+            check_base: `False` loads onto another base than the adapter was made on (its fingerprint differs).
+            check_trained_on: `False` loads an adapter without those that it was trained on top of.
+            adapter_name: what the adapter is called in this model, where more are to come.
+            **kwargs: to the base's `from_pretrained`.
+
+        Raises:
+            OSError: no adapter there, or the base or encoder can't be found.
+            ValueError: a damaged file, missing, unexpected or misshapen tensors (all named), another base, or an
+                adapter that was trained on top of others.
+        """
+        name_or_path = pretrained_model_name_or_path
+        hub = {key: value for key in HUB_KWARGS if (value := kwargs.pop(key, None)) is not None}
+        stored = read_adapter(name_or_path, **hub)
+        own_config = stored.config_for_loading()  # the header's wins over config.json
+        if check_trained_on:
+            check_below(own_config, {}, name_or_path)
+        options = {key: value for key, value in kwargs.items() if key not in UNLOADED}
+        options |= {key: hub[key] for key in SHARED_HUB_KWARGS if key in hub}
+        for name in IMPLEMENTATIONS:  # AutoModel has moved these into the config
+            value = getattr(config, f"_{name}", None)
+            if value is not None:
+                options.setdefault(name, value)
+        parts = load_parts(
+            own_config, base, encoder, cls.auto_base_class, check_base, options, location=(name_or_path, hub)
+        )
+        own_config.name_or_path = str(name_or_path)
+        with undone_on_error(*parts):
+            model = cls(own_config, *parts, adapter_name=adapter_name)
+            put_tensors(model.adapter_tensors(), stored, base_dtype=model.base.dtype)
+        model.require_gradients_of(adapter_name)
+        if kwargs.get("output_loading_info"):  # what is missing, unexpected or misshapen was refused
+            return model.eval(), {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+        return model.eval()
+
+    def load_adapter_tensors(self, name_or_path, *, check_base=True, **hub_kwargs):
+        """Replaces the new tensors by a saved adapter's; nothing changes unless all of them fit.
+
+        Raises:
+            ValueError: a damaged file, or an adapter of another plan, other choices or (unless `check_base=False`)
+                another base or encoder.
+        """
+        stored, name = read_adapter(name_or_path, **hub_kwargs), self.resolve_name()
+        check_nothing_above(self.adapters, name)
+        config, other = self.adapters[name].config, stored.config_for_loading()
+        check_same_kind(config, other, name_or_path, check_base)
+        put_tensors(self.adapter_tensors(), stored)
+        config.gate_threshold = other.gate_threshold
+
+    def save_pretrained(
+        self,
+        save_directory,
+        *,
+        adapter_name=None,
+        adapter_dtype=None,
+        max_shard_size="50GB",
+        with_code=True,
+        push_to_hub=False,
+        **kwargs,
+    ):
+        """Writes one adapter: config.json, moextend_adapter.safetensors, the shipped code. Never a base tensor.
+
+        Where parameters are sharded (FSDP2), every process calls this, with `is_main_process` true on one of them.
+
+        Args:
+            adapter_name: which one; default: the one that trains, or the only active one.
+            adapter_dtype: dtype or its name for the new tensors in the file; default: the base's.
+            max_shard_size: above it the file is split, with the usual index.
+            with_code: `False` leaves the code out, as in the checkpoints of a run: the package loads the folder then.
+            push_to_hub, **kwargs: as in transformers (`repo_id`, `token`, `private`, `commit_message`, ...); its
+                `state_dict`, `safe_serialization` and the like change nothing: see `IGNORED_KWARGS`.
+
+        Raises:
+            ValueError: the folder is the base's or the encoder's, which would lose its config.json; no name where
+                several adapters are active.
+            TypeError: an unknown argument.
+        """
+        folder, writes = Path(save_directory), kwargs.pop("is_main_process", True)
+        unknown = sorted(set(kwargs) - {*PUSH_KWARGS, *IGNORED_KWARGS})
+        if unknown:  # a misspelled option would be lost without a word
+            raise TypeError(f"save_pretrained() got unexpected keyword arguments: {', '.join(unknown)}.")
+        adapter_name = self.resolve_name(adapter_name)
+        config = self.adapters[adapter_name].config
+        check_folder(folder, config)
+        hub = from_package("publishing.hub", PUBLISHING) if push_to_hub else None
+        if hub is not None:
+            hub.check_published(config)
+        dtype = getattr(torch, adapter_dtype) if isinstance(adapter_dtype, str) else adapter_dtype or self.base.dtype
+        tensors = gather(self.adapter_tensors(adapter_name), dtype, keep=writes)
+        if not writes:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        write_folder(folder, tensors, config := config.published(with_code), max_shard_size, with_code)
+        if hub is not None:
+            options = {name: kwargs[name] for name in PUSH_KWARGS if name in kwargs}
+            hub.upload(folder, options.pop("repo_id", folder.name), config, **options)
+
+    def push_to_hub(self, repo_id, **kwargs):
+        """Uploads the adapter as one commit: see `modeling_moextend.publishing.hub.push`.
+
+        Raises:
+            ImportError: the package is not installed, which knows what a card is and what may be published.
+        """
+        return from_package("publishing.hub", PUBLISHING).push(self, repo_id, **kwargs)

@@ -1,0 +1,261 @@
+"""An adapter's tensors by name, what of them trains, and fingerprints: which base, encoder or adapter this is."""
+
+import base64
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .families_moextend import onloaded
+from .validation_moextend import FINGERPRINT_SIZE
+
+if torch.distributed.is_available():
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor, distribute_tensor
+else:
+    FSDPModule = DTensor = ()
+
+PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NEVER_TRAINED = (".correction_bias", ".router.scale")  # copied from the base, frozen
+
+
+# ---------------------------------------------------------------- by name
+
+
+def tensors_of(adapter):
+    """Every new tensor of an `Adapter` by role, in file order."""
+    tensors = {}
+    for layer, (rows, experts) in adapter.layers.items():
+        for part, module in (("experts", experts), ("router", rows)):
+            own = {**module._parameters, **module._buffers}
+            tensors |= {f"layers.{layer}.{part}.{name}": own[name] for name in own if own[name] is not None}
+        if rows.calibration is not None:
+            calibration = rows.calibration.named_parameters()
+            tensors |= {f"layers.{layer}.calibration.{name}": tensor for name, tensor in calibration}
+    if adapter.gate is not None:
+        tensors |= {f"gate.{name}": tensor for name, tensor in adapter.gate.named_parameters()}
+    if adapter.projector is not None:
+        tensors |= {f"projector.{name}": tensor for name, tensor in adapter.projector.named_parameters()}
+    return tensors
+
+
+def stored_dtype(name, dtype):
+    """What a tensor is stored in: the gate always in float32, for its rounding would move tokens across the line."""
+    return torch.float32 if name.startswith("gate.") else dtype
+
+
+class AdapterTensors:
+    """What a model says of the tensors of its adapters: mixed into `MoExtendPreTrainedModel`."""
+
+    def adapter_tensors(self, adapter_name=None):
+        """Every new tensor of one adapter by role, in file order: what is saved, counted, frozen and trained is chosen
+        from these. `adapter_name`: default: the one that trains, or the only active one."""
+        reshard(self)
+        return tensors_of(self.adapters[self.resolve_name(adapter_name)])
+
+    def adapter_bytes(self, dtype=None, adapter_name=None):
+        """Bytes of the adapter's tensors in `dtype` (default: the base's)."""
+        dtype = dtype or self.base.dtype
+        tensors = self.adapter_tensors(adapter_name).items()
+        return sum(tensor.numel() * stored_dtype(name, dtype).itemsize for name, tensor in tensors)
+
+    def print_trainable_parameters(self):
+        """Trainable and all parameters, in PEFT's words."""
+        trainable, total = self.num_parameters(only_trainable=True), self.num_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def set_trainable(self, stage="finetune", train_projector=None, adapter_name=None):
+        """Freezes and unfreezes for a stage, and returns what trains (name -> parameter), in float32.
+
+        Everything but this adapter is frozen, and its config notes on top of which ones it trains. One bf16 AdamW step
+        at 2e-5 would leave most weights as they were. With exclusive selection a layer's only new expert has a fixed
+        weight, so its row has no gradient and stays frozen.
+
+        Raises:
+            ValueError: a stage with nothing to train; an adapter that is not active, or that another one stands on.
+        """
+        if stage not in ("align", "finetune"):
+            raise ValueError(f"stage={stage!r} is not known; allowed: 'align', 'finetune'.")
+        adapter_name = self.resolve_name(adapter_name)
+        self.begin_training(adapter_name)
+        with_projector = stage == "align" or (True if train_projector is None else train_projector)
+        trained = {}
+        for name, tensor in self.adapter_tensors(adapter_name).items():
+            train_it = stage == "finetune" and self.learns(name, adapter_name)
+            if with_projector if name.startswith("projector.") else train_it:
+                trained[name] = tensor
+        if not trained:
+            raise ValueError(
+                f"stage={stage!r} has nothing to train: align needs an encoder (from_base(..., encoder=...)), "
+                "finetune needs new experts (extended_layers, or model.extend(plan))."
+            )
+        self.require_gradients([])
+        for tensor in trained.values():
+            tensor.requires_grad_(True)
+            tensor.data = tensor.data.float()
+        self.stand_on_active(adapter_name)
+        return trained
+
+    def require_gradients(self, adapter_names):
+        """The tensors of these adapters that any stage trains ask for gradients, and no others do."""
+        for name in self.adapters:
+            self.require_gradients_of(name, name in adapter_names)
+
+    def require_gradients_of(self, adapter_name, required=True):
+        for name, tensor in self.adapter_tensors(adapter_name).items():
+            tensor.requires_grad_(required and (name.startswith("projector.") or self.learns(name, adapter_name)))
+
+    def learns(self, name, adapter_name=None):
+        """Whether stage finetune moves this tensor: one that a gradient reaches. The gate is trained before it."""
+        if name.endswith(NEVER_TRAINED) or name.startswith(("gate.", "projector.")):
+            return False
+        config = self.adapters[self.resolve_name(adapter_name)].config
+        return not (
+            ".router." in name and config.selection == "exclusive" and self.num_rows_at(name, adapter_name) == 1
+        )
+
+    def num_rows_at(self, name, adapter_name=None):
+        """How many new rows share the layer of the tensor `name`: the adapter's own and those of active ones."""
+        layer, sharing = int(name.split(".")[1]), {self.resolve_name(adapter_name), *self.passes.current.active}
+        return sum(len(self.adapters[one].config.extended_layers.get(layer, ())) for one in sharing)
+
+    def fingerprints(self):
+        """Adapter name -> fingerprint of its tensors, of every adapter."""
+        return {name: self.fingerprint_of(name) for name in self.adapters}
+
+    def fingerprint_of(self, adapter_name):
+        """Without the gate, which is stored in float32 whatever the others are stored in."""
+        tensors = self.adapter_tensors(adapter_name).items()
+        return tensors_fingerprint({name: tensor for name, tensor in tensors if not name.startswith("gate.")})
+
+
+# ---------------------------------------------------------------- fingerprints
+
+
+def fingerprint(module):
+    """1,024 values at fixed places over the weights of `module` (matrices and stacks), float32, base64.
+
+    Quantised tensors are left out (NaN in their places). `None` where the weights are on the meta device.
+    """
+    owners = {name: (owner, key) for name, owner, key in named_owners(module) if owner._parameters[key].dim() >= 2}
+
+    def read(name, indices):
+        owner, key = owners[name]
+        with onloaded(owner):
+            return values_at(owner._parameters[key].detach(), indices)
+
+    return sample_values({name: owner._parameters[key].numel() for name, (owner, key) in owners.items()}, read)
+
+
+def tensors_fingerprint(tensors):
+    """`fingerprint` of tensors by name: which adapter this is, whatever dtype it was saved in."""
+    stacks = {name: tensor.detach() for name, tensor in tensors.items() if tensor.dim() >= 2}
+    sizes = {name: tensor.numel() for name, tensor in stacks.items()}
+    return sample_values(sizes, lambda name, indices: values_at(stacks[name], indices))
+
+
+def sample_values(sizes, read):
+    """The text of a fingerprint.
+
+    Args:
+        sizes: name -> number of values of each weight.
+        read: called with a name and indices into the flattened weight; gives the values, or `None` on the meta device.
+    """
+    names = sorted(sizes)
+    names = names[:: max(1, -(-len(names) // FINGERPRINT_SIZE))]
+    found = torch.full((FINGERPRINT_SIZE,), torch.nan)
+    for number, name in enumerate(names):
+        slots = torch.arange(number, FINGERPRINT_SIZE, len(names))
+        indices = torch.linspace(0, sizes[name] - 1, len(slots) + 2, dtype=torch.float64)[1:-1].long()
+        values = read(name, indices)
+        if values is None:
+            return None
+        found[slots] = values.float().cpu()
+    return base64.b64encode(found.numpy().tobytes()).decode()
+
+
+def values_at(tensor, indices):
+    """Values of a tensor for `sample_values`; NaN of one that is quantised, `None` of one without data."""
+    if tensor.is_meta:
+        return None
+    if not is_plain(tensor):
+        return torch.full((len(indices),), torch.nan)
+    return tensor.reshape(-1)[indices.to(tensor.device)]
+
+
+def is_plain(tensor):
+    """Whether a weight is an ordinary tensor of floating-point numbers: not quantised, packed or sharded."""
+    return tensor.dtype in PLAIN and not is_traceable_wrapper_subclass(tensor)
+
+
+def named_owners(module):
+    """(name, owner module, key) of every base parameter, new ones left out."""
+    for prefix, owner in module.named_modules():
+        if "moextend" in prefix.split("."):
+            continue
+        for key, parameter in owner._parameters.items():
+            if parameter is not None:
+                yield f"{prefix}.{key}".lstrip("."), owner, key
+
+
+def same_fingerprint(one, other):
+    """Whether two fingerprints can be of one checkpoint.
+
+    Two loads in one dtype give the same values. Loads in two dtypes differ by half a step of the coarser one (and by a
+    rounding of the finer one before it); fp16 has a smallest step besides, 6e-8.
+    """
+    one, other = decode_fingerprint(one), decode_fingerprint(other)
+    both = ~(one.isnan() | other.isnan())
+    if not both.any():
+        return True
+    steps = rounding(one[both]), rounding(other[both])
+    relative = 0.0 if steps[0] == steps[1] else 0.6 * max(steps)
+    return torch.allclose(one[both], other[both], rtol=relative, atol=6e-8 if max(steps) > 1e-6 else 0.0)
+
+
+def decode_fingerprint(text):
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32)
+
+
+def rounding(values):
+    """The relative step of the coarsest dtype that holds `values` exactly."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(values.to(dtype).float(), values):
+            return torch.finfo(dtype).eps
+    return torch.finfo(torch.float32).eps
+
+
+# ---------------------------------------------------------------- sharded tensors (FSDP2)
+
+
+def reshard(model):
+    """Puts shards back in the place of whole tensors.
+
+    After a forward pass FSDP2 leaves the root module's parameters whole: copies, in the dtype of the pass. What is
+    read from them may be rounded, and what is written to them is lost.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def gather(tensors, dtype, keep=True):
+    """name -> whole tensor in `dtype` (see `stored_dtype`) on the CPU; empty where not `keep`.
+
+    Every process has to call this, for sharded tensors are made whole by all of them together.
+    """
+    whole = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach()
+        if isinstance(tensor, DTensor):
+            tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()  # from the CPU, where offloaded
+        if keep:
+            whole[name] = tensor.to("cpu", stored_dtype(name, dtype))
+    return whole
+
+
+def shard_like(tensor, like):
+    """A whole tensor, the same on every process, sharded as `like` is."""
+    if not isinstance(like, DTensor):
+        return tensor
+    mesh = like.device_mesh
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, like.placements).to(like.device)

@@ -1,0 +1,26 @@
+"""Hashes of every tensor that must never change."""
+
+import hashlib
+
+from ..adapter_file_moextend import tensor_bytes
+from ..families_moextend import onloaded
+from ..tensors_moextend import reshard
+
+
+def base_tensors_hash(model):
+    """name -> sha256 of every base and encoder tensor of a MoExtend model (new tensors and projectors left out).
+
+    Where tensors are sharded, of this process's shards.
+    """
+    reshard(model)
+    encoders = {f"adapters.{name}.encoder": adapter.encoder for name, adapter in model.adapters.items()}
+    parts, hashes = {"base": model.base, **encoders}, {}
+    for part, module in parts.items():
+        for prefix, owner in module.named_modules() if module is not None else ():
+            if "moextend" in prefix.split("."):
+                continue
+            with onloaded(owner):
+                for key, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+                    if tensor is not None:
+                        hashes[f"{part}.{prefix}.{key}"] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+    return hashes
