@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from variants import VARIANTS
 
 from modeling_moextend import MoExtendForCausalLM, MoExtendSFTConfig, MoExtendSFTTrainer
-from modeling_moextend.processing_moextend import load_processor
+from modeling_moextend.data.processors import load_processor
 from modeling_moextend.training.stages import change_routing
 
 CACHE = ROOT / "outputs/benchmarks"

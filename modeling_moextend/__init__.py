@@ -5,8 +5,9 @@ import importlib
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from .configuration_moextend import MoExtendConfig
+from .data.processors import load_processor
 from .modeling_moextend import MoExtendForCausalLM, MoExtendModel
-from .processing_moextend import MoExtendProcessor, load_processor
+from .processing_moextend import MoExtendProcessor
 
 __version__ = "0.1.0"
 

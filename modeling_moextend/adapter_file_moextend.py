@@ -32,6 +32,10 @@ FORMAT = 1
 MAX_JSON = 8 * 2**20  # bytes of an index or of a config, many times what a large base needs
 MAX_SHARDS = 4096
 MAX_DEPTH = 32
+FORMER_CODE = tuple(  # files that shipped with version 0.1.0 and no longer do: removed where the code is written anew
+    f"{name}_moextend.py"
+    for name in "adapter entries generation hub layouts pretrained selfcheck state switch together".split()
+)
 
 
 class StoredAdapter(NamedTuple):
@@ -90,7 +94,7 @@ def shipped_code():
 
 def write_folder(folder, tensors, config, max_shard_size="50GB", with_code=True):
     """Writes a whole adapter folder, that is the shipped code, config.json and the adapter: see `write_adapter`."""
-    with all_or_nothing(folder) as put:
+    with all_or_nothing(folder, stale=FORMER_CODE if with_code else ()) as put:
         for source in shipped_code() if with_code else ():
             target = Path(folder) / source.name
             if not target.exists() or not source.samefile(target):

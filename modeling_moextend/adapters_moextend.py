@@ -7,6 +7,7 @@ transformers' and PEFT's. How adapters share a token is told in docs/adapters.md
 
 import contextlib
 import copy
+import os
 
 from torch import nn
 
@@ -27,8 +28,8 @@ from .compatibility_moextend import (
 )
 from .configuration_moextend import check_threshold, normalise_plan, routing_choices
 from .layers_moextend import add_experts, add_gate, attach, input_device, remove_experts
-from .loading_moextend import hub_id, identity, load_new_encoder, load_stored_encoder
-from .selfcheck_moextend import self_checked
+from .loading_moextend import identity, load_new_encoder, load_stored_encoder
+from .package_moextend import from_package
 from .vision_moextend import Projector
 
 DEFAULT = "default"  # the adapter that a model is made or loaded with
@@ -73,18 +74,25 @@ class AdapterSwitch:
     def attach_adapter(self, name, config, encoder=None, depends_on=()):
         """Attaches an adapter's new experts, gate and projector at their start values; nobody uses them yet."""
         rule = base_rule(config, self.moe_layers)
-        with self_checked(self.moe_layers, config.extended_layers, rule, self.passes, name):
+        with self.tried(config.extended_layers, rule, name):
             attach(self.moe_layers, self.passes, rule)
             layers = {
                 layer: add_experts(self.moe_layers[layer], name, sources, config)
                 for layer, sources in config.extended_layers.items()
             }
+        if config.scope == "gate" and layers:
+            add_gate(layers, config)
         adapter = Adapter(config, encoder, input_device(self.base)).train(self.training)
         adapter.layers, adapter.depends_on = layers, set(depends_on)
-        if config.scope == "gate" and config.extended_layers:
-            add_gate(adapter, config)
         self.adapters[name] = adapter
         self.passes.change(adapters={**self.passes.current.adapters, name: adapter})
+
+    def tried(self, plan, rule, name):
+        """Context for attaching new experts. In the package each layer of the plan is tried, before and after: see
+        attaching/selfcheck.py. The code that came with an adapter does without: there its base was tried before."""
+        if not __name__.startswith("modeling_moextend."):
+            return contextlib.nullcontext()
+        return from_package("attaching", "A self-check").self_checked(self.moe_layers, plan, rule, self.passes, name)
 
     def remove_adapter(self, name):
         """Removes whatever `attach_adapter` has attached under this name; a pass under way still has it."""
@@ -232,12 +240,12 @@ class AdapterSwitch:
             rule = base_rule(extended, self.moe_layers)
             active = {one: self.adapters[one].config for one in self.passes.current.active}
             check_together({**active, name: extended}, self)
-            with self_checked(self.moe_layers, plan, rule, self.passes, name):
+            with self.tried(plan, rule, name):
                 new = {layer: add_experts(self.moe_layers[layer], name, plan[layer], config) for layer in plan}
             config.extended_layers = extended.extended_layers
             adapter.layers = dict(sorted({**adapter.layers, **new}.items()))
             if config.scope == "gate":
-                add_gate(adapter, config)
+                add_gate(adapter.layers, config)
             self.passes.change()
 
     def delete_adapter(self, adapter_names):
@@ -365,14 +373,15 @@ class AdapterSwitch:
         self.activate(self.passes.current.active)  # which has it on top now
 
     def described(self, adapter_names):
-        """What `trained_on` keeps of adapters; where one lies only if it is on the Hub."""
+        """What `trained_on` keeps of adapters; where one lies only if it is no folder of this machine."""
+        sources = {name: self.adapters[name].config.name_or_path for name in adapter_names}
         return [
             {
                 "name": name,
                 "fingerprint": self.fingerprint_of(name),
-                "name_or_path": hub_id(self.adapters[name].config.name_or_path),
+                "name_or_path": source if source and not os.path.exists(source) else None,
             }
-            for name in adapter_names
+            for name, source in sources.items()
         ]
 
     # ------------------------------------------------------------ asking

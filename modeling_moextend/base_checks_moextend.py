@@ -5,14 +5,11 @@ base whose experts or router are packed, sharded or passed over would load and a
 what works and how it was checked.
 """
 
-import copy
 import functools
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from transformers.quantizers.auto import get_hf_quantizer
 
 from .families_moextend import check_routers
 from .layers_moextend import is_extended
@@ -28,45 +25,9 @@ DEQUANTISE = {
     "compressed-tensors": "quantization_config=CompressedTensorsConfig(dequantize=True)",
     "gguf": "quantization_config=GgufConfig(dequantize=True)",
 }
-DISTRIBUTED = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
-CONFIG_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-CONFIG_KWARGS += ("trust_remote_code", "code_revision")
 
 
-# ---------------------------------------------------------------- before a base is loaded
-
-
-def check_request(name_or_path, options):
-    """Refuses, from its config alone, a base whose layout can't be extended: before gigabytes are read.
-
-    Args:
-        name_or_path, options: what the base's `from_pretrained` will be given.
-
-    Raises:
-        ValueError: sharded over processes, or quantised in a way that reaches the experts.
-    """
-    given = [name for name in DISTRIBUTED if options.get(name) is not None]
-    if given:
-        raise ValueError(sharded_message(f"{', '.join(given)} was given"))
-    if options.get("gguf_file") is None:  # of a GGUF file only the loaded model tells whether it is still packed
-        quantiser = planned_quantiser(name_or_path, options)
-        if quantiser is not None and not (quantiser.pre_quantized and will_dequantise(quantiser.quantization_config)):
-            check_method(quantiser.quantization_config)
-
-
-def planned_quantiser(name_or_path, options):
-    """The `HfQuantizer` that transformers will load this base with, or `None`.
-
-    transformers decides by the machine: without a GPU it dequantises MXFP4 and FP8 checkpoints of its own accord.
-    """
-    config = options.get("config")
-    if not isinstance(config, PretrainedConfig):
-        hub = {name: options[name] for name in CONFIG_KWARGS if options.get(name) is not None}
-        config = AutoConfig.from_pretrained(name_or_path, **hub)
-    config, asked = copy.deepcopy(config), copy.deepcopy(options.get("quantization_config"))
-    if asked is None and quantisation_of(config) is None:
-        return None
-    return get_hf_quantizer(config, asked, options.get("device_map"), None, {})[0]
+# ---------------------------------------------------------------- the layout
 
 
 def quantisation_of(config):
@@ -93,9 +54,6 @@ def check_method(quantisation):
         f"quantisation, or that of linear layers alone by {' or '.join(QUANTISED_LINEAR)}. {advice}in bfloat16 where "
         "memory is short."
     )
-
-
-# ---------------------------------------------------------------- a loaded base
 
 
 def check_layout(base):
@@ -244,17 +202,6 @@ def check_not_extended(base):
         )
 
 
-def check_causal_lm(base, auto_class):
-    """Refuses what is no causal LM."""
-    if auto_class is AutoModelForCausalLM and (
-        base.config.is_encoder_decoder or base.get_output_embeddings() is None or not base.can_generate()
-    ):
-        raise ValueError(
-            f"{type(base).__name__} is no causal LM (it has no language-model head of its own): pass the "
-            "...ForCausalLM."
-        )
-
-
 def check_plan(layers, plan):
     """Refuses layers that are no MoE layers or in a layout that can't be extended, and source experts out of range.
 
@@ -287,17 +234,13 @@ def base_rule(config, layers):
     """The routing `Rule` of the base that `layers` (index -> `MoELayer`) are of; the layers of the plan have to follow
     it. Kept in `config`.
 
-    It was recorded when the adapter was made. Where nothing is recorded (a base that was never extended), or less than
-    today (adapters of the first version), the package finds it.
-
-    Raises:
-        ValueError: no known rule, or a layer that routes by another one.
-        ImportError: there is none recorded, and the package is not installed.
+    It was recorded when the adapter was made; the package finds it for a base that was never extended, for another
+    base than the adapter's, and for adapters of the first version, which recorded less.
     """
     recorded = config.routing_rule or {}
     if set(recorded) < set(Rule._fields):
-        finder = from_package("tools.routing_rules", "Finding the routing rule of a base that was never extended")
-        recorded = finder.complete_rule(recorded, layers, config.extended_layers)._asdict()
+        attaching = from_package("attaching", "Finding the routing rule of a base for which none is recorded")
+        recorded = attaching.complete_rule(recorded, layers, config.extended_layers)._asdict()
     rule = Rule(**recorded)
     check_routers(layers, config.extended_layers, rule)
     if rule.jitter is not None and config.calibration != "none":

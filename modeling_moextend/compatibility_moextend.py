@@ -9,17 +9,6 @@ from .routing_moextend import Rule
 from .scope_moextend import BASE, Selection, merge_overlapping
 from .tensors_moextend import fingerprint, same_fingerprint
 
-HOW_TO_READ = (  # entries of the config without which the tensors of an adapter mean something else
-    "extended_layers",
-    "scope",
-    "selection",
-    "calibration",
-    "encoder_select_layer",
-    "encoder_select_feature",
-    "projector_hidden_act",
-)
-
-
 # ---------------------------------------------------------------- names
 
 
@@ -172,32 +161,6 @@ def recorded_selection(records, default):
             f"{sorted(set(found.values()))}."
         )
     return next(iter(found.values()), default)
-
-
-def check_same_kind(config, other, name, check_base):
-    """Refuses an adapter, with config `other`, that is no other state of the one that `config` describes.
-
-    Raises:
-        ValueError: one message with every difference.
-    """
-    problems = [
-        f"{entry}: the adapter's {getattr(other, entry)!r}, the model's {getattr(config, entry)!r}"
-        for entry in HOW_TO_READ
-        if getattr(other, entry) != getattr(config, entry)
-    ]
-    below = [[entry["fingerprint"] for entry in owner.trained_on] for owner in (other, config)]
-    if len(below[0]) != len(below[1]) or not all(
-        None in pair or same_fingerprint(*pair) for pair in zip(*below, strict=True)
-    ):
-        names = [[entry["name"] for entry in owner.trained_on] for owner in (other, config)]
-        problems.append(f"trained_on: the adapter stands on {names[0]}, the model's on {names[1]} as they are now")
-    for role in ("base", "encoder") if check_base else ():
-        pair = [getattr(owner, f"{role}_fingerprint") for owner in (other, config)]
-        if all(pair) and not same_fingerprint(*pair):
-            problems.append(f"{role}_fingerprint: made on a different {role}; check_base=False loads it all the same")
-    if problems:
-        lines = "\n  ".join(problems)
-        raise ValueError(f"The adapter {name} does not belong to this model; nothing was loaded.\n  {lines}")
 
 
 # ---------------------------------------------------------------- trained on top of others

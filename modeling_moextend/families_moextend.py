@@ -2,9 +2,8 @@
 
 Letters: T tokens, E base experts, K experts a token selects, H hidden size.
 
-A rule is checked by asking: a float32 twin of the router with random tensors answers random tokens, and the rule has
-to explain its answer. This needs no weights, and no checkpoint's values can fool it. A newer transformers that routes
-otherwise is noticed. See docs/families.md.
+How a rule is found, for a base that was never extended: docs/families.md. It is recorded with every adapter; here the
+router is asked whether it still works by it, for a newer transformers may route otherwise.
 """
 
 import contextlib
@@ -30,10 +29,6 @@ EXPERTS_INTERFACE = ("_is_expert_parallel", "has_gate", "is_transposed", "down_p
 ROUTER_NAMES = ("gate", "router")
 GROUPS = ("num_group", "n_group")
 CORRECTION = "e_score_correction_bias"
-SHARED = "n_shared_experts"
-NUM_TOKENS = 16  # random tokens of each kind, see `random_tokens`
-COLD, FLAT, SHARP = 8.0, 0.05, 4.0
-OF_ANY_MODULE = {*nn.Module().__dict__, "forward", "_old_forward", "_hf_hook", "_is_hf_initialized"}
 
 REASONS = {  # families that no rule can carry, and why
     "llama4": "its experts get their input scaled by the score, and all of them run on all tokens, without an index "
@@ -181,77 +176,81 @@ def sibling(module, parameters, buffers=(), **attributes):
     return twin
 
 
-# ---------------------------------------------------------------- the twin
+# ---------------------------------------------------------------- does a rule hold?
 
 
 class NoRule(Exception):
     """Says why a router does not work by a rule."""
 
 
-class Probe(NamedTuple):
-    """A float32 twin of a router, random tokens [T, H] and what it answers; its correction bias [E], if it has one."""
-
-    twin: nn.Module
-    tokens: torch.Tensor
-    output: RouterOutput
-    correction_bias: torch.Tensor | None
-
-
-def probe_router(layer, rows, correction, seed=0):
-    """The `Probe` of a layer's router; what is random goes by `seed` and leaves the global random state alone.
-
-    Args:
-        rows, correction: as in `Rule`.
+def check_routers(layers, indices, rule):
+    """Refuses layers (of those at `indices`) whose router works by another rule than `rule`, the adapter's.
 
     Raises:
-        NoRule: it depends on more than hidden states, or does not answer like a router.
+        ValueError: says which family and layer, and in what it differs.
     """
-    generator = torch.Generator().manual_seed(seed)
-    in_group = layer.num_experts // num_groups(layer.router)
-    widened = {"top_k": 2} if layer.router.__dict__.get("top_k") == 1 and in_group > 1 else {}
-    with torch.device("cpu"), torch.no_grad():
-        twin = random_twin(layer.router, generator, **widened).eval()  # renormalised, K = 1 always weighs 1
-        weight = twin.get_parameter(rows)
-        tokens = random_tokens(weight, generator)
-        bias = torch.randn(layer.num_experts, generator=generator) / 2 if correction else None
-        args = (bias,) if ":" in correction else ()
-        if correction and not args:
-            tensor = tensor_at(twin, correction)
-            tensor.copy_(bias.reshape(tensor.shape))
-        return Probe(twin, tokens, checked_answer(twin, layer, tokens, args, len(weight) > layer.num_experts), bias)
+    for index in indices:
+        layer = layers[index]
+        try:
+            with torch.no_grad():
+                check_router(layer, rule)
+        except NoRule as error:
+            raise ValueError(
+                f"Layer {index} of {family_of(layer.router)} can't be extended by this adapter. "
+                f"{plain_class(layer.router).__name__} does not follow its rule, {rule}: {error}. Leave it out, "
+                "or pass the base that the adapter was made on; a newer transformers may route otherwise."
+            ) from error
 
 
-def random_twin(module, generator, **attributes):
-    """A float32 twin of `module` and its children on the CPU: every number random, every whole one 0 or 1."""
+def check_router(layer, rule):
+    """Raises `NoRule` where a router answers random tokens otherwise than `rule` says; computed in float32, whatever
+    the base is loaded in. Without weights (meta device) there is nothing to ask."""
+    twin, bias = float_twin(layer.router).eval(), correction_of(layer, rule)
+    if any(tensor.is_meta for tensor in twin.parameters()):
+        return
+    if rule.correction and bias is None:
+        raise NoRule(f"it has no {rule.correction}")
+    bias = None if bias is None else bias.float()
+    try:
+        rows, own_bias = twin.get_parameter(rule.rows), tensor_at(twin, bias_path(rule))
+        scale = twin.get_parameter(rule.expert_scale) if rule.expert_scale else None
+        tokens = sample_tokens(rows)
+        logits = F.linear(INPUTS[rule.inputs](twin, tokens), rows, own_bias)[:, : layer.num_experts]
+    except AttributeError as error:  # a tensor that the rule names is not there
+        raise NoRule(f"it has not what the rule reads ({error})") from error
+    logits = scale_logits(logits, rule)
+    output = answer_of(layer, twin, tokens, (bias,) if ":" in rule.correction else ())
+    if not close(logits if rule.answers == "logits" else SCORES[rule.score](logits), output.router_logits):
+        raise NoRule("its logits are made otherwise")
+    if not is_top_k(output.top_k_index, choice_keys(logits, rule, bias), num_groups(layer.router)):
+        raise NoRule("it chooses otherwise")
+    made_by = rule_with_shared_experts(rule, logits, output) if rule.shared else rule
+    if not close(expert_weights(logits, output.top_k_index, made_by, expert_scale=scale), output.top_k_weights):
+        raise NoRule("its weights are made otherwise")
 
-    def randn(shape):
-        values = torch.randn(shape, generator=generator, device="cpu")
-        return values / shape[-1] ** 0.5 if len(shape) > 1 else values
 
-    own = {name: randn(p.shape) for name, p in module._parameters.items() if p is not None}
-    buffers = {
-        name: randn(b.shape) if b.is_floating_point() else torch.randint(2, b.shape, generator=generator).to(b.dtype)
-        for name, b in module._buffers.items()
-        if b is not None
-    }
-    twin = sibling(module, own, buffers, **attributes)
+def float_twin(module):
+    """A float32 copy of a router and its children, without new rows."""
+
+    def copied(tensors):
+        kept = {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
+        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in kept.items()}
+
+    with onloaded(module):
+        twin = sibling(module, copied(module._parameters), copied(module._buffers))
     for name, child in list(twin._modules.items()):
-        twin._modules[name] = None if child is None else random_twin(child, generator)
+        twin._modules[name] = None if child is None else float_twin(child)
     return twin
 
 
-def random_tokens(weight, generator):
-    """Tokens [T, H] whose logits are near zero, cold (all far below it), flat (nearly equal) and sharp, by turns.
-
-    What a rule does to small sums shows where scores are small: an epsilon with sigmoid scores of cold tokens, a floor
-    with softmax scores of flat ones. So that there are cold tokens, rows get a direction in common.
-    """
-    direction = F.normalize(torch.randn(weight.shape[-1], generator=generator), dim=0)
-    weight += direction
-    tokens = torch.randn(4, NUM_TOKENS, weight.shape[-1], generator=generator)
-    tokens[1] -= COLD * direction
-    tokens[2] *= FLAT
-    tokens[3] *= SHARP
+def sample_tokens(rows):
+    """Random tokens [T, H] whose logits are near zero, nearly equal, sharp, and far below zero, by turns: what a rule
+    does to small sums shows where scores are small."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(4, 16, rows.shape[-1], generator=generator, device="cpu").to(rows.device)
+    tokens[1] *= 0.05
+    tokens[2] *= 4.0
+    tokens[3] -= 8.0 * F.normalize(rows.mean(dim=0), dim=0)
     return tokens.flatten(0, 1)
 
 
@@ -272,118 +271,27 @@ def goes_by(parameter, twin, tokens, args):
         return True
 
 
-def checked_answer(twin, layer, tokens, args, shares):
-    """The twin's `RouterOutput` in float32; `shares`: with weights of shared experts."""
-    missing = [p.name for p in asked_for(layer.router)[len(args) :] if goes_by(p, twin, tokens, args)]
+def answer_of(layer, router, tokens, args=()):
+    """What `router`, a copy of a layer's, answers for tokens [T, H]: a `RouterOutput`, or `NoRule`.
+
+    `args`: what it is called with beside hidden states.
+    """
+    missing = [p.name for p in asked_for(layer.router)[len(args) :] if goes_by(p, router, tokens, args)]
     if missing:
         raise NoRule(f"its choice also depends on {', '.join(missing)}, where a new row sees the hidden state alone")
     try:
-        answer = call_router(twin, tokens, *args)
-    except Exception as error:
+        answer = call_router(router, tokens, *args)
+    except Exception as error:  # whatever a family's code raises
         raise NoRule(f"asked for random tokens it fails ({type(error).__name__}: {error})") from error
-    parts = 4 if shares else 3
-    if not isinstance(answer, tuple) or len(answer) != parts or not all(torch.is_tensor(part) for part in answer):
+    if not isinstance(answer, tuple) or len(answer) not in (3, 4) or not all(map(torch.is_tensor, answer)):
         raise NoRule("it does not answer (logits, weights, index)")
-    logits, weights, index, *rest = answer
+    logits, weights, index, *_ = answer
     if logits.shape != (len(tokens), layer.num_experts) or weights.shape != index.shape or len(index) != len(tokens):
         shapes = ", ".join(str(list(part.shape)) for part in answer)
         raise NoRule(f"it answers shapes {shapes}, not [T, E], [T, K], [T, K]")
     if not bool(((index >= 0) & (index < layer.num_experts)).all()):
         raise NoRule(f"it answers indices that are none of its {layer.num_experts} experts")
-    return RouterOutput(logits.float(), weights.float(), index, *rest)
-
-
-# ---------------------------------------------------------------- does a rule hold?
-
-
-def check_routers(layers, indices, rule):
-    """Refuses layers (of those at `indices`) whose router works by another rule than `rule`, the adapter's.
-
-    Routers of one kind and setting are asked once.
-
-    Raises:
-        ValueError: says which family and layer, and in what it differs.
-    """
-    seen = set()
-    for index in indices:
-        layer, kind = layers[index], settings(layers[index].router)
-        if kind in seen:
-            continue
-        seen.add(kind)
-        try:
-            with torch.device("cpu"), torch.no_grad():
-                check_router(layer, rule)
-        except NoRule as error:
-            raise ValueError(
-                f"Layer {index} of {family_of(layer.router)} does not route by the rule of this adapter: "
-                f"{plain_class(layer.router).__name__} was asked, and {error}. The rule is {rule}. Leave this layer "
-                "out, or pass the base that the adapter was made on; a newer transformers may route otherwise."
-            ) from error
-
-
-def settings(module):
-    """What makes the twin of a module, hashable: class, attributes, shapes, and the same of its children."""
-    tensors = (*module._parameters.items(), *module._buffers.items())
-    return (
-        plain_class(module),
-        tuple((name, tuple(tensor.shape)) for name, tensor in tensors if tensor is not None),
-        tuple(
-            (name, value if isinstance(value, (int, float, str)) else id(value))
-            for name, value in sorted(module.__dict__.items())
-            if name not in OF_ANY_MODULE
-        ),
-        tuple(settings(child) for name, child in module._modules.items() if name != "moextend" and child is not None),
-    )
-
-
-def check_router(layer, rule):
-    """Raises `NoRule` where a router's twin answers otherwise than `rule` says."""
-    try:
-        if rule.correction and correction_of(layer, rule) is None:
-            raise NoRule(f"it has no {rule.correction}")
-        probe = probe_router(layer, rule.rows, rule.correction)
-        logits = twin_logits(probe, rule, layer.num_experts)
-        scale = tensor_at(probe.twin, rule.expert_scale) if rule.expert_scale else None
-    except AttributeError as error:  # a tensor that the rule names is not there
-        raise NoRule(f"it has not what the rule reads ({error})") from error
-    answered = logits if rule.answers == "logits" else SCORES[rule.score](logits)
-    if not close(answered, probe.output.router_logits):
-        raise NoRule("its logits are made otherwise")
-    keys = choice_keys(logits, rule, probe.correction_bias)
-    if not is_top_k(probe.output.top_k_index, keys, num_groups(layer.router)):
-        raise NoRule("it chooses otherwise")
-    weights = rule_weights_of(probe.output, logits, rule, scale)
-    if not (shares(probe, rule, logits) if rule.shared else close(weights, probe.output.top_k_weights)):
-        raise NoRule("its weights are made otherwise")
-
-
-def twin_logits(probe, rule, num_experts):
-    """Logits [T, E] that the rule makes of a probe's tokens."""
-    rows, bias = probe.twin.get_parameter(rule.rows), tensor_at(probe.twin, bias_path(rule))
-    products = F.linear(INPUTS[rule.inputs](probe.twin, probe.tokens), rows, bias)[:, :num_experts]
-    return scale_logits(products, rule).detach()
-
-
-def shares(probe, rule, logits):
-    """Whether chosen and shared experts share one sum: all weights over all scores are one number for all tokens."""
-    rows = probe.twin.get_parameter(rule.rows)[-rule.shared :]
-    scores = [SCORES[rule.score](part) for part in (logits, scale_logits(F.linear(probe.tokens, rows), rule))]
-    scores = torch.cat([scores[0].gather(-1, probe.output.top_k_index), scores[1]], dim=-1)
-    found = scores / scores.sum(dim=-1, keepdim=True)
-    answered = torch.cat([probe.output.top_k_weights, probe.output.shared], dim=-1)
-    return close(found * factor(found, answered), answered)
-
-
-def factor(found, answered):
-    """The number that `found` has to be multiplied with to come nearest to `answered`."""
-    found, answered = found.double(), answered.double()
-    return float(f"{((found * answered).sum() / found.square().sum()).item():.7g}")
-
-
-def rule_weights_of(output, logits, rule, expert_scale):
-    """Weights [T, K] that `rule` makes of a router's logits [T, E], for the experts that its output has chosen."""
-    made_by = rule_with_shared_experts(rule, logits, output) if rule.shared else rule
-    return expert_weights(logits, output.top_k_index, made_by, expert_scale=expert_scale)
+    return RouterOutput(logits.float(), weights.float(), *answer[2:])
 
 
 def close(found, answered):

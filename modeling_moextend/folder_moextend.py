@@ -3,7 +3,6 @@
 import contextlib
 import os
 import secrets
-import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -15,19 +14,19 @@ except ImportError:  # not a Unix
 
 
 @contextlib.contextmanager
-def all_or_nothing(folder):
+def all_or_nothing(folder, stale=()):
     """Yields `put(name, write)`: `write(path)` makes a file, beside its place. Nothing else changes inside the block.
 
     At its end files take their places, in the order in which they were put: the last one (the adapter, or the index of
-    its shards) is the moment at which the folder becomes the new one. Then adapter files that were not put go. One
-    process at a time does this in a folder. Where something fails, as on a full disk, all is left as it was.
+    its shards) is the moment at which the folder becomes the new one. Then adapter files that were not put, and those
+    named `stale`, go. Where something fails, as on a full disk, all is left as it was.
 
     Raises:
         OSError: says what failed.
     """
     folder, unfinished = Path(folder), {}
     with locked(folder):
-        old = existing_files(folder)
+        old = existing_files(folder) | {name for name in stale if (folder / name).is_file()}
 
         def put(name, write):
             unfinished[name] = folder / f"{name}.{secrets.token_hex(4)}.tmp"
@@ -52,9 +51,8 @@ def all_or_nothing(folder):
 def locked(folder, alone=True):
     """Waits until no other process changes `folder`, and keeps those that want to waiting inside the block.
 
-    `alone=False` is for readers, of which there may be several.
-    The folder itself is locked, so that nothing is left behind, and the lock ends with the process. Where there is no
-    such lock (Windows, some network disks) one goes on without.
+    `alone=False` is for readers, of which there may be several. The folder itself is locked, so that nothing is left
+    behind, and the lock ends with the process. Where there is none (Windows, some network disks) one goes on without.
     """
     lock = None
     try:
@@ -89,22 +87,3 @@ def write_whole(path, write):
     path.chmod(mode)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-
-
-def replace_file(path, write):
-    """Writes beside `path` and renames over it, so that `path` is never half a file."""
-    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        write_whole(unfinished, write)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def copy_file(source, target):
-    """Copies a file of the shipped code."""
-    replace_file(Path(target), lambda unfinished: shutil.copyfile(source, unfinished))
-
-
-def write_text(path, text):
-    replace_file(Path(path), lambda unfinished: unfinished.write_text(text, encoding="utf-8"))

@@ -338,9 +338,9 @@ def remove_experts(layer, name):
             del module.moextend.adapters[name]
 
 
-def add_gate(adapter, config):
-    """Puts a closed `TokenGate` into an adapter's lowest extended layer, unless it is there."""
-    rows = adapter.layers[min(adapter.layers)].rows
+def add_gate(layers, config):
+    """Puts a closed `TokenGate` into the lowest of an adapter's `layers`, unless it is there."""
+    rows = layers[min(layers)].rows
     if rows.gate is None:
         rows.gate = TokenGate(rows.weight.shape[-1], config.gate_hidden_size, device=rows.weight.device)
 

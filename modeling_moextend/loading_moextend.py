@@ -5,8 +5,6 @@ import copy
 from pathlib import Path
 
 from huggingface_hub import ResolvedRevision
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
@@ -17,12 +15,10 @@ from transformers import (
 from transformers.utils.hub import resolve_revision
 
 from .base_checks_moextend import (
-    check_causal_lm,
     check_fingerprint,
     check_layout,
     check_not_extended,
     check_plan,
-    check_request,
     forget_other_rule,
 )
 from .configuration_moextend import check_routing_choices
@@ -37,20 +33,6 @@ ENCODER_KWARGS = ("dtype", "use_safetensors", *SHARED_HUB_KWARGS)
 
 
 # ---------------------------------------------------------------- for a new adapter
-
-
-def load_new_parts(base, encoder, plan, auto_class, options):
-    """Base and encoder of a new adapter, each loaded unless given as a model, and checked; see `from_base`.
-
-    Raises:
-        ValueError: no causal LM, no MoE layers, a plan that does not fit, an encoder of another kind or one too many.
-    """
-    base = load_base(base, auto_class, **options) if not isinstance(base, PreTrainedModel) else base
-    check_not_extended(base)
-    check_causal_lm(base, auto_class)
-    check_layout(base)
-    check_plan(find_moe_layers(base.get_decoder()), plan)
-    return base, load_new_encoder(encoder, base, options)
 
 
 def load_new_encoder(encoder, base, options=None):
@@ -219,17 +201,6 @@ def check_folder(folder, config):
         raise ValueError(f"{folder} is a standalone checkpoint with a base of its own: save the adapter elsewhere.")
 
 
-def hub_id(name):
-    """`name` if it can be a Hub id, None for nothing, a local folder or file, or anything the Hub would refuse."""
-    if not name or Path(name).exists():
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
-
-
 # ---------------------------------------------------------------- bases
 
 
@@ -238,7 +209,6 @@ def load_base(name_or_path, auto_class, **kwargs):
 
     Its config remembers the commit (`_commit_hash`, which transformers itself sets no longer): see `identity`.
     """
-    check_request(name_or_path, kwargs)
     kwargs["use_safetensors"] = kwargs.get("use_safetensors", True) or None  # False would refuse safetensors
     check_no_adapter(name_or_path, kwargs)
     shared = {key: kwargs[key] for key in SHARED_HUB_KWARGS if key in kwargs}

@@ -7,15 +7,12 @@ from transformers import AutoModelForCausalLM
 
 from .adapter_file_moextend import put_tensors, read_adapter, write_folder
 from .adapters_moextend import DEFAULT
-from .compatibility_moextend import check_below, check_nothing_above, check_same_kind
-from .configuration_moextend import normalise_plan, routing_choices
+from .compatibility_moextend import check_below
 from .layers_moextend import detach
 from .loading_moextend import (
     HUB_KWARGS,
     SHARED_HUB_KWARGS,
     check_folder,
-    identity,
-    load_new_parts,
     load_parts,
     undone_on_error,
 )
@@ -85,29 +82,19 @@ class Persistence:
                 range; nothing to add; no causal LM; choices without meaning. A base given as a model stays as it was.
             ImportError: only the code of an adapter is there, and not the package, which finds a base's routing rule.
         """
-        plan = normalise_plan(extended_layers)
-        choices = routing_choices(scope, selection, calibration, paper, has_encoder=encoder is not None)
-        if not plan and encoder is None:
-            raise ValueError(
-                "Nothing to add: extended_layers is empty and there is no encoder. Name layers and source experts, "
-                "like extended_layers={2: [1]}, or pass encoder=... to begin with a projector."
-            )
-        base, encoder = load_new_parts(base, encoder, plan, cls.auto_base_class, kwargs)
-        config = cls.config_class(
-            **identity(base, encoder),
-            encoder_select_layer=encoder_select_layer,
-            encoder_select_feature=encoder_select_feature,
-            projector_hidden_act=projector_hidden_act,
-            image_token_id=base.get_input_embeddings().weight.shape[0] if image_token_id is None else image_token_id,
-            extended_layers=plan,
-            calibration_hidden_size=calibration_hidden_size,
-            gate_hidden_size=gate_hidden_size,
-            gate_threshold=gate_threshold,
-            dtype=base.dtype,
-            **choices,
+        entries = {
+            "encoder_select_layer": encoder_select_layer,
+            "encoder_select_feature": encoder_select_feature,
+            "projector_hidden_act": projector_hidden_act,
+            "calibration_hidden_size": calibration_hidden_size,
+            "gate_hidden_size": gate_hidden_size,
+            "gate_threshold": gate_threshold,
+        }
+        choices = {"scope": scope, "selection": selection, "calibration": calibration, "paper": paper}
+        attaching = from_package("attaching", "Extending a base that was never extended")
+        return attaching.extend_base(
+            cls, base, extended_layers, encoder, choices, image_token_id, adapter_name, entries, kwargs
         )
-        with undone_on_error(base, encoder):
-            return cls(config, base=base, encoder=encoder, adapter_name=adapter_name)
 
     def detach(self):
         """Takes all adapters off and returns the base, bit for bit what it was."""
@@ -167,20 +154,6 @@ class Persistence:
         if kwargs.get("output_loading_info"):  # what is missing, unexpected or misshapen was refused
             return model.eval(), {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         return model.eval()
-
-    def load_adapter_tensors(self, name_or_path, *, check_base=True, **hub_kwargs):
-        """Replaces the new tensors by a saved adapter's; nothing changes unless all of them fit.
-
-        Raises:
-            ValueError: a damaged file, or an adapter of another plan, other choices or (unless `check_base=False`)
-                another base or encoder.
-        """
-        stored, name = read_adapter(name_or_path, **hub_kwargs), self.resolve_name()
-        check_nothing_above(self.adapters, name)
-        config, other = self.adapters[name].config, stored.config_for_loading()
-        check_same_kind(config, other, name_or_path, check_base)
-        put_tensors(self.adapter_tensors(), stored)
-        config.gate_threshold = other.gate_threshold
 
     def save_pretrained(
         self,

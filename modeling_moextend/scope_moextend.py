@@ -3,13 +3,11 @@
 What holds for a pass is taken once, at its start, into a `PassPlan` that the layers read and nobody changes. So a pass
 is one adapter set from its first layer to its last, whatever other threads switch, load or delete meanwhile.
 
-`scope="all"` needs nothing. `scope="modality"` starts at the first image token of a token's own sequence and lasts to
-that sequence's end: it is causal, so a cached prefix stays valid when an image comes later. Its state is, per item of
-the batch, the place of that first image token, so that a cropped cache forgets an image that was cut off, and items
-that are reordered (beams) carry their own. `scope="gate"` is decided inside the pass, by the gate of the lowest
-extended layer; its state is what the gate sums up, per item and cache slot, so that a cropped cache falls back to the
-sums of its last token. The cache keeps one state a gate, by its adapter's name, and one for the images, whichever
-adapter sees them.
+`scope="modality"` lasts from the first image token of a token's own sequence to that sequence's end: it is causal, so
+that a cached prefix stays valid when an image comes later. Its state is, per item of the batch, the place of that
+token: a cropped cache forgets an image that was cut off, and items that are reordered (beams) carry their own.
+`scope="gate"` is decided inside the pass, by the gate of the lowest extended layer; its state is what the gate sums
+up, per item and cache slot. The cache keeps one state a gate, by its adapter's name, and one for the images.
 
 Letters: B items of the batch, S tokens of this pass, T = B * S, L tokens in the cache after it, D gate size.
 """
@@ -34,18 +32,15 @@ IMAGES = "__images__"  # -> [B] places in cache slots; every other key is an ada
 
 
 class NewExperts(NamedTuple):
-    """What one adapter adds to one layer: its router rows and its experts, both modules."""
+    """What one adapter adds to one layer, two modules."""
 
     rows: torch.nn.Module
     experts: torch.nn.Module
 
 
 class LayerPlan(NamedTuple):
-    """The new experts of one layer in one pass.
-
-    parts: adapter name -> `NewExperts`, of the adapters that take part; spans: name -> (first, stop), the indices that
-    its new experts have, counted from the base's last one; idle: modules of the adapters that do not take part.
-    """
+    """New experts of one layer in one pass: adapter name -> `NewExperts`; name -> (first, stop), their indices counted
+    after the base's; experts of the adapters that do not take part."""
 
     parts: dict
     spans: dict
@@ -55,9 +50,9 @@ class LayerPlan(NamedTuple):
 class Selection(NamedTuple):
     """Which adapters serve a pass, or all passes of one `generate`.
 
-    adapters: name -> `Adapter`, all that the model has; names: those asked for, in ascending order; groups: tuples of
-    names, adapters of different tuples never meet on one token; per_item: for each item of the batch the names of its
-    adapters, `None`: all serve every item; enabled: whether new experts take part at all.
+    adapters: name -> `Adapter`, all that the model has; names: those asked for, ascending; groups: tuples of names,
+    adapters of different tuples never meet on one token; per_item: names for each item of the batch, `None`: all serve
+    every item; enabled: whether new experts take part at all.
     """
 
     adapters: dict
@@ -68,8 +63,7 @@ class Selection(NamedTuple):
 
     @property
     def taking_part(self):
-        """Names of the adapters whose new experts take part; in the order of their spans, whatever the order of
-        loading was."""
+        """Names of the adapters whose new experts take part, in the order of their spans."""
         return tuple(name for group in self.groups for name in group) if self.enabled else ()
 
     @property
@@ -79,10 +73,7 @@ class Selection(NamedTuple):
         return next((adapter for adapter in seeing if adapter.encoder is not None), None)
 
     def served(self, num_items):
-        """Adapter name -> [B] bool, the items of a batch of `num_items` that it serves; `{}`: each adapter serves all.
-
-        `generate` asks for an item a prompt and then repeats the items, for beams and for several answers.
-        """
+        """Adapter name -> [B] bool, the items that it serves; `{}`: all. `generate` repeats items, for beams."""
         if self.per_item is None:
             return {}
         repeats = num_items // len(self.per_item)
@@ -95,10 +86,9 @@ class Selection(NamedTuple):
 class AdapterSet(NamedTuple):
     """A model's adapters at one moment; replaced as a whole, never changed.
 
-    adapters: name -> `Adapter`; active: names of those that take part, in ascending order; trained: the one that is
-    trained, saved and asked for its tensors where no name is given (the only active one, or the one on top of the
-    others), `None` where there is no such one; switched_on: `False` after `disable_adapters`; layer_plans: made once
-    for each choice of adapters, see `layer_plans_of`.
+    adapters: name -> `Adapter`; active: names of those that take part, ascending; trained: the one that is trained,
+    saved and asked for its tensors where no name is given (the only active one, or the one on top of the others), or
+    `None`; switched_on: `False` after `disable_adapters`; layer_plans: names -> `layer_plans_of` them.
     """
 
     adapters: dict = {}
@@ -106,10 +96,6 @@ class AdapterSet(NamedTuple):
     trained: str | None = None
     switched_on: bool = True
     layer_plans: dict = {}
-
-    def selection(self):
-        """The active adapters, for every item of a batch."""
-        return Selection(self.adapters, self.active, (self.active,), enabled=self.switched_on)
 
 
 def layer_plans_of(adapters, names):
@@ -129,12 +115,11 @@ def layer_plans_of(adapters, names):
 
 @dataclass(frozen=True)
 class PassPlan:
-    """What one forward pass was started with; the layers read it. See `Passes.plan`.
+    """What one forward pass was started with; the layers read it.
 
     layers: decoder layer -> `LayerPlan`; groups: as in `Selection`; scopes: adapter name -> [T] bool, tokens that may
-    use its new experts, without those that all tokens may use; gates: adapter name -> the `GatedPass` in which its
-    gate decides; records: filled with a `RoutingRecord` a layer where somebody listens; selections: adapter name ->
-    how it selects, of those that take part.
+    use its new experts, not there: all tokens; gates: adapter name -> the `GatedPass` in which its gate decides;
+    records: filled with a `RoutingRecord` a layer where somebody listens; selections: adapter name -> how it selects.
     """
 
     layers: dict = field(default_factory=dict)
@@ -152,8 +137,7 @@ class PassPlan:
         return torch.stack([scope.to(like.device) for scope in scopes]).any(dim=0)
 
     def takes_part(self, name):
-        """False where no token is in an adapter's scope and nobody needs a gradient or the new logits: as if it were
-        not loaded."""
+        """Whether its logits are needed: for a token in scope, a gradient or a record; else as if not loaded."""
         if name in self.gates and self.gates[name].in_scope is None:
             return False  # a gate that was not asked lets no token through
         scope = self.gates[name].in_scope if name in self.gates else self.scopes.get(name)
@@ -161,11 +145,8 @@ class PassPlan:
 
 
 class ThreadState(threading.local):
-    """What one thread has asked for the passes that it begins, and the plan of the one under way.
-
-    plan: `PassPlan`; enabled: `False` inside `disable_adapter`, `None`: as the model says; selection: the one that a
-    whole `generate` keeps; records: where the routing is recorded; thresholds: adapter name -> in place of its own.
-    """
+    """The plan of a thread's pass under way, and what holds for passes that it begins: `enabled`, unless `None`; the
+    `selection` that a whole `generate` keeps; where routing is recorded; adapter name -> threshold of its gate."""
 
     plan = None
     enabled = None
@@ -175,15 +156,14 @@ class ThreadState(threading.local):
 
 
 class Passes:
-    """One object a model, shared with its MoE layers: the adapters that the next pass begins with, and each thread's
-    own pass."""
+    """Shared by a model and its MoE layers: the adapters that the next pass begins with; each thread's own pass."""
 
-    def __init__(self, current=None):
-        self.current = AdapterSet() if current is None else current
+    def __init__(self):
+        self.current = AdapterSet()
         self.thread, self.lock = ThreadState(), threading.RLock()
 
-    def __reduce__(self):
-        return Passes, (self.current,)  # a pass under way is not copied or pickled along
+    def __reduce__(self):  # a pass under way is not copied or pickled along
+        return Passes, (), {"current": self.current}
 
     def change(self, **values):
         """Replaces the adapter set by one with other values; passes under way keep the one they began with."""
@@ -192,7 +172,8 @@ class Passes:
 
     def selection(self):
         """Which adapters serve a pass that this thread begins now and that names none itself."""
-        chosen = self.thread.selection or self.current.selection()
+        _, active, _, switched_on, _ = current = self.current
+        chosen = self.thread.selection or Selection(current.adapters, active, (active,), enabled=switched_on)
         return chosen if self.thread.enabled is None else chosen._replace(enabled=self.thread.enabled)
 
     def layer_plans(self, selection):
@@ -208,8 +189,8 @@ class Passes:
     def plan(self):
         """The `PassPlan` of the pass under way in this thread.
 
-        Where a layer is called by itself, without a pass of the model, new experts of `scope="all"` take part: nothing
-        tells which tokens are in another scope.
+        Where a layer is called without a pass of the model, adapters of `scope="all"` take part: nothing tells which
+        tokens are in another scope.
         """
         if self.thread.plan is not None:
             return self.thread.plan
@@ -234,11 +215,8 @@ class Passes:
                 setattr(self.thread, name, value)
 
     def checkpoint_contexts(self, other=None):
-        """`context_fn` of `torch.utils.checkpoint`: the recomputation in backward sees the plan of its own forward.
-
-        Without it a layer recomputed after the forward pass would route every token as if in scope. `other` is a
-        `context_fn` to run inside this one. The plan is set in the thread that recomputes.
-        """
+        """`context_fn` of `torch.utils.checkpoint`: the recomputation, in whichever thread, sees the plan of its own
+        forward pass. `other` is a `context_fn` to run inside this one."""
         forward, recompute = other() if other else (contextlib.nullcontext(), contextlib.nullcontext())
         plan = replace(self.plan, records=None)
 
@@ -267,8 +245,7 @@ class PassInputs(NamedTuple):
 
     input_ids [B, S], image tokens still in it, or `None` where only inputs_embeds [B, S, H] was given; position_ids
     [B, S] or `None`: where they fall back, a new sequence starts (packed batches); attention_mask [B, past + S], 0 for
-    padding, another shape or `None`: nothing is known of padding; cache: the key-value cache or `None`, whose state is
-    read here and written by `remember`.
+    padding, of another shape or `None`: nothing is known of padding; cache: its state is read here.
     """
 
     input_ids: torch.Tensor | None
@@ -284,11 +261,7 @@ class PassInputs(NamedTuple):
 
 
 def plan_pass(passes, selection, inputs):
-    """The `PassPlan` of a pass, and the new state of its cache (key -> tensor or `GatedPass`); see `remember`.
-
-    Raises:
-        ValueError: `scope="modality"` and no `input_ids` to find the image tokens in.
-    """
+    """The `PassPlan` of a pass, and the new state of its cache (key -> tensor or `GatedPass`); see `remember`."""
     plan = PassPlan(passes.layer_plans(selection), records=passes.thread.records)
     extending = {
         name: adapter.config for name, adapter in selection.adapters.items() if adapter.config.extended_layers
@@ -309,10 +282,10 @@ def plan_pass(passes, selection, inputs):
         gates[name] = gated_pass(name, inputs, past_length, served.get(name), threshold)
     after_image = None
     if inputs.input_ids is not None and any(config.scope == "modality" for config in extending.values()):
-        vision = selection.vision_adapter
-        after_image, state[IMAGES] = modality_scope(
-            inputs, past_length, None if vision is None else vision.config.image_token_id
-        )
+        is_image, vision = torch.zeros_like(inputs.tokens, dtype=torch.bool), selection.vision_adapter
+        is_image = is_image if vision is None else inputs.tokens == vision.config.image_token_id
+        place = inputs.position_ids, inputs.cache, past_length
+        after_image, state[IMAGES] = modality_scope(is_image, *place, real_tokens(inputs, past_length))
     decided = {}
     for name in (name for name in names if name not in gates):
         parts = [after_image] if scopes[name] == "modality" else []
@@ -342,16 +315,17 @@ def gated_pass(name, inputs, past_length, served, threshold):
     return GatedPass(is_real, starts, cached_state(inputs.cache, name), past_length, served, threshold)
 
 
-def modality_scope(inputs, past_length, image_token_id):
-    """[B, S] bool: at or after the first image token of its own sequence. And [B]: the state after this pass."""
-    is_image = torch.zeros_like(inputs.tokens, dtype=torch.bool)
-    is_image = is_image if image_token_id is None else inputs.tokens == image_token_id
+def modality_scope(is_image, position_ids, cache, past_length, is_real=None):
+    """[B, S] bool: at or after the first image token of its own sequence. And [B]: the state after this pass.
+
+    is_image, is_real [B, S] bool: image tokens; tokens that are no padding, `None`: all.
+    """
     places = past_length + torch.arange(is_image.shape[1], device=is_image.device).expand_as(is_image)
-    starts = sequence_starts(real_tokens(inputs, past_length), inputs.position_ids, places)
+    starts = sequence_starts(torch.ones_like(is_image) if is_real is None else is_real, position_ids, places)
     # The newest image token so far, per token; one that lies before the token's own sequence does not count.
     newest = torch.where(is_image, places, -1).cummax(dim=1).values
     in_scope = (newest >= starts) & (newest >= 0)
-    cached = cached_first(inputs.cache, is_image.shape[0], past_length, is_image.device)
+    cached = cached_first(cache, is_image.shape[0], past_length, is_image.device)
     in_scope = in_scope | ((starts < 0) & (cached < NEVER).unsqueeze(1))
     first = torch.where(in_scope, places, NEVER).masked_fill(places < starts[:, -1:], NEVER).amin(dim=1)
     return in_scope, torch.where(starts[:, -1] < 0, torch.minimum(first, cached), first)
@@ -425,11 +399,8 @@ MOVES = {  # cache methods that move items or cut tokens off -> what becomes of 
 
 
 def follow_items(cache):
-    """Makes `cache` move its state whenever it moves its items or is cut, and returns it.
-
-    Moves are methods of the cache's own class, of which there are many; a subclass serves them all, keeps
-    `isinstance` true and survives `deepcopy` and pickling, which a patched instance method would not.
-    """
+    """Makes `cache` move its state whenever it moves its items or is cut, and returns it. A subclass of whatever class
+    it has keeps `isinstance` true and survives `deepcopy` and pickling, which patched methods would not."""
     if not hasattr(type(cache), "moextend_follows"):
         cache.__class__ = following_class(type(cache))
     return cache

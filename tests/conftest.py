@@ -7,6 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import socket
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,22 @@ def shake(model, seed=0, std=0.3):
             if "projector" not in name:
                 tensor.add_(torch.randn(tensor.shape, generator=generator).to(tensor) * std)
     return model
+
+
+def new_spans(model, layer):
+    """Adapter name -> (first, stop): the indices that its new experts have in a layer, in a pass that begins now."""
+    num_base = model.moe_layers[layer].num_experts
+    plan = model.passes.layer_plans(model.select_adapters()).get(layer)
+    return (
+        {}
+        if plan is None
+        else {name: (num_base + first, num_base + stop) for name, (first, stop) in plan.spans.items()}
+    )
+
+
+def in_scope(model, scopes):
+    """Context of a pass, for layers called by themselves: adapter name -> [T] bool, tokens in its scope."""
+    return model.passes.using(plan=replace(model.passes.plan, scopes=scopes))
 
 
 def batch(rows=3, length=10, seed=0):

@@ -24,7 +24,7 @@ from conftest import PAPER, batch, make_base, make_encoder, shake
 from transformers.activations import ACT2FN
 
 import modeling_moextend
-from modeling_moextend import MoExtendForCausalLM, adapter_moextend
+from modeling_moextend import MoExtendForCausalLM, adapter_file_moextend
 
 PLAN = {1: [0], 3: [2, 5]}
 ADAPTERS = {  # name -> (has an encoder, choices, max_shard_size)
@@ -142,7 +142,7 @@ def attempt(request, ready):
     if error is not None:
         return answer | described(error)
     json.dumps(loaded.config.to_dict())  # can be saved again
-    values = json.loads(adapter_moextend.read_adapter(folder)[2]["config"])
+    values = json.loads(adapter_file_moextend.read_adapter(folder).metadata["config"])
     found, expected = logits(loaded, has_encoder), logits(meant(ready["models"][name], values), has_encoder)
     equal = found == expected if isinstance(expected, str) else torch.equal(found, expected)
     return answer | {"outcome": "equal" if equal else "different"}
@@ -205,7 +205,7 @@ def own_megabytes():
 
 
 def serve(root):
-    for module in (transformers.modeling_utils, adapter_moextend):
+    for module in (transformers.modeling_utils, adapter_file_moextend):
         module.safe_open = recording(module.safe_open)
     ready = prepare(root)
     answers = os.fdopen(os.dup(1), "w", buffering=1)

@@ -151,7 +151,7 @@ def moextend(capsys):
 
 def rewrite(adapter, **changes):
     """The adapter's file with other tensors, its header as before."""
-    metadata = read_adapter(adapter)[2]
+    metadata = read_adapter(adapter).metadata
     metadata = {key: text for key, text in metadata.items() if "checksum" not in key}
     metadata["header_checksum"] = header_checksum(metadata)
     save_file({**load_file(adapter / FILE), **changes}, adapter / FILE, metadata)

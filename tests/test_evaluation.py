@@ -24,6 +24,7 @@ from modeling_moextend.evaluation.compare import (
     score,
     threshold_curve,
 )
+from modeling_moextend.routing_moextend import RoutingRecord
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz", "USER:", "ASSISTANT:"]
 TEMPLATE = (
@@ -171,8 +172,8 @@ def test_documents_without_a_token_to_predict_are_refused(documents, message):
 
 def test_routing_of_one_row_leaves_padding_and_empty_slots_out():
     index = torch.tensor([[0, 1], [1, 2], [0, 0], [3, -1], [2, 1], [0, 0]])  # two rows of three tokens
-    record = SimpleNamespace(index=index, num_base=2, num_new=2, gate=torch.arange(6) / 4)
-    plain = SimpleNamespace(index=index.clamp(0, 1), num_base=2, num_new=0)
+    record = RoutingRecord(torch.zeros(6, 4), index, None, 2, 2, {"default": torch.arange(6) / 4})
+    plain = RoutingRecord(torch.zeros(6, 2), index.clamp(0, 1), None, 2, 0)
     found = routing_of({5: record, 6: plain}, row=1, length=2, width=3)
     assert found["captured"] == {5: [1, 1]}
     assert found["experts"] == {5: [0, 1, 1, 1], 6: [1, 3]}

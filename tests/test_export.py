@@ -21,11 +21,11 @@ from test_push_to_hub import hub as hub
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_moextend import MoExtendConfig, MoExtendForCausalLM
-from modeling_moextend.adapter_file_moextend import FILE, read_adapter, write_adapter
+from modeling_moextend.adapter_file_moextend import FILE, read_adapter, shipped_code, write_adapter
 from modeling_moextend.tensors_moextend import decode_fingerprint, fingerprint
 from modeling_moextend.tools import merge as export
 from modeling_moextend.tools import native as native_module
-from modeling_moextend.tools.base_weights import Checkpoint, OnDisk, Unusable, reading_from, skeleton
+from modeling_moextend.tools.base_weights import Checkpoint, Unusable, checkpoint_fingerprint, skeleton
 from modeling_moextend.tools.inspection import inspect_adapter
 from modeling_moextend.tools.merge import merge
 from modeling_moextend.tools.native import NUMBER
@@ -58,14 +58,15 @@ def logits(model, **inputs):
 
 
 def read_all(checkpoint, model, name, shape):
-    return OnDisk(checkpoint, model, name, shape)[torch.arange(shape.numel())].view(shape)
+    return checkpoint.values(model, name, shape, torch.arange(shape.numel())).view(shape)
 
 
 def test_parameters_and_fingerprint_from_disk_are_those_of_the_loaded_base(base, tmp_path):
     base.save_pretrained(tmp_path, max_shard_size="30KB")
     checkpoint = Checkpoint(tmp_path)
-    lazy = reading_from(checkpoint, skeleton(checkpoint.config()))
-    assert fingerprint(lazy.get_decoder()) == fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path).get_decoder())
+    lazy = skeleton(checkpoint.config())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert checkpoint_fingerprint(checkpoint, lazy) == fingerprint(loaded.get_decoder())
     assert all(parameter.is_meta for parameter in lazy.parameters()), "nothing stays in memory"
     for name, parameter in base.named_parameters():
         assert torch.equal(read_all(checkpoint, lazy, name, parameter.shape), parameter)
@@ -90,15 +91,15 @@ def test_single_values_have_the_dtype_of_the_file(tmp_path):
     checkpoint = Checkpoint(tmp_path)
     model = skeleton(checkpoint.config())
     for name in ("model.embed_tokens.weight", "model.layers.0.mlp.experts.gate_up_proj"):
-        weight = OnDisk(checkpoint, model, name, model.get_parameter(name).shape)
-        assert weight.dtype == weight[torch.tensor([0, 5])].dtype == torch.bfloat16
+        values = checkpoint.values(model, name, model.get_parameter(name).shape, torch.tensor([0, 5]))
+        assert values.dtype == torch.bfloat16
     key = "model.layers.0.self_attn.q_proj.weight"
     tensors = load_file(tmp_path / "model.safetensors")
     tensors[key] = tensors[key].to(torch.float8_e4m3fn)
     save_file(tensors, tmp_path / "model.safetensors")
-    decoder = reading_from(checkpoint, model).get_decoder()
+    decoder = model.get_decoder()
     names = sorted(name for name, parameter in decoder.named_parameters() if parameter.dim() > 1)
-    left_out = decode_fingerprint(fingerprint(decoder)).isnan().nonzero()[:, 0]
+    left_out = decode_fingerprint(checkpoint_fingerprint(checkpoint, model)).isnan().nonzero()[:, 0]
     assert len(left_out) and set((left_out % len(names)).tolist()) == {names.index(key.removeprefix("model."))}
 
 
@@ -177,7 +178,7 @@ def test_the_bases_files_are_copied_as_they_are(tmp_path):
 def test_only_the_subfolder_is_new_in_the_config(tmp_path):
     save_pair(tmp_path)
     merge(tmp_path / "adapter", tmp_path / "merged")
-    before, after = (read_adapter(tmp_path / name)[0] for name in ("adapter", "merged"))
+    before, after = (read_adapter(tmp_path / name).values for name in ("adapter", "merged"))
     assert after == before | {"base_subfolder": "base"}
     assert json.loads((tmp_path / "merged" / "config.json").read_text()) == after
     assert load_file(tmp_path / "merged" / FILE).keys() == load_file(tmp_path / "adapter" / FILE).keys()
@@ -205,7 +206,7 @@ def test_with_its_encoder(seeing, tmp_path):
     assert torch.equal(logits(model, **images), expected)
     assert (logits(model, **{**images, "pixel_values": -images["pixel_values"]}) - expected).abs().max() > 1e-3
     assert (tmp_path / "merged" / "encoder" / "preprocessor_config.json").exists()
-    config = read_adapter(tmp_path / "merged")[0]
+    config = read_adapter(tmp_path / "merged").values
     assert (config["base_subfolder"], config["encoder_subfolder"]) == ("base", "encoder")
     (tmp_path / "merged" / "encoder").rename(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="encoder"):
@@ -283,7 +284,7 @@ def test_places_outside_the_folder_are_refused(place, tmp_path):
 
 def test_a_file_that_leads_out_of_its_folder_is_refused(tmp_path):
     save_pair(tmp_path)
-    _, tensors, _ = read_adapter(tmp_path / "adapter")
+    tensors = read_adapter(tmp_path / "adapter").tensors
     config = MoExtendConfig.from_pretrained(tmp_path / "adapter")
     config.base_subfolder = "../base"  # past the check of the constructor, as an attacker would write it
     write_adapter(tmp_path / "adapter", tensors, config)
@@ -317,14 +318,17 @@ def test_something_at_the_target_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("native", [False, True])
-@pytest.mark.parametrize("fails", ["write_text", "copy_file"])
+@pytest.mark.parametrize("fails", ["write_folder", "copy_file"])
 def test_a_merge_that_fails_leaves_nothing(fails, native, tmp_path, monkeypatch):
     save_pair(tmp_path)
 
     def fail(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(native_module if native and fails == "write_text" else export, fails, fail)
+    if native and fails == "write_folder":
+        monkeypatch.setattr(native_module, "write_text", fail)
+    else:
+        monkeypatch.setattr(export, fails, fail)
     with pytest.raises(OSError, match="No space left"):
         merge(tmp_path / "adapter", tmp_path / "merged", native=native)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
@@ -372,7 +376,7 @@ def test_damaged_adapters_and_other_bases_are_refused(tmp_path):
     with pytest.raises(ValueError, match="different base than the adapter was made on"):
         merge(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "other")
     tensors = load_file(tmp_path / "adapter" / FILE)
-    metadata = read_adapter(tmp_path / "adapter")[2]
+    metadata = read_adapter(tmp_path / "adapter").metadata
     save_file({**tensors, "layers.0.router.weight": torch.zeros(2, 32)}, tmp_path / "adapter" / FILE, metadata)
     with pytest.raises(ValueError, match="damaged"):
         merge(tmp_path / "adapter", tmp_path / "merged")
@@ -391,7 +395,7 @@ def test_another_base_on_demand(tmp_path):
     merge(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "other", check_base=False)
     merged = MoExtendForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.equal(logits(merged), expected)
-    stored = read_adapter(tmp_path / "merged")[0]
+    stored = read_adapter(tmp_path / "merged").values
     assert stored["base_model_name_or_path"] == str(tmp_path / "other"), "what is saved from it names this one"
     merge(tmp_path / "adapter", tmp_path / "native", base=tmp_path / "other", check_base=False, native=True)
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "native")), expected)
@@ -423,25 +427,25 @@ def test_another_encoder_on_demand(tmp_path):
 
 def test_code_and_auto_classes_are_those_of_this_version(tmp_path):
     save_pair(tmp_path)
-    values, tensors, _ = read_adapter(tmp_path / "adapter")
-    config = MoExtendConfig.from_dict({**values, "auto_map": {}, "architectures": None})
-    write_adapter(tmp_path / "adapter", tensors, config)
+    stored = read_adapter(tmp_path / "adapter")
+    config = MoExtendConfig.from_dict({**stored.values, "auto_map": {}, "architectures": None})
+    write_adapter(tmp_path / "adapter", stored.tensors, config)
     merge(tmp_path / "adapter", tmp_path / "merged")
     merged = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert {key: merged[key] for key in ("auto_map", "architectures")} == {
-        "auto_map": values["auto_map"],
+        "auto_map": stored.values["auto_map"],
         "architectures": ["MoExtendForCausalLM"],
     }
-    package = Path(export.__file__).parent
-    for source in package.glob("*_moextend.py"):
+    assert len(shipped_code()) > 15
+    for source in shipped_code():
         assert (tmp_path / "merged" / source.name).read_bytes() == source.read_bytes()
 
 
 def test_tensors_that_do_not_fit_are_named(tmp_path):
     save_pair(tmp_path)
-    values, tensors, _ = read_adapter(tmp_path / "adapter")
-    tensors["layers.0.router.weight"] = torch.zeros(3, 32)
-    write_adapter(tmp_path / "adapter", tensors, MoExtendConfig.from_dict(values))
+    stored = read_adapter(tmp_path / "adapter")
+    stored.tensors["layers.0.router.weight"] = torch.zeros(3, 32)
+    write_adapter(tmp_path / "adapter", stored.tensors, MoExtendConfig.from_dict(stored.values))
     with pytest.raises(
         ValueError, match=r"wrong shape: layers.0.router.weight is \(3, 32\), the model needs \(2, 32\)"
     ):

@@ -13,17 +13,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from modeling_moextend import families_moextend
+from modeling_moextend.attaching.rules import find_rule
 from modeling_moextend.families_moextend import (
     REASONS,
     MoELayer,
+    check_routers,
     family_of,
     find_moe_layers,
-    find_rules,
     is_top_k,
     sibling,
 )
 from modeling_moextend.routing_moextend import SCORES, Rule, rule_weights
-from modeling_moextend.tools.routing_rules import find_rule
 
 E_, H, K = 6, 16, 2
 
@@ -142,13 +142,17 @@ def test_shared_experts_among_the_rows_are_found():
 def test_routers_of_one_kind_and_setting_are_asked_once(monkeypatch):
     base = make_base("qwen3_moe")
     layers, asked = find_moe_layers(base.get_decoder()), []
+    rule, check = find_rule(0, layers[0]), families_moextend.check_router
     monkeypatch.setattr(
-        families_moextend, "find_rule", lambda index, layer: asked.append(index) or find_rule(index, layer)
+        families_moextend, "check_router", lambda layer, rule: asked.append(layer.router) or check(layer, rule)
     )
+    check_routers(layers, [0, 1, 3], rule)
+    assert asked == [layers[0].router]
     layers[2].router.norm_topk_prob = False
-    rules = dict(find_rules(layers, [0, 1, 2, 3]))
-    assert asked == [0, 2]
-    assert [rules[index].renormalise for index in range(4)] == [True, True, False, True]
+    with pytest.raises(ValueError, match="Layer 2 of qwen3_moe can't be extended .*: its weights are made otherwise"):
+        check_routers(layers, [0, 1, 2, 3], rule)
+    assert asked == [layers[0].router, layers[0].router, layers[2].router]
+    assert find_rule(2, layers[2]) == rule._replace(renormalise=False)
 
 
 # ---------------------------------------------------------------- refusals
@@ -246,15 +250,16 @@ def test_routers_that_differ_in_something_of_their_own_are_asked_each(way, monke
         "child": lambda layer: setattr(layer.router.inner, "amount", 3.0),
         "correction": lambda layer: layer.block.register_buffer("input_ids", torch.zeros(E_)),
     }
-    rule, asked = Rule("softmax", True), []
-    monkeypatch.setattr(families_moextend, "find_rule", lambda index, layer: asked.append(index))
-    layers = {index: layer_of(MayHash(rule)) for index in range(3)}
+    own, asked = Rule("softmax", True), []
+    rule = own._replace(correction="argument:input_ids" if way == "correction" else "")
+    monkeypatch.setattr(families_moextend, "check_router", lambda layer, rule: asked.append(layer.router))
+    layers = {index: layer_of(MayHash(own)) for index in range(3)}
     for layer in layers.values():
         layer.router._amount, layer.router.inner = 2.0, nn.Identity()
         layer.router.inner.amount = 2.0
     ways[way](layers[2])
-    list(find_rules(layers, [0, 1, 2]))
-    assert asked == [0, 2]
+    check_routers(layers, [0, 1, 2], rule)
+    assert asked == [layers[0].router, layers[2].router]
 
 
 def test_torchs_own_linear_is_no_router():
@@ -376,6 +381,40 @@ def test_the_rule_of_a_family_is_found(family):
     assert family_of(layer.router) == family
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_recorded_rule_is_held_against_the_router(family):
+    """As after an update of transformers: each entry that the router goes by is noticed, without any weights."""
+    with torch.device("meta"):
+        config = make_config(family)
+        layers = find_moe_layers(auto_class(config).from_config(config).get_decoder())
+    rule = find_rule(1, layers[1])
+    check_routers(layers, [1], rule)
+    changes = [
+        {"score": "sigmoid" if rule.score == "softmax" else "softmax"},
+        {"renormalise": not rule.renormalise},
+        {"scale": 1.001 * rule.scale},
+        {"epsilon": 0.01},
+        {"multiplier": 0.5},
+        {"softcap": 3.0},
+        {"inputs": "normed"},
+        {"answers": "scores"},
+        {"rows": "inner.weight"},
+        {"correction": "" if rule.correction else "e_score_correction_bias"},
+        {"expert_scale": "per_expert_scale"},
+        {"jitter": 0.01},
+    ]
+    unnoticed = []
+    for change in changes:
+        if not rule.renormalise and change == {"epsilon": 0.01}:
+            continue  # there is no sum
+        try:
+            check_routers(layers, [1], rule._replace(**change))
+            unnoticed.append(change)
+        except ValueError as error:
+            assert f"Layer 1 of {family} can't be extended by this adapter" in str(error)
+    assert not unnoticed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(EVERY_FAMILY.keys() - REASONS.keys() - {"openai_privacy_filter"}))
 def test_rules_are_found_in_every_setting_and_without_weights(family):
@@ -388,6 +427,8 @@ def test_rules_are_found_in_every_setting_and_without_weights(family):
             empty = find_moe_layers(auto_class(config).from_config(config).get_decoder())[index]
         assert empty.experts.down_proj.is_meta
         assert find_rule(index, empty) == rule
+        check_routers(layers, [index], rule)
+        check_routers({index: empty}, [index], rule)
 
 
 @pytest.mark.parametrize("family", sorted(REASONS))

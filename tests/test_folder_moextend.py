@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from modeling_moextend.folder_moextend import all_or_nothing, locked, write_text
+from modeling_moextend.folder_moextend import all_or_nothing, locked
+from modeling_moextend.tools.files import write_text
 
 
 def save(folder, *names):

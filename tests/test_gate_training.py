@@ -102,7 +102,7 @@ def test_the_pass_ends_at_the_lowest_extended_layer_and_leaves_nothing_behind(tr
     assert calls == [(index, False) for _ in range(2) for index in range(LOWEST + 1)]
     assert heard == []  # nor does the gate itself run
     assert model.training == model.base.training == training
-    assert model.routing.gated == {} and model.routing.scopes == {}
+    assert model.passes.thread.plan is None
     assert not find_moe_layers(model.get_decoder())[LOWEST].router._forward_pre_hooks
 
 
@@ -124,7 +124,7 @@ def test_an_error_leaves_no_hook_and_the_mode_as_it_was(where, monkeypatch):
     with pytest.raises(KeyError, match="broken"):
         gate_inputs(model, rows())
     assert not router._forward_pre_hooks and model.training
-    assert model.routing.gated == {}
+    assert model.passes.thread.plan is None
 
 
 def test_the_model_computes_what_it_did_before():

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from conftest import FAMILIES, PAPER, batch, make_base, make_encoder, shake
+from conftest import FAMILIES, PAPER, batch, in_scope, make_base, make_encoder, shake
 from families import make_family
 from torch.nn import functional as F
 from transformers import (
@@ -21,7 +21,7 @@ from transformers import (
 
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.families_moextend import find_moe_layers
-from modeling_moextend.layers_moextend import zero_tie
+from modeling_moextend.layers_moextend import keep_in_graph
 from modeling_moextend.routing_moextend import SCORES
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
@@ -132,7 +132,7 @@ def test_a_layer_in_which_no_token_selects_a_new_expert_is_bit_equal(family, imp
 
 def reject_all(layer, x):
     """Gives every new expert a row whose logit is about -60 for each of these tokens (at most as many as H)."""
-    extension = layer.router.moextend["default"]
+    extension = layer.router.moextend.adapters["default"]
     with torch.no_grad():
         row = torch.linalg.lstsq(x.float(), torch.full((len(x), 1), -60.0)).solution.squeeze(-1)
         extension.weight.copy_(row.expand_as(extension.weight))
@@ -164,7 +164,7 @@ def test_a_token_without_new_experts_beside_tokens_with_some_is_the_bases_within
 
 def formula(family, layer, sources_of_new, x, *, selection, calibration, scope=None):
     """One extended block in plain torch: rows, scores, top-k, calibrated weights, weighted sum of experts."""
-    router, new, experts = layer.router, layer.router.moextend["default"], layer.experts
+    router, new, experts = layer.router, layer.router.moextend.adapters["default"], layer.experts
     num_base, num_new, k = layer.num_experts, len(sources_of_new), 2
     rows = torch.cat([router.weight, new.weight])
     bias = torch.cat([router.bias, new.bias]) if family == "gpt_oss" else None
@@ -205,7 +205,7 @@ def formula(family, layer, sources_of_new, x, *, selection, calibration, scope=N
         picks, shares = (chosen, w) if uses_new else (old_chosen, old_w)
         for expert, share in zip(picks[token].tolist(), shares[token], strict=True):
             module, place = (
-                (experts, expert) if expert < num_base else (experts.moextend["default"], expert - num_base)
+                (experts, expert) if expert < num_base else (experts.moextend.adapters["default"], expert - num_base)
             )
             output[token] += share * one_expert(family, module, place, x[token])
     return output
@@ -213,7 +213,7 @@ def formula(family, layer, sources_of_new, x, *, selection, calibration, scope=N
 
 def keep_above_zero(layer):
     """A calibration that only adds, so that no weight comes near the floor that keeps them positive."""
-    calibration = layer.router.moextend["default"].calibration
+    calibration = layer.router.moextend.adapters["default"].calibration
     for tensor in [] if calibration is None else calibration.parameters():
         tensor.abs_()
 
@@ -255,7 +255,7 @@ def test_tokens_out_of_scope_compute_the_bases_formula(family, choice):
     layer, x = moe_layer(model), tokens(48)
     keep_above_zero(layer)
     scope = torch.arange(48) % 3 == 0
-    with model.routing.using(scopes={"default": scope}):
+    with in_scope(model, {"default": scope}):
         found = run(layer, x)[2]
     options = {"selection": "compete", **CHOICES[choice]}
     torch.testing.assert_close(
@@ -278,7 +278,7 @@ def test_exclusive_weights_sum_to_the_bases_own_and_new_experts_alone_are_used(f
 def test_a_calibration_driven_below_zero_leaves_the_output_finite(family):
     model = extended(family, calibration="all")
     layer, x = moe_layer(model), tokens(50)
-    layer.router.moextend["default"].calibration.fc2.weight.fill_(-50.0)
+    layer.router.moextend.adapters["default"].calibration.fc2.weight.fill_(-50.0)
     weights, _, output = run(layer, x)
     assert (weights >= 0).all() and weights.isfinite().all() and output.isfinite().all()
 
@@ -290,8 +290,8 @@ def test_new_tensors_start_as_exact_copies_of_their_sources(family):
     model = extended(family, PLAN, shaken=False, calibration="all")
     for index, sources in PLAN.items():
         layer = moe_layer(model, index)
-        new = layer.router.moextend["default"]
-        own_experts = layer.experts.moextend["default"]
+        new = layer.router.moextend.adapters["default"]
+        own_experts = layer.experts.moextend.adapters["default"]
         pairs = [(layer.experts._parameters[name], own) for name, own in own_experts._parameters.items()]
         pairs.append((layer.router.weight, new.weight))
         if family == "gpt_oss":
@@ -321,7 +321,7 @@ def test_at_the_start_calibration_is_the_identity(family):
 
 def test_one_source_may_give_two_new_experts():
     model = extended(plan={1: [1, 1]}, shaken=False)
-    experts = moe_layer(model, 1).experts.moextend["default"]
+    experts = moe_layer(model, 1).experts.moextend.adapters["default"]
     assert torch.equal(experts.down_proj[0], experts.down_proj[1])
     with torch.no_grad():
         experts.down_proj[0] += 1
@@ -343,7 +343,7 @@ def test_calibration_follows_the_seed():
     def first(seed):
         torch.manual_seed(seed)
         model = MoExtendForCausalLM.from_base(make_base(), PLAN, paper=True)
-        return moe_layer(model).router.moextend["default"].calibration.fc1.weight
+        return moe_layer(model).router.moextend.adapters["default"].calibration.fc1.weight
 
     assert torch.equal(first(1), first(1)) and not torch.equal(first(1), first(2))
 
@@ -358,15 +358,15 @@ def test_experts_run_only_for_the_tokens_that_chose_them(family, implementation,
     layer, x = moe_layer(model), tokens(60)
     scope = torch.arange(60) < 30
     rows = {"base": 0, "new": 0}
-    base_class = type(layer.experts.moextend["default"])
+    base_class = type(layer.experts.moextend.adapters["default"])
     original = base_class.forward
 
     def counting(self, hidden_states, index, weights):
-        rows["new" if self is layer.experts.moextend["default"] else "base"] += index.numel()
+        rows["new" if self is layer.experts.moextend.adapters["default"] else "base"] += index.numel()
         return original(self, hidden_states, index, weights)
 
     monkeypatch.setattr(base_class, "forward", counting)
-    with torch.no_grad(), model.routing.using(scopes={"default": scope}):
+    with torch.no_grad(), in_scope(model, {"default": scope}):
         _, index, _ = run(layer, x)
     assert rows == {"base": int(((index >= 0) & (index < 6)).sum()), "new": int((index >= 6).sum())}
     assert rows["new"] > 0 and rows["base"] >= 60
@@ -377,7 +377,7 @@ def test_experts_run_only_for_the_tokens_that_chose_them(family, implementation,
 def test_new_experts_do_not_run_at_all_where_no_token_chose_one():
     layer = moe_layer(extended())
     calls = []
-    layer.experts.moextend["default"].register_forward_hook(lambda *_: calls.append(1))
+    layer.experts.moextend.adapters["default"].register_forward_hook(lambda *_: calls.append(1))
     x = tokens(32)
     run(layer, x)
     assert calls
@@ -518,8 +518,10 @@ def test_an_extended_model_can_be_deep_copied_and_pickled():
             tensor.add_(1)
     for other in (twin, loaded):
         assert torch.equal(other(**batch()).logits, expected)
-        assert other.routing is not model.routing
-        assert moe_layer(other).router.moextend.state is other.routing
+        assert other.passes is not model.passes
+        assert moe_layer(other).router.moextend.passes is other.passes
+        parts = other.passes.current.adapters["default"].layers
+        assert all(part.rows is moe_layer(other, i).router.moextend.adapters["default"] for i, part in parts.items())
 
 
 def test_rebinding_reaches_the_forward_that_an_accelerate_hook_kept():
@@ -555,7 +557,7 @@ def test_bf16_routing_of_new_rows_is_done_in_float32(family):
     x = tokens(40, dtype=torch.bfloat16)
     layer = moe_layer(model)
     logits = layer.router(x)[0]
-    new = layer.router.moextend["default"]
+    new = layer.router.moextend.adapters["default"]
     assert logits.dtype == torch.float32 and new.weight.dtype == torch.float32
     expected = F.linear(x.float(), new.weight, new.bias)
     torch.testing.assert_close(logits[:, 6:], expected)
@@ -631,11 +633,13 @@ def test_a_router_that_chooses_by_something_else_than_its_scores_is_refused():
 def test_layers_of_different_rules_are_refused_together_and_extended_apart():
     base = make_base("qwen3_moe")
     base.model.layers[2].mlp.gate.norm_topk_prob = False
-    with pytest.raises(ValueError, match="Layer 2 of qwen3_moe routes by Rule.*False.*, the other extended layers by"):
+    with pytest.raises(
+        ValueError, match="Layer 2 of qwen3_moe can't be extended by this adapter.*its weights are made otherwise"
+    ):
         MoExtendForCausalLM.from_base(base, {1: [0], 2: [0]})
     model = MoExtendForCausalLM.from_base(base, {2: [0]})
     assert not model.config.routing_rule["renormalise"]
-    with pytest.raises(ValueError, match="Layer 3 of qwen3_moe routes by Rule"):
+    with pytest.raises(ValueError, match="Layer 3 of qwen3_moe can't be extended by this adapter"):
         model.extend({3: [0]})
     assert model.config.extended_layers == {2: [0]}
 
@@ -657,17 +661,17 @@ def test_inkling_weighs_new_experts_together_with_its_shared_ones(selection):
     for found, before in ((weights, base_weights), (shared, base_shared)):
         assert torch.equal(found[~changed], before[~changed])
     assert changed.any() and (selection == "exclusive" or not changed.all())
-    rows = torch.cat([router.weight[:6], router.moextend["default"].weight])
+    rows = torch.cat([router.weight[:6], router.moextend.adapters["default"].weight])
     scores, of_shared = F.linear(x, rows).sigmoid(), F.linear(x, router.weight[6:]).sigmoid()
     torch.testing.assert_close(logits, F.linear(x, rows))
     if selection == "exclusive":
-        new_keys = scores[:, 6:] + router.moextend["default"].correction_bias
+        new_keys = scores[:, 6:] + router.moextend.adapters["default"].correction_bias
         assert torch.equal(index, new_keys.topk(2).indices + 6)
         picked = scores.gather(-1, index)
         torch.testing.assert_close(weights, picked / picked.sum(-1, keepdim=True) * base_weights.sum(-1, keepdim=True))
         torch.testing.assert_close(shared, base_shared)
         return
-    keys = scores + torch.cat([router.e_score_correction_bias, router.moextend["default"].correction_bias])
+    keys = scores + torch.cat([router.e_score_correction_bias, router.moextend.adapters["default"].correction_bias])
     assert torch.equal(index[changed].sort().values, keys.topk(2).indices[changed].sort().values)
     together = torch.cat([scores.gather(-1, index), of_shared], dim=-1)
     together = together / together.sum(-1, keepdim=True) * router.route_scale * 0.7
@@ -691,7 +695,7 @@ def test_threads_do_not_see_each_others_passes():
     other = threading.Thread(target=switch_off)
     other.start()
     inside.wait(10)
-    assert model.active_adapters() == ["default"] and model.routing.records is None
+    assert model.active_adapters() == ["default"] and model.passes.thread.records is None
     assert torch.equal(model(**batch()).logits, expected)
     done.set()
     other.join()
@@ -705,6 +709,6 @@ def test_threads_do_not_see_each_others_passes():
 
 def test_a_tie_to_an_infinite_parameter_is_no_nan():
     parameter = torch.nn.Parameter(torch.full((2, 2), torch.inf))
-    output = zero_tie(torch.ones(3), [parameter])
+    output = keep_in_graph(torch.ones(3), [parameter])
     output.sum().backward()
     assert torch.equal(output, torch.ones(3)) and torch.equal(parameter.grad, torch.zeros(2, 2))

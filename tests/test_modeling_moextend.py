@@ -17,7 +17,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from modeling_moextend import MoExtendForCausalLM, MoExtendModel, switch_moextend
+from modeling_moextend import MoExtendForCausalLM, MoExtendModel, adapters_moextend
 from modeling_moextend.families_moextend import find_moe_layers
 from modeling_moextend.routing_moextend import Rule, balance_loss
 from modeling_moextend.scope_moextend import sequence_starts
@@ -199,7 +199,7 @@ def test_a_refused_or_failed_from_base_leaves_the_models_as_they_were(monkeypatc
 
     fail("projector_hidden_act='nope' is not known", projector_hidden_act="nope")
     fail("encoder_select_layer=9 is out of range", encoder_select_layer=9)
-    monkeypatch.setattr(switch_moextend, "Projector", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(adapters_moextend, "Projector", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         MoExtendForCausalLM.from_base(base, PLAN, encoder=encoder)
     assert (shape(base), shape(encoder)) == before
@@ -233,7 +233,9 @@ def test_implementations_are_the_bases():
         model.set_attn_implementation("eager" if name == "eager" else "sdpa")
         assert model.base.config._experts_implementation == name
     assert model.base.config._attn_implementation == "eager"
-    assert model.base.model.layers[1].mlp.experts.moextend["default"].config._experts_implementation == "eager"
+    assert (
+        model.base.model.layers[1].mlp.experts.moextend.adapters["default"].config._experts_implementation == "eager"
+    )
 
 
 def test_text_reaches_the_base_as_ids_and_ties_only_a_projector_that_trains():
@@ -349,7 +351,7 @@ def test_recorded_logits_are_rows_times_hidden_states():
     layer, seen = find_moe_layers(model.get_decoder())[1], []
     layer.router.register_forward_pre_hook(lambda module, args: seen.append(args[0].reshape(-1, 32)))
     found = model(**batch(), output_router_logits=True).router_logits[1]
-    rows = torch.cat([layer.router.weight, layer.router.moextend["default"].weight])
+    rows = torch.cat([layer.router.weight, layer.router.moextend.adapters["default"].weight])
     torch.testing.assert_close(found, seen[0] @ rows.T)
 
 
@@ -383,7 +385,7 @@ def test_asking_for_router_logits_leaves_an_outer_recording_alone():
         records.clear()
         model(**batch(), output_router_logits=True)
         assert not records
-    assert model.routing.records is None
+    assert model.passes.thread.records is None
 
 
 def test_labels_on_image_tokens_do_not_count():

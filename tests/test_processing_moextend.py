@@ -22,7 +22,8 @@ from transformers import (
 from trl.chat_template_utils import is_chat_template_stop_token_trained
 
 from modeling_moextend.configuration_moextend import count_image_tokens
-from modeling_moextend.processing_moextend import MoExtendProcessor, default_chat_template, to_rgb, with_image_parts
+from modeling_moextend.data.processors import with_image_parts
+from modeling_moextend.processing_moextend import MoExtendProcessor, default_chat_template, to_rgb
 
 # The instruct format of a base that knows text only.
 TEXT_ONLY = (

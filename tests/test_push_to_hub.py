@@ -260,7 +260,7 @@ def test_an_encoder_that_others_cannot_find_is_refused(hub, tmp_path, monkeypatc
     hub.add("org/encoder", tmp_path / "encoder")
     model.config.encoder_name_or_path = "org/encoder"
     warned = []
-    monkeypatch.setattr("modeling_moextend.hub_moextend.logger.warning", warned.append)
+    monkeypatch.setattr("modeling_moextend.publishing.hub.logger.warning", warned.append)
     model.push_to_hub(REPO)
     assert len(warned) == 1 and "No processor goes along" in warned[0]
     model.push_to_hub(REPO, processor=build_processor())
@@ -404,7 +404,7 @@ def test_the_script_publishes_everything_it_knows(hub, model, folder, tmp_path, 
     assert f"{REPO}/commit/{hub.repos[REPO].refs['main']}" in said and hub.repos[REPO].private
     pictures = {"frontier.png", "expert_use.png", "captured.png", "threshold.png"}
     assert set(hub.files(REPO)) == ADAPTER | TOKENIZER | pictures
-    assert read_adapter(str(folder))[0]["base_model_name_or_path"] == BASE
+    assert read_adapter(str(folder)).values["base_model_name_or_path"] == BASE
     again = MoExtendForCausalLM.from_pretrained(REPO)
     ids = torch.arange(3, 13)[None]
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)

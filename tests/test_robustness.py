@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from modeling_moextend import MoExtendConfig, MoExtendForCausalLM, adapter_moextend
+from modeling_moextend import MoExtendConfig, MoExtendForCausalLM, adapter_file_moextend
 from modeling_moextend.validation_moextend import ENTRIES
 
 HERE = Path(__file__).parent
@@ -181,7 +181,7 @@ def set_config(folder, **entries):
     metadata = header["__metadata__"]
     del metadata["header_checksum"]
     metadata["config"] = json.dumps(json.loads(metadata["config"]) | entries)
-    metadata["header_checksum"] = adapter_moextend.header_checksum(metadata)
+    metadata["header_checksum"] = adapter_file_moextend.header_checksum(metadata)
     (folder / FILE).write_bytes(packed(header, data))
 
 

@@ -10,15 +10,16 @@ from modeling_moextend.routing_moextend import (
     SCORES,
     UNUSED,
     Calibration,
+    RouterOutput,
     RoutingRecord,
     Rule,
     balance_loss,
-    cap,
     choice_keys,
-    left_to_shared,
     route,
     rule_weights,
-    sharing,
+    rule_with_shared_experts,
+    scale_logits,
+    shared_expert_weights,
     sparsemixer,
 )
 
@@ -37,9 +38,14 @@ def base_answer(logits, rule, k=2):
     return logits, rule_weights(scores, index, rule), index
 
 
+def routed(base, new_logits, rule, **options):
+    """(logits, weights, index) of `route`."""
+    return route(RouterOutput(*base), new_logits, rule, **options)[:3]
+
+
 def call(logits, new_logits, rule=SOFTMAX, k=2, **options):
     options = {"selection": "compete", "calibrate": "none", **options}
-    return route(base_answer(logits, rule, k), new_logits, rule, **options)
+    return routed(base_answer(logits, rule, k), new_logits, rule, **options)
 
 
 @pytest.fixture
@@ -91,10 +97,14 @@ def test_every_score_function_is_what_its_name_says():
 
 def test_logits_are_multiplied_then_capped():
     products = torch.tensor([1.0, -6.0])
-    assert torch.equal(cap(products, Rule("sigmoid", True)), products)
-    torch.testing.assert_close(cap(products, Rule("sigmoid", True, multiplier=0.5)), torch.tensor([0.5, -3.0]))
+    assert torch.equal(scale_logits(products, Rule("sigmoid", True)), products)
+    torch.testing.assert_close(
+        scale_logits(products, Rule("sigmoid", True, multiplier=0.5)), torch.tensor([0.5, -3.0])
+    )
     capped = [2 * math.tanh(1.0), 2 * math.tanh(-6.0)]  # 2 tanh(2 x / 2)
-    torch.testing.assert_close(cap(products, Rule("sigmoid", True, multiplier=2.0, softcap=2.0)), torch.tensor(capped))
+    torch.testing.assert_close(
+        scale_logits(products, Rule("sigmoid", True, multiplier=2.0, softcap=2.0)), torch.tensor(capped)
+    )
 
 
 def test_the_correction_bias_is_added_to_scores_or_to_logits():
@@ -176,10 +186,10 @@ def test_the_correction_bias_decides_who_wins_and_never_enters_the_weights():
     answer = (logits, torch.tensor([[0.5, 0.5]]), torch.tensor([[0, 1]]))
     correction = torch.tensor([0.3, 0.1, 0.0, 0.2])
     new_logits = torch.tensor([[-1.0]])  # score 0.269, + 0.2 = 0.469 < 0.6: loses
-    options = {"selection": "compete", "calibrate": "none", "correction": correction}
-    assert route(answer, new_logits, rule, **options)[2].tolist() == [[0, 1]]
+    options = {"selection": "compete", "calibrate": "none", "correction_bias": correction}
+    assert routed(answer, new_logits, rule, **options)[2].tolist() == [[0, 1]]
     new_logits = torch.tensor([[-0.2]])  # score 0.450, + 0.2 = 0.650 > 0.6: wins with the smaller score
-    _, weights, index = route(answer, new_logits, rule, **options)
+    _, weights, index = routed(answer, new_logits, rule, **options)
     assert index.tolist() == [[0, 3]]
     torch.testing.assert_close(weights, torch.tensor([[0.5, 0.4502]]) / 0.9502, atol=1e-4, rtol=0)
 
@@ -187,7 +197,7 @@ def test_the_correction_bias_decides_who_wins_and_never_enters_the_weights():
 def test_experts_that_the_bases_groups_ruled_out_stay_out():
     logits = torch.tensor([[2.0, 1.9, 0.0, -1.0]])
     answer = (logits, torch.tensor([[0.6, 0.4]]), torch.tensor([[0, 2]]))  # expert 1's group lost
-    _, _, index = route(answer, torch.tensor([[-3.0]]), Rule("sigmoid", True), selection="compete", calibrate="none")
+    _, _, index = routed(answer, torch.tensor([[-3.0]]), Rule("sigmoid", True), selection="compete", calibrate="none")
     assert index.tolist() == [[0, 2]]
 
 
@@ -195,11 +205,11 @@ def test_the_top_k_is_taken_over_logit_plus_correction_where_the_family_does_so(
     rule = Rule("sigmoid", False, corrected="logit")
     answer = (torch.tensor([[2.0, 1.0, -1.0]]), torch.tensor([[0.8808, 0.7311]]), torch.tensor([[0, 1]]))
     correction = torch.tensor([0.0, 0.0, 0.0, 0.5])
-    options = {"selection": "compete", "calibrate": "none", "correction": correction}
-    assert route(answer, torch.tensor([[0.4]]), rule, **options)[2].tolist() == [
+    options = {"selection": "compete", "calibrate": "none", "correction_bias": correction}
+    assert routed(answer, torch.tensor([[0.4]]), rule, **options)[2].tolist() == [
         [0, 1]
     ]  # 0.9 < 1.0; scores: 1.1 > 0.7
-    _, weights, index = route(answer, torch.tensor([[0.6]]), rule, **options)
+    _, weights, index = routed(answer, torch.tensor([[0.6]]), rule, **options)
     assert index.tolist() == [[0, 3]]
     torch.testing.assert_close(weights, torch.tensor([[0.8808, 0.6457]]), atol=1e-4, rtol=0)
 
@@ -215,7 +225,7 @@ def test_a_scale_for_each_expert_multiplies_its_weight_after_all_else():
 def test_sparsemixer_weighs_new_experts_among_all():
     answer = (torch.tensor([[1.2, 2.0, 1.7]]), torch.tensor([[0.57444, 1.0]]), torch.tensor([[1, 2]]))
     rule = Rule("softmax", False, jitter=0.1)
-    _, weights, index = route(answer, torch.tensor([[1.9]]), rule, selection="compete", calibrate="none")
+    _, weights, index = routed(answer, torch.tensor([[1.9]]), rule, selection="compete", calibrate="none")
     assert index.tolist() == [[1, 3]]
     # First, 2.0: 1.9 and 1.7 are near. Then 1.9: 1.7 is near (0.105), 1.2 is not (0.37).
     first = 1 / (1 + math.exp(-0.1) + math.exp(-0.3))
@@ -226,19 +236,19 @@ def test_sparsemixer_weighs_new_experts_among_all():
 def test_new_experts_share_one_sum_with_the_experts_that_every_token_uses():
     # Scores 0.6 and 0.3 of the chosen, 0.1 of the shared one, c = 2: over their sum, 1, weights 1.2, 0.6 and 0.2.
     logits = torch.tensor([[0.6, 0.3, 0.2]]).logit()
-    answer = (logits, torch.tensor([[1.2, 0.6]]), torch.tensor([[0, 1]]), torch.tensor([[0.2]]))
-    rule = sharing(Rule("sigmoid", True, shared=1), logits, answer)
+    answer = RouterOutput(logits, torch.tensor([[1.2, 0.6]]), torch.tensor([[0, 1]]), torch.tensor([[0.2]]))
+    rule = rule_with_shared_experts(Rule("sigmoid", True, shared=1), logits, answer)
     torch.testing.assert_close(rule.epsilon, torch.tensor([[0.1]]))
     torch.testing.assert_close(rule.scale, torch.tensor([[2.0]]))
     new_logits, options = torch.tensor([[0.9]]).logit(), {"selection": "compete", "calibrate": "none"}
-    _, weights, index = route(answer[:3], new_logits, rule, **options)
+    _, weights, index = routed(answer[:3], new_logits, rule, **options)
     assert index.tolist() == [[2 + 1, 0]]  # 0.9 and 0.6, with 0.1 a sum of 1.6
     torch.testing.assert_close(weights, torch.tensor([[2 * 0.9 / 1.6, 2 * 0.6 / 1.6]]))
-    torch.testing.assert_close(left_to_shared(answer, weights), torch.tensor([[2 * 0.1 / 1.6]]))
-    _, weights, _ = route(answer[:3], new_logits, rule, **{**options, "selection": "exclusive"})
+    torch.testing.assert_close(shared_expert_weights(answer, weights), torch.tensor([[2 * 0.1 / 1.6]]))
+    _, weights, _ = routed(answer[:3], new_logits, rule, **{**options, "selection": "exclusive"})
     torch.testing.assert_close(weights, torch.tensor([[1.8, 0.0]]))  # what the base's chosen ones weigh
-    torch.testing.assert_close(left_to_shared(answer, weights), answer[3])
-    assert torch.equal(left_to_shared(answer, answer[1]), answer[3])
+    torch.testing.assert_close(shared_expert_weights(answer, weights), answer[3])
+    assert torch.equal(shared_expert_weights(answer, answer[1]), answer[3])
 
 
 # ---------------------------------------------------------------- exclusive
@@ -256,7 +266,7 @@ def test_exclusive_tokens_share_the_bases_sum_among_the_best_new_experts(num_new
     new_logits = logits_of([0.3, 0.1, 0.5])[:, :num_new]
     answer = (torch.zeros(1, 4), torch.tensor([[0.5, 0.3]]), torch.tensor([[1, 2]]))  # sums to 0.8: olmoe's way
     rule = Rule("softmax", renormalise=False)
-    _, weights, index = route(answer, new_logits, rule, selection="exclusive", calibrate="none")
+    _, weights, index = routed(answer, new_logits, rule, selection="exclusive", calibrate="none")
     assert index.tolist() == expected_index
     torch.testing.assert_close(weights, torch.tensor(expected_weights))
 
@@ -269,7 +279,7 @@ def test_exclusive_with_fewer_slots_than_new_experts_uses_k_of_them():
 def test_exclusive_counts_a_scale_for_each_expert_once_in_the_bases_sum():
     answer = (torch.zeros(1, 2), torch.tensor([[0.9, 0.3]]), torch.tensor([[0, 1]]))  # the base's scales are in it
     scale = torch.tensor([1.8, 0.6, 5.0, 7.0])
-    _, weights, _ = route(
+    _, weights, _ = routed(
         answer, logits_of([0.3, 0.1]), SOFTMAX, selection="exclusive", calibrate="none", expert_scale=scale
     )
     torch.testing.assert_close(weights, torch.tensor([[0.9, 0.3]]))

@@ -11,10 +11,12 @@ from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
 
 from modeling_moextend import MoExtendForCausalLM
+from modeling_moextend.attaching.rules import find_rule
+from modeling_moextend.attaching.selfcheck import TOLERANCE, check_rule, run, same, self_checked
 from modeling_moextend.families_moextend import find_moe_layers
 from modeling_moextend.layers_moextend import RouterExtension, add_experts
-from modeling_moextend.selfcheck_moextend import check_rule, run, same, sample, self_checked
-from modeling_moextend.tools.routing_rules import find_rule
+from modeling_moextend.routing_moextend import RouterOutput
+from modeling_moextend.selfcheck_moextend import sample_tokens
 
 PLAN = {2: [3, 0]}
 
@@ -63,7 +65,10 @@ def test_it_moves_neither_the_random_state_nor_modes(monkeypatch):
 
 def test_there_is_nothing_to_try_on_the_meta_device(monkeypatch):
     base = make_base().to("meta")
-    assert sample(find_moe_layers(base.get_decoder())[2], find_rule(2, find_moe_layers(base.get_decoder())[2])) is None
+    assert (
+        sample_tokens(find_moe_layers(base.get_decoder())[2], find_rule(2, find_moe_layers(base.get_decoder())[2]))
+        is None
+    )
     with counted(monkeypatch) as compared:
         attach(base)
     assert compared == []
@@ -221,7 +226,7 @@ def test_the_layers_own_numbers_are_held_against_the_rule(monkeypatch):
         model = attach(base, {1: [0]})
         layers = find_moe_layers(base.get_decoder())
         with pytest.raises(ValueError, match=f"Layer 2 of mixtral can't be extended: {reason}"):
-            with self_checked(layers, {2: [3, 0]}, wrong, model.routing, "b"):
+            with self_checked(layers, {2: [3, 0]}, wrong, model.passes, "b"):
                 layers[2].router.moextend.rule = wrong
                 add_experts(layers[2], "b", [3, 0], model.config)
 
@@ -231,11 +236,12 @@ def test_a_choice_that_is_not_the_rules_is_refused():
     layer.router.__class__ = Routed
     layer.router.register_buffer("e_score_correction_bias", torch.linspace(2, 0, 6))
     rule = find_rule(2, layer)
-    tokens = sample(layer, rule)
-    answer = run(layer, rule, tokens)[:-1]
-    check_rule(layer, rule, tokens[0], answer[0], answer)
+    tokens = sample_tokens(layer, rule)
+    output = RouterOutput(*run(layer, rule, tokens)[:-1])
+    tolerance = TOLERANCE[torch.float32]
+    check_rule(layer, rule, output.router_logits, output, tolerance)
     with pytest.raises(AssertionError, match="it does not choose the top k by its rule"):
-        check_rule(layer, rule._replace(correction=""), tokens[0], answer[0], answer)
+        check_rule(layer, rule._replace(correction=""), output.router_logits, output, tolerance)
 
 
 class Probabilities(MixtralTopKRouter):
@@ -316,7 +322,7 @@ def test_a_layer_that_changes_when_it_is_attached_is_refused(monkeypatch):
 
     def leaks(self, router, hidden, answer, given=None):
         logits, weights, index = original(self, router, hidden, answer, given)
-        return logits, weights * (1.01 if len(self) else 1.0), index
+        return logits, weights * (1.01 if len(self.adapters) else 1.0), index
 
     monkeypatch.setattr(RouterExtension, "forward", leaks)
     with pytest.raises(ValueError, match="Layer 2 of mixtral.*with the new experts off it does not answer as before"):
@@ -326,7 +332,7 @@ def test_a_layer_that_changes_when_it_is_attached_is_refused(monkeypatch):
 def test_what_is_compared_is_router_and_experts():
     layer = find_moe_layers(make_base("deepseek_v3").get_decoder())[0]
     rule = find_rule(0, layer)
-    tokens = sample(layer, rule)
+    tokens = sample_tokens(layer, rule)
     told, weights, index, output = run(layer, rule, tokens)
     assert [part.shape for part in (told, weights, index, output)] == [(8, 6), (8, 2), (8, 2), (8, 32)]
     expected = layer.router(tokens[0])

@@ -15,7 +15,7 @@ from modeling_moextend.vision_moextend import (
     Projector,
     encode_images,
     expand_images,
-    images_per_row,
+    images_per_item,
     load_encoder,
     merge_images,
     select_images,
@@ -265,10 +265,10 @@ def test_the_encoder_stays_frozen_in_eval_mode_and_bit_equal_in_training():
 
 def test_images_are_repeated_row_by_row_for_beams():
     ids, images = with_images((1, 0, 2)), pixels(3)
-    assert images_per_row(ids, IMAGE, 4).tolist() == [1, 0, 2]
+    assert images_per_item(ids, IMAGE, 4).tolist() == [1, 0, 2]
     expanded = expand_images(images, ids, 2, IMAGE, 4)
     assert torch.equal(expanded, images[[0, 0, 1, 2, 1, 2]])
-    assert images_per_row(ids.repeat_interleave(2, dim=0), IMAGE, 4).tolist() == [1, 1, 0, 0, 2, 2]
+    assert images_per_item(ids.repeat_interleave(2, dim=0), IMAGE, 4).tolist() == [1, 1, 0, 0, 2, 2]
 
 
 def test_beam_search_over_a_batch_gives_what_each_sample_gives_alone():

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ..metrics import load_metric
-from ..selfcheck_moextend import evaluation_mode
+from ..tools.modes import evaluation_mode
 
 CHUNK = 256  # tokens whose distributions over the vocabulary are compared at once, in float32
 

@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..data.collators import MaskImageLabels
 from ..families_moextend import find_moe_layers
-from ..selfcheck_moextend import evaluation_mode
+from ..tools.modes import evaluation_mode
 from .router_shift import RouterShift
 
 MODES = ("training", "gradient_checkpointing")  # what trainers switch on every module

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from ..adapter_file_moextend import read_file
-from ..folder_moextend import write_text
+from ..tools.files import write_text
 from .card import create_card
 
 FACTS = "card.json"  # what a run leaves beside the adapter for its card: arguments of `create_card`

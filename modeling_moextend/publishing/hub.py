@@ -11,9 +11,9 @@ from huggingface_hub.utils import is_jinja_available
 from transformers.utils import logging
 
 from ..adapter_file_moextend import write_folder
-from ..loading_moextend import hub_id
 from ..tools.base_weights import TOKENIZER
 from ..tools.inspection import read_whole
+from .card import hub_id
 from .facts import folder_card
 
 logger = logging.get_logger(__name__)

@@ -18,12 +18,12 @@ from transformers.utils import cached_file
 
 from ..adapter_file_moextend import check_tensors, write_folder
 from ..base_checks_moextend import check_fingerprint
-from ..folder_moextend import copy_file
 from ..loading_moextend import SHARED_HUB_KWARGS, check_no_adapter, location_of
 from ..modeling_moextend import MoExtendForCausalLM
 from ..tensors_moextend import fingerprint
 from ..vision_moextend import load_encoder
 from .base_weights import TOKENIZER, Checkpoint, checkpoint_fingerprint, skeleton, unusable
+from .files import copy_file
 from .inspection import read_whole
 from .native import check_native, write_native
 

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..families_moextend import CORRECTION, GROUPS, find_moe_layers
-from ..folder_moextend import replace_file, write_text
 from ..routing_moextend import Rule
 from .base_weights import EXPERT, stored_parts
+from .files import replace_file, write_text
 
 NUMBER = {  # family -> config entry with its number of experts; measured by tests/test_export.py
     "mixtral": "num_local_experts",

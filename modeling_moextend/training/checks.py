@@ -5,7 +5,7 @@ from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from transformers.trainer_utils import HubStrategy
 
 from ..base_checks_moextend import check_gradients
-from ..processing_moextend import load_processor
+from ..data.processors import load_processor
 from .config import MoExtendSFTConfig
 
 RETENTION_COLUMNS = ("messages", "conversations", "completion", "input_ids")

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm, trange
 
 from ..gate_moextend import GatedPass
 from ..layers_moextend import input_device
-from ..selfcheck_moextend import evaluation_mode
+from ..tools.modes import evaluation_mode
 from .retention import FORWARD_KEYS, common_prefix, sample_retention
 
 TOKENS_A_STEP = 2048  # of the task, and as many of retention text

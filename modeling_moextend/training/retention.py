@@ -20,7 +20,7 @@ from huggingface_hub.constants import HF_HOME
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from ..selfcheck_moextend import evaluation_mode
+from ..tools.modes import evaluation_mode
 
 STARTS = ("document", "1 random token", "3 random tokens", "chat")
 FORWARD_KEYS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
@@ -182,14 +182,18 @@ def prompt_distance(model, core, hidden, inputs):
         scalar; 0 where every token is a label.
     """
     batch = {key: inputs[key] for key in FORWARD_KEYS if inputs.get(key) is not None}
-    closed = {core.leading: math.inf}  # images are still seen, which they are not with the adapter off
-    with torch.no_grad(), core.passes.using(thresholds=closed), last_hidden_states(core) as base:
+    with torch.no_grad(), closed_gate(core), last_hidden_states(core) as base:
         model(**batch, use_cache=False, logits_to_keep=1)  # on every process, whatever its batch: sharded ones meet
     chosen = prompt_tokens(inputs, hidden).unsqueeze(-1)
     base = base[-1].float()
     moved = (hidden.float() - base).masked_fill(~chosen, 0).square().sum(-1)
     size = base.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
     return (moved / size).sum() / chosen.sum().clamp(min=1)
+
+
+def closed_gate(model):
+    """Inside, no token of this thread's passes is let through; images are still seen, unlike with the adapter off."""
+    return model.passes.using(thresholds={model.leading: math.inf})
 
 
 def prompt_tokens(inputs, hidden):

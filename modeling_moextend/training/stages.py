@@ -14,11 +14,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..base_checks_moextend import check_plan
 from ..configuration_moextend import MoExtendConfig, check_routing_choices, normalise_plan, routing_choices
 from ..data.llava import load_llava, read_entries
+from ..data.processors import load_processor
 from ..extender.router_probe import measure_router_shift, probe_config
 from ..extender.router_shift import CHOICES
 from ..families_moextend import find_moe_layers
 from ..modeling_moextend import MoExtendForCausalLM
-from ..processing_moextend import load_processor
 from .trainer import MoExtendSFTTrainer
 
 STAGES = ("align", "extend", "finetune")

@@ -18,10 +18,10 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..data.collators import MaskImageLabels
-from ..folder_moextend import write_text
 from ..publishing.facts import folder_card, write_facts
 from ..publishing.hub import check_published, upload
 from ..tensors_moextend import reshard, stored_dtype
+from ..tools.files import write_text
 from ..tools.hashes import base_tensors_hash
 from .checks import (
     allow_missing_base,
@@ -36,6 +36,7 @@ from .checks import (
 )
 from .config import MoExtendSFTConfig
 from .gate import train_gate
+from .resuming import load_adapter_tensors
 from .retention import last_hidden_states, prompt_distance
 
 TRAINING_ARGS = "training_args.bin"
@@ -286,7 +287,7 @@ class MoExtendSFTTrainer(SFTTrainer):
                 "last. Resume from an earlier checkpoint; for weights alone, load the folder with "
                 "MoExtendForCausalLM.from_pretrained."
             )
-        self.core.load_adapter_tensors(resume_from_checkpoint)
+        load_adapter_tensors(self.core, resume_from_checkpoint)
         # TRL's running count of tokens is in no state; the last one logged is where it goes on.
         history = TrainerState.load_from_json(state_file).log_history
         self._total_train_tokens = next((log["num_tokens"] for log in reversed(history) if "num_tokens" in log), 0)

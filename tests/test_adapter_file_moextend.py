@@ -18,10 +18,11 @@ from conftest import FAMILIES, PAPER, batch, make_base, make_encoder, shake
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from modeling_moextend import MoExtendForCausalLM, adapter_moextend
+from modeling_moextend import MoExtendForCausalLM, adapter_file_moextend
 from modeling_moextend.adapter_file_moextend import FILE, INDEX, read_adapter, write_adapter
 from modeling_moextend.tensors_moextend import fingerprint, same_fingerprint
 from modeling_moextend.tools.hashes import base_tensors_hash
+from modeling_moextend.training.resuming import load_adapter_tensors
 
 PLAN = {1: [0], 3: [2, 5]}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -156,7 +157,7 @@ def test_the_file_holds_exactly_the_new_tensors(family, with_encoder, calibratio
     numbers = sum(tensor.numel() for tensor in tensors.values())
     assert len(raw) == header + numbers * dtype.itemsize
     assert model.adapter_bytes() == numbers * dtype.itemsize
-    code = {path.name for path in Path(adapter_moextend.__file__).parent.glob("*_moextend.py")}
+    code = {path.name for path in Path(adapter_file_moextend.__file__).parent.glob("*_moextend.py")}
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", FILE} | code
 
 
@@ -302,7 +303,7 @@ def assert_untouched(folder, message, error=ValueError):
     live = extended(seed=7)
     own, pointers = state(live), {name: tensor.data_ptr() for name, tensor in live.adapter_tensors().items()}
     with pytest.raises(error, match=message):
-        live.load_adapter_tensors(folder)
+        load_adapter_tensors(live, folder)
     assert_equal(state(live), own)
     assert {name: tensor.data_ptr() for name, tensor in live.adapter_tensors().items()} == pointers
 
@@ -340,14 +341,13 @@ def test_no_flipped_byte_of_the_header_gets_through(saved):
         damaged[place] ^= 0x01 if damaged[place] != 0x20 else 0x08
         (folder / FILE).write_bytes(damaged)
         try:
-            values, tensors, metadata = read_adapter(folder)
-            adapter_moextend.check_tensors(live, tensors, metadata)
+            adapter_file_moextend.check_tensors(live, read_adapter(folder))
             passed.append(place)
         except ValueError:
             pass
     assert not passed, [bytes(raw[place - 20 : place + 5]) for place in passed[:3]]
     (folder / FILE).write_bytes(raw)
-    assert_equal(read_adapter(folder)[1], expected)
+    assert_equal(read_adapter(folder).tensors, expected)
 
 
 def test_no_flipped_byte_of_the_data_gets_through(saved):
@@ -489,7 +489,7 @@ def test_live_tensors_are_replaced_only_by_those_of_the_same_kind(saved, choices
     live = extended(**choices)
     own = state(live)
     with pytest.raises(ValueError, match=f"(?s)does not belong to this model; nothing was loaded.*{message}"):
-        live.load_adapter_tensors(folder)
+        load_adapter_tensors(live, folder)
     assert_equal(state(live), own)
 
 
@@ -498,8 +498,8 @@ def test_live_tensors_of_another_base_are_replaced_only_if_asked_for(saved):
     torch.manual_seed(11)
     live = extended(base=type(make_base())(make_base().config).eval())
     with pytest.raises(ValueError, match="(?s)does not belong.*base_fingerprint: .*check_base=False"):
-        live.load_adapter_tensors(folder)
-    live.load_adapter_tensors(folder, check_base=False)
+        load_adapter_tensors(live, folder)
+    load_adapter_tensors(live, folder, check_base=False)
     assert_equal(state(live), state(model))
 
 
@@ -539,7 +539,10 @@ def test_the_stored_rule_is_compared_with_the_routers_own(tmp_path):
     base = make_base("qwen3_moe")
     for layer in base.model.layers:
         layer.mlp.gate.norm_topk_prob = False
-    with pytest.raises(ValueError, match="made on a base that routes by Rule.*renormalise=True.*but this one.*False"):
+    with pytest.raises(
+        ValueError,
+        match="Layer 1 of qwen3_moe .*renormalise=True.*weights are made otherwise.*base that the adapter was made on",
+    ):
         MoExtendForCausalLM.from_pretrained(tmp_path, base=base)
     assert all(p.requires_grad for p in base.parameters())
 
@@ -673,7 +676,7 @@ def test_loading_unpickles_nothing(saved, monkeypatch, tmp_path):
     for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
         monkeypatch.setattr(module, name, refuse)
     again = MoExtendForCausalLM.from_pretrained(folder, base=str(tmp_path / "base"))
-    model.load_adapter_tensors(folder)
+    load_adapter_tensors(model, folder)
     assert torch.equal(logits(again), logits(model))
 
 
@@ -696,7 +699,7 @@ def test_a_base_of_pickled_weights_is_refused_unless_asked_for(saved, allowed, t
 OPENED = """
 import os, sys
 import transformers.modeling_utils
-from modeling_moextend import MoExtendForCausalLM, adapter_moextend
+from modeling_moextend import MoExtendForCausalLM, adapter_file_moextend
 root, opened = sys.argv[1], []
 
 
@@ -704,7 +707,7 @@ def recording(safe_open):  # it opens files without telling Python
     return lambda path, *args, **kwargs: opened.append(str(path)) or safe_open(path, *args, **kwargs)
 
 
-for module in (transformers.modeling_utils, adapter_moextend):
+for module in (transformers.modeling_utils, adapter_file_moextend):
     module.safe_open = recording(module.safe_open)
 MoExtendForCausalLM.from_pretrained(root + "/adapter")  # the first time also imports
 opened.clear()
@@ -773,7 +776,7 @@ def killed_save(save, step, count_code):
 
             return run
 
-        adapter_moextend.save_file = watched(adapter_moextend.save_file, file=1)
+        adapter_file_moextend.save_file = watched(adapter_file_moextend.save_file, file=1)
         shutil.copyfile = watched(shutil.copyfile, file=1)
         Path.write_text = watched(Path.write_text, file=0)
         os.replace = watched(os.replace)
@@ -786,11 +789,11 @@ def killed_save(save, step, count_code):
 
 def which(folder, old, new):
     """ "old" or "new": the adapter that the folder loads as; anything else fails."""
-    values, tensors, metadata = read_adapter(folder)
+    stored = read_adapter(folder)
     for name, model in (("old", old), ("new", new)):
-        if values["extended_layers"] == model.config.to_dict()["extended_layers"]:
-            adapter_moextend.check_tensors(model.adapter_tensors(), tensors, metadata)
-            assert_equal(tensors, {key: tensor.detach() for key, tensor in model.adapter_tensors().items()})
+        if stored.values["extended_layers"] == model.config.to_dict()["extended_layers"]:
+            adapter_file_moextend.check_tensors(model.adapter_tensors(), stored)
+            assert_equal(stored.tensors, {key: tensor.detach() for key, tensor in model.adapter_tensors().items()})
             return name
     raise AssertionError("neither the old adapter nor the new one")
 
@@ -837,7 +840,7 @@ def test_a_failing_save_leaves_the_old_adapter(saved, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(adapter_moextend, "save_file", full)
+    monkeypatch.setattr(adapter_file_moextend, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         extended(seed=4).save_pretrained(folder)
     assert which(folder, model, model) == "old"
@@ -858,7 +861,7 @@ def test_base_and_encoder_are_bit_equal_after_saving_and_loading(tmp_path):
     model = extended(base=base, encoder=encoder)
     before = base_tensors_hash(model)
     model.save_pretrained(tmp_path)
-    model.load_adapter_tensors(tmp_path)
+    load_adapter_tensors(model, tmp_path)
     assert base_tensors_hash(model) == before
     detached = model.detach()
     assert_equal(dict(detached.state_dict()), dict(make_base().state_dict()))

@@ -10,18 +10,10 @@ import contextlib
 
 import torch
 
-from .families_moextend import (
-    call_router,
-    correction_of,
-    family_of,
-    is_top_k,
-    num_groups,
-    onloaded,
-    rule_weights_of,
-    tensor_at,
-)
-from .layers_moextend import run_pairs
-from .routing_moextend import SCORES, RouterOutput, choice_keys
+from ..families_moextend import call_router, correction_of, family_of, is_top_k, num_groups, onloaded, tensor_at
+from ..layers_moextend import run_pairs
+from ..routing_moextend import SCORES, RouterOutput, choice_keys, expert_weights, rule_with_shared_experts
+from ..tools.modes import evaluation_mode
 
 NUM_TOKENS = 8
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the largest logit; other dtypes: half precision
@@ -75,22 +67,6 @@ def run(layer, rule, tokens):
         answer = call_router(layer.router, tokens[0].clone(), *correction)
         _, weights, index, *_ = answer
         return *answer, layer.experts.forward(tokens[1].clone(), index, weights)
-
-
-@contextlib.contextmanager
-def evaluation_mode(*modules):
-    """Inside, modules and their children are in evaluation mode; afterwards each is in the mode it was.
-
-    Set by attribute, as `train()` does it: some models override that.
-    """
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    for part, _ in modes:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 def check_off(again, expected):
@@ -160,7 +136,8 @@ def check_rule(layer, rule, logits, output, tolerance):
         return  # SparseMixer has thresholds, which rounded logits may lie on either side of
     with onloaded(layer.router) as router:
         scale = tensor_at(router, rule.expert_scale) if rule.expert_scale else None
-    weights = rule_weights_of(output, logits, rule, scale)
+    made_by = rule_with_shared_experts(rule, logits, output) if rule.shared else rule
+    weights = expert_weights(logits, output.top_k_index, made_by, expert_scale=scale)
     assert_near(weights, output.top_k_weights, tolerance, "its weights are not those of its rule")
 
 

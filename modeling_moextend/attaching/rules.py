@@ -3,48 +3,168 @@
 No family has a row of its own here. A float32 twin of the router with random rows answers random tokens, and what
 explains its answer is its rule. So a family of a newer transformers needs nothing here if it follows a known rule, and
 is refused, by name and with the reason, if it does not. What is found is kept with every adapter; loading only checks
-that it still holds (families_moextend.check_routers).
+that it still holds (families_moextend.check_routers). It needs no weights, and no checkpoint's values can fool it.
 
 Letters: T tokens, E base experts, K experts a token selects, H hidden size.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from ..families_moextend import (
     CORRECTION,
-    SHARED,
     NoRule,
+    answer_of,
     asked_for,
     bias_path,
     close,
-    factor,
     family_of,
     is_top_k,
     num_groups,
     plain_class,
-    probe_router,
-    shares,
+    sibling,
     tensor_at,
 )
-from ..routing_moextend import INPUTS, SCORES, Rule, choice_keys, rule_weights, scale_logits, sparsemixer
+from ..routing_moextend import (
+    INPUTS,
+    SCORES,
+    RouterOutput,
+    Rule,
+    choice_keys,
+    rule_weights,
+    scale_logits,
+    sparsemixer,
+)
 
 EXPERT_SCALE = "per_expert_scale"
+SHARED = "n_shared_experts"
 FLOOR, SOFTCAP, JITTER = "norm_min", "router_logit_softcapping", "router_jitter_noise"
+NUM_TOKENS = 16  # random tokens of each kind, see `random_tokens`
+COLD, FLAT, SHARP = 8.0, 0.05, 4.0
+OF_ANY_MODULE = {*nn.Module().__dict__, "forward", "_old_forward", "_hf_hook", "_is_hf_initialized"}
+
+
+# ---------------------------------------------------------------- the twin
+
+
+class Probe(NamedTuple):
+    """A float32 twin of a router, random tokens [T, H] and what it answers; its correction bias [E], if it has one."""
+
+    twin: nn.Module
+    tokens: torch.Tensor
+    output: RouterOutput
+    correction_bias: torch.Tensor | None
+
+
+def probe_router(layer, rows, correction, seed=0):
+    """The `Probe` of a layer's router; what is random goes by `seed` and leaves the global random state alone.
+
+    Args:
+        rows, correction: as in `Rule`.
+
+    Raises:
+        NoRule: it depends on more than hidden states, or does not answer like a router.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    in_group = layer.num_experts // num_groups(layer.router)
+    widened = {"top_k": 2} if layer.router.__dict__.get("top_k") == 1 and in_group > 1 else {}
+    with torch.device("cpu"), torch.no_grad():
+        twin = random_twin(layer.router, generator, **widened).eval()  # renormalised, K = 1 always weighs 1
+        weight = twin.get_parameter(rows)
+        tokens = random_tokens(weight, generator)
+        bias = torch.randn(layer.num_experts, generator=generator) / 2 if correction else None
+        args = (bias,) if ":" in correction else ()
+        if correction and not args:
+            tensor = tensor_at(twin, correction)
+            tensor.copy_(bias.reshape(tensor.shape))
+        return Probe(twin, tokens, answer_of(layer, twin, tokens, args), bias)
+
+
+def random_twin(module, generator, **attributes):
+    """A float32 twin of `module` and its children on the CPU: every number random, every whole one 0 or 1."""
+
+    def randn(shape):
+        values = torch.randn(shape, generator=generator, device="cpu")
+        return values / shape[-1] ** 0.5 if len(shape) > 1 else values
+
+    own = {name: randn(p.shape) for name, p in module._parameters.items() if p is not None}
+    buffers = {
+        name: randn(b.shape) if b.is_floating_point() else torch.randint(2, b.shape, generator=generator).to(b.dtype)
+        for name, b in module._buffers.items()
+        if b is not None
+    }
+    twin = sibling(module, own, buffers, **attributes)
+    for name, child in list(twin._modules.items()):
+        twin._modules[name] = None if child is None else random_twin(child, generator)
+    return twin
+
+
+def random_tokens(weight, generator):
+    """Tokens [T, H] whose logits are near zero, cold (all far below it), flat (nearly equal) and sharp, by turns.
+
+    What a rule does to small sums shows where scores are small: an epsilon with sigmoid scores of cold tokens, a floor
+    with softmax scores of flat ones. So that there are cold tokens, rows get a direction in common.
+    """
+    direction = F.normalize(torch.randn(weight.shape[-1], generator=generator), dim=0)
+    weight += direction
+    tokens = torch.randn(4, NUM_TOKENS, weight.shape[-1], generator=generator)
+    tokens[1] -= COLD * direction
+    tokens[2] *= FLAT
+    tokens[3] *= SHARP
+    return tokens.flatten(0, 1)
+
+
+# ---------------------------------------------------------------- its rule
 
 
 def complete_rule(recorded, layers, plan):
     """The `Rule` of a base, with the entries that an adapter has `recorded` (a `dict`) as they are there.
 
-    Without a plan (stage align) it is that of the first layer that follows a known rule.
+    All layers of the plan follow it. Without a plan (stage align) it is that of the first layer with a known rule.
 
     Raises:
-        ValueError: no known rule.
+        ValueError: no known rule, or several.
     """
-    found = find_rule(min(plan), layers[min(plan)]) if plan else first_rule(layers)
-    return Rule(**{**found._asdict(), **recorded})
+    if not plan:
+        return Rule(**{**first_rule(layers)._asdict(), **recorded})
+    rules = dict(find_rules(layers, plan))
+    rule = rules[min(plan)]
+    for index, found in rules.items():
+        if not same_rule(found, rule):
+            raise ValueError(
+                f"Layer {index} of {family_of(layers[index].router)} routes by {found}, the other extended layers by "
+                f"{rule}: an adapter extends layers of one rule. Leave this layer out."
+            )
+    return Rule(**{**rule._asdict(), **recorded})
+
+
+def find_rules(layers, indices):
+    """The rule of each of the layers `indices`, as `find_rule`; routers of one kind and setting are asked once."""
+    seen = {}
+    for index in indices:
+        kind = settings(layers[index].router), correction_at(layers[index])
+        if kind not in seen:
+            seen[kind] = find_rule(index, layers[index])
+        yield index, seen[kind]
+
+
+def settings(module):
+    """What makes the twin of a module, hashable: class, attributes, shapes, and the same of its children."""
+    tensors = (*module._parameters.items(), *module._buffers.items())
+    return (
+        plain_class(module),
+        tuple((name, tuple(tensor.shape)) for name, tensor in tensors if tensor is not None),
+        tuple(
+            (name, value if isinstance(value, (int, float, str)) else id(value))
+            for name, value in sorted(module.__dict__.items())
+            if name not in OF_ANY_MODULE
+        ),
+        tuple(settings(child) for name, child in module._modules.items() if name != "moextend" and child is not None),
+    )
 
 
 def first_rule(layers):
@@ -65,7 +185,7 @@ def find_rule(index, layer):
         ValueError: the router answers otherwise than any known rule; says which family and layer, and why.
     """
     try:
-        with torch.no_grad():
+        with torch.device("cpu"), torch.no_grad():
             rule, again = fit_rule(layer, seed=0), fit_rule(layer, seed=1)
         if not same_rule(rule, again):
             raise NoRule("numbers of its rule lie in a tensor of its own, so a new row would not go by them")
@@ -163,6 +283,16 @@ def find_weights(probe, rule, logits):
     raise NoRule("its weights follow no known rule" if chosen else "it does not choose the top k of any known score")
 
 
+def shares(probe, rule, logits):
+    """Whether chosen and shared experts share one sum: all weights over all scores are one number for all tokens."""
+    rows = probe.twin.get_parameter(rule.rows)[-rule.shared :]
+    scores = [SCORES[rule.score](part) for part in (logits, scale_logits(F.linear(probe.tokens, rows), rule))]
+    scores = torch.cat([scores[0].gather(-1, probe.output.top_k_index), scores[1]], dim=-1)
+    found = scores / scores.sum(dim=-1, keepdim=True)
+    answered = torch.cat([probe.output.top_k_weights, probe.output.shared], dim=-1)
+    return close(found * factor(found, answered), answered)
+
+
 def fitted(rule, scores, index, weights):
     """`rule` with the epsilon and scale that come nearest to the answered weights.
 
@@ -177,3 +307,9 @@ def fitted(rule, scores, index, weights):
         if one and 1e-5 * total.min() < slope / one < 0.1 * total.max():  # between noise and not renormalised at all
             rule = rule._replace(epsilon=float(f"{slope / one:.2g}"))
     return rule._replace(scale=factor(rule_weights(scores, index, rule), weights))
+
+
+def factor(found, answered):
+    """The number that `found` has to be multiplied with to come nearest to `answered`."""
+    found, answered = found.double(), answered.double()
+    return float(f"{((found * answered).sum() / found.square().sum()).item():.7g}")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import batch, make_base, make_encoder, shake
+from conftest import batch, make_base, make_encoder, new_spans, shake
 from datasets import Dataset
 from safetensors import safe_open
 from test_sft_trainer import WORDS, config, make_tokenizer
@@ -15,6 +15,7 @@ from modeling_moextend.families_moextend import find_moe_layers
 from modeling_moextend.publishing.card import create_card
 from modeling_moextend.tools.hashes import base_tensors_hash
 from modeling_moextend.tools.merge import merge
+from modeling_moextend.training.resuming import load_adapter_tensors
 from modeling_moextend.training.trainer import MoExtendSFTTrainer
 
 PLAN = {1: [0, 3], 2: [2, 5]}
@@ -76,7 +77,7 @@ def uses(model, ids, names):
     with model.record_routing() as records:
         model(ids)
     for layer, record in records.items():
-        spans = find_moe_layers(model.get_decoder())[layer].router.moextend.spans()
+        spans = new_spans(model, layer)
         for first, stop in (spans[name] for name in names if name in spans):
             if bool(((record.index >= first) & (record.index < stop)).any()):
                 return True
@@ -272,7 +273,7 @@ def test_an_adapter_is_loaded_on_top_of_those_it_was_trained_on_whatever_they_ar
     model.load_adapter(tmp_path / "law", adapter_name="law")
     model.set_adapter(["ground", "law"])
     assert [entry["name"] for entry in model.adapters["law"].config.trained_on] == ["default"]
-    assert model.adapters["law"].below == {"ground"} and model.lead == "law"
+    assert model.adapters["law"].depends_on == {"ground"} and model.leading == "law"
 
 
 def test_an_adapter_is_not_used_without_loaded_ones_that_it_was_trained_on(stacked):
@@ -293,7 +294,7 @@ def test_an_adapter_is_not_used_without_loaded_ones_that_it_was_trained_on(stack
 
 def test_of_a_stack_the_adapter_on_top_trains_and_is_saved(stacked, tmp_path):
     stacked.set_adapter("default")
-    assert stacked.lead == "default" and not any(t.requires_grad for t in stacked.adapter_tensors().values())
+    assert stacked.leading == "default" and not any(t.requires_grad for t in stacked.adapter_tensors().values())
     stacked.set_adapter(["default", "b"])
     assert not any(tensor.requires_grad for tensor in stacked.adapter_tensors("default").values())
     assert all(tensor.requires_grad for tensor in stacked.adapter_tensors("b").values())
@@ -315,7 +316,7 @@ def test_what_another_adapter_stands_on_does_not_change_below_it(active, stacked
         with pytest.raises(ValueError, match=message):
             stacked.extend({3: [0]})
         with pytest.raises(ValueError, match=message):
-            stacked.load_adapter_tensors(tmp_path)
+            load_adapter_tensors(stacked, tmp_path)
 
 
 def test_extending_again_keeps_active_adapters_fit_to_share_tokens():
@@ -348,13 +349,13 @@ def test_the_order_of_loading_does_not_change_what_stands_on_what(tmp_path):
         tmp_path / "law", base=make_base(), adapter_name="law", check_trained_on=False
     )
     model.load_adapter(tmp_path / "a", adapter_name="ground")
-    assert model.adapters["law"].below == {"ground"} and model.adapters["ground"].below == set()
+    assert model.adapters["law"].depends_on == {"ground"} and model.adapters["ground"].depends_on == set()
     model.load_adapter(tmp_path / "a", adapter_name="default")  # the same again, by the name that was recorded
     with pytest.raises(ValueError, match="was trained on top of"):
         model.set_adapter("law")
     model.delete_adapter("default")  # nothing stands on the copy
     model.set_adapter(["law", "ground"])
-    assert model.named() == "law"
+    assert model.resolve_name() == "law"
 
 
 @pytest.mark.parametrize("given", ["stack", "rows"])
@@ -370,7 +371,7 @@ def test_checkpointed_gradients_of_a_stack_and_of_rows_are_the_plain_ones(given,
         loss = stacked(**inputs, labels=inputs["input_ids"], use_cache=False, **options).loss
         if checkpointing:  # the recomputation is of the forward pass, whatever is said meanwhile
             stacked.disable_adapters()
-            stacked.routing.active = ("default",)
+            stacked.passes.change(active=("default",))
         loss.backward()
         stacked.enable_adapters()
         found.append({name: tensor.grad.clone() for name, tensor in stacked.adapter_tensors("b").items()})
@@ -417,7 +418,7 @@ def test_training_beside_another_active_adapter_is_recorded(tmp_path):
     for _ in range(2):  # what lay below is recorded as it is now, once
         trained = model.set_trainable(adapter_name="default")
         described = model.described(["law"])
-        assert model.adapters["default"].config.trained_on == described and model.named() == "default"
+        assert model.adapters["default"].config.trained_on == described and model.resolve_name() == "default"
         with torch.no_grad():
             next(iter(model.adapter_tensors("law").values())).add_(1)
     own = {id(tensor) for tensor in trained.values()}

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import PAPER, batch, make_base, make_encoder, shake
+from conftest import PAPER, batch, make_base, make_encoder, new_spans, shake
 from families import make_family
 from safetensors.torch import load_file
 from test_gate_moextend import open_gate
@@ -14,10 +14,10 @@ from transformers import DynamicCache
 
 from modeling_moextend import MoExtendForCausalLM, MoExtendModel
 from modeling_moextend.adapter_file_moextend import FILE
-from modeling_moextend.families_moextend import find_moe_layers
-from modeling_moextend.routing_moextend import Rule, choice_keys, route
-from modeling_moextend.scope_moextend import IMAGES, STATE, cached_state
-from modeling_moextend.state_moextend import meeting
+from modeling_moextend.families_moextend import find_moe_layers, plain_class
+from modeling_moextend.layers_moextend import Extension
+from modeling_moextend.routing_moextend import RouterOutput, Rule, choice_keys, route
+from modeling_moextend.scope_moextend import IMAGES, STATE, cached_state, merge_overlapping
 from modeling_moextend.tools.hashes import base_tensors_hash
 
 IMAGE = 96
@@ -218,7 +218,7 @@ def test_a_batch_that_selects_no_expert_of_b_gives_the_logits_of_a_model_without
             if name.endswith("router.weight"):
                 tensor.mul_(0.1)
         if b["scope"] == "gate":
-            moe_layer(both, 0).router.moextend["b"].gate.fc2.bias.sub_(2.0)
+            moe_layer(both, 0).router.moextend.adapters["b"].gate.fc2.bias.sub_(2.0)
     used = []
     for seed in range(24):
         given = given_to([a, b], seed)
@@ -234,7 +234,7 @@ def test_a_batch_that_selects_no_expert_of_b_gives_the_logits_of_a_model_without
 def selects(records, model, name):
     """For each layer that `name` extends: whether a token of the pass selected one of its experts."""
     for layer, record in records.items():
-        spans = moe_layer(model, layer).router.moextend.spans()
+        spans = new_spans(model, layer)
         if name in spans:
             first, stop = spans[name]
             yield bool(((record.index >= first) & (record.index < stop)).any())
@@ -252,11 +252,11 @@ def test_each_adapters_experts_are_used_in_its_own_scope_only(made):
     assert records[1].gate is not None and records[1].scope.equal(scopes["a"] | scopes["b"] | scopes["c"])
     seen = set()
     for layer, record in records.items():
-        for name, (first, stop) in moe_layer(model, layer).router.moextend.spans().items():
+        for name, (first, stop) in new_spans(model, layer).items():
             uses = ((record.index >= first) & (record.index < stop)).any(dim=-1)
             assert uses.any() and not (uses & ~scopes[name]).any()
             seen.add((name, layer))
-        union = torch.stack([scopes[n] for n in moe_layer(model, layer).router.moextend.spans()]).any(dim=0)
+        union = torch.stack([scopes[n] for n in new_spans(model, layer)]).any(dim=0)
         assert ((record.index >= 6).any(dim=-1) == union).all()  # exclusive: in scope of any, new experts only
     assert len(seen) == sum(len(plan) for plan in PLANS.values())
 
@@ -279,7 +279,8 @@ def answer(rule, k):
 def shared(rule, k, scope, selection="compete"):
     new = LOGITS[:, 2:]
     scope = [None if one is None else torch.tensor([one]) for one in scope]
-    return route(answer(rule, k), new, rule, selection=selection, calibrate="none", scope=scope, sizes=[1, 1])[1:]
+    options = {"selection": selection, "calibrate": "none", "scope": scope, "sizes": [1, 1]}
+    return route(RouterOutput(*answer(rule, k)), new, rule, **options)[1:3]
 
 
 def test_weights_are_made_without_the_adapters_that_a_token_does_not_use():
@@ -322,12 +323,12 @@ def test_a_closed_row_is_not_chosen_for_its_correction_bias():
     correction, scope = torch.tensor([0.0, 0.0, 5.0, 0.0]), [torch.tensor([False]), torch.tensor([True])]
     for selection, expected in (("compete", [[0, 1]]), ("exclusive", [[3, -1]])):
         found = route(
-            answer(SIGMOID, 2),
+            RouterOutput(*answer(SIGMOID, 2)),
             LOGITS[:, 2:],
             SIGMOID,
             selection=selection,
             calibrate="none",
-            correction=correction,
+            correction_bias=correction,
             scope=scope,
             sizes=[1, 1],
         )
@@ -364,8 +365,8 @@ def test_under_every_rule_a_token_that_selects_none_of_b_is_routed_as_without_b(
     given = {"selection": selection, "calibrate": "none"}
 
     def routed(stop, **options):
-        options |= {"correction": cut(bias, stop), "expert_scale": cut(scale, stop), **given}
-        return route((logits[:, :6], weights, index), logits[:, 6:stop], rule, **options)[1:]
+        options |= {"correction_bias": cut(bias, stop), "expert_scale": cut(scale, stop), **given}
+        return route(RouterOutput(logits[:, :6], weights, index), logits[:, 6:stop], rule, **options)[1:3]
 
     found_weights, found = routed(11, scope=[a, b], sizes=[3, 2])
     expected_weights, expected = routed(9, scope=a)
@@ -409,6 +410,14 @@ def test_switching_is_quick_and_touches_no_base_tensor(made):
     assert sorted(make_base().state_dict()) == sorted(name for name in storage if "moextend" not in name)
 
 
+def own_modules(model):
+    """name -> class of the base's modules, without what extending mixes in: that stays until `detach`, for passes of
+    other threads. And the names of the adapters that have a module anywhere in it."""
+    extensions = [module for module in model.modules() if isinstance(module, Extension)]
+    names = {name: plain_class(module) for name, module in model.named_modules() if "moextend" not in name}
+    return names, {name for extension in extensions for name in extension.adapters}
+
+
 def test_a_deleted_adapter_leaves_nothing_behind(made):
     model = load(made, ("a", COMPETE), ("b", COMPETE))
     alone = load(made, ("a", COMPETE))
@@ -416,9 +425,7 @@ def test_a_deleted_adapter_leaves_nothing_behind(made):
     model.delete_adapter("b")
     assert model.active_adapters() == ["a"] and list(model.adapters) == ["a"]
     assert sorted(model.state_dict()) == sorted(alone.state_dict())
-    assert {name: type(module) for name, module in model.named_modules()} == {
-        name: type(module) for name, module in alone.named_modules()
-    }
+    assert own_modules(model) == own_modules(alone)
     assert torch.equal(logits(model, batch()), logits(alone, batch()))
     model.load_adapter(made("b", COMPETE), adapter_name="b")
     model.set_adapter("a")
@@ -445,7 +452,7 @@ def test_copies_and_threads_have_a_choice_of_their_own(made):
     assert twin.active_adapters() == ["a"]
     assert torch.equal(logits(twin, batch()), logits(load(made, ("a", COMPETE)), batch()))
     expected, found = logits(model, batch()), []
-    with model.serving(["b"] * 3, 3):
+    with model.passes.using(selection=model.select_adapters(["b"] * 3, 3)):
         thread = threading.Thread(target=lambda: found.append(logits(model, batch())))
         thread.start()
         thread.join()
@@ -602,7 +609,7 @@ def test_the_config_that_leads_has_the_bases_implementations(made):
     assert (model.config._attn_implementation, model.config._experts_implementation) == before
     model.load_adapter(made("c", EXCLUSIVE), adapter_name="aa")
     model.set_adapter(["a", "b"])
-    assert model.lead == "a"
+    assert model.leading == "a"
 
 
 def test_two_pairs_of_eyes_do_not_look_at_one_batch(made, tmp_path):
@@ -612,9 +619,9 @@ def test_two_pairs_of_eyes_do_not_look_at_one_batch(made, tmp_path):
 
 
 def test_adapters_that_meet_in_a_row_form_one_group():
-    assert meeting([("a",), ("b",), ()]) == (("a",), ("b",))
-    assert meeting([("d",), ("a", "b"), ("c",), ("b", "c")]) == (("a", "b", "c"), ("d",))
-    assert meeting([(), ()]) == ()
+    assert merge_overlapping([("a",), ("b",), ()]) == (("a",), ("b",))
+    assert merge_overlapping([("d",), ("a", "b"), ("c",), ("b", "c")]) == (("a", "b", "c"), ("d",))
+    assert merge_overlapping([(), ()]) == ()
 
 
 def test_the_balance_loss_is_that_of_the_adapters_of_the_rows(made):
@@ -649,11 +656,11 @@ def test_prompts_with_images_generate_beside_prompts_of_other_adapters(options, 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["a", "b"], "adapter_names has 2 names, but the batch has 4 rows"),
+        (["a", "b"], "adapter_names has 2 names, but the batch has 4 items"),
         (["a", "law", "b", "a"], r"Adapters \['law'\] are not loaded; this model has \['a', 'b'\]"),
-        (["a", "b", "b", "a"], "Row 2 of the batch has image tokens, but its adapter 'b' can't see"),
-        (["__base__", "b", "a", "a"], "Row 0 of the batch has image tokens, but its adapter '__base__' can't see"),
-        ("abba", "adapter_names='abba' must be a list with an entry for each row"),
+        (["a", "b", "b", "a"], "Item 2 of the batch has image tokens, but its adapter 'b' can't see"),
+        (["__base__", "b", "a", "a"], "Item 0 of the batch has image tokens, but its adapter '__base__' can't see"),
+        ("abba", "adapter_names='abba' must be a list with an entry for each item"),
         (["a", None, "a", "b"], "None names no adapters"),
         (["a", ["b", "b"], "a", "b"], r"\['b', 'b'\] names an adapter twice"),
         ([["a", "b"], "b", "a", "b"], "must select alike, but these do not: {'a': 'exclusive', 'b': 'compete'}"),
@@ -663,14 +670,14 @@ def test_rows_that_cannot_be_served_are_refused(names, message, made):
     model = load(made, ("a", SEEING), ("b", COMPETE))
     with pytest.raises(ValueError, match=message):
         model(**inputs(), adapter_names=names)
-    with pytest.raises(ValueError, match="adapter_names has 1 names, but the batch has 4 rows"):
+    with pytest.raises(ValueError, match="adapter_names has 1 names, but the batch has 4 items"):
         model.generate(**inputs(), adapter_names=["a"])
     with (
         pytest.raises(ValueError, match="adapter_names was given while the adapters are off"),
         model.disable_adapter(),
     ):
         model(**inputs(images=False), adapter_names=["b"] * 4)
-    assert model.routing.now.rows is None
+    assert model.passes.thread.selection is None
 
 
 # ---------------------------------------------------------------- what the cache remembers
@@ -758,12 +765,38 @@ def test_combinations_without_meaning_are_refused_by_name(one, other, message, m
     model.set_adapter("b")
 
 
+WORDS = (
+    "num_base",
+    "passes",
+    "state",
+    "spans",
+    "layer",
+    "rule",
+    "decide",
+    "in_use",
+    "scope",
+    "logits",
+    "extend",
+    "share",
+)
+
+
+def test_words_of_the_extended_layers_can_be_names(made):
+    model, expected = load(made, ("a", COMPETE)), {}
+    for word in (*WORDS, "choose", "placed", "adapters", "law", "selection"):
+        model.load_adapter(made("b", COMPETE), adapter_name=word)
+        model.set_adapter(["a", word])
+        expected[word] = logits(model, batch())
+        model.delete_adapter(word)
+    assert all(torch.equal(found, expected["law"]) for found in expected.values())
+
+
 def test_names_are_checked(made, tmp_path):
     model = load(made, ("a", COMPETE))
     before = sorted(model.state_dict())
     with pytest.raises(ValueError, match=r"An adapter 'a' is loaded already; this model has \['a'\]"):
         model.load_adapter(made("b", COMPETE), adapter_name="a")
-    for name in ("law.v2", "__base__", "", "keys", "state", 3, "train", "9"):
+    for name in ("law.v2", "__base__", "", "keys", 3, "train", "9"):
         with pytest.raises(ValueError, match="can't be the name of an adapter"):
             model.load_adapter(made("b", COMPETE), adapter_name=name)
     for action in (model.set_adapter, model.delete_adapter):
@@ -798,7 +831,7 @@ def test_an_adapter_of_another_base_is_refused(made):
 
 def test_an_adapter_that_cannot_be_loaded_leaves_the_model_as_it_was(made, tmp_path):
     model = load(made, ("a", COMPETE))
-    expected, names = logits(model, batch()), {name: type(module) for name, module in model.named_modules()}
+    expected, modules = logits(model, batch()), own_modules(model)
     other = MoExtendForCausalLM.from_base(make_base(), PLANS["b"], **COMPETE)
     other.adapters["default"].config.extended_layers = {0: [1, 4], 1: [2, 0], 3: [4, 4]}  # one more than there are
     other.save_pretrained(tmp_path)
@@ -806,7 +839,7 @@ def test_an_adapter_that_cannot_be_loaded_leaves_the_model_as_it_was(made, tmp_p
         model.load_adapter(tmp_path, adapter_name="b")
     with pytest.raises(OSError, match="holds no MoExtend adapter"):
         model.load_adapter(tmp_path / "..", adapter_name="b")
-    assert {name: type(module) for name, module in model.named_modules()} == names
+    assert own_modules(model) == modules
     assert torch.equal(logits(model, batch()), expected)
 
 

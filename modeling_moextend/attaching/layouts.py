@@ -1,0 +1,45 @@
+"""Refusing a base by its config alone, before gigabytes are read: see base_checks_moextend.py and docs/layouts.md."""
+
+import copy
+
+from transformers import AutoConfig, PretrainedConfig
+from transformers.quantizers.auto import get_hf_quantizer
+
+from ..base_checks_moextend import check_method, quantisation_of, sharded_message, will_dequantise
+
+DISTRIBUTED = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
+CONFIG_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+CONFIG_KWARGS += ("trust_remote_code", "code_revision")
+
+
+def check_request(name_or_path, options):
+    """Refuses, from its config alone, a base whose layout can't be extended: before gigabytes are read.
+
+    Args:
+        name_or_path, options: what the base's `from_pretrained` will be given.
+
+    Raises:
+        ValueError: sharded over processes, or quantised in a way that reaches the experts.
+    """
+    given = [name for name in DISTRIBUTED if options.get(name) is not None]
+    if given:
+        raise ValueError(sharded_message(f"{', '.join(given)} was given"))
+    if options.get("gguf_file") is None:  # of a GGUF file only the loaded model tells whether it is still packed
+        quantiser = planned_quantiser(name_or_path, options)
+        if quantiser is not None and not (quantiser.pre_quantized and will_dequantise(quantiser.quantization_config)):
+            check_method(quantiser.quantization_config)
+
+
+def planned_quantiser(name_or_path, options):
+    """The `HfQuantizer` that transformers will load this base with, or `None`.
+
+    transformers decides by the machine: without a GPU it dequantises MXFP4 and FP8 checkpoints of its own accord.
+    """
+    config = options.get("config")
+    if not isinstance(config, PretrainedConfig):
+        hub = {name: options[name] for name in CONFIG_KWARGS if options.get(name) is not None}
+        config = AutoConfig.from_pretrained(name_or_path, **hub)
+    config, asked = copy.deepcopy(config), copy.deepcopy(options.get("quantization_config"))
+    if asked is None and quantisation_of(config) is None:
+        return None
+    return get_hf_quantizer(config, asked, options.get("device_map"), None, {})[0]

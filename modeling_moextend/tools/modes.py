@@ -1,0 +1,19 @@
+"""Evaluation mode, and back."""
+
+import contextlib
+
+
+@contextlib.contextmanager
+def evaluation_mode(*modules):
+    """Inside, modules and their children are in evaluation mode; afterwards each is in the mode it was.
+
+    Set by attribute, as `train()` does it: some models override that.
+    """
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for part, _ in modes:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
