@@ -51,20 +51,13 @@ class StoredAdapter(NamedTuple):
     files: tuple = ()
 
     def config(self):
-        """Its `MoExtendConfig`, whole, as it was saved.
-
-        Raises:
-            ValueError: values that are not allowed.
-        """
+        """Its `MoExtendConfig`, whole, as it was saved."""
         return MoExtendConfig.from_dict(self.values)
 
     def config_for_loading(self):
         """Its `MoExtendConfig`, checked against the sizes of its tensors.
 
         Of the base's own config only the kind is read: the base that is loaded brings the rest.
-
-        Raises:
-            ValueError: values that are not allowed, or many more new experts than the file has.
         """
         base_config = self.values.get("text_config")
         if isinstance(base_config, dict):
@@ -109,9 +102,6 @@ def write_adapter(folder, tensors, config, max_shard_size="50GB"):
 
     A single file is put in place by one rename. Shards get names of their own, and the rename of the index puts them
     all in place at once; what the old index named is removed after that.
-
-    Raises:
-        OSError: no room, or no right to write; the adapter that was there is untouched.
     """
     with all_or_nothing(folder) as put:
         put_adapter(put, tensors, config, max_shard_size)
@@ -227,11 +217,7 @@ def without_data(dtype, shape):
 
 
 def parse_json(text, what):
-    """The mapping that JSON `text` holds.
-
-    Raises:
-        ValueError: begins with `what`; for anything else, a key given twice, and more than anybody would write.
-    """
+    """The mapping that JSON `text` holds."""
     try:
         if len(text) > MAX_JSON:
             raise ValueError(f"it is longer than {MAX_JSON} characters")
@@ -285,11 +271,7 @@ def find_files(name_or_path, hub_kwargs):
 
 
 def shards_of(index):
-    """Names of the files that an index names, sorted.
-
-    Raises:
-        ValueError: a damaged index, or one that names other files.
-    """
+    """Names of the files that an index names, sorted."""
     try:
         if os.path.getsize(index) > MAX_JSON:
             raise ValueError(f"it has more than {MAX_JSON} bytes")
@@ -341,11 +323,7 @@ def shown(name):
 
 
 def check_tensors(expected, stored):
-    """Compares name -> tensor of a model with those of a `StoredAdapter`, then these with their own checksum.
-
-    Raises:
-        ValueError: one message with every missing, unexpected and wrongly shaped or typed tensor; or a damaged file.
-    """
+    """Compares name -> tensor of a model with those of a `StoredAdapter`, then these with their own checksum."""
     given = stored.tensors
     problems = [f"missing: {name}" for name in sorted(expected.keys() - given.keys())]
     problems += [f"unexpected: {shown(name)}" for name in sorted(given.keys() - expected.keys())]

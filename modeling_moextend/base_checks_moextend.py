@@ -57,11 +57,7 @@ def check_method(quantisation):
 
 
 def check_layout(base):
-    """Refuses a loaded base that is sharded over processes, or quantised in a way that reaches the experts.
-
-    Raises:
-        ValueError: names the layout and says how to load the base instead.
-    """
+    """Refuses a loaded base that is sharded over processes, or quantised in a way that reaches the experts."""
     if any(getattr(module, "_is_expert_parallel", False) for module in base.modules()):
         raise ValueError(sharded_message("the base's experts are spread over processes (expert parallel)"))
     sharded = next((name for name, p in base.named_parameters() if isinstance(p, DTensor)), None)
@@ -72,11 +68,7 @@ def check_layout(base):
 
 
 def check_layer(index, layer):
-    """Refuses to extend a `MoELayer` that is kernelised, sharded, or whose experts or router aren't plain numbers.
-
-    Raises:
-        ValueError: names the module and tensor; says how to load the base instead.
-    """
+    """Refuses to extend a `MoELayer` that is kernelised, sharded, or whose experts or router aren't plain numbers."""
     if not runs_own_forward(layer.block):
         raise ValueError(replaced_message(index, layer.block))
     for module in (layer.router, layer.experts):
@@ -111,9 +103,6 @@ def check_pass(model, selection):
 
     Hub kernels (`use_kernels=True`, `kernelize`) and other patches put a function of their own before a module's
     forward. They may come after the adapter, and nobody would notice; so every pass asks.
-
-    Raises:
-        ValueError: names layer, module and what runs there; or see `check_gradients`.
     """
     if not selection.enabled:
         return
@@ -161,9 +150,6 @@ def check_gradients(model):
     What a new expert learns depends on the layers above it. bitsandbytes' 4-bit layers on a CPU with AVX512-BF16
     repack themselves at the first inference and have no backward after that; torchao's layers with quantised
     activations never have one.
-
-    Raises:
-        ValueError: names the layer.
     """
     if quantisation_of(model.base.config) is None or model.__dict__.get("_gradients_pass"):
         return
@@ -203,11 +189,7 @@ def check_not_extended(base):
 
 
 def check_plan(layers, plan):
-    """Refuses layers that are no MoE layers or in a layout that can't be extended, and source experts out of range.
-
-    Raises:
-        ValueError: says which layers and experts there are.
-    """
+    """Refuses layers that are no MoE layers or in a layout that can't be extended, and source experts out of range."""
     wrong = sorted(plan.keys() - layers.keys())
     if wrong:
         raise ValueError(f"Layers {wrong} are not MoE layers of this base; its MoE layers are {sorted(layers)}.")

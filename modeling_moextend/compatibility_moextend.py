@@ -13,11 +13,7 @@ from .tensors_moextend import fingerprint, same_fingerprint
 
 
 def check_new_name(name, model):
-    """Refuses a name that another adapter has, or that no module can have.
-
-    Raises:
-        ValueError: says which names are taken.
-    """
+    """Refuses a name that another adapter has, or that no module can have."""
     if name in model.adapters:
         raise ValueError(
             f"An adapter {name!r} is loaded already; this model has {list(model.adapters)}. Choose another name, or "
@@ -45,11 +41,7 @@ def listed_names(given):
 
 
 def check_belongs(model, stored, name, check_base):
-    """Refuses an adapter, with config `stored`, that was not made for the base of `model`.
-
-    Raises:
-        ValueError: another base, another routing rule, a plan that does not fit.
-    """
+    """Refuses an adapter, with config `stored`, that was not made for the base of `model`."""
     if check_base and stored.base_fingerprint:
         found = fingerprint(model.get_decoder())
         check_fingerprint("base", stored.base_fingerprint, found, advice=f"Load {name} on its own base")
@@ -61,11 +53,7 @@ def check_belongs(model, stored, name, check_base):
 
 
 def check_together(configs, model):
-    """Refuses adapters (name -> config) that have no meaning when they are active together.
-
-    Raises:
-        ValueError: names them and says what would do.
-    """
+    """Refuses adapters (name -> config) that have no meaning when they are active together."""
     if len(configs) < 2:
         return
     apart = "Make one of them active at a time, or give them different items of a batch (adapter_names)."
@@ -98,10 +86,6 @@ def select_per_item(model, chosen, adapter_names, num_items):
     """The `Selection` that `adapter_names` says: for each item of the batch the names of its adapters.
 
     `chosen`: what would serve the pass without it.
-
-    Raises:
-        ValueError: no list; unknown names; another number of items; adapters off; adapters that can't share a token or
-            a batch, or without those that they were trained on top of.
     """
     if not chosen.enabled:
         raise ValueError("adapter_names was given while the adapters are off: enable_adapters(), or leave it out.")
@@ -149,11 +133,7 @@ def check_image_items(selection, input_ids):
 
 
 def recorded_selection(records, default):
-    """The one selection of the adapters whose routing was recorded (layer -> `RoutingRecord`), or else `default`.
-
-    Raises:
-        ValueError: there are two.
-    """
+    """The one selection of the adapters whose routing was recorded (layer -> `RoutingRecord`), or else `default`."""
     found = {name: selection for record in records.values() for name, selection in record.selections.items()}
     if len(set(found.values())) > 1:
         raise ValueError(

@@ -122,11 +122,8 @@ class MoExtendConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As in transformers, without what is no file's to say.
-
-        An implementation may be the name of a kernel on the Hub, so that code would be fetched; private attributes are
-        this class's own.
-        """
+        """As in transformers, without what is no file's to say: private attributes, and an implementation, which may be
+        the name of a kernel on the Hub, so that code would be fetched."""
         ours = {
             name: value
             for name, value in config_dict.items()
@@ -142,11 +139,8 @@ class MoExtendConfig(PreTrainedConfig):
         return count_image_tokens(self.encoder_config, self.encoder_select_feature)
 
     def get_text_config(self, decoder=None, encoder=None):
-        """A view of the language model's config: trainers write to it, and the base's own must not change.
-
-        Its `router_aux_loss_coef` is 0: TRL's load-balancing loss needs layers of one width. The base's own stands in
-        `text_config`, and `MoExtendSFTTrainer` goes by that.
-        """
+        """A view of the language model's config: trainers write to it, and the base's own must not change. Its
+        `router_aux_loss_coef` is 0: TRL's load-balancing loss needs layers of one width."""
         if self.text_config is None:
             return self
         view = self.__dict__.get("_text_view")
@@ -172,10 +166,8 @@ class MoExtendConfig(PreTrainedConfig):
         return self.to_dict()
 
     def published(self, with_code=True):
-        """The config as it is saved: with the auto classes that load it, and without the place it was loaded from.
-
-        What is saved is an adapter, which names its base; the base of a standalone checkpoint stays where it is.
-        """
+        """The config as it is saved: with the auto classes that load it, where the code comes along, and without the
+        place it was loaded from; the base of a standalone checkpoint stays where it is."""
         config = copy.deepcopy(self)
         config.name_or_path = ""
         config.base_subfolder = config.encoder_subfolder = None
@@ -191,11 +183,7 @@ class UnknownConfig(PreTrainedConfig):
 
 
 def as_config(config):
-    """A config object from a config object, a `dict` with `model_type`, or `None`.
-
-    Raises:
-        ValueError: anything else, or values that the config's class does not take.
-    """
+    """A config object from a config object, a `dict` with `model_type`, or `None`."""
     if config is None or isinstance(config, PreTrainedConfig):
         return config
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
@@ -218,11 +206,7 @@ def has_class_token(encoder_config):
 
 
 def count_image_tokens(encoder_config, select_feature="patch"):
-    """P, the features an image gives: (image_size // patch_size)^2, and the class token with "full".
-
-    Raises:
-        ValueError: an unknown `select_feature`.
-    """
+    """P, the features an image gives: (image_size // patch_size)^2, and the class token with "full"."""
     config = getattr(encoder_config, "vision_config", encoder_config)
     if select_feature not in SELECT_FEATURES:
         raise ValueError(f"select_feature={select_feature!r} is unknown; it must be 'patch' or 'full'.")
@@ -231,11 +215,7 @@ def count_image_tokens(encoder_config, select_feature="patch"):
 
 
 def normalise_plan(plan):
-    """`{layer: [source experts]}` with `int` keys in ascending order; JSON has only string keys.
-
-    Raises:
-        ValueError: a plan that is no mapping, a key or source that is no integer, or a layer twice or without sources.
-    """
+    """`{layer: [source experts]}` with `int` keys in ascending order; JSON has only string keys."""
     if plan is None:
         return {}
     if not hasattr(plan, "items"):
@@ -271,9 +251,6 @@ def routing_choices(scope=None, selection=None, calibration=None, paper=False, h
     | scope | `"modality"` with an encoder, else `"gate"` | `"all"` |
     | selection | `"exclusive"` | `"compete"` |
     | calibration | `"none"` with exclusive selection, else `"routed"` | `"all"` |
-
-    Raises:
-        ValueError: `paper`, and a choice that is not the paper's.
     """
     given = {"scope": scope, "selection": selection, "calibration": calibration}
     if paper:
@@ -291,11 +268,7 @@ def routing_choices(scope=None, selection=None, calibration=None, paper=False, h
 
 
 def check_entries(config, others):
-    """Brings the entries of a new config into their form, or refuses them; `others` go to transformers.
-
-    Raises:
-        ValueError: one message with everything that is wrong.
-    """
+    """Brings the entries of a new config into their form, or refuses them; `others` go to transformers."""
     entries = {**vars(config), **others}
     problems = problems_of(entries, type(config))
     forms = {"text_config": as_config, "encoder_config": as_config}
@@ -316,11 +289,7 @@ def check_entries(config, others):
 
 
 def check_routing_choices(config):
-    """Refuses routing and vision choices that are not allowed, with the reasons.
-
-    Raises:
-        ValueError: names each value, the allowed ones and the way out.
-    """
+    """Refuses routing and vision choices that are not allowed, with the reasons."""
     problems = choice_problems(config) or meaning_problems(config)
     if problems:
         raise ValueError("\n".join(problems))
@@ -358,11 +327,7 @@ def meaning_problems(config):
 
 
 def check_trained_on(entries):
-    """A copy of `trained_on`.
-
-    Raises:
-        ValueError: no list of {"name": str, "fingerprint": str or None, "name_or_path": str, None or left out}.
-    """
+    """A copy of `trained_on`."""
     good = isinstance(entries, list) and all(
         isinstance(entry, dict)
         and {"name", "fingerprint"} <= set(entry) <= {"name", "fingerprint", "name_or_path"}
@@ -380,11 +345,7 @@ def check_trained_on(entries):
 
 
 def check_threshold(threshold):
-    """`threshold` as a float.
-
-    Raises:
-        ValueError: no finite number (a JSON file holds no other).
-    """
+    """`threshold` as a float."""
     try:
         value = float(threshold)
     except (TypeError, ValueError, OverflowError):
@@ -398,11 +359,7 @@ def check_threshold(threshold):
 
 
 def check_subfolder(name, value):
-    """`value`, if it is `None` or plain names with `/` between them: a place inside the adapter's own folder.
-
-    Raises:
-        ValueError: anything else, above all what leads out of the folder.
-    """
+    """`value`, if it is `None` or plain names with `/` between them: a place inside the adapter's own folder."""
     if value is None or (isinstance(value, str) and all(PLAIN_NAME.fullmatch(part) for part in value.split("/"))):
         return value
     raise ValueError(

@@ -184,11 +184,7 @@ class NoRule(Exception):
 
 
 def check_routers(layers, indices, rule):
-    """Refuses layers (of those at `indices`) whose router works by another rule than `rule`, the adapter's.
-
-    Raises:
-        ValueError: says which family and layer, and in what it differs.
-    """
+    """Refuses layers (of those at `indices`) whose router works by another rule than `rule`, the adapter's."""
     for index in indices:
         layer = layers[index]
         try:

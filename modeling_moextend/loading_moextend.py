@@ -78,9 +78,6 @@ def load_parts(stored, base, encoder, auto_class, check_base, options, location=
         check_base: whether fingerprints must agree.
         options: to the base's `from_pretrained`.
         location: (folder or Hub id, keywords for the Hub) of the adapter: see `within`.
-
-    Raises:
-        OSError, ValueError: not found; incomplete; of another kind; not the ones the adapter was made on.
     """
     if stored.encoder_config is not None and not isinstance(encoder, PreTrainedModel):
         chosen = {key: options[key] for key in ENCODER_KWARGS if key in options}
@@ -114,9 +111,6 @@ def load_stored_encoder(model, stored, encoder, check_base, location):
     """The encoder of a stored adapter that is loaded beside others; one of theirs, where it is the same.
 
     `location`: (folder or Hub id, keywords for the Hub) of the adapter: see `within`.
-
-    Raises:
-        OSError, ValueError: not found; of another kind; not the one the adapter was made on.
     """
     if stored.encoder_config is None:
         return None
@@ -157,9 +151,6 @@ def location_of(role, given, config, location=None):
         given: what the user says, which wins.
         config: the adapter's.
         location: (folder or Hub id, keywords for the Hub) of the adapter, if parts of it may lie there: see `within`.
-
-    Raises:
-        ValueError: nobody says where.
     """
     if given is not None:
         return given, {}
@@ -175,11 +166,7 @@ def location_of(role, given, config, location=None):
 
 
 def within(name_or_path, hub_kwargs, subfolder):
-    """Where a subfolder of an adapter's own folder or repository lies: (folder or Hub id, keywords for the Hub).
-
-    Raises:
-        ValueError: a link that leads out of the folder.
-    """
+    """Where a subfolder of an adapter's own folder or repository lies: (folder or Hub id, keywords for the Hub)."""
     below = "/".join(filter(None, (hub_kwargs.get("subfolder"), subfolder)))
     folder = Path(name_or_path)
     if not folder.is_dir():

@@ -97,12 +97,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
         return input_ids, inputs_embeds
 
     def embed_images(self, selection, input_ids, inputs_embeds, pixel_values):
-        """[B, S, H]: token embeddings with image features in place of image tokens.
-
-        Raises:
-            ValueError: no encoder, or the adapter is off; no `input_ids`; another number of image tokens than of
-                features; image tokens in an item whose adapter can't see.
-        """
+        """[B, S, H]: token embeddings with image features in place of image tokens."""
         vision = selection.vision_adapter
         if vision is None:
             raise ValueError(

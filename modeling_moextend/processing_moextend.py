@@ -41,11 +41,7 @@ def default_chat_template(image_token=IMAGE_TOKEN):
 
 
 def to_rgb(image):
-    """A PIL image of any 8- or 16-bit mode in RGB. Alpha is dropped, as LLaVA does. No PIL image: left as it is.
-
-    Raises:
-        ValueError: the mode has no fixed range (32-bit integers, floats), so there is no telling what white is.
-    """
+    """A PIL image of any 8- or 16-bit mode in RGB. Alpha is dropped, as LLaVA does. No PIL image: left as it is."""
     mode = getattr(image, "mode", None)  # a tensor has a method of that name
     if not isinstance(mode, str) or mode == "RGB":
         return image

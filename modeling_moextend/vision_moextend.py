@@ -54,11 +54,7 @@ def projector_tied(embedding, projector):
 
 
 def load_encoder(name_or_path, **kwargs):
-    """The vision tower of a CLIP or SigLIP checkpoint (vision-only or whole), from safetensors, frozen.
-
-    Raises:
-        ValueError: the checkpoint is of another kind, or lacks tensors.
-    """
+    """The vision tower of a CLIP or SigLIP checkpoint (vision-only or whole), from safetensors, frozen."""
     config_kwargs = {
         key: kwargs[key]
         for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
@@ -76,11 +72,7 @@ def load_encoder(name_or_path, **kwargs):
 
 
 def vision_tower(model):
-    """The vision tower of a loaded CLIP or SigLIP model (vision-only or whole).
-
-    Raises:
-        ValueError: the model is of another kind.
-    """
+    """The vision tower of a loaded CLIP or SigLIP model (vision-only or whole)."""
     tower = model.vision_model if hasattr(model.config, "vision_config") and hasattr(model, "vision_model") else model
     check_encoder(type(model).__name__, tower.config)
     if tower is not model:
@@ -98,11 +90,7 @@ def check_encoder(given, config):
 
 
 def encode_images(encoder, projector, pixel_values, select_layer, select_feature):
-    """[I, 3, size, size] pixels -> [I, P, H] features: one hidden state of the frozen encoder, projected.
-
-    Raises:
-        ValueError: pixels of another shape.
-    """
+    """[I, 3, size, size] pixels -> [I, P, H] features: one hidden state of the frozen encoder, projected."""
     size = encoder.config.image_size
     if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (encoder.config.num_channels, size, size):
         raise ValueError(
@@ -121,9 +109,6 @@ def merge_images(input_ids, embedding, image_token_id, features):
     """Token embeddings [B, S, H] with image features [I, P, H] in place of the image tokens, in reading order.
 
     The image token never reaches the embedding: its id may lie past it. `features` is `None` without images.
-
-    Raises:
-        ValueError: the numbers of image tokens and image features differ; both are named.
     """
     is_image = input_ids == image_token_id
     num_tokens = int(is_image.sum())
@@ -248,11 +233,7 @@ class ImageGenerationMixin(GenerationMixin):
         return input_ids, model_kwargs
 
     def _get_logits_processor(self, generation_config, *args, **kwargs):
-        """The usual processors, which index scores by ids: image tokens may lie past the head.
-
-        Raises:
-            ValueError: a processor that cannot work with images, by name.
-        """
+        """The usual processors, which index scores by ids: image tokens may lie past the head."""
         if self.has_image_tokens(kwargs.get("encoder_input_ids")):
             head = self.get_output_embeddings().weight.shape[0]
             past_head = not 0 <= self.vision_adapter.config.image_token_id < head

@@ -16,7 +16,7 @@ HOW_TO_READ = (  # entries of the config without which the tensors of an adapter
 
 
 def load_adapter_tensors(model, name_or_path, *, check_base=True, **hub_kwargs):
-    """Replaces the new tensors of the adapter that trains by a saved adapter's; nothing changes unless all of them fit.
+    """Replaces the tensors of the adapter that trains by a saved adapter's; nothing changes unless all of them fit.
 
     Raises:
         ValueError: a damaged file, or an adapter of another plan, other choices or (unless `check_base=False`) another
