@@ -23,7 +23,7 @@ from transformers.utils import cached_file
 
 from .configuration_moextend import MoExtendConfig
 from .folder_moextend import all_or_nothing, locked
-from .tensors_moextend import PLAIN, DTensor, shard_like
+from .tensors_moextend import PLAIN, DTensor
 from .validation_moextend import short
 
 FILE = "moextend_adapter.safetensors"
@@ -322,15 +322,20 @@ def shown(name):
     return name if name.isprintable() else short(name)
 
 
-def check_tensors(expected, stored):
-    """Compares name -> tensor of a model with those of a `StoredAdapter`, then these with their own checksum."""
+def check_tensors(shapes, stored):
+    """Compares name -> shape of what a model needs with the tensors of a `StoredAdapter`, then these with their own
+    checksum.
+
+    Raises:
+        ValueError: one message with every missing, unexpected and wrongly shaped or typed tensor; or a damaged file.
+    """
     given = stored.tensors
-    problems = [f"missing: {name}" for name in sorted(expected.keys() - given.keys())]
-    problems += [f"unexpected: {shown(name)}" for name in sorted(given.keys() - expected.keys())]
+    problems = [f"missing: {name}" for name in sorted(shapes.keys() - given.keys())]
+    problems += [f"unexpected: {shown(name)}" for name in sorted(given.keys() - shapes.keys())]
     problems += [
-        f"wrong shape: {name} is {tuple(given[name].shape)}, the model needs {tuple(expected[name].shape)}"
-        for name in sorted(expected.keys() & given.keys())
-        if given[name].shape != expected[name].shape
+        f"wrong shape: {name} is {tuple(given[name].shape)}, the model needs {tuple(shapes[name])}"
+        for name in sorted(shapes.keys() & given.keys())
+        if given[name].shape != shapes[name]
     ]
     problems += [
         f"wrong dtype: {shown(name)} is {tensor.dtype}; allowed: {', '.join(map(str, PLAIN))}"
@@ -345,18 +350,3 @@ def check_tensors(expected, stored):
             "The adapter is damaged: its tensors do not match the checksum in its header. Nothing was loaded; fetch "
             "or save the adapter again."
         )
-
-
-@torch.no_grad()
-def put_tensors(live, stored, base_dtype=None):
-    """Copies tensors of a `StoredAdapter` into those of a model (name -> tensor), once all of them are checked.
-
-    They keep the model's dtype; with `base_dtype` they take the file's or that one, whichever is wider.
-    """
-    check_tensors(live, stored)
-    for name, tensor in stored.tensors.items():
-        if base_dtype is None:
-            live[name].copy_(shard_like(tensor, live[name]))
-        else:
-            wide = torch.promote_types(tensor.dtype, base_dtype)
-            live[name].data = tensor.to(live[name].device, wide, copy=True)  # out of the file's map, and aligned

@@ -1,4 +1,4 @@
-"""Adapters of a model, by name: loading, adding, switching and deleting them, without touching a base tensor.
+"""Adapters of a model, by name: attaching, loading, switching and deleting them, without touching a base tensor.
 
 A model holds any number of adapters over one base; the one it was made or loaded with is called "default". Each has
 its own config and its own tensors; the active ones take part in a pass. Names and meaning of the methods are those of
@@ -6,33 +6,33 @@ transformers' and PEFT's. How adapters share a token is told in docs/adapters.md
 """
 
 import contextlib
-import copy
-import os
 
 from torch import nn
 
-from .adapter_file_moextend import put_tensors, read_adapter
-from .base_checks_moextend import base_rule, check_plan
+from .adapter_file_moextend import check_tensors, read_adapter
 from .compatibility_moextend import (
     check_belongs,
     check_below,
     check_complete,
     check_known,
     check_new_name,
-    check_nothing_above,
     check_still_below,
     check_together,
     found_below,
     listed_names,
     select_per_item,
 )
-from .configuration_moextend import check_threshold, normalise_plan, routing_choices
-from .layers_moextend import add_experts, add_gate, attach, input_device, remove_experts
-from .loading_moextend import identity, load_new_encoder, load_stored_encoder
+from .configuration_moextend import check_threshold
+from .gate_moextend import TokenGate
+from .layers_moextend import add_experts, attach, input_device, remove_experts
+from .loading_moextend import load_stored_encoder
 from .package_moextend import from_package
+from .routing_moextend import Rule
+from .tensors_moextend import placed, split_by_part, tensor_shapes
 from .vision_moextend import Projector
 
 DEFAULT = "default"  # the adapter that a model is made or loaded with
+ADDING = "Adding experts to a model"
 IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 
 
@@ -44,14 +44,12 @@ class Adapter(nn.Module):
     `depends_on`: names of the adapters of this model on top of which it was trained.
     """
 
-    def __init__(self, config, encoder=None, device=None):
+    def __init__(self, config, encoder=None, projector=None):
         super().__init__()
-        self.config, self.encoder, self.projector = config, encoder, None
+        self.config, self.encoder, self.projector = config, encoder, projector
         self.layers, self.depends_on = {}, set()
         if encoder is not None:
             encoder.requires_grad_(False)
-            sizes = config.encoder_config.hidden_size, config.get_text_config().hidden_size
-            self.projector = Projector(*sizes, config.projector_hidden_act, device=device)
 
     @property
     def gate(self):
@@ -69,30 +67,29 @@ class Adapter(nn.Module):
 class AdapterSwitch:
     """What a user does with the adapters of a model. `self.config` is the config of `self.leading`."""
 
-    # ------------------------------------------------------------ adding, loading and deleting
+    # ------------------------------------------------------------ attaching, loading and deleting
 
-    def attach_adapter(self, name, config, encoder=None, depends_on=()):
-        """Attaches an adapter's new experts, gate and projector at their start values; nobody uses them yet."""
-        rule = base_rule(config, self.moe_layers)
-        with self.tried(config.extended_layers, rule, name):
-            attach(self.moe_layers, self.passes, rule)
-            layers = {
-                layer: add_experts(self.moe_layers[layer], name, sources, config)
-                for layer, sources in config.extended_layers.items()
-            }
-        if config.scope == "gate" and layers:
-            add_gate(layers, config)
-        adapter = Adapter(config, encoder, input_device(self.base)).train(self.training)
-        adapter.layers, adapter.depends_on = layers, set(depends_on)
-        self.adapters[name] = adapter
+    def attach_adapter(self, name, config, tensors, encoder=None):
+        """Attaches an adapter whose new tensors (by role, as in its file) fit; nobody uses it yet."""
+        attach(self.moe_layers, self.passes, Rule(**config.routing_rule))
+        parts, projector = split_by_part(tensors), None
+        if encoder is not None:
+            sizes = config.encoder_config.hidden_size, config.get_text_config().hidden_size
+            projector = Projector(*sizes, config.projector_hidden_act, device="meta")
+            projector.load_state_dict(parts["projector"], assign=True)
+        adapter = Adapter(config, encoder, projector)
+        self.attach_layers(name, adapter, config.extended_layers, parts)
+        self.adapters[name] = adapter.train(self.training)
         self.passes.change(adapters={**self.passes.current.adapters, name: adapter})
 
-    def tried(self, plan, rule, name):
-        """Context for attaching new experts. In the package each layer of the plan is tried, before and after: see
-        attaching/selfcheck.py. The code that came with an adapter does without: there its base was tried before."""
-        if not __name__.startswith("modeling_moextend."):
-            return contextlib.nullcontext()
-        return from_package("attaching", "A self-check").self_checked(self.moe_layers, plan, rule, self.passes, name)
+    def attach_layers(self, name, adapter, plan, parts):
+        """Attaches new experts to the layers of `plan`, and the gate where it is among the `parts` of the tensors."""
+        new = {layer: add_experts(self.moe_layers[layer], name, parts[layer], adapter.config) for layer in plan}
+        adapter.layers = dict(sorted({**adapter.layers, **new}.items()))
+        if "gate" in parts and adapter.layers:
+            rows = adapter.layers[min(adapter.layers)].rows
+            rows.gate = TokenGate(rows.weight.shape[-1], adapter.config.gate_hidden_size, device="meta")
+            rows.gate.load_state_dict(parts["gate"], assign=True)
 
     def remove_adapter(self, name):
         """Removes whatever `attach_adapter` has attached under this name; a pass under way still has it."""
@@ -102,15 +99,6 @@ class AdapterSwitch:
             remove_experts(layer, name)
         if name in self.adapters:
             del self.adapters[name]
-
-    @contextlib.contextmanager
-    def removed_on_error(self, name):
-        """Removes the adapter again where the block, which attaches it, fails."""
-        try:
-            yield
-        except BaseException:
-            self.remove_adapter(name)
-            raise
 
     def load_adapter(
         self,
@@ -149,104 +137,23 @@ class AdapterSwitch:
             if check_trained_on:
                 check_below(config, self.fingerprints(), name_or_path)
             encoder = load_stored_encoder(self, config, encoder, check_base, (name_or_path, hub_kwargs))
-            with self.removed_on_error(adapter_name):
-                self.attach_adapter(adapter_name, config, encoder)
-                put_tensors(self.adapter_tensors(adapter_name), stored, base_dtype=self.base.dtype)
+            self.attach_adapter(adapter_name, config, self.fitting_tensors(config, stored), encoder)
             self.find_dependencies()
             self.require_gradients_of(adapter_name, is_trainable)
 
-    def add_adapter(
-        self,
-        adapter_name,
-        extended_layers=None,
-        *,
-        scope=None,
-        selection=None,
-        calibration=None,
-        encoder=None,
-        image_token_id=None,
-        **entries,
-    ):
-        """Adds a new adapter on top of the active ones: continual extension.
+    def fitting_tensors(self, config, stored):
+        """The tensors of a `StoredAdapter`, once all of them fit, where and in the dtype they belong."""
+        check_tensors(tensor_shapes(config, self.moe_layers), stored)
+        return placed(stored.tensors, self.moe_layers, input_device(self.base), self.base.dtype)
 
-        Those that are there are frozen; the new one is active with those that were, and is what trains, and what
-        `save_pretrained` saves. Its config's `trained_on` tells on top of which adapters it was made.
-
-        Args:
-            adapter_name: a name that no other adapter has.
-            extended_layers, scope, selection, calibration, encoder, image_token_id: as in `from_base`; of several
-                active adapters all select alike, `calibration` is "none" for each, and at most one has an encoder.
-            **entries: more of the config: `gate_hidden_size`, `gate_threshold`, `encoder_select_layer`, ...
-
-        Raises:
-            ValueError: a name that is taken; a plan that does not fit; choices that can't be active together with
-                those of the adapters below. The model is as it was.
-        """
-        with self.passes.lock:
-            check_new_name(adapter_name, self)
-            plan, below = normalise_plan(extended_layers), list(self.passes.current.active)
-            if not self.passes.selection().enabled:
-                raise ValueError(
-                    "The adapters are off, and a new one goes on top of the active ones: enable_adapters()."
-                )
-            if not plan and encoder is None:
-                raise ValueError("Nothing to add: give extended_layers, like {2: [1]}, or encoder=... for a projector")
-            check_plan(self.moe_layers, plan)
-            encoder = load_new_encoder(encoder, self.base)
-            vocab_size = self.get_input_embeddings().weight.shape[0]
-            config = self.config_class(
-                **identity(self.base, encoder),
-                image_token_id=vocab_size if image_token_id is None else image_token_id,
-                extended_layers=plan,
-                routing_rule=self.config.routing_rule,
-                trained_on=self.described(below),
-                dtype=self.base.dtype,
-                **routing_choices(scope, selection, calibration, has_encoder=encoder is not None),
-                **entries,
-            )
-            check_together({**{name: self.adapters[name].config for name in below}, adapter_name: config}, self)
-            with self.removed_on_error(adapter_name):
-                self.attach_adapter(adapter_name, config, encoder, depends_on=below)
-            self.activate([*below, adapter_name])
-            self.require_gradients([adapter_name])
+    def add_adapter(self, adapter_name, extended_layers=None, **options):
+        """Adds a new adapter on top of the active ones: `modeling_moextend.attaching.add_adapter`, of the package."""
+        from_package("attaching", ADDING).add_adapter(self, adapter_name, extended_layers, **options)
 
     def extend(self, plan):
-        """Adds new experts in place, {decoder layer: [source experts]}, and keeps the projector: stage finetune.
-
-        With several adapters, to the one that trains.
-
-        Raises:
-            ValueError: a layer that is no MoE layer or has new experts already, a source out of range, an empty plan;
-                several adapters of which none is on top; new experts that can't share tokens with active ones.
-        """
-        with self.passes.lock:
-            plan, name = normalise_plan(plan), self.resolve_name()
-            adapter = self.adapters[name]
-            config = adapter.config
-            if not plan:
-                raise ValueError("The plan is empty: name layers and source experts, like {2: [1]}.")
-            check_plan(self.moe_layers, plan)
-            again = sorted(plan.keys() & config.extended_layers.keys())
-            if again:
-                raise ValueError(f"Layers {again} have new experts already; a layer is extended once.")
-            if adapter.gate is not None and min(plan) < min(config.extended_layers):
-                raise ValueError(
-                    f"The gate reads the input of layer {min(config.extended_layers)}, so layer {min(plan)} below it "
-                    "can't be added. Name all layers at once, or begin anew with from_base(...)."
-                )
-            check_nothing_above(self.adapters, name)
-            extended = copy.copy(config)
-            extended.extended_layers = normalise_plan({**config.extended_layers, **plan})
-            rule = base_rule(extended, self.moe_layers)
-            active = {one: self.adapters[one].config for one in self.passes.current.active}
-            check_together({**active, name: extended}, self)
-            with self.tried(plan, rule, name):
-                new = {layer: add_experts(self.moe_layers[layer], name, plan[layer], config) for layer in plan}
-            config.extended_layers = extended.extended_layers
-            adapter.layers = dict(sorted({**adapter.layers, **new}.items()))
-            if config.scope == "gate":
-                add_gate(adapter.layers, config)
-            self.passes.change()
+        """Adds new experts, {decoder layer: [source experts]}, to the adapter that trains, and keeps its projector:
+        `modeling_moextend.attaching.extend`, of the package."""
+        from_package("attaching", ADDING).extend(self, plan)
 
     def delete_adapter(self, adapter_names):
         """Deletes an adapter, or a list of them; those that stay are what they were.
@@ -302,19 +209,15 @@ class AdapterSwitch:
     def find_dependencies(self):
         """Notes which adapters of this model each one was trained on top of, in whichever order they were loaded; a
         second copy of one that is known already adds nothing."""
-        lacking = {
-            name: one for name, one in self.adapters.items() if len(one.depends_on) < len(one.config.trained_on)
-        }
+        lacking = {n: one for n, one in self.adapters.items() if len(one.depends_on) < len(one.config.trained_on)}
         fingerprints = self.fingerprints() if lacking else {}
         for name, adapter in lacking.items():
             others = {other: known for other, known in fingerprints.items() if other != name}
             adapter.depends_on |= set(found_below(adapter.config, others).values()) - {None}
 
     def activate(self, names, among=None):
-        """Makes `names` the active adapters; what trains and is saved is the one on top, if there is just one.
-
-        `among`: the adapters that the model has after this; default: all of them.
-        """
+        """Makes `names` the active adapters, of all or of those `among` which a deletion leaves; what trains and is
+        saved is the one on top, if there is just one."""
         top = self.on_top(names)
         self.passes.change(active=tuple(sorted(names)), trained=top[0] if len(top) == 1 else None)
         before = self.config
@@ -326,8 +229,7 @@ class AdapterSwitch:
 
     def active_adapters(self):
         """Names of the adapters that take part, in ascending order; `[]` while switched off."""
-        chosen = self.passes.selection()
-        return list(self.passes.current.active) if chosen.enabled else []
+        return list(self.passes.current.active) if self.passes.selection().enabled else []
 
     @contextlib.contextmanager
     def disable_adapter(self):
@@ -345,44 +247,11 @@ class AdapterSwitch:
     def select_adapters(self, adapter_names=None, num_items=None):
         """The `Selection` for a pass that begins now.
 
-        Args:
-            adapter_names: for each of the `num_items` items of the batch a name, a list of names that take part
-                together, or "__base__" for the base alone; `None`: the active adapters, for all of them.
-
-        Raises:
-            ValueError: as `select_per_item`.
+        `adapter_names`: for each of `num_items` items of the batch a name, a list of names that take part together,
+        or "__base__" for the base alone; `None`: the active adapters, for all of them.
         """
         chosen = self.passes.selection()
         return chosen if adapter_names is None else select_per_item(self, chosen, adapter_names, num_items)
-
-    # ------------------------------------------------------------ training
-
-    def begin_training(self, adapter_name):
-        """Refuses to train an adapter that is not active, or that another was trained on top of."""
-        if adapter_name not in self.passes.current.active:
-            raise ValueError(f"Adapter {adapter_name!r} is not active, so it can't train: set_adapter first.")
-        check_nothing_above(self.adapters, adapter_name)
-
-    def stand_on_active(self, adapter_name):
-        """Notes that an adapter trains on top of the other active ones."""
-        adapter = self.adapters[adapter_name]
-        beside = [name for name in self.passes.current.active if name != adapter_name]
-        earlier = [entry for entry in adapter.config.trained_on if entry["name"] not in beside]
-        adapter.config.trained_on = earlier + self.described(beside)
-        adapter.depends_on.update(beside)
-        self.activate(self.passes.current.active)  # which has it on top now
-
-    def described(self, adapter_names):
-        """What `trained_on` keeps of adapters; where one lies only if it is no folder of this machine."""
-        sources = {name: self.adapters[name].config.name_or_path for name in adapter_names}
-        return [
-            {
-                "name": name,
-                "fingerprint": self.fingerprint_of(name),
-                "name_or_path": source if source and not os.path.exists(source) else None,
-            }
-            for name, source in sources.items()
-        ]
 
     # ------------------------------------------------------------ asking
 
@@ -427,6 +296,11 @@ class AdapterSwitch:
         return (self.config if self.vision_adapter is None else self.vision_adapter.config).image_token_id
 
     @property
+    def gate(self):
+        """The `TokenGate` of the leading adapter, or `None`: see `Adapter.gate`."""
+        return self.adapters[self.leading].gate
+
+    @property
     def gate_threshold(self):
         """With `scope="gate"`: a token may use new experts when its routing margin is above this (default 0).
 
@@ -440,8 +314,3 @@ class AdapterSwitch:
         if self.config.scope != "gate":
             raise ValueError(f"gate_threshold belongs to scope='gate', this adapter has scope={self.config.scope!r}.")
         self.config.gate_threshold = check_threshold(value)
-
-    @property
-    def gate(self):
-        """The `TokenGate` of the leading adapter, or `None`: see `Adapter.gate`."""
-        return self.adapters[self.leading].gate

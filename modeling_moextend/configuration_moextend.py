@@ -14,7 +14,6 @@ from .validation_moextend import nested_problems, problems_of, short
 SCOPES = ("all", "modality", "gate")
 SELECTIONS = ("compete", "exclusive")
 CALIBRATIONS = ("all", "routed", "none")
-PAPER = {"scope": "all", "selection": "compete", "calibration": "all"}
 SELECT_FEATURES = ("patch", "full")
 PLAIN_NAME = re.compile(r"\w[\w.-]*")  # of a folder: no dot in front, so neither hidden nor "..", and no separator
 CHOICES = {"scope": SCOPES, "selection": SELECTIONS, "calibration": CALIBRATIONS}
@@ -241,30 +240,6 @@ def normalise_plan(plan):
             f"extended_layers names no source expert for layers {short(empty)}: leave these layers out instead."
         )
     return dict(sorted(layers))
-
-
-def routing_choices(scope=None, selection=None, calibration=None, paper=False, has_encoder=False):
-    """The three choices of a new adapter as a `dict`, those left at `None` filled in.
-
-    | | `None` means | with `paper` |
-    |---|---|---|
-    | scope | `"modality"` with an encoder, else `"gate"` | `"all"` |
-    | selection | `"exclusive"` | `"compete"` |
-    | calibration | `"none"` with exclusive selection, else `"routed"` | `"all"` |
-    """
-    given = {"scope": scope, "selection": selection, "calibration": calibration}
-    if paper:
-        others = {name: value for name, value in given.items() if value not in (None, PAPER[name])}
-        if others:
-            raise ValueError(f"paper=True means {PAPER}, but {others} was given: leave out one or the other.")
-        return dict(PAPER)
-    if scope is None:
-        given["scope"] = "modality" if has_encoder else "gate"
-    if selection is None:
-        given["selection"] = "exclusive"
-    if calibration is None:
-        given["calibration"] = "none" if given["selection"] == "exclusive" else "routed"
-    return given
 
 
 def check_entries(config, others):

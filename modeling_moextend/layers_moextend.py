@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .families_moextend import bias_path, correction_of, onloaded, plain_class, sibling, tensor_at
-from .gate_moextend import TokenGate
+from .families_moextend import bias_path, plain_class, sibling, tensor_at
 from .routing_moextend import (
     INPUTS,
     SCORES,
@@ -311,19 +310,27 @@ def attach(layers, passes, rule):
             layer.router.moextend = RouterExtension(index, layer.num_experts, passes, rule)
 
 
-def add_experts(layer, name, sources, config):
-    """Adds new experts of the adapter `name` to one attached layer, copies of `sources`, one each: -> `NewExperts`.
+def add_experts(layer, name, tensors, config):
+    """Adds new experts of the adapter `name` to one attached layer: -> `NewExperts`.
 
-    The class of the experts stays swapped until `detach`, for a pass of another thread may be on its way to them.
+    `tensors`: those of this layer, by role ("experts.down_proj"). The class of the experts stays swapped until `detach`:
+    a pass of another thread may be on its way to them.
     """
-    extension = layer.router.moextend
-    values, rows = start_values(layer, sources, config, extension.rule), RouterRows(len(sources), config)
-    rows.calibration = values.get("calibration")
-    fixed = config.selection == "exclusive" and len(sources) == 1  # its weight is the base's sum: no gradient
-    for part, value in values["router"].items():
-        is_buffer = part in rows._buffers
-        setattr(rows, part, value if is_buffer else nn.Parameter(value, requires_grad=not fixed))
-    experts = sibling(layer.experts, values["experts"], num_experts=len(sources), num_new=len(sources))
+    part = {role: {} for role in ("experts", "router", "calibration")}
+    for path, tensor in tensors.items():
+        role, key = path.split(".", 1)
+        part[role][key] = tensor
+    num_new, extension = len(part["router"]["weight"]), layer.router.moextend
+    rows, fixed = (
+        RouterRows(num_new, config),
+        config.selection == "exclusive" and num_new == 1,
+    )  # then without gradient
+    for key, tensor in part["router"].items():
+        setattr(rows, key, tensor if key in rows._buffers else nn.Parameter(tensor, requires_grad=not fixed))
+    if part["calibration"]:
+        rows.calibration = Calibration(layer.num_experts + num_new, config.calibration_hidden_size, device="meta")
+        rows.calibration.load_state_dict(part["calibration"], assign=True)
+    experts = sibling(layer.experts, part["experts"], num_experts=num_new, num_new=num_new)
     if not is_extended(layer.experts):
         swap_class(layer.experts, extended_class(ExtendedExperts, type(layer.experts)))
         layer.experts.moextend = Extension(extension.layer, layer.num_experts, extension.passes)
@@ -336,60 +343,6 @@ def remove_experts(layer, name):
     for module in (layer.router, layer.experts):
         if is_extended(module) and name in module.moextend.adapters:
             del module.moextend.adapters[name]
-
-
-def add_gate(layers, config):
-    """Puts a closed `TokenGate` into the lowest of an adapter's `layers`, unless it is there."""
-    rows = layers[min(layers)].rows
-    if rows.gate is None:
-        rows.gate = TokenGate(rows.weight.shape[-1], config.gate_hidden_size, device=rows.weight.device)
-
-
-def start_values(layer, sources, config, rule):
-    """Where every new tensor of a layer starts, in float32: part -> name -> value; the calibration as a module.
-
-    | tensor | start | why |
-    |---|---|---|
-    | expert | copy of its source expert | Eq. 8: knows what the base knows |
-    | router row, bias, correction bias, scale | copy of its source's | Eq. 8: chosen and weighed where its source is |
-    | calibration fc1 | uniform, 1/sqrt(E + N) (nn.Linear's) | something to learn from |
-    | calibration fc2 | zero | identity at first |
-    | gate | `TokenGate`: last layer zero, bias -1 | closed: an untrained adapter is the base, bit for bit |
-    """
-    with onloaded(layer.experts), onloaded(layer.router) as router:
-        check_one_an_expert(layer)
-        experts = {name: copy_rows(p, sources) for name, p in layer.experts._parameters.items() if p is not None}
-        own = {
-            "weight": tensor_at(router, rule.rows),
-            "bias": tensor_at(router, bias_path(rule)),
-            "scale": tensor_at(router, rule.expert_scale) if rule.expert_scale else None,
-        }
-        rows = {name: copy_rows(tensor, sources) for name, tensor in own.items() if tensor is not None}
-    correction = correction_of(layer, rule)
-    if correction is not None:
-        rows["correction_bias"] = copy_rows(correction, sources)
-    values = {"experts": experts, "router": rows}
-    if config.calibration != "none":
-        device = rows["weight"].device
-        calibration = Calibration(layer.num_experts + len(sources), config.calibration_hidden_size, device=device)
-        nn.init.zeros_(calibration.fc2.weight)
-        values["calibration"] = calibration
-    return values
-
-
-def check_one_an_expert(layer):
-    """Refuses experts with a parameter that does not hold one part for each expert, and names it."""
-    for name, p in layer.experts.named_parameters(recurse=False):
-        if p.dim() == 0 or len(p) != layer.num_experts:
-            raise ValueError(
-                f"{type(layer.experts).__name__}.{name} has the shape {list(p.shape)}, not one part for each of the "
-                f"{layer.num_experts} experts, so new experts can't be copied from it: this family can't be extended."
-            )
-
-
-def copy_rows(tensor, sources):
-    """Rows `sources` of a base tensor [E, ...], as float32 of their own."""
-    return tensor.detach()[sources].to(torch.float32, copy=True)
 
 
 def detach(decoder):

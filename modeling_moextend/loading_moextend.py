@@ -32,42 +32,6 @@ SHARED_HUB_KWARGS = ("cache_dir", "local_files_only", "token")
 ENCODER_KWARGS = ("dtype", "use_safetensors", *SHARED_HUB_KWARGS)
 
 
-# ---------------------------------------------------------------- for a new adapter
-
-
-def load_new_encoder(encoder, base, options=None):
-    """The vision tower of `encoder`, a model or where it lies, beside `base`; `None` for `None`."""
-    if encoder is None:
-        return None
-    if is_multimodal(base.config):
-        raise ValueError(
-            f"{type(base).__name__} has an image encoder of its own: leave out encoder=..., and give images as the "
-            "base takes them."
-        )
-    if not isinstance(encoder, PreTrainedModel):
-        options = {"dtype": base.dtype} if options is None else options
-        encoder = load_encoder(encoder, **{key: options[key] for key in ENCODER_KWARGS if key in options})
-    return vision_tower(encoder).to(input_device(base))
-
-
-def identity(base, encoder):
-    """The entries of a config that say which base and encoder these are."""
-    known = {
-        "base_model_name_or_path": base.config._name_or_path or None,
-        "base_model_revision": getattr(base.config, "_commit_hash", None),
-        "base_fingerprint": fingerprint(base.get_decoder()),
-        "text_config": copy.deepcopy(base.config),
-    }
-    if encoder is not None:
-        known["encoder_name_or_path"] = encoder.config._name_or_path or None
-        known["encoder_config"] = copy.deepcopy(encoder.config)
-        known["encoder_fingerprint"] = fingerprint(encoder)
-    return known
-
-
-# ---------------------------------------------------------------- for a stored adapter
-
-
 def load_parts(stored, base, encoder, auto_class, check_base, options, location=None):
     """Base and encoder of a stored adapter, each loaded unless given as a model, and checked against it.
 

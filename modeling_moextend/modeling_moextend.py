@@ -15,13 +15,14 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .adapters_moextend import DEFAULT, AdapterSwitch
-from .base_checks_moextend import check_pass
+from .adapters_moextend import ADDING, DEFAULT, AdapterSwitch
+from .base_checks_moextend import base_rule, check_pass
 from .compatibility_moextend import check_image_items, check_new_name, recorded_selection
 from .configuration_moextend import MoExtendConfig
 from .families_moextend import find_moe_layers
 from .layers_moextend import keep_in_graph
 from .loading_moextend import is_multimodal, random_base
+from .package_moextend import from_package
 from .persistence_moextend import Persistence
 from .routing_moextend import Rule, balance_loss
 from .scope_moextend import Passes, PassInputs, plan_pass, remember
@@ -41,8 +42,9 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
-    def __init__(self, config, base=None, encoder=None, adapter_name=DEFAULT):
-        """`base` and `encoder` are loaded models; without them, random ones are made from the config."""
+    def __init__(self, config, base=None, encoder=None, adapter_name=DEFAULT, stored=None):
+        """`base` and `encoder` are loaded models; without them, random ones are made from the config. The adapter's
+        tensors are those of the `StoredAdapter` `stored`, or else at their start values."""
         super().__init__(config)
         self.base = base if base is not None else random_base(config.text_config, self.auto_base_class)
         if encoder is None and config.encoder_config is not None:
@@ -53,7 +55,12 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
         self.base_trainable = [name for name, parameter in self.base.named_parameters() if parameter.requires_grad]
         self.base.requires_grad_(False)
         check_new_name(adapter_name, self)
-        self.attach_adapter(adapter_name, config, encoder)
+        base_rule(config, self.moe_layers)
+        if stored is None:
+            tensors = from_package("attaching", ADDING).start_tensors(config, self.moe_layers, self.base)
+        else:
+            tensors = self.fitting_tensors(config, stored)
+        self.attach_adapter(adapter_name, config, tensors, encoder)
         self.activate([adapter_name])
         self.post_init()
         # Not the encoder's: FSDP would gather its layers where the batch has images, and wait for the other processes.

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from .adapter_file_moextend import put_tensors, read_adapter, write_folder
+from .adapter_file_moextend import read_adapter, write_folder
 from .adapters_moextend import DEFAULT
 from .compatibility_moextend import check_below
 from .layers_moextend import detach
@@ -40,61 +40,15 @@ class Persistence:
     auto_base_class = AutoModelForCausalLM  # what a stored base is loaded with
 
     @classmethod
-    def from_base(
-        cls,
-        base,
-        extended_layers=None,
-        *,
-        scope=None,
-        selection=None,
-        calibration=None,
-        paper=False,
-        encoder=None,
-        image_token_id=None,
-        encoder_select_layer=-2,
-        encoder_select_feature="patch",
-        projector_hidden_act="gelu",
-        calibration_hidden_size=16,
-        gate_hidden_size=64,
-        gate_threshold=0.0,
-        adapter_name=DEFAULT,
-        **kwargs,
-    ):
-        """Attaches new experts, and an encoder, to a pretrained MoE causal LM.
+    def from_base(cls, base, extended_layers=None, **options):
+        """Attaches new experts, and an encoder, to a pretrained MoE causal LM that was never extended.
 
-        Args:
-            base: Hub id, folder, or a loaded model (which is extended in place; its own tensors never change).
-            extended_layers: decoder layer index -> source experts; one new expert for each.
-            scope: which tokens may use new experts: `"all"`, `"modality"` (default with an encoder) or `"gate"`
-                (default without one; the gate lets no token through until it is trained).
-            selection: `"compete"` (base experts and new ones share one top-k) or `"exclusive"` (default).
-            calibration: whose weights are calibrated: `"all"`, `"routed"` (default with `"compete"`) or `"none"`
-                (default with `"exclusive"`, which takes no other).
-            paper: sets the paper's three (`"all"`, `"compete"`, `"all"`) and refuses others.
-            encoder: CLIP or SigLIP vision checkpoint or model; `None` for text only.
-            image_token_id: stands for image features in `input_ids`; default: the first id past the embedding. With a
-                processor: `processor.image_token_id`.
-            adapter_name: what the adapter is called in this model, where more are to come.
-            **kwargs: to the base's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
-
-        Raises:
-            ValueError: no MoE layers; a family without the interface; a layer that is no MoE layer; a source out of
-                range; nothing to add; no causal LM; choices without meaning. A base given as a model stays as it was.
-            ImportError: only the code of an adapter is there, and not the package, which finds a base's routing rule.
+        `base`: Hub id, folder, or a loaded model; `extended_layers`: decoder layer index -> source experts, one new
+        expert for each; options: `scope`, `selection`, `calibration`, `paper`, `encoder`, `image_token_id`,
+        `adapter_name` and more: see `modeling_moextend.attaching.from_base`, of the package.
         """
-        entries = {
-            "encoder_select_layer": encoder_select_layer,
-            "encoder_select_feature": encoder_select_feature,
-            "projector_hidden_act": projector_hidden_act,
-            "calibration_hidden_size": calibration_hidden_size,
-            "gate_hidden_size": gate_hidden_size,
-            "gate_threshold": gate_threshold,
-        }
-        choices = {"scope": scope, "selection": selection, "calibration": calibration, "paper": paper}
         attaching = from_package("attaching", "Extending a base that was never extended")
-        return attaching.extend_base(
-            cls, base, extended_layers, encoder, choices, image_token_id, adapter_name, entries, kwargs
-        )
+        return attaching.from_base(cls, base, extended_layers, **options)
 
     def detach(self):
         """Takes all adapters off and returns the base, bit for bit what it was."""
@@ -148,8 +102,7 @@ class Persistence:
         )
         own_config.name_or_path = str(name_or_path)
         with undone_on_error(*parts):
-            model = cls(own_config, *parts, adapter_name=adapter_name)
-            put_tensors(model.adapter_tensors(), stored, base_dtype=model.base.dtype)
+            model = cls(own_config, *parts, adapter_name=adapter_name, stored=stored)
         model.require_gradients_of(adapter_name)
         if kwargs.get("output_loading_info"):  # what is missing, unexpected or misshapen was refused
             return model.eval(), {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}

@@ -5,8 +5,12 @@ import base64
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .families_moextend import onloaded
+from .families_moextend import bias_path, onloaded
+from .gate_moextend import TokenGate
+from .package_moextend import from_package
+from .routing_moextend import Rule
 from .validation_moextend import FINGERPRINT_SIZE
+from .vision_moextend import Projector
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
@@ -38,6 +42,63 @@ def tensors_of(adapter):
     return tensors
 
 
+def tensor_shapes(config, layers):
+    """Name -> shape of every new tensor of an adapter with `config`, on a base with these MoE `layers`."""
+    shapes, rule = {}, Rule(**config.routing_rule)
+    for index, sources in config.extended_layers.items():
+        layer, num_new, prefix = layers[index], len(sources), f"layers.{index}"
+        own = dict(layer.router.named_parameters())
+        stacks = {f"experts.{name}": p for name, p in layer.experts._parameters.items() if p is not None}
+        stacks |= {f"router.{role}": own[path] for role, path in row_paths(rule).items() if path in own}
+        shapes |= {f"{prefix}.{name}": (num_new, *tensor.shape[1:]) for name, tensor in stacks.items()}
+        shapes |= {f"{prefix}.router.correction_bias": (num_new,)} if rule.correction else {}
+        if config.calibration != "none":
+            wide, narrow = layer.num_experts + num_new, config.calibration_hidden_size
+            shapes |= {
+                f"{prefix}.calibration.fc1.weight": (narrow, wide),
+                f"{prefix}.calibration.fc2.weight": (wide, narrow),
+            }
+    modules, hidden_size = {}, config.get_text_config().hidden_size
+    if config.scope == "gate" and config.extended_layers:
+        size = shapes[f"layers.{min(config.extended_layers)}.router.weight"][-1]
+        modules["gate"] = TokenGate(size, config.gate_hidden_size, device="meta")
+    if config.encoder_config is not None:
+        modules["projector"] = Projector(config.encoder_config.hidden_size, hidden_size, device="meta")
+    for part, module in modules.items():
+        shapes |= {f"{part}.{name}": tuple(tensor.shape) for name, tensor in module.named_parameters()}
+    return shapes
+
+
+def row_paths(rule):
+    """What new router rows copy from the base's router: role -> path there."""
+    return {"weight": rule.rows, "bias": bias_path(rule), "scale": rule.expert_scale}
+
+
+def placed(tensors, layers, device, dtype):
+    """An adapter's tensors where they belong, beside the base's, or on `device`; in `dtype` or their own, whichever is
+    wider. Out of the file's map, and aligned."""
+    found, lowest = {}, min((int(name.split(".")[1]) for name in tensors if name.startswith("layers.")), default=None)
+    for name, tensor in tensors.items():
+        role, number, part = name.split(".")[:3]
+        if role != "projector":
+            layer = layers[lowest if role == "gate" else int(number)]
+            with onloaded(layer.experts if part == "experts" else layer.router) as module:
+                device = next(module.parameters()).device
+        found[name] = tensor.to(device, torch.promote_types(tensor.dtype, dtype), copy=True)
+    return found
+
+
+def split_by_part(tensors):
+    """An adapter's tensors by layer (`int`), "gate" and "projector", each by role."""
+    parts = {}
+    for name, tensor in tensors.items():
+        part, key = name.split(".", 1)
+        if part == "layers":
+            part, key = key.split(".", 1)
+        parts.setdefault(int(part) if part.isdecimal() else part, {})[key] = tensor
+    return parts
+
+
 def stored_dtype(name, dtype):
     """What a tensor is stored in: the gate always in float32, for its rounding would move tokens across the line."""
     return torch.float32 if name.startswith("gate.") else dtype
@@ -64,36 +125,9 @@ class AdapterTensors:
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
     def set_trainable(self, stage="finetune", train_projector=None, adapter_name=None):
-        """Freezes and unfreezes for a stage, and returns what trains (name -> parameter), in float32.
-
-        Everything but this adapter is frozen, and its config notes on top of which ones it trains. One bf16 AdamW step
-        at 2e-5 would leave most weights as they were. With exclusive selection a layer's only new expert has a fixed
-        weight, so its row has no gradient and stays frozen.
-
-        Raises:
-            ValueError: a stage with nothing to train; an adapter that is not active, or that another one stands on.
-        """
-        if stage not in ("align", "finetune"):
-            raise ValueError(f"stage={stage!r} is not known; allowed: 'align', 'finetune'.")
-        adapter_name = self.resolve_name(adapter_name)
-        self.begin_training(adapter_name)
-        with_projector = stage == "align" or (True if train_projector is None else train_projector)
-        trained = {}
-        for name, tensor in self.adapter_tensors(adapter_name).items():
-            train_it = stage == "finetune" and self.learns(name, adapter_name)
-            if with_projector if name.startswith("projector.") else train_it:
-                trained[name] = tensor
-        if not trained:
-            raise ValueError(
-                f"stage={stage!r} has nothing to train: align needs an encoder (from_base(..., encoder=...)), "
-                "finetune needs new experts (extended_layers, or model.extend(plan))."
-            )
-        self.require_gradients([])
-        for tensor in trained.values():
-            tensor.requires_grad_(True)
-            tensor.data = tensor.data.float()
-        self.stand_on_active(adapter_name)
-        return trained
+        """Freezes and unfreezes for a stage, and returns what trains: `modeling_moextend.training.trainable`."""
+        trainable = from_package("training.trainable", "Training by stages")
+        return trainable.set_trainable(self, stage, train_projector, adapter_name)
 
     def require_gradients(self, adapter_names):
         """The tensors of these adapters that any stage trains ask for gradients, and no others do."""

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, CLIPVisionConfig, MixtralConfig, PreTrainedConfig, SiglipVisionConfig
 
 from modeling_moextend import MoExtendConfig, MoExtendForCausalLM
-from modeling_moextend.configuration_moextend import CHOICES, routing_choices
+from modeling_moextend.attaching.choices import routing_choices
+from modeling_moextend.configuration_moextend import CHOICES
 from modeling_moextend.validation_moextend import ENTRIES, OWN
 
 ENCODER = {

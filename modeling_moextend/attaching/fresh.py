@@ -1,49 +1,90 @@
-"""What `from_base` does: a base is loaded and checked, its rule found, and the first adapter attached."""
+"""Attaching the first adapter to a base that was never extended."""
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..base_checks_moextend import check_layout, check_not_extended, check_plan
-from ..configuration_moextend import normalise_plan, routing_choices
+from ..base_checks_moextend import base_rule, check_layout, check_not_extended, check_plan
+from ..configuration_moextend import normalise_plan
 from ..families_moextend import find_moe_layers
-from ..loading_moextend import identity, load_base, load_new_encoder, undone_on_error
+from ..loading_moextend import load_base, undone_on_error
+from .choices import routing_choices
 from .layouts import check_request
-from .rules import complete_rule
+from .parts import identity, load_new_encoder
+from .selfcheck import self_checked
 
 
-def extend_base(cls, base, extended_layers, encoder, choices, image_token_id, adapter_name, entries, options):
-    """See `from_base`, of the class `cls`.
+def from_base(
+    cls,
+    base,
+    extended_layers=None,
+    *,
+    scope=None,
+    selection=None,
+    calibration=None,
+    paper=False,
+    encoder=None,
+    image_token_id=None,
+    encoder_select_layer=-2,
+    encoder_select_feature="patch",
+    projector_hidden_act="gelu",
+    calibration_hidden_size=16,
+    gate_hidden_size=64,
+    gate_threshold=0.0,
+    adapter_name="default",
+    **kwargs,
+):
+    """Attaches new experts, and an encoder, to a pretrained MoE causal LM.
 
     Args:
-        choices: keywords of `routing_choices`.
-        entries: more of the config, name -> value.
-        options: to the base's `from_pretrained`.
+        base: Hub id, folder, or a loaded model (which is extended in place; its own tensors never change).
+        extended_layers: decoder layer index -> source experts; one new expert for each.
+        scope: which tokens may use new experts: `"all"`, `"modality"` (default with an encoder) or `"gate"`
+            (default without one; the gate lets no token through until it is trained).
+        selection: `"compete"` (base experts and new ones share one top-k) or `"exclusive"` (default).
+        calibration: whose weights are calibrated: `"all"`, `"routed"` (default with `"compete"`) or `"none"`
+            (default with `"exclusive"`, which takes no other).
+        paper: sets the paper's three (`"all"`, `"compete"`, `"all"`) and refuses others.
+        encoder: CLIP or SigLIP vision checkpoint or model; `None` for text only.
+        image_token_id: stands for image features in `input_ids`; default: the first id past the embedding. With a
+            processor: `processor.image_token_id`.
+        adapter_name: what the adapter is called in this model, where more are to come.
+        **kwargs: to the base's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
+
+    Raises:
+        ValueError: no MoE layers; a family without the interface; a layer that is no MoE layer; a source out of
+            range; nothing to add; no causal LM; choices without meaning. A base given as a model stays as it was.
+        ImportError: only the code of an adapter is there, and not the package, which finds a base's routing rule.
     """
     plan = normalise_plan(extended_layers)
-    choices = routing_choices(**choices, has_encoder=encoder is not None)
+    choices = routing_choices(scope, selection, calibration, paper, has_encoder=encoder is not None)
     if not plan and encoder is None:
         raise ValueError(
             "Nothing to add: extended_layers is empty and there is no encoder. Name layers and source experts, "
             "like extended_layers={2: [1]}, or pass encoder=... to begin with a projector."
         )
     if not isinstance(base, PreTrainedModel):
-        check_request(base, options)
-        base = load_base(base, cls.auto_base_class, **options)
+        check_request(base, kwargs)
+        base = load_base(base, cls.auto_base_class, **kwargs)
     check_not_extended(base)
     check_causal_lm(base, cls.auto_base_class)
     check_layout(base)
     layers = find_moe_layers(base.get_decoder())
     check_plan(layers, plan)
-    encoder = load_new_encoder(encoder, base, options)
+    encoder = load_new_encoder(encoder, base, kwargs)
     config = cls.config_class(
         **identity(base, encoder),
+        encoder_select_layer=encoder_select_layer,
+        encoder_select_feature=encoder_select_feature,
+        projector_hidden_act=projector_hidden_act,
         image_token_id=base.get_input_embeddings().weight.shape[0] if image_token_id is None else image_token_id,
         extended_layers=plan,
-        routing_rule=complete_rule({}, layers, plan)._asdict(),
+        calibration_hidden_size=calibration_hidden_size,
+        gate_hidden_size=gate_hidden_size,
+        gate_threshold=gate_threshold,
         dtype=base.dtype,
         **choices,
-        **entries,
     )
-    with undone_on_error(base, encoder):
+    rule = base_rule(config, layers)
+    with undone_on_error(base, encoder), self_checked(layers, plan, rule, adapter_name):
         return cls(config, base, encoder, adapter_name=adapter_name)
 
 

@@ -11,7 +11,7 @@ import contextlib
 import torch
 
 from ..families_moextend import call_router, correction_of, family_of, is_top_k, num_groups, onloaded, tensor_at
-from ..layers_moextend import run_pairs
+from ..layers_moextend import is_extended, run_pairs
 from ..routing_moextend import SCORES, RouterOutput, choice_keys, expert_weights, rule_with_shared_experts
 from ..tools.modes import evaluation_mode
 
@@ -21,19 +21,19 @@ HALF = 0.03
 
 
 @contextlib.contextmanager
-def self_checked(layers, plan, rule, passes, name):
+def self_checked(layers, plan, rule, name):
     """Tries the layers of `plan` around the block, which puts new experts of the adapter `name` into them.
 
     Raises:
         ValueError: a layer that is not what it was, or whose new rows or experts are no copies; says family and layer.
     """
     tokens = {index: sample_tokens(layers[index], rule) for index in plan}
-    with passes.using(enabled=False):
+    with switched_off(layers):
         outputs = {index: run(layers[index], rule, found) for index, found in tokens.items() if found is not None}
     yield
     for index, expected in outputs.items():
         try:
-            with passes.using(enabled=False):
+            with switched_off(layers):
                 check_off(lambda: run(layers[index], rule, tokens[index]), expected)  # noqa: B023
             check_layer(layers[index], name, rule, tokens[index], plan[index], expected)
         except AssertionError as error:
@@ -41,6 +41,12 @@ def self_checked(layers, plan, rule, passes, name):
                 f"Layer {index} of {family_of(layers[index].router)} can't be extended: {error}. Please report this "
                 f"with the version of transformers; the rule that was found is {rule}."
             ) from error
+
+
+def switched_off(layers):
+    """Context in which layers that are extended already run without new experts."""
+    router = next(iter(layers.values())).router
+    return router.moextend.passes.using(enabled=False) if is_extended(router) else contextlib.nullcontext()
 
 
 def sample_tokens(layer, rule):

@@ -13,14 +13,13 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-import torch
 from transformers.utils import cached_file
 
 from ..adapter_file_moextend import check_tensors, write_folder
-from ..base_checks_moextend import check_fingerprint
+from ..base_checks_moextend import base_rule, check_fingerprint, check_plan
+from ..families_moextend import find_moe_layers
 from ..loading_moextend import SHARED_HUB_KWARGS, check_no_adapter, location_of
-from ..modeling_moextend import MoExtendForCausalLM
-from ..tensors_moextend import fingerprint
+from ..tensors_moextend import fingerprint, tensor_shapes
 from ..vision_moextend import load_encoder
 from .base_weights import TOKENIZER, Checkpoint, checkpoint_fingerprint, skeleton, unusable
 from .files import copy_file
@@ -155,9 +154,10 @@ def check_fit(config, base_config, checkpoint, stored, check_base):
         config.text_config, config.routing_rule = copy.deepcopy(base_config), None
         config.base_model_name_or_path, config.base_model_revision = checkpoint.name, None
         config.base_fingerprint = found
-    with torch.device("meta"):
-        model = MoExtendForCausalLM(config, base=base)
-    check_tensors(model.adapter_tensors(), stored)
+    layers = find_moe_layers(base.get_decoder())
+    check_plan(layers, config.extended_layers)
+    base_rule(config, layers)
+    check_tensors(tensor_shapes(config, layers), stored)
 
 
 def base_skeleton(checkpoint, config):

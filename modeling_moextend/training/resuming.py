@@ -1,8 +1,10 @@
 """Taking up a saved state of the adapter that a model has."""
 
-from ..adapter_file_moextend import put_tensors, read_adapter
+import torch
+
+from ..adapter_file_moextend import check_tensors, read_adapter
 from ..compatibility_moextend import check_nothing_above
-from ..tensors_moextend import same_fingerprint
+from ..tensors_moextend import same_fingerprint, shard_like
 
 HOW_TO_READ = (  # entries of the config without which the tensors of an adapter mean something else
     "extended_layers",
@@ -26,7 +28,11 @@ def load_adapter_tensors(model, name_or_path, *, check_base=True, **hub_kwargs):
     check_nothing_above(model.adapters, name)
     config, other = model.adapters[name].config, stored.config_for_loading()
     check_same_kind(config, other, name_or_path, check_base)
-    put_tensors(model.adapter_tensors(), stored)
+    live = model.adapter_tensors()
+    check_tensors({name: tensor.shape for name, tensor in live.items()}, stored)
+    with torch.no_grad():
+        for name, tensor in stored.tensors.items():
+            live[name].copy_(shard_like(tensor, live[name]))
     config.gate_threshold = other.gate_threshold
 
 

@@ -11,8 +11,9 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..attaching.choices import routing_choices
 from ..base_checks_moextend import check_plan
-from ..configuration_moextend import MoExtendConfig, check_routing_choices, normalise_plan, routing_choices
+from ..configuration_moextend import MoExtendConfig, check_routing_choices, normalise_plan
 from ..data.llava import load_llava, read_entries
 from ..data.processors import load_processor
 from ..extender.router_probe import measure_router_shift, probe_config

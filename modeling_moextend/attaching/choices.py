@@ -1,0 +1,30 @@
+"""The choices of a new adapter: who may use new experts, how they are chosen, whose weights are calibrated."""
+
+PAPER = {"scope": "all", "selection": "compete", "calibration": "all"}
+
+
+def routing_choices(scope=None, selection=None, calibration=None, paper=False, has_encoder=False):
+    """The three choices of a new adapter as a `dict`, those left at `None` filled in.
+
+    | | `None` means | with `paper` |
+    |---|---|---|
+    | scope | `"modality"` with an encoder, else `"gate"` | `"all"` |
+    | selection | `"exclusive"` | `"compete"` |
+    | calibration | `"none"` with exclusive selection, else `"routed"` | `"all"` |
+
+    Raises:
+        ValueError: `paper`, and a choice that is not the paper's.
+    """
+    given = {"scope": scope, "selection": selection, "calibration": calibration}
+    if paper:
+        others = {name: value for name, value in given.items() if value not in (None, PAPER[name])}
+        if others:
+            raise ValueError(f"paper=True means {PAPER}, but {others} was given: leave out one or the other.")
+        return dict(PAPER)
+    if scope is None:
+        given["scope"] = "modality" if has_encoder else "gate"
+    if selection is None:
+        given["selection"] = "exclusive"
+    if calibration is None:
+        given["calibration"] = "none" if given["selection"] == "exclusive" else "routed"
+    return given

@@ -1,0 +1,133 @@
+"""Adding new experts to a model that has an adapter: on top of it (`add_adapter`), or to it (`extend`)."""
+
+import copy
+import os
+
+from ..base_checks_moextend import base_rule, check_plan
+from ..compatibility_moextend import check_new_name, check_nothing_above, check_together
+from ..configuration_moextend import normalise_plan
+from ..layers_moextend import remove_experts
+from ..tensors_moextend import split_by_part
+from .choices import routing_choices
+from .parts import identity, load_new_encoder
+from .selfcheck import self_checked
+from .start_values import start_tensors
+
+
+def add_adapter(
+    model,
+    adapter_name,
+    extended_layers=None,
+    *,
+    scope=None,
+    selection=None,
+    calibration=None,
+    encoder=None,
+    image_token_id=None,
+    **entries,
+):
+    """Adds a new adapter on top of the active ones: continual extension.
+
+    Those that are there are frozen; the new one is active with those that were, and is what trains, and what
+    `save_pretrained` saves. Its config's `trained_on` tells on top of which adapters it was made.
+
+    Args:
+        adapter_name: a name that no other adapter has.
+        extended_layers, scope, selection, calibration, encoder, image_token_id: as in `from_base`; of several active
+            adapters all select alike, `calibration` is "none" for each, and at most one has an encoder.
+        **entries: more of the config: `gate_hidden_size`, `gate_threshold`, `encoder_select_layer`, ...
+
+    Raises:
+        ValueError: a name that is taken; a plan that does not fit; choices that can't be active together with those of
+            the adapters below. The model is as it was.
+    """
+    with model.passes.lock:
+        check_new_name(adapter_name, model)
+        plan, below = normalise_plan(extended_layers), list(model.passes.current.active)
+        if not model.passes.selection().enabled:
+            raise ValueError("The adapters are off, and a new one goes on top of the active ones: enable_adapters().")
+        if not plan and encoder is None:
+            raise ValueError("Nothing to add: give extended_layers, like {2: [1]}, or encoder=... for a projector.")
+        layers = model.moe_layers
+        check_plan(layers, plan)
+        encoder = load_new_encoder(encoder, model.base)
+        vocab_size = model.get_input_embeddings().weight.shape[0]
+        config = model.config_class(
+            **identity(model.base, encoder),
+            image_token_id=vocab_size if image_token_id is None else image_token_id,
+            extended_layers=plan,
+            routing_rule=model.config.routing_rule,
+            trained_on=described(model, below),
+            dtype=model.base.dtype,
+            **routing_choices(scope, selection, calibration, has_encoder=encoder is not None),
+            **entries,
+        )
+        check_together({**{name: model.adapters[name].config for name in below}, adapter_name: config}, model)
+        rule = base_rule(config, layers)
+        try:
+            with self_checked(layers, plan, rule, adapter_name):
+                model.attach_adapter(adapter_name, config, start_tensors(config, layers, model.base), encoder)
+        except BaseException:
+            model.remove_adapter(adapter_name)
+            raise
+        model.adapters[adapter_name].depends_on = set(below)
+        model.activate([*below, adapter_name])
+        model.require_gradients([adapter_name])
+
+
+def described(model, adapter_names):
+    """What `trained_on` keeps of adapters; where one lies only if it is no folder of this machine."""
+    sources = {name: model.adapters[name].config.name_or_path for name in adapter_names}
+    return [
+        {
+            "name": name,
+            "fingerprint": model.fingerprint_of(name),
+            "name_or_path": source if source and not os.path.exists(source) else None,
+        }
+        for name, source in sources.items()
+    ]
+
+
+def extend(model, plan):
+    """Adds new experts in place, {decoder layer: [source experts]}, and keeps the projector: stage finetune.
+
+    With several adapters, to the one that trains.
+
+    Raises:
+        ValueError: a layer that is no MoE layer or has new experts already, a source out of range, an empty plan;
+            several adapters of which none is on top; new experts that can't share tokens with active ones.
+    """
+    with model.passes.lock:
+        plan, name = normalise_plan(plan), model.resolve_name()
+        adapter, layers = model.adapters[name], model.moe_layers
+        config = adapter.config
+        if not plan:
+            raise ValueError("The plan is empty: name layers and source experts, like {2: [1]}.")
+        check_plan(layers, plan)
+        again = sorted(plan.keys() & config.extended_layers.keys())
+        if again:
+            raise ValueError(f"Layers {again} have new experts already; a layer is extended once.")
+        if adapter.gate is not None and min(plan) < min(config.extended_layers):
+            raise ValueError(
+                f"The gate reads the input of layer {min(config.extended_layers)}, so layer {min(plan)} below it "
+                "can't be added. Name all layers at once, or begin anew with from_base(...)."
+            )
+        check_nothing_above(model.adapters, name)
+        extended = copy.copy(config)
+        extended.extended_layers = normalise_plan({**config.extended_layers, **plan})
+        rule = base_rule(extended, layers)
+        active = {one: model.adapters[one].config for one in model.passes.current.active}
+        check_together({**active, name: extended}, model)
+        with_gate = adapter.gate is None
+        tensors = start_tensors(config, layers, model.base, plan, with_gate=with_gate, with_projector=False)
+        before = adapter.layers
+        try:
+            with self_checked(layers, plan, rule, name):
+                model.attach_layers(name, adapter, plan, split_by_part(tensors))
+        except BaseException:
+            adapter.layers = before
+            for layer in plan:
+                remove_experts(layers[layer], name)
+            raise
+        config.extended_layers = extended.extended_layers
+        model.passes.change()

@@ -1,0 +1,75 @@
+"""Where every new tensor starts."""
+
+import torch
+from torch import nn
+
+from ..families_moextend import correction_of, onloaded, tensor_at
+from ..gate_moextend import TokenGate
+from ..layers_moextend import input_device
+from ..routing_moextend import Calibration, Rule
+from ..tensors_moextend import row_paths
+from ..vision_moextend import Projector
+
+
+def start_tensors(config, layers, base, plan=None, *, with_gate=True, with_projector=True):
+    """Every tensor of a new adapter by role, in float32; of one that is extended, those of the layers of `plan`.
+
+    | tensor | start | why |
+    |---|---|---|
+    | expert | copy of its source expert | Eq. 8: knows what the base knows |
+    | router row, bias, correction bias, scale | copy of its source's | Eq. 8: chosen and weighed where its source is |
+    | calibration fc1 | uniform, 1/sqrt(E + N) (nn.Linear's) | something to learn from |
+    | calibration fc2 | zero | identity at first |
+    | gate | `TokenGate`: last layer zero, bias -1 | closed: an untrained adapter is the base, bit for bit |
+    | projector | nn.Linear's | learns in stage align |
+
+    Args:
+        config: the adapter's, with its routing rule.
+        layers: decoder layer -> `MoELayer` of the base.
+    """
+    tensors, modules = {}, {}
+    plan = config.extended_layers if plan is None else plan
+    for index, sources in plan.items():
+        tensors |= {f"layers.{index}.{name}": value for name, value in copies(layers[index], sources, config).items()}
+        if config.calibration != "none":
+            device = tensors[f"layers.{index}.router.weight"].device
+            size = layers[index].num_experts + len(sources)
+            calibration = Calibration(size, config.calibration_hidden_size, device=device)
+            nn.init.zeros_(calibration.fc2.weight)
+            tensors |= named(f"layers.{index}.calibration", calibration)
+    if config.scope == "gate" and plan and with_gate:
+        rows = tensors[f"layers.{min(plan)}.router.weight"]
+        modules["gate"] = TokenGate(rows.shape[-1], config.gate_hidden_size, device=rows.device)
+    if config.encoder_config is not None and with_projector:
+        sizes = config.encoder_config.hidden_size, config.get_text_config().hidden_size
+        modules["projector"] = Projector(*sizes, config.projector_hidden_act, device=input_device(base))
+    for part, module in modules.items():
+        tensors |= named(part, module)
+    return tensors
+
+
+def named(part, module):
+    """A module's parameters by role."""
+    return {f"{part}.{name}": tensor.detach() for name, tensor in module.named_parameters()}
+
+
+def copies(layer, sources, config):
+    """What new experts of one layer copy from their sources: role -> value."""
+    rule = Rule(**config.routing_rule)
+    with onloaded(layer.experts), onloaded(layer.router) as router:
+        check_one_an_expert(layer)
+        found = {f"experts.{name}": p for name, p in layer.experts._parameters.items() if p is not None}
+        rows = {role: tensor_at(router, path) for role, path in row_paths(rule).items() if path}
+        rows["correction_bias"] = correction_of(layer, rule)
+        found |= {f"router.{role}": tensor for role, tensor in rows.items() if tensor is not None}
+        return {role: tensor.detach()[sources].to(torch.float32, copy=True) for role, tensor in found.items()}
+
+
+def check_one_an_expert(layer):
+    """Refuses experts with a parameter that does not hold one part for each expert, and names it."""
+    for name, p in layer.experts.named_parameters(recurse=False):
+        if p.dim() == 0 or len(p) != layer.num_experts:
+            raise ValueError(
+                f"{type(layer.experts).__name__}.{name} has the shape {list(p.shape)}, not one part for each of the "
+                f"{layer.num_experts} experts, so new experts can't be copied from it: this family can't be extended."
+            )

@@ -1,0 +1,49 @@
+"""What trains in which stage."""
+
+from ..attaching.extending import described
+from ..compatibility_moextend import check_nothing_above
+
+
+def set_trainable(model, stage="finetune", train_projector=None, adapter_name=None):
+    """Freezes and unfreezes for a stage, and returns what trains (name -> parameter), in float32.
+
+    Everything but this adapter is frozen, and its config notes on top of which ones it trains. One bf16 AdamW step at
+    2e-5 would leave most weights as they were. With exclusive selection a layer's only new expert has a fixed weight,
+    so its row has no gradient and stays frozen.
+
+    Raises:
+        ValueError: a stage with nothing to train; an adapter that is not active, or that another one stands on.
+    """
+    if stage not in ("align", "finetune"):
+        raise ValueError(f"stage={stage!r} is not known; allowed: 'align', 'finetune'.")
+    adapter_name = model.resolve_name(adapter_name)
+    if adapter_name not in model.passes.current.active:
+        raise ValueError(f"Adapter {adapter_name!r} is not active, so it can't train: set_adapter first.")
+    check_nothing_above(model.adapters, adapter_name)
+    with_projector = stage == "align" or (True if train_projector is None else train_projector)
+    trained = {}
+    for name, tensor in model.adapter_tensors(adapter_name).items():
+        train_it = stage == "finetune" and model.learns(name, adapter_name)
+        if with_projector if name.startswith("projector.") else train_it:
+            trained[name] = tensor
+    if not trained:
+        raise ValueError(
+            f"stage={stage!r} has nothing to train: align needs an encoder (from_base(..., encoder=...)), "
+            "finetune needs new experts (extended_layers, or model.extend(plan))."
+        )
+    model.require_gradients([])
+    for tensor in trained.values():
+        tensor.requires_grad_(True)
+        tensor.data = tensor.data.float()
+    stand_on_active(model, adapter_name)
+    return trained
+
+
+def stand_on_active(model, adapter_name):
+    """Notes that an adapter trains on top of the other active ones."""
+    adapter = model.adapters[adapter_name]
+    beside = [name for name in model.passes.current.active if name != adapter_name]
+    earlier = [entry for entry in adapter.config.trained_on if entry["name"] not in beside]
+    adapter.config.trained_on = earlier + described(model, beside)
+    adapter.depends_on.update(beside)
+    model.activate(model.passes.current.active)  # which has it on top now
