@@ -18,12 +18,11 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.utils import cached_file
 
 from .configuration_moextend import MoExtendConfig
 from .folder_moextend import all_or_nothing, locked
-from .tensors_moextend import PLAIN, DTensor
+from .tensors_moextend import PLAIN
 from .validation_moextend import short
 
 FILE = "moextend_adapter.safetensors"
@@ -75,9 +74,6 @@ class StoredAdapter(NamedTuple):
                 f"the file has tensors of {there}."
             )
         return config
-
-
-# ---------------------------------------------------------------- writing
 
 
 def shipped_code():
@@ -151,19 +147,11 @@ def checksum(tensors):
 
 
 def tensor_bytes(tensor):
-    """The bytes of a tensor; of a sharded one, those of this process's shard."""
-    if isinstance(tensor, DTensor):
-        return tensor_bytes(tensor.to_local())
-    if is_traceable_wrapper_subclass(tensor):  # torchao's values and scales
-        return b"".join(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-# ---------------------------------------------------------------- reading
-
-
 def read_adapter(name_or_path, **hub_kwargs):
-    """Reads an adapter's files: -> `StoredAdapter`. Whether it fits a model is for `put_tensors` to say.
+    """Reads an adapter's files: -> `StoredAdapter`. Whether it fits a model is for `check_tensors` to say.
 
     Raises:
         OSError: no adapter there.
@@ -187,33 +175,20 @@ def joined(contents):
     return StoredAdapter(values, tensors, first, tuple(Path(path).name for path in paths))
 
 
-def read_file(path, with_data=True):
-    """(tensors, header metadata) of one safetensors file; without data the tensors lie on the meta device."""
+def read_file(path, read=safe_open.get_tensor):
+    """(tensors, header metadata) of one safetensors file; `read`: of the open file and a key, makes a tensor."""
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
         if size > 2 * MAX_JSON:
             raise OSError(f"a header of {size} bytes")
         with safe_open(path, framework="pt") as file:
-            if with_data:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-            else:
-                parts = {key: file.get_slice(key) for key in file.keys()}
-                tensors = {key: without_data(part.get_dtype(), part.get_shape()) for key, part in parts.items()}
-            return tensors, file.metadata() or {}
+            return {key: read(file, key) for key in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged or truncated ({short(str(error))}). Nothing was loaded; fetch or save the adapter "
             "again."
         ) from error
-
-
-def without_data(dtype, shape):
-    """A tensor on the meta device; `dtype` in safetensors' word."""
-    known = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    if dtype not in known:
-        raise ValueError(f"an adapter holds tensors of {', '.join(known)}, not {short(dtype)}")
-    return torch.empty(shape, dtype=known[dtype], device="meta")
 
 
 def parse_json(text, what):
@@ -222,7 +197,7 @@ def parse_json(text, what):
         if len(text) > MAX_JSON:
             raise ValueError(f"it is longer than {MAX_JSON} characters")
         value = json.loads(text, object_pairs_hook=without_twins)
-        if not isinstance(value, dict) or is_deep(value):
+        if not isinstance(value, dict) or depth(value) > MAX_DEPTH:
             raise ValueError(f"it is no mapping, or nested deeper than {MAX_DEPTH} levels")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} can't be read: {short(str(error))}. Nothing was loaded.") from error
@@ -231,21 +206,16 @@ def parse_json(text, what):
 
 def without_twins(pairs):
     """A `dict` of JSON's pairs; which of two equal keys counts would be the parser's choice."""
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        raise ValueError(
-            f"given twice: {short([key for key, n in Counter(key for key, _ in pairs).items() if n > 1])}"
-        )
-    return entries
+    twice = [key for key, number in Counter(key for key, _ in pairs).items() if number > 1]
+    if twice:
+        raise ValueError(f"given twice: {short(twice)}")
+    return dict(pairs)
 
 
-def is_deep(value):
-    """Whether lists and mappings are nested deeper than `MAX_DEPTH`: copying and printing would not end well."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        nested = [item for item in level if isinstance(item, (dict, list))]
-        level = [inner for item in nested for inner in (item.values() if isinstance(item, dict) else item)]
-    return any(isinstance(item, (dict, list)) for item in level)
+def depth(value):
+    """How deep lists and mappings are nested: copying and printing would not end well without a limit."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(depth, inner), default=0)
 
 
 def find_files(name_or_path, hub_kwargs):
@@ -256,9 +226,9 @@ def find_files(name_or_path, hub_kwargs):
         single = cached_file(name_or_path, FILE, **optional)
         if single is None:
             raise OSError(f"{name_or_path} holds no MoExtend adapter: neither {FILE} nor {INDEX} is there.")
-        check_place(single, name_or_path)
+        check_location(single, name_or_path)
         return [single]
-    check_place(index, name_or_path)
+    check_location(index, name_or_path)
     shards = shards_of(index)
     paths = {shard: cached_file(name_or_path, shard, **optional) for shard in shards}
     missing = [shard for shard, path in paths.items() if path is None]
@@ -266,7 +236,7 @@ def find_files(name_or_path, hub_kwargs):
         names = ", ".join(missing[:8])
         raise ValueError(f"{name_or_path} lacks {len(missing)} of {len(shards)} adapter files: {names}.")
     for path in paths.values():
-        check_place(path, name_or_path)
+        check_location(path, name_or_path)
     return list(paths.values())
 
 
@@ -293,15 +263,12 @@ def is_shard(name):
     return ours and name.isprintable() and Path(name).name == name
 
 
-def check_place(path, folder):
+def check_location(path, folder):
     """Refuses links that lead out of the adapter's folder; in a Hub cache, to elsewhere than the blobs beside it."""
-    if not os.path.isdir(folder):
-        return
-    home = Path(folder).resolve()
-    homes = [home, *(parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots")]
-    place = Path(path).resolve()
-    if not any(place.is_relative_to(home) for home in homes):
-        raise ValueError(f"{path} is a link to {place}, outside the adapter's folder: put a copy there instead.")
+    own, target = Path(folder).resolve(), Path(path).resolve()
+    blobs = [parent.parent / "blobs" for parent in own.parents if parent.name == "snapshots"]
+    if os.path.isdir(folder) and not any(target.is_relative_to(allowed) for allowed in (own, *blobs)):
+        raise ValueError(f"{path} is a link to {target}, outside the adapter's folder: put a copy there instead.")
 
 
 def check_format(path, metadata):
@@ -312,9 +279,7 @@ def check_format(path, metadata):
     if int(number) > FORMAT:
         raise ValueError(f"{path} has moextend_format {number}; this version reads up to {FORMAT}. Update moextend.")
     if metadata.get("header_checksum") not in (None, header_checksum(metadata)):
-        raise ValueError(
-            f"{path} is damaged: its header does not match the header's own checksum. Nothing was loaded."
-        )
+        raise ValueError(f"{path} is damaged: its header does not match the header's checksum. Nothing was loaded.")
 
 
 def shown(name):

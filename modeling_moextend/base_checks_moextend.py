@@ -27,9 +27,6 @@ DEQUANTISE = {
 }
 
 
-# ---------------------------------------------------------------- the layout
-
-
 def quantisation_of(config):
     """The quantisation that a base's config names for it or for its language model, or `None`."""
     configs = (config, config.get_text_config(decoder=True))
@@ -95,9 +92,6 @@ def sharded_message(found):
     )
 
 
-# ---------------------------------------------------------------- what runs in place of a module
-
-
 def check_pass(model, selection):
     """Refuses a pass in which new experts would take no part, or train on a wrong gradient.
 
@@ -141,9 +135,6 @@ def replaced_message(layer, module):
     )
 
 
-# ---------------------------------------------------------------- gradients through quantised layers
-
-
 def check_gradients(model):
     """Refuses to train over a quantised base whose linear layers hand on no gradient, or a wrong one.
 
@@ -175,9 +166,6 @@ def hands_on_gradients(linear):
             2, linear.in_features, dtype=linear.weight.dtype, device=linear.weight.device, requires_grad=True
         )
         return linear(rows).requires_grad
-
-
-# ---------------------------------------------------------------- is it the right base?
 
 
 def check_not_extended(base):

@@ -37,9 +37,6 @@ def listed_names(given):
     return list(names)
 
 
-# ---------------------------------------------------------------- on this base, beside others
-
-
 def check_belongs(model, stored, name, check_base):
     """Refuses an adapter, with config `stored`, that was not made for the base of `model`."""
     if check_base and stored.base_fingerprint:
@@ -141,9 +138,6 @@ def recorded_selection(records, default):
             f"{sorted(set(found.values()))}."
         )
     return next(iter(found.values()), default)
-
-
-# ---------------------------------------------------------------- trained on top of others
 
 
 def found_below(config, fingerprints):

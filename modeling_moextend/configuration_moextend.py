@@ -2,8 +2,6 @@
 
 import copy
 import math
-import re
-from functools import partial
 from operator import index
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -15,7 +13,6 @@ SCOPES = ("all", "modality", "gate")
 SELECTIONS = ("compete", "exclusive")
 CALIBRATIONS = ("all", "routed", "none")
 SELECT_FEATURES = ("patch", "full")
-PLAIN_NAME = re.compile(r"\w[\w.-]*")  # of a folder: no dot in front, so neither hidden nor "..", and no separator
 CHOICES = {"scope": SCOPES, "selection": SELECTIONS, "calibration": CALIBRATIONS}
 CHOICES["encoder_select_feature"] = SELECT_FEATURES
 MAX_INDEX = 2**31
@@ -121,8 +118,8 @@ class MoExtendConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As in transformers, without what is no file's to say: private attributes, and an implementation, which may be
-        the name of a kernel on the Hub, so that code would be fetched."""
+        """As in transformers, without what is no file's to say: private attributes, and implementations, which may be
+        names of kernels on the Hub, so that code would be fetched."""
         ours = {
             name: value
             for name, value in config_dict.items()
@@ -248,8 +245,6 @@ def check_entries(config, others):
     problems = problems_of(entries, type(config))
     forms = {"text_config": as_config, "encoder_config": as_config}
     forms |= {"extended_layers": normalise_plan, "gate_threshold": check_threshold}
-    forms["trained_on"] = check_trained_on
-    forms |= {name: partial(check_subfolder, name) for name in ("base_subfolder", "encoder_subfolder")}
     for name, form in forms.items():
         try:
             setattr(config, name, form(entries[name]))
@@ -301,24 +296,6 @@ def meaning_problems(config):
     return problems
 
 
-def check_trained_on(entries):
-    """A copy of `trained_on`."""
-    good = isinstance(entries, list) and all(
-        isinstance(entry, dict)
-        and {"name", "fingerprint"} <= set(entry) <= {"name", "fingerprint", "name_or_path"}
-        and isinstance(entry["name"], str)
-        and isinstance(entry["fingerprint"], str | None)
-        and isinstance(entry.get("name_or_path"), str | None)
-        for entry in entries
-    )
-    if not good:
-        raise ValueError(
-            f'trained_on must be a list of {{"name": ..., "fingerprint": ...}}, one for each adapter that was below, '
-            f"not {short(entries)}."
-        )
-    return [dict(entry) for entry in entries]
-
-
 def check_threshold(threshold):
     """`threshold` as a float."""
     try:
@@ -331,13 +308,3 @@ def check_threshold(threshold):
             "lets no token through, -1e9 every one."
         )
     return value
-
-
-def check_subfolder(name, value):
-    """`value`, if it is `None` or plain names with `/` between them: a place inside the adapter's own folder."""
-    if value is None or (isinstance(value, str) and all(PLAIN_NAME.fullmatch(part) for part in value.split("/"))):
-        return value
-    raise ValueError(
-        f"{name}={short(value)} must name a folder inside the adapter's own, like 'base': no '..', no absolute path, "
-        "no backslash. Nothing was loaded."
-    )

@@ -70,9 +70,6 @@ def plain_class(module):
     return vars(type(module)).get("moextend_base", type(module))
 
 
-# ---------------------------------------------------------------- finding layers
-
-
 def find_moe_layers(decoder):
     """The MoE layers of a base: decoder layer index -> `MoELayer`.
 
@@ -104,9 +101,6 @@ def find_moe_layers(decoder):
             "3-D `down_proj` that is called with top_k_index and top_k_weights), so this family can't be extended."
         )
     raise ValueError(f"{name} has no MoE layers: MoExtend adds experts to a Mixture-of-Experts model.")
-
-
-# ---------------------------------------------------------------- reading a layer
 
 
 @contextlib.contextmanager
@@ -174,9 +168,6 @@ def sibling(module, parameters, buffers=(), **attributes):
         twin.register_buffer(name, tensor)
     twin.__dict__.update(attributes)
     return twin
-
-
-# ---------------------------------------------------------------- does a rule hold?
 
 
 class NoRule(Exception):

@@ -262,9 +262,6 @@ def keep_in_graph(output, parameters):
     return output + nothing.to(output.device, output.dtype)
 
 
-# ---------------------------------------------------------------- attaching
-
-
 @cache
 def extended_class(mixin, base_class):
     """`base_class` with `mixin` before it, one class for all. No import finds it, so pickling makes it anew."""
@@ -313,8 +310,8 @@ def attach(layers, passes, rule):
 def add_experts(layer, name, tensors, config):
     """Adds new experts of the adapter `name` to one attached layer: -> `NewExperts`.
 
-    `tensors`: those of this layer, by role ("experts.down_proj"). The class of the experts stays swapped until `detach`:
-    a pass of another thread may be on its way to them.
+    `tensors`: those of this layer, by role ("experts.down_proj"). The class of the experts stays swapped until
+    `detach`, for a pass of another thread may be on its way to them.
     """
     part = {role: {} for role in ("experts", "router", "calibration")}
     for path, tensor in tensors.items():

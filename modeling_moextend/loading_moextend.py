@@ -152,9 +152,6 @@ def check_folder(folder, config):
         raise ValueError(f"{folder} is a standalone checkpoint with a base of its own: save the adapter elsewhere.")
 
 
-# ---------------------------------------------------------------- bases
-
-
 def load_base(name_or_path, auto_class, **kwargs):
     """A base from its checkpoint; from safetensors only, unless `use_safetensors=False` allows pickled weights.
 

@@ -6,38 +6,11 @@ Letters: B samples, S tokens, I images in the batch, P image tokens an image.
 from transformers import ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
 from transformers.tokenization_utils_base import AddedToken
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from .configuration_moextend import as_config, count_image_tokens
+from .package_moextend import from_package
 
 IMAGE_TOKEN = "<image>"
-
-# The assistant's text begins with a space inside the generation markers: the prompt then ends in "ASSISTANT:" in
-# training and in generation alike, whichever way the tokenizer merges a space with the word after it.
-CHAT_TEMPLATE = (
-    "{%- macro content(message) -%}"
-    "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
-    "{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'image' -%}{{- '<image>' -}}"
-    "{%- elif part['type'] == 'text' -%}{{- part['text'] -}}"
-    "{%- else -%}{{- raise_exception('Unknown content type: ' ~ part['type']) -}}{%- endif -%}"
-    "{%- endfor -%}{%- endif -%}"
-    "{%- endmacro -%}"
-    "{{- bos_token -}}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'system' -%}{{- content(message) ~ ' ' -}}"
-    "{%- elif message['role'] == 'user' -%}{{- 'USER: ' ~ content(message) ~ ' ' -}}"
-    "{%- elif message['role'] == 'assistant' -%}"
-    "{{- 'ASSISTANT:' -}}{%- generation -%}{{- ' ' ~ content(message) ~ eos_token -}}{%- endgeneration -%}"
-    "{%- else -%}{{- raise_exception('Unknown role: ' ~ message['role']) -}}{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"
-)
-
-
-def default_chat_template(image_token=IMAGE_TOKEN):
-    """LLaVA's format, "USER: ... ASSISTANT: ...", with generation markers around the assistant's text and its EOS."""
-    return CHAT_TEMPLATE.replace("'<image>'", repr(image_token))
+BUILDING = "Building a processor"
 
 
 def to_rgb(image):
@@ -64,10 +37,10 @@ class MoExtendProcessor(ProcessorMixin):
             may then lie past the base's embedding.
         image_token (`str`): stands for an image in the text.
         num_image_tokens (`int`): features an image gives; `from_encoder` works it out.
-        chat_template (`str`, *optional*): default: the tokenizer's, or `default_chat_template()` where it has none.
+        chat_template (`str`, *optional*): default: the tokenizer's, or LLaVA's format where it has none.
 
     Raises:
-        ValueError: `num_image_tokens` is missing, or the chat template cannot render a message with an image.
+        ValueError: `num_image_tokens` is missing.
     """
 
     # Causal LMs do not take them, and `generate` refuses what the model does not take.
@@ -85,39 +58,15 @@ class MoExtendProcessor(ProcessorMixin):
         self.image_token = image_token
         self.num_image_tokens = num_image_tokens
         self.image_token_id = _add_image_token(tokenizer, image_token)
-        self.chat_template = chat_template or tokenizer.chat_template or default_chat_template(image_token)
-        _check_chat_template(self.chat_template, tokenizer, image_token)
+        self.chat_template = chat_template or tokenizer.chat_template
+        if not self.chat_template:  # a saved processor has one
+            self.chat_template = from_package("data.processors", BUILDING).default_chat_template(image_token)
 
     @classmethod
-    def from_encoder(
-        cls,
-        tokenizer,
-        image_processor,
-        encoder_config,
-        select_feature="patch",
-        image_token=IMAGE_TOKEN,
-        chat_template=None,
-    ):
-        """The processor for an encoder: CLIP's or SigLIP's config, or the vision config in it.
-
-        Raises:
-            ValueError: the image processor makes images of another size than the encoder takes.
-        """
-        encoder_config = as_config(encoder_config)
-        size = getattr(encoder_config, "vision_config", encoder_config).image_size
-        given = _pixel_size(image_processor)
-        if given is not None and given != (size, size):
-            raise ValueError(
-                f"The image processor makes images of {given[0]}x{given[1]} pixels, the encoder takes {size}x{size}. "
-                "Load the image processor from the encoder's own checkpoint."
-            )
-        return cls(
-            image_processor,
-            tokenizer,
-            image_token=image_token,
-            num_image_tokens=count_image_tokens(encoder_config, select_feature),
-            chat_template=chat_template,
-        )
+    def from_encoder(cls, tokenizer, image_processor, encoder_config, **options):
+        """The processor for an encoder, by its config: `modeling_moextend.data.processors.processor_for`."""
+        building = from_package("data.processors", BUILDING)
+        return building.processor_for(cls, tokenizer, image_processor, encoder_config, **options)
 
     def __call__(self, images=None, text=None, **kwargs):
         """Model inputs of B samples.
@@ -171,31 +120,6 @@ def _add_image_token(tokenizer, image_token):
     return tokenizer.convert_tokens_to_ids(image_token)
 
 
-def _check_chat_template(chat_template, tokenizer, image_token):
-    """Renders one message with an image: the image token must come out exactly once, and the text beside it."""
-    if isinstance(chat_template, dict):
-        chat_template = chat_template.get("default")
-    if chat_template is None:
-        return
-    probe = "What is this?"
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": probe}]}
-    try:
-        rendered, _ = render_jinja_template([[message]], chat_template=chat_template, **tokenizer.special_tokens_map)
-        problem = f"it gives {rendered[0]!r}"
-        fits = rendered[0].count(image_token) == 1 and probe in rendered[0]
-    except ImportError:  # no jinja2: everything but chat templates works
-        return
-    except Exception as error:  # whatever a template from elsewhere stumbles over
-        fits, problem = False, f"{type(error).__name__}: {error}"
-    if not fits:
-        raise ValueError(
-            f"The chat template cannot render a message with an image as {image_token!r}: {problem}. Pass "
-            "chat_template=with_image_parts(tokenizer.chat_template) to keep the base's format, "
-            "chat_template=default_chat_template() for LLaVA's (it also marks the assistant's text for "
-            "assistant_only_loss), or a template of your own; a base that has an image token: image_token=."
-        )
-
-
 def _check_image_count(images, placeholders, image_token):
     """`placeholders` [B]: image tokens a sample. `images`: B lists, a flat list, or `None`."""
     if _is_nested(images):
@@ -215,14 +139,6 @@ def _check_image_count(images, placeholders, image_token):
 def _is_nested(images):
     """Whether `images` is a list of lists, one for each sample."""
     return isinstance(images, (list, tuple)) and bool(images) and all(isinstance(s, (list, tuple)) for s in images)
-
-
-def _pixel_size(image_processor):
-    """(height, width) of what an image processor makes, or `None` where its settings do not fix it."""
-    size = getattr(image_processor, "crop_size" if getattr(image_processor, "do_center_crop", False) else "size", None)
-    if size is None or not {"height", "width"} <= set(dict(size)):
-        return None
-    return size["height"], size["width"]
 
 
 MoExtendProcessor.register_for_auto_class()

@@ -22,9 +22,6 @@ PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NEVER_TRAINED = (".correction_bias", ".router.scale")  # copied from the base, frozen
 
 
-# ---------------------------------------------------------------- by name
-
-
 def tensors_of(adapter):
     """Every new tensor of an `Adapter` by role, in file order."""
     tensors = {}
@@ -162,9 +159,6 @@ class AdapterTensors:
         return tensors_fingerprint({name: tensor for name, tensor in tensors if not name.startswith("gate.")})
 
 
-# ---------------------------------------------------------------- fingerprints
-
-
 def fingerprint(module):
     """1,024 values at fixed places over the weights of `module` (matrices and stacks), float32, base64.
 
@@ -256,9 +250,6 @@ def rounding(values):
         if torch.equal(values.to(dtype).float(), values):
             return torch.finfo(dtype).eps
     return torch.finfo(torch.float32).eps
-
-
-# ---------------------------------------------------------------- sharded tensors (FSDP2)
 
 
 def reshard(model):

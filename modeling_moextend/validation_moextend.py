@@ -6,6 +6,7 @@ Adapters are shared, so a config may be damaged, or made to do harm: to run code
 import base64
 import binascii
 import os
+import re
 import reprlib
 
 import torch
@@ -15,6 +16,8 @@ from .routing_moextend import SCORES, Rule
 FINGERPRINT_SIZE = 1024
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 NESTED_COUNT = 10**6  # no base has more layers, heads, experts or labels; some configs make a list that long
+
+PLAIN_NAME = re.compile(r"\w[\w.-]*")  # of a folder: no dot in front, so neither hidden nor "..", and no separator
 
 SHORT = reprlib.Repr()  # for messages: what was given may be huge
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 200
@@ -64,6 +67,20 @@ def is_rule(value):
     return value["score"] in SCORES
 
 
+def is_subfolder(value):
+    return isinstance(value, str) and all(PLAIN_NAME.fullmatch(part) for part in value.split("/"))
+
+
+def is_trained_on(value):
+    texts = {"name": str, "fingerprint": str | None, "name_or_path": str | None}
+    return isinstance(value, list) and all(
+        is_mapping(entry)
+        and {"name", "fingerprint"} <= set(entry) <= set(texts)
+        and all(isinstance(text, texts[key]) for key, text in entry.items())
+        for entry in value
+    )
+
+
 def is_dtype(value):
     return isinstance(getattr(torch, value, None) if isinstance(value, str) else value, torch.dtype)
 
@@ -80,6 +97,7 @@ NAME = (is_name, "a text of 1 to 4096 printable characters")
 FLAG = (is_flag, "true or false")
 MAPPING = (is_mapping, "a mapping")
 FINGERPRINT = (is_fingerprint, f"{FINGERPRINT_SIZE} float32 values in base64")
+SUBFOLDER = (is_subfolder, "a folder inside the adapter's own, like 'base': no '..', no absolute path, no backslash")
 SIZE = (is_whole(1, 4096), "an integer from 1 to 4096")
 COUNT = (is_whole(0, NESTED_COUNT), f"an integer from 0 to {NESTED_COUNT}")
 DTYPE = (is_dtype, "the name of a torch dtype")
@@ -95,6 +113,9 @@ OWN = {  # entry -> (test, what passes it, in words); the others have a function
     "image_token_id": (is_whole(-(2**31), 2**31 - 1), "an integer of 32 bits"),
     "calibration_hidden_size": SIZE,
     "gate_hidden_size": SIZE,
+    "base_subfolder": SUBFOLDER,
+    "encoder_subfolder": SUBFOLDER,
+    "trained_on": (is_trained_on, 'a list of {"name": ..., "fingerprint": ...}, one for each adapter that was below'),
     "routing_rule": (is_rule, f"a mapping with fields of a routing rule ({', '.join(Rule._fields)})"),
 }
 INHERITED = {  # what a config of transformers has beside its own; the two implementations only where a call gives them

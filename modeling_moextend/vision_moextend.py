@@ -161,9 +161,6 @@ def expand_images(pixel_values, input_ids, expand_size, image_token_id, num_imag
     return torch.cat([images for images in items for _ in range(expand_size)])
 
 
-# ---------------------------------------------------------------- generation
-
-
 class ImageGenerationMixin(GenerationMixin):
     """transformers' `generate` for prompts that hold image tokens, and for prompts of several adapters."""
 

@@ -22,8 +22,8 @@ from transformers import (
 from trl.chat_template_utils import is_chat_template_stop_token_trained
 
 from modeling_moextend.configuration_moextend import count_image_tokens
-from modeling_moextend.data.processors import with_image_parts
-from modeling_moextend.processing_moextend import MoExtendProcessor, default_chat_template, to_rgb
+from modeling_moextend.data.processors import default_chat_template, with_image_parts
+from modeling_moextend.processing_moextend import MoExtendProcessor, to_rgb
 
 # The instruct format of a base that knows text only.
 TEXT_ONLY = (
@@ -269,7 +269,7 @@ def test_a_template_that_takes_images_is_kept():
 def test_a_template_without_images_is_refused_with_the_ways_out(template, problem):
     message = f"cannot render a message with an image as '<image>': {problem}.*with_image_parts.*default_chat_template"
     with pytest.raises(ValueError, match=message):
-        MoExtendProcessor(CLIPImageProcessorPil(), build_tokenizer(chat_template=template), num_image_tokens=4)
+        build_processor(template)
 
 
 def test_with_image_parts_keeps_the_bases_format():

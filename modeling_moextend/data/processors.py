@@ -5,14 +5,38 @@ import re
 
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.utils import logging
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..processing_moextend import IMAGE_TOKEN, MoExtendProcessor, default_chat_template
+from ..configuration_moextend import as_config, count_image_tokens
+from ..processing_moextend import IMAGE_TOKEN, MoExtendProcessor
 
 logger = logging.get_logger(__name__)
 
+# The assistant's text begins with a space inside the generation markers: the prompt then ends in "ASSISTANT:" in
+# training and in generation alike, whichever way the tokenizer merges a space with the word after it.
+CHAT_TEMPLATE = (
+    "{%- macro content(message) -%}"
+    "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{{- '<image>' -}}"
+    "{%- elif part['type'] == 'text' -%}{{- part['text'] -}}"
+    "{%- else -%}{{- raise_exception('Unknown content type: ' ~ part['type']) -}}{%- endif -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{%- endmacro -%}"
+    "{{- bos_token -}}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'system' -%}{{- content(message) ~ ' ' -}}"
+    "{%- elif message['role'] == 'user' -%}{{- 'USER: ' ~ content(message) ~ ' ' -}}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{{- 'ASSISTANT:' -}}{%- generation -%}{{- ' ' ~ content(message) ~ eos_token -}}{%- endgeneration -%}"
+    "{%- else -%}{{- raise_exception('Unknown role: ' ~ message['role']) -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"
+)
+
 # Rewrites `messages` before the template that follows sees them. It ends in an expression, because Jinja would drop a
 # newline after a block, and with it the first newline of that template.
-_JOIN_PARTS = (
+JOIN_PARTS = (
     "{%- set joined = namespace(messages=[]) -%}"
     "{%- for message in messages -%}"
     "{%- if message['content'] is defined and message['content'] is not string and message['content'] is iterable -%}"
@@ -30,13 +54,18 @@ _JOIN_PARTS = (
 )
 
 
+def default_chat_template(image_token=IMAGE_TOKEN):
+    """LLaVA's format, "USER: ... ASSISTANT: ...", with generation markers around the assistant's text and its EOS."""
+    return CHAT_TEMPLATE.replace("'<image>'", repr(image_token))
+
+
 def with_image_parts(chat_template, image_token=IMAGE_TOKEN):
     """A base's own chat template, which knows text only, made to take content parts.
 
     Each message's parts are joined to one string, with `image_token` where an image stands, before `chat_template` is
     rendered: plain text gives exactly what it gave before. Generation markers are not added.
     """
-    return _JOIN_PARTS.replace("'<image>'", repr(image_token)) + chat_template
+    return JOIN_PARTS.replace("'<image>'", repr(image_token)) + chat_template
 
 
 def load_processor(name_or_path, encoder=None, assistant_only_loss=False):
@@ -67,3 +96,75 @@ def load_processor(name_or_path, encoder=None, assistant_only_loss=False):
     image_processor = AutoImageProcessor.from_pretrained(encoder, backend="pil")
     encoder_config = AutoConfig.from_pretrained(encoder)
     return MoExtendProcessor.from_encoder(tokenizer, image_processor, encoder_config, chat_template=template)
+
+
+def processor_for(
+    cls,
+    tokenizer,
+    image_processor,
+    encoder_config,
+    select_feature="patch",
+    image_token=IMAGE_TOKEN,
+    chat_template=None,
+):
+    """The processor for an encoder, an instance of `cls`.
+
+    Args:
+        encoder_config: CLIP's or SigLIP's config, or the vision config in it.
+        select_feature: "patch", or "full": with the class token.
+        chat_template: default: the tokenizer's, or `default_chat_template()` where it has none.
+
+    Raises:
+        ValueError: the image processor makes images of another size than the encoder takes, or the chat template
+            cannot render a message with an image.
+    """
+    encoder_config = as_config(encoder_config)
+    size = getattr(encoder_config, "vision_config", encoder_config).image_size
+    given = pixel_size(image_processor)
+    if given is not None and given != (size, size):
+        raise ValueError(
+            f"The image processor makes images of {given[0]}x{given[1]} pixels, the encoder takes {size}x{size}. "
+            "Load the image processor from the encoder's own checkpoint."
+        )
+    processor = cls(
+        image_processor,
+        tokenizer,
+        image_token=image_token,
+        num_image_tokens=count_image_tokens(encoder_config, select_feature),
+        chat_template=chat_template,
+    )
+    check_chat_template(processor.chat_template, tokenizer, image_token)
+    return processor
+
+
+def check_chat_template(chat_template, tokenizer, image_token):
+    """Renders one message with an image: the image token must come out exactly once, and the text beside it."""
+    if isinstance(chat_template, dict):
+        chat_template = chat_template.get("default")
+    if chat_template is None:
+        return
+    probe = "What is this?"
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": probe}]}
+    try:
+        rendered, _ = render_jinja_template([[message]], chat_template=chat_template, **tokenizer.special_tokens_map)
+        problem = f"it gives {rendered[0]!r}"
+        fits = rendered[0].count(image_token) == 1 and probe in rendered[0]
+    except ImportError:  # no jinja2: everything but chat templates works
+        return
+    except Exception as error:  # whatever a template from elsewhere stumbles over
+        fits, problem = False, f"{type(error).__name__}: {error}"
+    if not fits:
+        raise ValueError(
+            f"The chat template cannot render a message with an image as {image_token!r}: {problem}. Pass "
+            "chat_template=with_image_parts(tokenizer.chat_template) to keep the base's format, "
+            "chat_template=default_chat_template() for LLaVA's (it also marks the assistant's text for "
+            "assistant_only_loss), or a template of your own; a base that has an image token: image_token=."
+        )
+
+
+def pixel_size(image_processor):
+    """(height, width) of what an image processor makes, or `None` where its settings do not fix it."""
+    size = getattr(image_processor, "crop_size" if getattr(image_processor, "do_center_crop", False) else "size", None)
+    if size is None or not {"height", "width"} <= set(dict(size)):
+        return None
+    return size["height"], size["width"]

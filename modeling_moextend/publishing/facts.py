@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..adapter_file_moextend import read_file
 from ..tools.files import write_text
+from ..tools.inspection import without_data
 from .card import create_card
 
 FACTS = "card.json"  # what a run leaves beside the adapter for its card: arguments of `create_card`
@@ -41,7 +42,7 @@ def folder_card(folder, config, repo_id=None, *, report=None, shift=None, **give
 def read_shapes(folder):
     """name -> tensor without data, of every tensor in the adapter's files; only their headers are read."""
     files = sorted(folder.glob("moextend_adapter*.safetensors"))
-    return {name: tensor for path in files for name, tensor in read_file(path, with_data=False)[0].items()}
+    return {name: tensor for path in files for name, tensor in read_file(path, without_data)[0].items()}
 
 
 def read_facts(folder):

@@ -2,9 +2,11 @@
 
 import hashlib
 
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
 from ..adapter_file_moextend import tensor_bytes
 from ..families_moextend import onloaded
-from ..tensors_moextend import reshard
+from ..tensors_moextend import DTensor, reshard
 
 
 def base_tensors_hash(model):
@@ -22,5 +24,14 @@ def base_tensors_hash(model):
             with onloaded(owner):
                 for key, tensor in (*owner._parameters.items(), *owner._buffers.items()):
                     if tensor is not None:
-                        hashes[f"{part}.{prefix}.{key}"] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+                        hashes[f"{part}.{prefix}.{key}"] = hashlib.sha256(bytes_of(tensor)).hexdigest()
     return hashes
+
+
+def bytes_of(tensor):
+    """The bytes of a tensor; of a sharded one, those of this process's shard."""
+    if isinstance(tensor, DTensor):
+        return bytes_of(tensor.to_local())
+    if is_traceable_wrapper_subclass(tensor):  # torchao's values and scales
+        return b"".join(bytes_of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor_bytes(tensor)

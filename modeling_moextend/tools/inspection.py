@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import SafetensorsParsingError
 from transformers.utils import cached_file
@@ -17,10 +18,10 @@ from ..adapter_file_moextend import (
     read_file,
     shards_of,
     tensor_bytes,
-    without_data,
 )
 from .base_weights import unusable
 
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 ROUTING = ("scope", "selection", "calibration")
 
 
@@ -108,7 +109,20 @@ def read_headers(name_or_path, hub_kwargs):
     local = Path(name_or_path).is_dir() or hub_kwargs.get("local_files_only") or constants.HF_HUB_OFFLINE
     if not local:
         return joined(remote_headers(name_or_path, hub_kwargs))
-    return joined({path: read_file(path, with_data=False) for path in find_files(name_or_path, hub_kwargs)})
+    return joined({path: read_file(path, without_data) for path in find_files(name_or_path, hub_kwargs)})
+
+
+def without_data(file, key):
+    """A tensor of an open safetensors file, on the meta device."""
+    part = file.get_slice(key)
+    return empty(part.get_dtype(), part.get_shape())
+
+
+def empty(dtype, shape):
+    """A tensor on the meta device; `dtype` in safetensors' word."""
+    if dtype not in DTYPES:
+        raise ValueError(f"an adapter holds tensors of {', '.join(DTYPES)}, not {dtype}")
+    return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
 
 
 def remote_headers(repo_id, hub_kwargs):
@@ -119,7 +133,7 @@ def remote_headers(repo_id, hub_kwargs):
         path = "/".join(filter(None, (hub_kwargs.get("subfolder"), name)))
         try:
             header = api.parse_safetensors_file_metadata(repo_id, path, revision=hub_kwargs.get("revision"))
-            tensors = {key: without_data(tensor.dtype, tensor.shape) for key, tensor in header.tensors.items()}
+            tensors = {key: empty(tensor.dtype, tensor.shape) for key, tensor in header.tensors.items()}
         except (SafetensorsParsingError, ValueError) as error:
             raise ValueError(f"{repo_id}/{path} is damaged ({error}).") from error
         found[name] = tensors, header.metadata
