@@ -38,20 +38,12 @@ FORMER_CODE = tuple(  # files that shipped with version 0.1.0 and no longer do: 
 
 
 class StoredAdapter(NamedTuple):
-    """An adapter as it lies on disk, read once and checked against its own checksums.
+    """An adapter as it lies on disk, read once."""
 
-    values: the config in its header, as a `dict`; tensors: name -> tensor on the CPU; metadata: of the header; files:
-    names.
-    """
-
-    values: dict
-    tensors: dict
-    metadata: dict
-    files: tuple = ()
-
-    def config(self):
-        """Its `MoExtendConfig`, whole, as it was saved."""
-        return MoExtendConfig.from_dict(self.values)
+    values: dict  # the config in its header
+    tensors: dict  # name -> tensor on the CPU
+    metadata: dict  # of the header
+    files: tuple = ()  # their names
 
     def config_for_loading(self):
         """Its `MoExtendConfig`, checked against the sizes of its tensors.
@@ -82,7 +74,11 @@ def shipped_code():
 
 
 def write_folder(folder, tensors, config, max_shard_size="50GB", with_code=True):
-    """Writes a whole adapter folder, that is the shipped code, config.json and the adapter: see `write_adapter`."""
+    """Writes a whole adapter folder: the shipped code, config.json, and tensors with the config in their header.
+
+    A single file is put in place by one rename. Shards get names of their own, and the rename of the index puts them
+    all in place at once; what the old index named is removed after that.
+    """
     with all_or_nothing(folder, stale=FORMER_CODE if with_code else ()) as put:
         for source in shipped_code() if with_code else ():
             target = Path(folder) / source.name
@@ -90,16 +86,6 @@ def write_folder(folder, tensors, config, max_shard_size="50GB", with_code=True)
                 put(source.name, lambda path, source=source: shutil.copyfile(source, path))
         text = config.to_json_string(use_diff=False)
         put("config.json", lambda path: path.write_text(text, encoding="utf-8"))
-        put_adapter(put, tensors, config, max_shard_size)
-
-
-def write_adapter(folder, tensors, config, max_shard_size="50GB"):
-    """Writes tensors (name -> tensor) with the config in the header; atomic, whatever was there before.
-
-    A single file is put in place by one rename. Shards get names of their own, and the rename of the index puts them
-    all in place at once; what the old index named is removed after that.
-    """
-    with all_or_nothing(folder) as put:
         put_adapter(put, tensors, config, max_shard_size)
 
 

@@ -27,38 +27,35 @@ AUTO_MAP = {
 CALLERS = ("attn_implementation", "experts_implementation")  # what only a call says, never a file
 
 
-class MoExtendConfig(PreTrainedConfig):
-    r"""
-    Everything needed to rebuild an adapter on an unchanged base. The defaults of `scope`, `selection` and
-    `calibration` are what a config without these entries means; what a new adapter gets is up to `routing_choices`.
+DEFAULTS = {  # what a config without the entry means; what a new adapter gets is up to `attaching.routing_choices`
+    "base_model_name_or_path": None,  # Hub id or folder of the base
+    "base_model_revision": None,  # commit the adapter was made on
+    "base_fingerprint": None,  # 1,024 base values at fixed places, float32, base64
+    "text_config": None,  # the base's whole config, unchanged
+    "encoder_name_or_path": None,  # CLIP or SigLIP vision checkpoint; `None` for text only
+    "encoder_config": None,  # the encoder's vision config
+    "encoder_fingerprint": None,  # like `base_fingerprint`
+    "encoder_select_layer": -2,  # which hidden state of the encoder is projected (LLaVA-1.5: -2)
+    "encoder_select_feature": "patch",  # drops the class token, "full" keeps it
+    "projector_hidden_act": "gelu",  # activation between the projector's two linear layers
+    "image_token_id": None,  # id standing for an image feature; may lie past the embedding
+    "extended_layers": None,  # {decoder layer index: [source expert of each new expert]}
+    "scope": "all",  # tokens that may use new experts: "all"; "modality": from the first image token on; "gate": those
+    # that a learned, causal gate lets through
+    "selection": "compete",  # one top-k over old and new rows (the paper), or "exclusive"
+    "calibration": "all",  # the paper's; or "routed", "none"
+    "calibration_hidden_size": 16,  # inner width of the calibration
+    "gate_hidden_size": 64,  # width D of the gate
+    "gate_threshold": 0.0,  # the gate lets a token through when its routing margin is above this
+    "routing_rule": None,  # entries of `routing_moextend.Rule`; of version 0.1.0 three, the rest is found anew
+    "trained_on": None,  # adapters on top of which this one was trained, each {"name", "fingerprint", "name_or_path"}
+    "base_subfolder": None,  # where the base lies in the adapter's own folder, if it came along (`moextend merge`)
+    "encoder_subfolder": None,  # the same of the encoder
+}
 
-    Args:
-        base_model_name_or_path (`str`, *optional*): Hub id or folder of the base.
-        base_model_revision (`str`, *optional*): commit the adapter was made on.
-        base_fingerprint (`str`, *optional*): 1,024 base values at fixed places, float32, base64.
-        text_config (`PreTrainedConfig` or `dict`, *optional*): the base's whole config, unchanged.
-        encoder_name_or_path (`str`, *optional*): CLIP or SigLIP vision checkpoint; `None` for text only.
-        encoder_config (`PreTrainedConfig` or `dict`, *optional*): the encoder's vision config.
-        encoder_fingerprint (`str`, *optional*): like `base_fingerprint`.
-        encoder_select_layer (`int`): which hidden state of the encoder is projected (LLaVA-1.5: -2).
-        encoder_select_feature (`str`): `"patch"` drops the class token, `"full"` keeps it.
-        projector_hidden_act (`str`): activation between the projector's two linear layers.
-        image_token_id (`int`, *optional*): id standing for an image feature; may lie past the embedding.
-        extended_layers (`dict[int, list[int]]`): decoder layer index -> source expert of each new expert.
-        scope (`str`): tokens that may use new experts: `"all"`, `"modality"` (from the first image token on), or
-            `"gate"` (those that a learned, causal gate lets through).
-        selection (`str`): `"compete"` (one top-k over old and new rows, the paper) or `"exclusive"`.
-        calibration (`str`): `"all"` (the paper), `"routed"` or `"none"`.
-        calibration_hidden_size (`int`): inner width of the calibration.
-        gate_hidden_size (`int`): width D of the gate.
-        gate_threshold (`float`): the gate lets a token through when its routing margin is above this; the higher, the
-            fewer tokens. Can be changed after training (`model.gate_threshold = ...`).
-        routing_rule (`dict`, *optional*): entries of `routing_moextend.Rule`: how the base's routers work, found when
-            the experts were attached. Adapters of version 0.1.0 have three of them; the rest is found anew.
-        trained_on (`list[dict]`): the adapters on top of which this one was trained, each as {"name", "fingerprint",
-            "name_or_path"}; the last is its Hub id, or `None` where it was on none.
-        base_subfolder, encoder_subfolder (`str`, *optional*): where base and encoder lie inside the adapter's own
-            folder or repository, if they came along (a standalone checkpoint of `moextend merge`).
+
+class MoExtendConfig(PreTrainedConfig):
+    """Everything needed to rebuild an adapter on an unchanged base: the entries of `DEFAULTS`, and transformers' own.
 
     Raises:
         ValueError: values outside the allowed ones (all of them named), or a combination without meaning.
@@ -67,54 +64,13 @@ class MoExtendConfig(PreTrainedConfig):
     model_type = "moextend"
     sub_configs = {"text_config": AutoConfig, "encoder_config": AutoConfig}
 
-    def __init__(
-        self,
-        /,  # a file may hold an entry of any name, "self" as well
-        base_model_name_or_path=None,
-        base_model_revision=None,
-        base_fingerprint=None,
-        text_config=None,
-        encoder_name_or_path=None,
-        encoder_config=None,
-        encoder_fingerprint=None,
-        encoder_select_layer=-2,
-        encoder_select_feature="patch",
-        projector_hidden_act="gelu",
-        image_token_id=None,
-        extended_layers=None,
-        scope="all",
-        selection="compete",
-        calibration="all",
-        calibration_hidden_size=16,
-        gate_hidden_size=64,
-        gate_threshold=0.0,
-        routing_rule=None,
-        trained_on=None,
-        base_subfolder=None,
-        encoder_subfolder=None,
-        **kwargs,
-    ):
-        self.base_model_name_or_path = base_model_name_or_path
-        self.base_model_revision = base_model_revision
-        self.base_fingerprint = base_fingerprint
-        self.text_config = text_config
-        self.encoder_name_or_path = encoder_name_or_path
-        self.encoder_config = encoder_config
-        self.encoder_fingerprint = encoder_fingerprint
-        self.encoder_select_layer = encoder_select_layer
-        self.encoder_select_feature = encoder_select_feature
-        self.projector_hidden_act = projector_hidden_act
-        self.image_token_id = image_token_id
-        self.extended_layers = extended_layers
-        self.scope, self.selection, self.calibration = scope, selection, calibration
-        self.calibration_hidden_size = calibration_hidden_size
-        self.gate_hidden_size, self.gate_threshold = gate_hidden_size, gate_threshold
-        self.routing_rule = routing_rule
-        self.trained_on = [] if trained_on is None else trained_on
-        self.base_subfolder, self.encoder_subfolder = base_subfolder, encoder_subfolder
-        check_entries(self, kwargs)
-        kwargs.setdefault("tie_word_embeddings", False)  # the base ties its own weights; nothing here is tied
-        super().__init__(**kwargs)
+    def __init__(self, /, **entries):  # a file may hold an entry of any name, "self" as well
+        for name, default in DEFAULTS.items():
+            setattr(self, name, entries.pop(name, default))
+        self.trained_on = self.trained_on or []
+        check_entries(self, entries)
+        entries.setdefault("tie_word_embeddings", False)  # the base ties its own weights; nothing here is tied
+        super().__init__(**entries)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

@@ -30,20 +30,6 @@ ROUTER_NAMES = ("gate", "router")
 GROUPS = ("num_group", "n_group")
 CORRECTION = "e_score_correction_bias"
 
-REASONS = {  # families that no rule can carry, and why
-    "llama4": "its experts get their input scaled by the score, and all of them run on all tokens, without an index "
-    "of the chosen ones (`experts(hidden_states)`)",
-    "dbrx": "its router gives bare logits and the block around it chooses, and the weights of all experts lie in one "
-    "matrix",
-    "jetmoe": "its experts take tokens that its router has sorted by expert, and it shares out attention heads in the "
-    "same way",
-    "zaya": "its router is a deep network that hands a state on from layer to layer, and one of its choices is to use "
-    "no expert: it has no row for an expert that sees the token's hidden state",
-    "diffusion_gemma": "it writes whole blocks by diffusion; it is no causal LM",
-    "ernie4_5_vl_moe": "each of its layers has a MoE block for text and one for images, and keeps the logits of both "
-    "in one table of fixed width",
-}
-
 
 class MoELayer(NamedTuple):
     """The modules of one MoE layer that matter here, and the number E of its base experts."""
@@ -75,11 +61,9 @@ def find_moe_layers(decoder):
 
     Raises:
         ValueError: the model has no MoE layers, or none with transformers' router/experts interface; it has several in
-            one decoder layer; or its family is one of `REASONS`.
+            one decoder layer.
     """
     name, family, layers = type(decoder).__name__, family_of(decoder), {}
-    if family in REASONS:
-        raise ValueError(f"{name} ({family}) can't be extended: {REASONS[family]}.")
     for path, module in decoder.named_modules():
         experts = getattr(module, "experts", None)
         routers = [getattr(module, router, None) for router in ROUTER_NAMES]
@@ -198,22 +182,32 @@ def check_router(layer, rule):
     if rule.correction and bias is None:
         raise NoRule(f"it has no {rule.correction}")
     bias = None if bias is None else bias.float()
+    args = (bias,) if ":" in rule.correction else ()
     try:
         rows, own_bias = twin.get_parameter(rule.rows), tensor_at(twin, bias_path(rule))
         scale = twin.get_parameter(rule.expert_scale) if rule.expert_scale else None
         tokens = sample_tokens(rows)
+        missing = [p.name for p in asked_for(layer.router)[len(args) :] if goes_by(p, twin, tokens, args)]
+        output = RouterOutput(*call_router(twin, tokens, *args))
         logits = F.linear(INPUTS[rule.inputs](twin, tokens), rows, own_bias)[:, : layer.num_experts]
-    except AttributeError as error:  # a tensor that the rule names is not there
-        raise NoRule(f"it has not what the rule reads ({error})") from error
-    logits = scale_logits(logits, rule)
-    output = answer_of(layer, twin, tokens, (bias,) if ":" in rule.correction else ())
-    if not close(logits if rule.answers == "logits" else SCORES[rule.score](logits), output.router_logits):
-        raise NoRule("its logits are made otherwise")
-    if not is_top_k(output.top_k_index, choice_keys(logits, rule, bias), num_groups(layer.router)):
-        raise NoRule("it chooses otherwise")
-    made_by = rule_with_shared_experts(rule, logits, output) if rule.shared else rule
-    if not close(expert_weights(logits, output.top_k_index, made_by, expert_scale=scale), output.top_k_weights):
-        raise NoRule("its weights are made otherwise")
+        logits = scale_logits(logits, rule)
+        made_by = rule_with_shared_experts(rule, logits, output) if rule.shared else rule
+        answered = logits if rule.answers == "logits" else SCORES[rule.score](logits)
+        differs = {
+            "it also depends on " + ", ".join(missing): missing,
+            "its logits are made otherwise": not close(answered, output.router_logits),
+            "it chooses otherwise": not is_top_k(
+                output.top_k_index, choice_keys(logits, rule, bias), num_groups(layer.router)
+            ),
+            "its weights are made otherwise": not close(
+                expert_weights(logits, output.top_k_index, made_by, expert_scale=scale), output.top_k_weights
+            ),
+        }
+    except Exception as error:  # a tensor that the rule names is not there; whatever a family's code raises
+        raise NoRule(f"it can't be asked ({type(error).__name__}: {error})") from error
+    for reason, found in differs.items():
+        if found:
+            raise NoRule(reason)
 
 
 def float_twin(module):
@@ -256,29 +250,6 @@ def goes_by(parameter, twin, tokens, args):
         return not all(torch.equal(*pair) for pair in zip(*answers, strict=True))
     except Exception:  # whatever a family's code raises
         return True
-
-
-def answer_of(layer, router, tokens, args=()):
-    """What `router`, a copy of a layer's, answers for tokens [T, H]: a `RouterOutput`, or `NoRule`.
-
-    `args`: what it is called with beside hidden states.
-    """
-    missing = [p.name for p in asked_for(layer.router)[len(args) :] if goes_by(p, router, tokens, args)]
-    if missing:
-        raise NoRule(f"its choice also depends on {', '.join(missing)}, where a new row sees the hidden state alone")
-    try:
-        answer = call_router(router, tokens, *args)
-    except Exception as error:  # whatever a family's code raises
-        raise NoRule(f"asked for random tokens it fails ({type(error).__name__}: {error})") from error
-    if not isinstance(answer, tuple) or len(answer) not in (3, 4) or not all(map(torch.is_tensor, answer)):
-        raise NoRule("it does not answer (logits, weights, index)")
-    logits, weights, index, *_ = answer
-    if logits.shape != (len(tokens), layer.num_experts) or weights.shape != index.shape or len(index) != len(tokens):
-        shapes = ", ".join(str(list(part.shape)) for part in answer)
-        raise NoRule(f"it answers shapes {shapes}, not [T, E], [T, K], [T, K]")
-    if not bool(((index >= 0) & (index < layer.num_experts)).all()):
-        raise NoRule(f"it answers indices that are none of its {layer.num_experts} experts")
-    return RouterOutput(logits.float(), weights.float(), *answer[2:])
 
 
 def close(found, answered):

@@ -18,61 +18,36 @@ UNUSED = -1  # index of a slot that holds no expert: an exclusive token has only
 
 
 class RouterOutput(NamedTuple):
-    """What a router answers for T tokens, in transformers' names.
+    """What a router answers for T tokens, in transformers' names."""
 
-    router_logits [T, E] (scores where `Rule.answers` is "scores"), top_k_weights [T, K], top_k_index [T, K]; shared:
-    weights [T, S] of the experts that every token uses, where the router gives these too (inkling).
-    """
-
-    router_logits: torch.Tensor
-    top_k_weights: torch.Tensor
-    top_k_index: torch.Tensor
-    shared: torch.Tensor | None = None
+    router_logits: torch.Tensor  # [T, E]; scores in families whose `Rule.answers` is "scores"
+    top_k_weights: torch.Tensor  # [T, K]
+    top_k_index: torch.Tensor  # [T, K]
+    shared: torch.Tensor | None = None  # [T, S] weights of experts that every token uses, where it gives these too
 
 
 class Rule(NamedTuple):
-    """How a base's routers work: all that new experts need to know of them. Found by `families_moextend.find_rule`.
+    """How a base's routers work: all that new experts need to know of them. How it is found: docs/families.md."""
 
-    What a token gets of the experts it chose:
-        score: function in `SCORES` that makes scores of logits. With a correction bias (DeepSeek-V3, arXiv 2412.19437,
-            Eq. 16), score + bias decides which experts win; the weights are made from the score alone.
-        renormalise: whether the weights of the chosen experts are divided by their sum. A softmax over only the chosen
-            logits (granitemoe, gpt_oss) is the same function as softmax, then renormalise.
-        scale: factor on the weights (DeepSeek's `routed_scaling_factor`).
-        epsilon: added to the sum that renormalises (lfm2_moe: 1e-6); 0 where it is too small to matter.
-        floor: the least sum that renormalises (ernie4_5_moe's `moe_norm_min`).
-        jitter: of routers that weigh by SparseMixer (phimoe); `None` elsewhere.
-        shared: experts that every token uses and that the chosen ones share their sum with (inkling), see
-            `rule_with_shared_experts`.
-        corrected: what the correction bias is added to, `"score"` or `"logit"` (kolibri1).
-
-    How a row makes a logit:
-        inputs: function in `INPUTS` that makes what rows are multiplied with of the hidden state.
-        multiplier: factor on the logits (muse_spark).
-        softcap: logits are softcap * tanh(logits / softcap); 0: as they are (laguna).
-        answers: what the router returns first, `"logits"` or `"scores"` (gemma4).
-
-    Where a router keeps what there is one of for every expert; "": nowhere.
-        rows: parameter [E, H]; its bias, if any, is beside it.
-        correction: tensor [E], or `"argument:name"`: handed to the router, and kept in its block under that name.
-        expert_scale: factor [E] on an expert's weight after all else (gemma4).
-    """
-
-    score: str
-    renormalise: bool
-    scale: float = 1.0
-    epsilon: float = 0.0
-    floor: float = 0.0
-    jitter: float | None = None
-    shared: int = 0
-    corrected: str = "score"
-    inputs: str = "plain"
-    multiplier: float = 1.0
-    softcap: float = 0.0
-    answers: str = "logits"
-    rows: str = "weight"
-    correction: str = ""
-    expert_scale: str = ""
+    # What a token gets of the experts it chose. With a correction bias (DeepSeek-V3, arXiv 2412.19437, Eq. 16), score
+    # + bias decides which experts win; the weights are made from the score alone.
+    score: str  # function in `SCORES` that makes scores of logits
+    renormalise: bool  # weights are divided by their sum; a softmax over only the chosen logits is the same function
+    scale: float = 1.0  # factor on the weights (DeepSeek's `routed_scaling_factor`)
+    epsilon: float = 0.0  # added to the sum that renormalises (lfm2_moe: 1e-6); 0 where it is too small to matter
+    floor: float = 0.0  # the least sum that renormalises (ernie4_5_moe's `moe_norm_min`)
+    jitter: float | None = None  # of routers that weigh by SparseMixer (phimoe)
+    shared: int = 0  # experts that every token uses, which share one sum with the chosen ones (inkling)
+    corrected: str = "score"  # what the correction bias is added to, "score" or "logit" (kolibri1)
+    # How a row makes a logit.
+    inputs: str = "plain"  # function in `INPUTS` that makes what rows are multiplied with of the hidden state
+    multiplier: float = 1.0  # factor on the logits (muse_spark)
+    softcap: float = 0.0  # logits are softcap * tanh(logits / softcap); 0: as they are (laguna)
+    answers: str = "logits"  # what the router returns first, "logits" or "scores" (gemma4)
+    # Where a router keeps what there is one of for every expert; "": nowhere.
+    rows: str = "weight"  # parameter [E, H]; its bias, if any, is beside it
+    correction: str = ""  # tensor [E], or "argument:name": handed to the router, and kept in its block under that name
+    expert_scale: str = ""  # factor [E] on an expert's weight after all else (gemma4)
 
 
 SCORES = {
@@ -88,21 +63,15 @@ INPUTS = {
 
 
 class RoutingRecord(NamedTuple):
-    """What one MoE layer decided in one forward pass.
+    """What one MoE layer decided in one forward pass."""
 
-    logits [T, E + N] (base columns first), index [T, K] of the selected experts (`UNUSED` where a slot is empty),
-    scope [T] bool: tokens in the scope of at least one adapter (`None`: every token), num_base E, num_new N of all
-    adapters of the pass, margins: adapter name -> [T] routing margins of its gate, in the layer that decides for all,
-    selections: adapter name -> how it selects, of all adapters of the pass that extend any layer.
-    """
-
-    logits: torch.Tensor
-    index: torch.Tensor
-    scope: torch.Tensor | None
-    num_base: int
-    num_new: int
-    margins: dict = {}
-    selections: dict = {}
+    logits: torch.Tensor  # [T, E + N], base columns first
+    index: torch.Tensor  # [T, K] of the selected experts, `UNUSED` where a slot is empty
+    scope: torch.Tensor | None  # [T] bool: tokens in the scope of at least one adapter; `None`: every token
+    num_base: int  # E
+    num_new: int  # N, of all adapters of the pass
+    margins: dict = {}  # adapter name -> [T] routing margins of its gate, in the layer that decides for all
+    selections: dict = {}  # adapter name -> how it selects, of all adapters of the pass
 
     @property
     def selects_new(self):
@@ -204,11 +173,9 @@ def route(
     """Extends a base router's output by the new rows of one adapter, or of several that share tokens.
 
     Candidates are the base's own K winners and the N new experts: whatever limited the base's choice (groups,
-    correction bias) stays in force, and the top K of these are the top K of all. New rows stand outside the base's
-    groups: a copy of an expert whose group a token did not choose can still win.
-
-    With several adapters each row is a candidate for the tokens in its own adapter's scope. Once it is clear of which
-    adapters a token selects an expert, its weights are made as if no others were there.
+    correction bias) stays in force, and the top K of these are the top K of all. With several adapters each row is a
+    candidate for the tokens in its own adapter's scope. Once it is clear of which adapters a token selects an expert,
+    its weights are made as if no others were there.
 
     Args:
         base: `RouterOutput` of the base's router, with logits [T, E].

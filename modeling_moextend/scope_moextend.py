@@ -39,27 +39,21 @@ class NewExperts(NamedTuple):
 
 
 class LayerPlan(NamedTuple):
-    """New experts of one layer in one pass: adapter name -> `NewExperts`; name -> (first, stop), their indices counted
-    after the base's; experts of the adapters that do not take part."""
+    """New experts of one layer in one pass."""
 
-    parts: dict
-    spans: dict
-    idle: tuple
+    parts: dict  # adapter name -> `NewExperts`
+    spans: dict  # adapter name -> (first, stop): indices of its new experts, counted after the base's
+    idle: tuple  # experts of the adapters that do not take part
 
 
 class Selection(NamedTuple):
-    """Which adapters serve a pass, or all passes of one `generate`.
+    """Which adapters serve a pass, or all passes of one `generate`."""
 
-    adapters: name -> `Adapter`, all that the model has; names: those asked for, ascending; groups: tuples of names,
-    adapters of different tuples never meet on one token; per_item: names for each item of the batch, `None`: all serve
-    every item; enabled: whether new experts take part at all.
-    """
-
-    adapters: dict
-    names: tuple
-    groups: tuple
-    per_item: tuple | None = None
-    enabled: bool = True
+    adapters: dict  # name -> `Adapter`, all that the model has
+    names: tuple  # those asked for, ascending
+    groups: tuple  # tuples of names; adapters of different tuples never meet on one token
+    per_item: tuple | None = None  # names for each item of the batch; `None`: all serve every item
+    enabled: bool = True  # whether new experts take part at all
 
     @property
     def taking_part(self):
@@ -84,18 +78,13 @@ class Selection(NamedTuple):
 
 
 class AdapterSet(NamedTuple):
-    """A model's adapters at one moment; replaced as a whole, never changed.
+    """A model's adapters at one moment; replaced as a whole, never changed."""
 
-    adapters: name -> `Adapter`; active: names of those that take part, ascending; trained: the one that is trained,
-    saved and asked for its tensors where no name is given (the only active one, or the one on top of the others), or
-    `None`; switched_on: `False` after `disable_adapters`; layer_plans: names -> `layer_plans_of` them.
-    """
-
-    adapters: dict = {}
-    active: tuple = ()
-    trained: str | None = None
-    switched_on: bool = True
-    layer_plans: dict = {}
+    adapters: dict = {}  # name -> `Adapter`
+    active: tuple = ()  # names of those that take part, ascending
+    trained: str | None = None  # what is trained and saved where no name is given: the only active one, or the top one
+    switched_on: bool = True  # `False` after `disable_adapters`
+    layer_plans: dict = {}  # names -> `layer_plans_of` them
 
 
 def layer_plans_of(adapters, names):
@@ -115,19 +104,14 @@ def layer_plans_of(adapters, names):
 
 @dataclass(frozen=True)
 class PassPlan:
-    """What one forward pass was started with; the layers read it.
+    """What one forward pass was started with; the layers read it."""
 
-    layers: decoder layer -> `LayerPlan`; groups: as in `Selection`; scopes: adapter name -> [T] bool, tokens that may
-    use its new experts, not there: all tokens; gates: adapter name -> the `GatedPass` in which its gate decides;
-    records: filled with a `RoutingRecord` a layer where somebody listens; selections: adapter name -> how it selects.
-    """
-
-    layers: dict = field(default_factory=dict)
-    groups: tuple = ()
-    scopes: dict = field(default_factory=dict)
-    gates: dict = field(default_factory=dict)
-    records: dict | None = None
-    selections: dict = field(default_factory=dict)
+    layers: dict  # decoder layer -> `LayerPlan`
+    groups: tuple = ()  # as in `Selection`
+    scopes: dict = field(default_factory=dict)  # adapter name -> [T] bool: tokens in its scope; not there: all tokens
+    gates: dict = field(default_factory=dict)  # adapter name -> the `GatedPass` in which its gate decides
+    records: dict | None = None  # filled with a `RoutingRecord` a layer where somebody listens
+    selections: dict = field(default_factory=dict)  # adapter name -> how it selects
 
     def scope(self, names, like):
         """[T] bool: tokens in the scope of at least one of `names`; `None`: every token of `like` [T, ...]."""
@@ -145,14 +129,13 @@ class PassPlan:
 
 
 class ThreadState(threading.local):
-    """The plan of a thread's pass under way, and what holds for passes that it begins: `enabled`, unless `None`; the
-    `selection` that a whole `generate` keeps; where routing is recorded; adapter name -> threshold of its gate."""
+    """A thread's pass under way, and what holds for those that it begins."""
 
-    plan = None
-    enabled = None
-    selection = None
-    records = None
-    thresholds = {}  # replaced, never written to
+    plan = None  # `PassPlan`
+    enabled = None  # `False` inside `disable_adapter`; `None`: as the model says
+    selection = None  # the one that a whole `generate` keeps
+    records = None  # where routing is recorded
+    thresholds = {}  # adapter name -> threshold of its gate in place of its own; replaced, never written to
 
 
 class Passes:
@@ -194,13 +177,10 @@ class Passes:
         """
         if self.thread.plan is not None:
             return self.thread.plan
-        selection = self.selection()
-        adapters = {name: selection.adapters[name] for name in selection.taking_part}
-        names = tuple(name for name, adapter in adapters.items() if adapter.config.scope == "all")
-        selection = selection._replace(
-            groups=tuple(tuple(n for n in group if n in names) for group in selection.groups)
-        )
-        return PassPlan(self.layer_plans(selection), selection.groups, records=self.thread.records)
+        chosen = self.selection()
+        open_to_all = {name for name in chosen.names if chosen.adapters[name].config.scope == "all"}
+        groups = tuple(tuple(sorted(open_to_all.intersection(group))) for group in chosen.groups)
+        return PassPlan(self.layer_plans(chosen._replace(groups=groups)), groups, records=self.thread.records)
 
     @contextlib.contextmanager
     def using(self, **values):
@@ -241,18 +221,13 @@ def merge_overlapping(groups):
 
 
 class PassInputs(NamedTuple):
-    """What scope has to know of one forward pass.
+    """What scope has to know of one forward pass."""
 
-    input_ids [B, S], image tokens still in it, or `None` where only inputs_embeds [B, S, H] was given; position_ids
-    [B, S] or `None`: where they fall back, a new sequence starts (packed batches); attention_mask [B, past + S], 0 for
-    padding, of another shape or `None`: nothing is known of padding; cache: its state is read here.
-    """
-
-    input_ids: torch.Tensor | None
-    inputs_embeds: torch.Tensor | None
-    position_ids: torch.Tensor | None
-    attention_mask: torch.Tensor | None
-    cache: object
+    input_ids: torch.Tensor | None  # [B, S], image tokens still in it; `None` where only embeddings were given
+    inputs_embeds: torch.Tensor | None  # [B, S, H]
+    position_ids: torch.Tensor | None  # [B, S]: where they fall back, a new sequence starts (packed batches)
+    attention_mask: torch.Tensor | None  # [B, past + S], 0 for padding; of another shape: nothing is known of padding
+    cache: object  # its state is read here
 
     @property
     def tokens(self):
@@ -263,9 +238,7 @@ class PassInputs(NamedTuple):
 def plan_pass(passes, selection, inputs):
     """The `PassPlan` of a pass, and the new state of its cache (key -> tensor or `GatedPass`); see `remember`."""
     plan = PassPlan(passes.layer_plans(selection), records=passes.thread.records)
-    extending = {
-        name: adapter.config for name, adapter in selection.adapters.items() if adapter.config.extended_layers
-    }
+    extending = {name: one.config for name, one in selection.adapters.items() if one.config.extended_layers}
     if not selection.enabled or not extending:
         return plan, {}
     names = [name for name in selection.taking_part if name in extending]

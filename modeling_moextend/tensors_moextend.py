@@ -14,7 +14,7 @@ from .vision_moextend import Projector
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import DTensor
 else:
     FSDPModule = DTensor = ()
 
@@ -276,11 +276,3 @@ def gather(tensors, dtype, keep=True):
         if keep:
             whole[name] = tensor.to("cpu", stored_dtype(name, dtype))
     return whole
-
-
-def shard_like(tensor, like):
-    """A whole tensor, the same on every process, sharded as `like` is."""
-    if not isinstance(like, DTensor):
-        return tensor
-    mesh = like.device_mesh
-    return distribute_tensor(tensor.to(mesh.device_type), mesh, like.placements).to(like.device)

@@ -29,12 +29,6 @@ def is_name(value):
     return isinstance(value, str) and 0 < len(value) <= 4096 and value.isprintable()
 
 
-def is_place(value):
-    return (
-        isinstance(value, str) and not value or is_name(os.fspath(value) if isinstance(value, os.PathLike) else value)
-    )
-
-
 def is_flag(value):
     return isinstance(value, bool)
 
@@ -67,10 +61,6 @@ def is_rule(value):
     return value["score"] in SCORES
 
 
-def is_subfolder(value):
-    return isinstance(value, str) and all(PLAIN_NAME.fullmatch(part) for part in value.split("/"))
-
-
 def is_trained_on(value):
     texts = {"name": str, "fingerprint": str | None, "name_or_path": str | None}
     return isinstance(value, list) and all(
@@ -81,26 +71,25 @@ def is_trained_on(value):
     )
 
 
-def is_dtype(value):
-    return isinstance(getattr(torch, value, None) if isinstance(value, str) else value, torch.dtype)
-
-
-def is_labels(value):
-    return is_mapping(value) and all(str(key).isdecimal() and len(str(key)) < 10 for key in value)
-
-
-def are_names(value):
-    return isinstance(value, (list, tuple)) and all(map(is_name, value))
-
-
 NAME = (is_name, "a text of 1 to 4096 printable characters")
+PLACE = (lambda value: value == "" or is_name(os.fspath(value) if isinstance(value, os.PathLike) else value), NAME[1])
 FLAG = (is_flag, "true or false")
 MAPPING = (is_mapping, "a mapping")
 FINGERPRINT = (is_fingerprint, f"{FINGERPRINT_SIZE} float32 values in base64")
-SUBFOLDER = (is_subfolder, "a folder inside the adapter's own, like 'base': no '..', no absolute path, no backslash")
+SUBFOLDER = (
+    lambda value: isinstance(value, str) and all(PLAIN_NAME.fullmatch(part) for part in value.split("/")),
+    "a folder inside the adapter's own, like 'base': no '..', no absolute path, no backslash",
+)
 SIZE = (is_whole(1, 4096), "an integer from 1 to 4096")
 COUNT = (is_whole(0, NESTED_COUNT), f"an integer from 0 to {NESTED_COUNT}")
-DTYPE = (is_dtype, "the name of a torch dtype")
+DTYPE = (
+    lambda value: isinstance(getattr(torch, value, None) if isinstance(value, str) else value, torch.dtype),
+    "the name of a torch dtype",
+)
+LABELS = (
+    lambda value: is_mapping(value) and all(str(key).isdecimal() and len(str(key)) < 10 for key in value),
+    "a mapping of integers",
+)
 IMPLEMENTATION = (lambda value: is_mapping(value) or is_name(value), "a name, or a mapping to names")
 
 OWN = {  # entry -> (test, what passes it, in words); the others have a function in configuration_moextend.py
@@ -119,26 +108,18 @@ OWN = {  # entry -> (test, what passes it, in words); the others have a function
     "routing_rule": (is_rule, f"a mapping with fields of a routing rule ({', '.join(Rule._fields)})"),
 }
 INHERITED = {  # what a config of transformers has beside its own; the two implementations only where a call gives them
-    "_name_or_path": (is_place, NAME[1]),
-    "name_or_path": (is_place, NAME[1]),
-    "architectures": (are_names, "a list of names"),
-    "attn_implementation": IMPLEMENTATION,
-    "auto_map": MAPPING,
-    "chunk_size_feed_forward": COUNT,
-    "dtype": DTYPE,
-    "experts_implementation": IMPLEMENTATION,
-    "id2label": (is_labels, "a mapping of integers"),
-    "is_encoder_decoder": FLAG,
-    "label2id": MAPPING,
+    **dict.fromkeys(("_name_or_path", "name_or_path"), PLACE),
+    **dict.fromkeys(("attn_implementation", "experts_implementation"), IMPLEMENTATION),
+    **dict.fromkeys(("auto_map", "label2id"), MAPPING),
+    **dict.fromkeys(("chunk_size_feed_forward", "num_labels"), COUNT),
+    **dict.fromkeys(("dtype", "torch_dtype"), DTYPE),
+    **dict.fromkeys(("is_encoder_decoder", "output_attentions", "output_hidden_states", "return_dict"), FLAG),
+    "architectures": (lambda value: isinstance(value, (list, tuple)) and all(map(is_name, value)), "a list of names"),
+    "id2label": LABELS,
     "model_type": (lambda value: value == "moextend", "'moextend'"),
-    "num_labels": COUNT,
-    "output_attentions": FLAG,
-    "output_hidden_states": FLAG,
     "problem_type": (lambda value: value in PROBLEM_TYPES, f"one of {PROBLEM_TYPES}"),
     "quantization_config": (lambda value: is_mapping(value) or hasattr(value, "to_dict"), "a mapping"),
-    "return_dict": FLAG,
     "tie_word_embeddings": FLAG,
-    "torch_dtype": DTYPE,
     "transformers_version": NAME,
 }
 ENTRIES = OWN | INHERITED

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from modeling_moextend import MoExtendForCausalLM, adapter_file_moextend
-from modeling_moextend.adapter_file_moextend import FILE, INDEX, read_adapter, write_adapter
+from modeling_moextend.adapter_file_moextend import FILE, INDEX, read_adapter, write_folder
 from modeling_moextend.tensors_moextend import fingerprint, same_fingerprint
 from modeling_moextend.tools.hashes import base_tensors_hash
 from modeling_moextend.training.resuming import load_adapter_tensors
@@ -851,8 +851,8 @@ def test_a_second_save_replaces_the_first_whole(tmp_path):
     one, two = extended(seed=1), extended(plan={2: [1]}, seed=2)
     config = two.config.published()
     for size in ("20KB", "50GB", "20KB", "20KB"):
-        write_adapter(tmp_path, state(one), one.config.published(), max_shard_size=size)
-        write_adapter(tmp_path, state(two), config, max_shard_size=size)
+        write_folder(tmp_path, state(one), one.config.published(), max_shard_size=size)
+        write_folder(tmp_path, state(two), config, max_shard_size=size)
         assert which(tmp_path, one, two) == "new"
 
 

@@ -21,7 +21,7 @@ from test_push_to_hub import hub as hub
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_moextend import MoExtendConfig, MoExtendForCausalLM
-from modeling_moextend.adapter_file_moextend import FILE, read_adapter, shipped_code, write_adapter
+from modeling_moextend.adapter_file_moextend import FILE, read_adapter, shipped_code, write_folder
 from modeling_moextend.tensors_moextend import decode_fingerprint, fingerprint
 from modeling_moextend.tools import merge as export
 from modeling_moextend.tools import native as native_module
@@ -287,11 +287,11 @@ def test_a_file_that_leads_out_of_its_folder_is_refused(tmp_path):
     tensors = read_adapter(tmp_path / "adapter").tensors
     config = MoExtendConfig.from_pretrained(tmp_path / "adapter")
     config.base_subfolder = "../base"  # past the check of the constructor, as an attacker would write it
-    write_adapter(tmp_path / "adapter", tensors, config)
+    write_folder(tmp_path / "adapter", tensors, config)
     with pytest.raises(ValueError, match="base_subfolder='../base' must name a folder inside"):
         MoExtendForCausalLM.from_pretrained(tmp_path / "adapter")
     config.base_subfolder = "base"
-    write_adapter(tmp_path / "adapter", tensors, config)
+    write_folder(tmp_path / "adapter", tensors, config)
     (tmp_path / "adapter" / "base").symlink_to(tmp_path / "base")
     with pytest.raises(ValueError, match="is a link that leads out of"):
         MoExtendForCausalLM.from_pretrained(tmp_path / "adapter")
@@ -429,7 +429,7 @@ def test_code_and_auto_classes_are_those_of_this_version(tmp_path):
     save_pair(tmp_path)
     stored = read_adapter(tmp_path / "adapter")
     config = MoExtendConfig.from_dict({**stored.values, "auto_map": {}, "architectures": None})
-    write_adapter(tmp_path / "adapter", stored.tensors, config)
+    write_folder(tmp_path / "adapter", stored.tensors, config)
     merge(tmp_path / "adapter", tmp_path / "merged")
     merged = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert {key: merged[key] for key in ("auto_map", "architectures")} == {
@@ -445,7 +445,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     save_pair(tmp_path)
     stored = read_adapter(tmp_path / "adapter")
     stored.tensors["layers.0.router.weight"] = torch.zeros(3, 32)
-    write_adapter(tmp_path / "adapter", stored.tensors, MoExtendConfig.from_dict(stored.values))
+    write_folder(tmp_path / "adapter", stored.tensors, MoExtendConfig.from_dict(stored.values))
     with pytest.raises(
         ValueError, match=r"wrong shape: layers.0.router.weight is \(3, 32\), the model needs \(2, 32\)"
     ):

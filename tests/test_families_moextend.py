@@ -13,16 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from modeling_moextend import families_moextend
-from modeling_moextend.attaching.rules import find_rule
-from modeling_moextend.families_moextend import (
-    REASONS,
-    MoELayer,
-    check_routers,
-    family_of,
-    find_moe_layers,
-    is_top_k,
-    sibling,
-)
+from modeling_moextend.attaching.rules import REASONS, find_rule
+from modeling_moextend.families_moextend import MoELayer, check_routers, family_of, find_moe_layers, is_top_k, sibling
 from modeling_moextend.routing_moextend import SCORES, Rule, rule_weights
 
 E_, H, K = 6, 16, 2

@@ -9,6 +9,7 @@ from ..loading_moextend import load_base, undone_on_error
 from .choices import routing_choices
 from .layouts import check_request
 from .parts import identity, load_new_encoder
+from .rules import check_family
 from .selfcheck import self_checked
 
 
@@ -67,6 +68,7 @@ def from_base(
     check_not_extended(base)
     check_causal_lm(base, cls.auto_base_class)
     check_layout(base)
+    check_family(base.get_decoder())
     layers = find_moe_layers(base.get_decoder())
     check_plan(layers, plan)
     encoder = load_new_encoder(encoder, base, kwargs)

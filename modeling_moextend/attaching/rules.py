@@ -18,11 +18,12 @@ from torch.nn import functional as F
 from ..families_moextend import (
     CORRECTION,
     NoRule,
-    answer_of,
     asked_for,
     bias_path,
+    call_router,
     close,
     family_of,
+    goes_by,
     is_top_k,
     num_groups,
     plain_class,
@@ -46,6 +47,28 @@ FLOOR, SOFTCAP, JITTER = "norm_min", "router_logit_softcapping", "router_jitter_
 NUM_TOKENS = 16  # random tokens of each kind, see `random_tokens`
 COLD, FLAT, SHARP = 8.0, 0.05, 4.0
 OF_ANY_MODULE = {*nn.Module().__dict__, "forward", "_old_forward", "_hf_hook", "_is_hf_initialized"}
+
+
+REASONS = {  # families that no rule can carry, and why
+    "llama4": "its experts get their input scaled by the score, and all of them run on all tokens, without an index "
+    "of the chosen ones (`experts(hidden_states)`)",
+    "dbrx": "its router gives bare logits and the block around it chooses, and the weights of all experts lie in one "
+    "matrix",
+    "jetmoe": "its experts take tokens that its router has sorted by expert, and it shares out attention heads in the "
+    "same way",
+    "zaya": "its router is a deep network that hands a state on from layer to layer, and one of its choices is to use "
+    "no expert: it has no row for an expert that sees the token's hidden state",
+    "diffusion_gemma": "it writes whole blocks by diffusion; it is no causal LM",
+    "ernie4_5_vl_moe": "each of its layers has a MoE block for text and one for images, and keeps the logits of both "
+    "in one table of fixed width",
+}
+
+
+def check_family(decoder):
+    """Refuses a base of one of the families that no rule can carry, with the reason."""
+    family = family_of(decoder)
+    if family in REASONS:
+        raise ValueError(f"{type(decoder).__name__} ({family}) can't be extended: {REASONS[family]}.")
 
 
 # ---------------------------------------------------------------- the twin
@@ -82,6 +105,29 @@ def probe_router(layer, rows, correction, seed=0):
             tensor = tensor_at(twin, correction)
             tensor.copy_(bias.reshape(tensor.shape))
         return Probe(twin, tokens, answer_of(layer, twin, tokens, args), bias)
+
+
+def answer_of(layer, router, tokens, args=()):
+    """What `router`, a copy of a layer's, answers for tokens [T, H]: a `RouterOutput`, or `NoRule`.
+
+    `args`: what it is called with beside hidden states.
+    """
+    missing = [p.name for p in asked_for(layer.router)[len(args) :] if goes_by(p, router, tokens, args)]
+    if missing:
+        raise NoRule(f"its choice also depends on {', '.join(missing)}, where a new row sees the hidden state alone")
+    try:
+        answer = call_router(router, tokens, *args)
+    except Exception as error:  # whatever a family's code raises
+        raise NoRule(f"asked for random tokens it fails ({type(error).__name__}: {error})") from error
+    if not isinstance(answer, tuple) or len(answer) not in (3, 4) or not all(map(torch.is_tensor, answer)):
+        raise NoRule("it does not answer (logits, weights, index)")
+    logits, weights, index, *_ = answer
+    if logits.shape != (len(tokens), layer.num_experts) or weights.shape != index.shape or len(index) != len(tokens):
+        shapes = ", ".join(str(list(part.shape)) for part in answer)
+        raise NoRule(f"it answers shapes {shapes}, not [T, E], [T, K], [T, K]")
+    if not bool(((index >= 0) & (index < layer.num_experts)).all()):
+        raise NoRule(f"it answers indices that are none of its {layer.num_experts} experts")
+    return RouterOutput(logits.float(), weights.float(), *answer[2:])
 
 
 def random_twin(module, generator, **attributes):

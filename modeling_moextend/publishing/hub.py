@@ -11,6 +11,7 @@ from huggingface_hub.utils import is_jinja_available
 from transformers.utils import logging
 
 from ..adapter_file_moextend import write_folder
+from ..configuration_moextend import MoExtendConfig
 from ..tools.base_weights import TOKENIZER
 from ..tools.inspection import read_whole
 from .card import hub_id
@@ -94,7 +95,7 @@ def publish_folder(folder, repo_id, *, base=None, encoder=None, dry_run=False, *
     if not folder.is_dir():  # else the name would be looked for on the Hub
         raise ValueError(f"{folder}: no such folder.")
     stored = read_whole(str(folder))
-    config = stored.config()
+    config = MoExtendConfig.from_dict(stored.values)
     if config.base_subfolder is not None:
         raise ValueError(
             f"{folder} is a standalone checkpoint, of which only the adapter would go up. Push the adapter's own "

@@ -19,6 +19,7 @@ from ..adapter_file_moextend import (
     shards_of,
     tensor_bytes,
 )
+from ..configuration_moextend import MoExtendConfig
 from .base_weights import unusable
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -35,7 +36,7 @@ def read_whole(name_or_path, **hub_kwargs):
     with unusable():
         stored = read_adapter(name_or_path, **hub_kwargs)
         check_tensors({name: tensor.shape for name, tensor in stored.tensors.items()}, stored)
-        stored.config()  # its values are allowed ones
+        MoExtendConfig.from_dict(stored.values)  # its values are allowed ones
         return stored
 
 
@@ -51,7 +52,7 @@ def inspect_adapter(name_or_path, **hub_kwargs):
         ValueError: a damaged header, or a newer format.
     """
     stored = read_headers(name_or_path, hub_kwargs)
-    config, tensors = stored.config(), stored.tensors
+    config, tensors = MoExtendConfig.from_dict(stored.values), stored.tensors
     return {
         "adapter": str(name_or_path),
         "format": int(stored.metadata["moextend_format"]),

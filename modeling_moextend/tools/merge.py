@@ -17,6 +17,7 @@ from transformers.utils import cached_file
 
 from ..adapter_file_moextend import check_tensors, write_folder
 from ..base_checks_moextend import base_rule, check_fingerprint, check_plan
+from ..configuration_moextend import MoExtendConfig
 from ..families_moextend import find_moe_layers
 from ..loading_moextend import SHARED_HUB_KWARGS, check_no_adapter, location_of
 from ..tensors_moextend import fingerprint, tensor_shapes
@@ -70,7 +71,7 @@ def merge(
     """
     with new_folder(output) as folder:
         stored = read_whole(adapter, **hub_kwargs)
-        config = stored.config()
+        config = MoExtendConfig.from_dict(stored.values)
         if check_trained_on:
             check_alone(config, adapter)
         config.trained_on = []  # what is merged stands alone

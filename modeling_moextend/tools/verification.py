@@ -7,6 +7,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
+from ..configuration_moextend import MoExtendConfig
 from ..loading_moextend import SHARED_HUB_KWARGS, auto_class_for, check_no_adapter, load_base, load_stored, location_of
 from ..modeling_moextend import MoExtendForCausalLM
 from ..tensors_moextend import fingerprint, same_fingerprint
@@ -48,7 +49,7 @@ def verify_adapter(
     location, sample = (name_or_path, hub_kwargs), None
     try:
         stored = read_whole(name_or_path, **hub_kwargs)
-        config, tensors = stored.config(), stored.tensors
+        config, tensors = MoExtendConfig.from_dict(stored.values), stored.tensors
     except Unusable as error:
         checks = [row("file", False, str(error))]
     else:

@@ -4,7 +4,7 @@ import torch
 
 from ..adapter_file_moextend import check_tensors, read_adapter
 from ..compatibility_moextend import check_nothing_above
-from ..tensors_moextend import same_fingerprint, shard_like
+from ..tensors_moextend import DTensor, same_fingerprint
 
 HOW_TO_READ = (  # entries of the config without which the tensors of an adapter mean something else
     "extended_layers",
@@ -60,3 +60,13 @@ def check_same_kind(config, other, name, check_base):
     if problems:
         lines = "\n  ".join(problems)
         raise ValueError(f"The adapter {name} does not belong to this model; nothing was loaded.\n  {lines}")
+
+
+def shard_like(tensor, like):
+    """A whole tensor, the same on every process, sharded as `like` is."""
+    if not isinstance(like, DTensor):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # only where torch has it are there such tensors
+
+    mesh = like.device_mesh
+    return distribute_tensor(tensor.to(mesh.device_type), mesh, like.placements).to(like.device)
