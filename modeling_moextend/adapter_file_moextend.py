@@ -75,10 +75,7 @@ def shipped_code():
 
 def write_folder(folder, tensors, config, max_shard_size="50GB", with_code=True):
     """Writes a whole adapter folder: the shipped code, config.json, and tensors with the config in their header.
-
-    A single file is put in place by one rename. Shards get names of their own, and the rename of the index puts them
-    all in place at once; what the old index named is removed after that.
-    """
+    Shards get names of their own, and the rename of the index puts them all in place at once."""
     with all_or_nothing(folder, stale=FORMER_CODE if with_code else ()) as put:
         for source in shipped_code() if with_code else ():
             target = Path(folder) / source.name
@@ -141,8 +138,7 @@ def read_adapter(name_or_path, **hub_kwargs):
 
     Raises:
         OSError: no adapter there.
-        ValueError: a damaged or truncated file, a missing shard, a link to elsewhere, or a newer format; nothing was
-            loaded.
+        ValueError: a damaged or truncated file, a missing shard, a link to elsewhere, or a newer format.
     """
     with locked(name_or_path, alone=False) if os.path.isdir(name_or_path) else contextlib.nullcontext():
         files = find_files(name_or_path, hub_kwargs)
@@ -171,10 +167,8 @@ def read_file(path, read=safe_open.get_tensor):
         with safe_open(path, framework="pt") as file:
             return {key: read(file, key) for key in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is damaged or truncated ({short(str(error))}). Nothing was loaded; fetch or save the adapter "
-            "again."
-        ) from error
+        reason = f"{path} is damaged or truncated ({short(str(error))})."
+        raise ValueError(f"{reason} Nothing was loaded; fetch or save the adapter again.") from error
 
 
 def parse_json(text, what):
@@ -237,9 +231,8 @@ def shards_of(index):
         if strange or not 0 < len(shards) <= MAX_SHARDS:
             raise ValueError(f"no names of adapter files: {short(strange)}, among {len(shards)}")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise ValueError(
-            f"{index} is damaged ({error!r}). Nothing was loaded; fetch or save the adapter again."
-        ) from error
+        reason = f"{index} is damaged ({error!r})."
+        raise ValueError(f"{reason} Nothing was loaded; fetch or save the adapter again.") from error
     return shards
 
 

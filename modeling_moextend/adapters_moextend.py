@@ -1,8 +1,7 @@
 """Adapters of a model, by name: attaching, loading, switching and deleting them, without touching a base tensor.
 
-A model holds any number of adapters over one base; the one it was made or loaded with is called "default". Each has
-its own config and its own tensors; the active ones take part in a pass. Names and meaning of the methods are those of
-transformers' and PEFT's. How adapters share a token is told in docs/adapters.md, and done in routing_moextend.py.
+Each has its own config and its own tensors; the active ones take part in a pass. Names and meaning of the methods are
+those of transformers' and PEFT's. How adapters share a token: docs/adapters.md.
 """
 
 import contextlib
@@ -37,11 +36,10 @@ IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_int
 
 
 class Adapter(nn.Module):
-    """One adapter of a model: its config, its encoder and projector. Its rows and experts are modules of the base's
-    layers; `layers` says which: decoder layer -> `NewExperts`.
+    """One adapter of a model: its config, its projector, and its frozen encoder, which adapters may share.
 
-    An encoder is frozen, and shared by adapters that see with the same one; the projector is the adapter's own.
-    `depends_on`: names of the adapters of this model on top of which it was trained.
+    `layers`: decoder layer -> `NewExperts`, modules of the base's layers; `depends_on`: names of the adapters of this
+    model on top of which it was trained.
     """
 
     def __init__(self, config, encoder=None, projector=None):
@@ -56,6 +54,10 @@ class Adapter(nn.Module):
         """Its `TokenGate`, or `None` where there is none (another scope, or no extended layer yet)."""
         return self.layers[min(self.layers)].rows.gate if self.layers else None
 
+    def finds_images(self, input_ids):
+        """Whether `input_ids` (or `None`) hold its image tokens."""
+        return input_ids is not None and bool((input_ids == self.config.image_token_id).any())
+
     def train(self, mode=True):
         """The frozen encoder stays in evaluation mode."""
         super().train(mode)
@@ -66,8 +68,6 @@ class Adapter(nn.Module):
 
 class AdapterSwitch:
     """What a user does with the adapters of a model. `self.config` is the config of `self.leading`."""
-
-    # ------------------------------------------------------------ attaching, loading and deleting
 
     def attach_adapter(self, name, config, tensors, encoder=None):
         """Attaches an adapter whose new tensors (by role, as in its file) fit; nobody uses it yet."""
@@ -114,13 +114,10 @@ class AdapterSwitch:
         """Loads one more adapter beside those that are there. It takes part once `set_adapter` says so.
 
         Args:
-            name_or_path: the adapter's folder or Hub id.
+            name_or_path, check_base, check_trained_on: as in `from_pretrained`.
             adapter_name: what it is called here: a name that no other adapter has.
-            encoder: where its encoder lies, if elsewhere than its config says; or a loaded model. One that another
-                adapter sees with already is shared.
+            encoder: as in `from_pretrained`. One that another adapter sees with already is shared.
             is_trainable: whether its tensors ask for gradients at once, as those that `from_pretrained` loads do.
-            check_base: `False` loads an adapter that was made on another base (its fingerprint differs).
-            check_trained_on: `False` loads an adapter without those that it was trained on top of.
             **hub_kwargs: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`.
 
         Raises:
@@ -172,16 +169,12 @@ class AdapterSwitch:
             for name in names:
                 self.remove_adapter(name)
 
-    # ------------------------------------------------------------ switching
-
     def set_adapter(self, adapter_name, inference_mode=False, *, check_trained_on=True):
         """Makes an adapter, or a list of adapters, the active ones, and no other. Of the base no tensor is touched.
 
-        Args:
-            adapter_name: a name, or a list of names.
-            inference_mode: whether the active adapters are frozen; if not, their tensors ask for gradients, as PEFT
-                has it. Those that another one was trained on top of stay frozen, and so do inactive ones.
-            check_trained_on: `False` uses an adapter without those that it was trained on top of.
+        `adapter_name`: a name, or a list of names. Unless `inference_mode`, their tensors ask for gradients, as PEFT
+        has it; those that another one was trained on top of stay frozen. `check_trained_on=False` uses an adapter
+        without those that it was trained on top of.
 
         Raises:
             ValueError: an unknown name; a name twice; none; adapters that can't share tokens, with the reason; one
@@ -253,8 +246,6 @@ class AdapterSwitch:
         chosen = self.passes.selection()
         return chosen if adapter_names is None else select_per_item(self, chosen, adapter_names, num_items)
 
-    # ------------------------------------------------------------ asking
-
     @property
     def leading(self):
         """The adapter whose config is the model's: what trains; else the first active one; else the first one."""
@@ -304,8 +295,8 @@ class AdapterSwitch:
     def gate_threshold(self):
         """With `scope="gate"`: a token may use new experts when its routing margin is above this (default 0).
 
-        Kept in the config and saved with the adapter. Higher: less of the new task, less forgetting; see
-        `evaluation.threshold_curve`. Setting it raises `ValueError` for another scope or what is no finite number.
+        Saved with the adapter. Higher: less of the new task, less forgetting; see `evaluation.threshold_curve`.
+        Setting it raises `ValueError` for another scope or what is no finite number.
         """
         return self.config.gate_threshold
 

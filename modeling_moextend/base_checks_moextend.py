@@ -1,8 +1,7 @@
 """May this base be extended, and is it the adapter's own: layout, plan, rule, fingerprint, each refusal by name.
 
-New experts are copies of rows of the base's experts and router, and they run because these two modules are called. A
-base whose experts or router are packed, sharded or passed over would load and answer, wrongly. docs/layouts.md tells
-what works and how it was checked.
+New experts run because the base's routers and experts are called. A base whose experts or router are packed, sharded
+or passed over would load and answer, wrongly. What works, and how it was checked: docs/layouts.md.
 """
 
 import functools
@@ -93,11 +92,8 @@ def sharded_message(found):
 
 
 def check_pass(model, selection):
-    """Refuses a pass in which new experts would take no part, or train on a wrong gradient.
-
-    Hub kernels (`use_kernels=True`, `kernelize`) and other patches put a function of their own before a module's
-    forward. They may come after the adapter, and nobody would notice; so every pass asks.
-    """
+    """Refuses a pass in which new experts would take no part, or train on a wrong gradient: hub kernels
+    (`use_kernels=True`, `kernelize`) and other patches may put a function before a module's forward at any time."""
     if not selection.enabled:
         return
     if torch.is_grad_enabled():
@@ -136,12 +132,9 @@ def replaced_message(layer, module):
 
 
 def check_gradients(model):
-    """Refuses to train over a quantised base whose linear layers hand on no gradient, or a wrong one.
-
-    What a new expert learns depends on the layers above it. bitsandbytes' 4-bit layers on a CPU with AVX512-BF16
-    repack themselves at the first inference and have no backward after that; torchao's layers with quantised
-    activations never have one.
-    """
+    """Refuses to train over a quantised base whose linear layers hand on no gradient, or a wrong one: bitsandbytes'
+    4-bit layers on a CPU with AVX512-BF16 have no backward after the first inference, and torchao's layers with
+    quantised activations never."""
     if quantisation_of(model.base.config) is None or model.__dict__.get("_gradients_pass"):
         return
     for name, linear in model.base.named_modules():
@@ -161,11 +154,9 @@ def hands_on_gradients(linear):
         return False  # bitsandbytes, 4-bit
     if not is_traceable_wrapper_subclass(linear.weight):
         return True
+    like = {"dtype": linear.weight.dtype, "device": linear.weight.device, "requires_grad": True}
     with torch.enable_grad():
-        rows = torch.ones(
-            2, linear.in_features, dtype=linear.weight.dtype, device=linear.weight.device, requires_grad=True
-        )
-        return linear(rows).requires_grad
+        return linear(torch.ones(2, linear.in_features, **like)).requires_grad
 
 
 def check_not_extended(base):
@@ -201,12 +192,9 @@ def check_fingerprint(role, recorded, found, advice=None):
 
 
 def base_rule(config, layers):
-    """The routing `Rule` of the base that `layers` (index -> `MoELayer`) are of; the layers of the plan have to follow
-    it. Kept in `config`.
-
-    It was recorded when the adapter was made; the package finds it for a base that was never extended, for another
-    base than the adapter's, and for adapters of the first version, which recorded less.
-    """
+    """The routing `Rule` of the base that `layers` (index -> `MoELayer`) are of, to be kept in `config`; the layers of
+    the plan have to follow it. It was recorded when the adapter was made; the package finds it for a new base, for
+    another base than the adapter's, and for adapters of the first version, which recorded less."""
     recorded = config.routing_rule or {}
     if set(recorded) < set(Rule._fields):
         attaching = from_package("attaching", "Finding the routing rule of a base for which none is recorded")

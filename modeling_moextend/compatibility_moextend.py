@@ -9,8 +9,6 @@ from .routing_moextend import Rule
 from .scope_moextend import BASE, Selection, merge_overlapping
 from .tensors_moextend import fingerprint, same_fingerprint
 
-# ---------------------------------------------------------------- names
-
 
 def check_new_name(name, model):
     """Refuses a name that another adapter has, or that no module can have."""
@@ -178,16 +176,6 @@ def check_complete(adapters, names):
             f"Adapter {name!r} was trained on top of {missing}, and alone it is not what was trained. Use them "
             f"together: {sorted({*names, *missing})}, in set_adapter or as one entry of adapter_names; "
             "set_adapter(..., check_trained_on=False) uses it all the same."
-        )
-
-
-def check_nothing_above(adapters, name):
-    """Refuses to change an adapter that a loaded one, active or not, was trained on top of."""
-    above = [other for other in adapters if name in adapters[other].depends_on]
-    if above:
-        raise ValueError(
-            f"Adapters {above} were trained on top of {name!r} as it is, so it can't change below them: "
-            f"delete_adapter({above}), or load {name!r} in a model of its own."
         )
 
 

@@ -26,7 +26,6 @@ AUTO_MAP = {
 }
 CALLERS = ("attn_implementation", "experts_implementation")  # what only a call says, never a file
 
-
 DEFAULTS = {  # what a config without the entry means; what a new adapter gets is up to `attaching.routing_choices`
     "base_model_name_or_path": None,  # Hub id or folder of the base
     "base_model_revision": None,  # commit the adapter was made on
@@ -76,11 +75,8 @@ class MoExtendConfig(PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         """As in transformers, without what is no file's to say: private attributes, and implementations, which may be
         names of kernels on the Hub, so that code would be fetched."""
-        ours = {
-            name: value
-            for name, value in config_dict.items()
-            if name not in CALLERS and (name == "_name_or_path" or not name.startswith("_"))
-        }
+        private = {name for name in config_dict if name.startswith("_") and name != "_name_or_path"}
+        ours = {name: config_dict[name] for name in config_dict if name not in {*CALLERS, *private}}
         return super().from_dict(ours, **kwargs)
 
     @property

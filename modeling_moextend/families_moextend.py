@@ -57,12 +57,8 @@ def plain_class(module):
 
 
 def find_moe_layers(decoder):
-    """The MoE layers of a base: decoder layer index -> `MoELayer`.
-
-    Raises:
-        ValueError: the model has no MoE layers, or none with transformers' router/experts interface; it has several in
-            one decoder layer.
-    """
+    """The MoE layers of a base: decoder layer index -> `MoELayer`. `ValueError`: there are none, or none with
+    transformers' router/experts interface, or several in one decoder layer."""
     name, family, layers = type(decoder).__name__, family_of(decoder), {}
     for path, module in decoder.named_modules():
         experts = getattr(module, "experts", None)

@@ -3,9 +3,8 @@
 Letters: B batch items, S tokens of this pass, L tokens in the cache after it, T = B * S, H hidden size, D gate size.
 
 One gate serves all extended layers of its adapter. It reads the router input of the lowest one, which no new expert of
-that adapter has touched: what it sees is the base's own computation, so it can be trained once, on hidden states
-computed once, and no later training moves what it decides about the base's text. New experts of other active adapters
-below that layer are seen: they are part of what the adapter stands on.
+that adapter has touched: so it can be trained once, on hidden states of the base (or of what the adapter was trained
+on top of) computed once, and no later training moves what it decides.
 """
 
 import torch
@@ -19,9 +18,8 @@ CLOSED = -1.0  # margin of an untrained gate, for every token
 class TokenGate(nn.Module):
     """z_t = MLP([h_t, m_t]); m_t, per channel, is a mean of v(h_s) over s <= t with weights exp(k(h_s)).
 
-    The weighted mean is attention without queries (as in AFT, arXiv 2105.14103): two running sums give it in one pass
-    over a prompt and in one step a token. Weights let a single telling token (a turn marker, say) stand out in a long
-    context, where a plain running mean fades as 1/t.
+    The weighted mean is attention without queries (as in AFT, arXiv 2105.14103): two running sums give it, in one step
+    a token. Weights let a single telling token stand out in a long context, where a plain mean fades as 1/t.
 
     key, value [D, H], fc1 [D, H + D], fc2 [1, D]. fc2 starts at zero with bias -1: an untrained gate is closed.
     """
@@ -57,21 +55,17 @@ def linear(layer, hidden):
 
 
 class GatedPass:
-    """One forward pass as the gate of one adapter sees it: what it has to know, and what it finds.
+    """One forward pass as the gate of one adapter sees it. What it finds: `in_scope` [T] bool, the tokens let through,
+    and `sums` [B, L, 2 D] float32, the state of the cache after this pass; `None` before.
 
     Args:
         is_real: [B, S] bool, no padding.
-        starts: [B, S] place in this pass at which each token's sequence starts, -1: before this pass.
+        starts: [B, S] column of this pass at which each token's sequence starts, -1: before this pass.
         cached: [B, up to past, 2 D] sums after every token in the cache; `None`: no pass with the gate before.
         past_length: number of tokens in the cache; default: those of `cached`. Tokens that the cache took in without
             the gate (its adapter off, or not active) count for nothing.
         items: [B] bool, items of the batch that the gate's adapter serves; `None`: all of them.
         threshold: a token is let through when its margin is above it.
-
-    Attributes:
-        allowed: [B, S] bool, tokens that the gate may let through.
-        sums: [B, L, 2 D] float32, the state of the cache after this pass; `None` until the gate has run.
-        in_scope: [T] bool, tokens let through; `None` until the gate has decided.
     """
 
     def __init__(self, is_real, starts, cached=None, past_length=None, items=None, threshold=0.0):
@@ -97,7 +91,7 @@ class GatedPass:
         sums = terms.cumsum(dim=1)
         if self.packed:  # one sum is taken from another, which float32 is too coarse for
             sums = terms.to(torch.float64).cumsum(dim=1)
-            before = F.pad(sums, (0, 0, 1, 0))[:, :-1]  # what came before each place
+            before = F.pad(sums, (0, 0, 1, 0))[:, :-1]  # what came before each token
             sums = (sums - before.gather(1, starts.clamp(min=0).expand_as(sums))).float()
         if self.past_length:
             cached = self.filled(sums)

@@ -2,9 +2,9 @@
 
 Letters: T tokens, E base experts, N new experts of a layer, K experts a token selects, H hidden size.
 
-A base's router and experts modules keep their parameters, their names and their place; only their class is swapped for
-a subclass that asks one child module, `moextend`, what the new tensors add. Wrapping them instead would change every
-state-dict key and hide the router from transformers' output recorder. Detaching swaps the classes back.
+A base's router and experts keep their parameters and names; only their class is swapped for a subclass that asks one
+child module, `moextend`, what the new tensors add. Wrapping them instead would change every state-dict key and hide
+the router from transformers' output recorder. Detaching swaps the classes back.
 """
 
 from functools import cache
@@ -63,8 +63,7 @@ class Extension(nn.Module):
 
 
 class RouterExtension(Extension):
-    """What adapters add to one router: `RouterRows`. Without any it only records what the base's router decides, so
-    that every MoE layer is heard."""
+    """What adapters add to one router: `RouterRows`. Without any it only records what the base's router decides."""
 
     def __init__(self, layer, num_base, passes, rule):
         super().__init__(layer, num_base, passes)
@@ -104,10 +103,8 @@ class RouterExtension(Extension):
         return RoutingRecord(logits, output.top_k_index, scope, self.num_base, num_new, margins, plan.selections)
 
     def logits(self, router, hidden_states, answered, rows):
-        """The base's logits [T, E] of [T, H], and those of `rows` (name -> `RouterRows`), name -> [T, N].
-
-        `answered`: what the router answers first.
-        """
+        """The base's logits [T, E] of [T, H], and those of `rows` (name -> `RouterRows`), name -> [T, N]; `answered`:
+        what the router answers first."""
         inputs = INPUTS[self.rule.inputs](router, hidden_states)
         new = {name: part(inputs, self.rule) for name, part in rows.items()}
         if self.rule.answers == "logits":
@@ -119,10 +116,8 @@ class RouterExtension(Extension):
         return scale_logits(F.linear(inputs, *own), self.rule), new
 
     def extend(self, router, hidden_states, output, plan, layer_plan, names, correction_bias):
-        """`output`, extended by the rows of this pass's adapters, and logits [T, E + N] of all of them.
-
-        Only experts of the adapters `names` are chosen.
-        """
+        """`output`, extended by the rows of this pass's adapters, of which only `names` are chosen from, and logits
+        [T, E + N] of all of them."""
         rows = {name: part.rows for name, part in layer_plan.parts.items()}
         base_logits, new = self.logits(router, hidden_states, output.router_logits, rows)
         rule = rule_with_shared_experts(self.rule, base_logits, output) if self.rule.shared else self.rule
@@ -239,10 +234,8 @@ def own_parameters(modules):
 
 
 def run_pairs(experts, hidden_states, index, weights, chosen, first):
-    """Runs only the chosen (token, slot) pairs, each as a token with one expert: -> [len(chosen), H].
-
-    Any experts implementation takes such pairs; none has to know of slots that it should skip.
-    """
+    """Runs only the chosen (token, slot) pairs, each as a token with one expert, which any experts implementation
+    takes: -> [len(chosen), H]."""
     tokens = hidden_states[chosen // index.shape[1]]
     dtype = experts.down_proj.dtype if isinstance(experts, nn.Module) else tokens.dtype
     expert = index.reshape(-1)[chosen].unsqueeze(-1) - first
@@ -250,11 +243,8 @@ def run_pairs(experts, hidden_states, index, weights, chosen, first):
 
 
 def keep_in_graph(output, parameters):
-    """`output`, tied to those of `parameters` that train with gradient zero.
-
-    A step that does not use them would leave their gradient `None` on this process and not on another: distributed
-    training hangs or steps differently.
-    """
+    """`output`, tied to those of `parameters` that train, with gradient zero: a step without them would leave their
+    gradient `None` on this process and not on another, where distributed training hangs or steps differently."""
     trained = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []
     if not trained:
         return output
@@ -299,8 +289,7 @@ def is_extended(module):
 
 
 def attach(layers, passes, rule):
-    """Swaps the classes of the routers of `layers` (index -> `MoELayer`); those without new experts are only listened
-    to."""
+    """Swaps the classes of the routers of `layers` (index -> `MoELayer`), so that each can be recorded."""
     for index, layer in layers.items():
         if not is_extended(layer.router):
             swap_class(layer.router, extended_class(ExtendedRouter, type(layer.router)))
@@ -318,10 +307,8 @@ def add_experts(layer, name, tensors, config):
         role, key = path.split(".", 1)
         part[role][key] = tensor
     num_new, extension = len(part["router"]["weight"]), layer.router.moextend
-    rows, fixed = (
-        RouterRows(num_new, config),
-        config.selection == "exclusive" and num_new == 1,
-    )  # then without gradient
+    fixed = config.selection == "exclusive" and num_new == 1  # then without gradient
+    rows = RouterRows(num_new, config)
     for key, tensor in part["router"].items():
         setattr(rows, key, tensor if key in rows._buffers else nn.Parameter(tensor, requires_grad=not fixed))
     if part["calibration"]:

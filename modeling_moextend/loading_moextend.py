@@ -14,13 +14,7 @@ from transformers import (
 )
 from transformers.utils.hub import resolve_revision
 
-from .base_checks_moextend import (
-    check_fingerprint,
-    check_layout,
-    check_not_extended,
-    check_plan,
-    forget_other_rule,
-)
+from .base_checks_moextend import check_fingerprint, check_layout, check_not_extended, check_plan, forget_other_rule
 from .configuration_moextend import check_routing_choices
 from .families_moextend import find_moe_layers
 from .layers_moextend import detach, input_device
@@ -37,10 +31,7 @@ def load_parts(stored, base, encoder, auto_class, check_base, options, location=
 
     Args:
         stored: the adapter's `MoExtendConfig`; gets the configs of base and encoder.
-        base, encoder: model, or where it lies; `None`: where `stored` says.
-        auto_class: `AutoModelForCausalLM` or `AutoModel`.
-        check_base: whether fingerprints must agree.
-        options: to the base's `from_pretrained`.
+        base, encoder, check_base, options: as in `from_pretrained`; `auto_class`: what the base is loaded with.
         location: (folder or Hub id, keywords for the Hub) of the adapter: see `within`.
     """
     if stored.encoder_config is not None and not isinstance(encoder, PreTrainedModel):
@@ -72,10 +63,7 @@ def load_parts(stored, base, encoder, auto_class, check_base, options, location=
 
 
 def load_stored_encoder(model, stored, encoder, check_base, location):
-    """The encoder of a stored adapter that is loaded beside others; one of theirs, where it is the same.
-
-    `location`: (folder or Hub id, keywords for the Hub) of the adapter: see `within`.
-    """
+    """The encoder of a stored adapter that is loaded beside others; one of theirs, where it is the same."""
     if stored.encoder_config is None:
         return None
     for adapter in model.adapters.values() if encoder is None and stored.encoder_fingerprint else ():
@@ -108,13 +96,9 @@ def load_stored(role, given, config, loader, location=None, **kwargs):
 
 
 def location_of(role, given, config, location=None):
-    """Where base or encoder lies: (folder or Hub id, keywords for the Hub).
+    """Where the "base" or "encoder" of an adapter with `config` lies: (folder or Hub id, keywords for the Hub).
 
-    Args:
-        role: "base" or "encoder".
-        given: what the user says, which wins.
-        config: the adapter's.
-        location: (folder or Hub id, keywords for the Hub) of the adapter, if parts of it may lie there: see `within`.
+    `given`: what the user says, which wins; `location`: the same of the adapter, if parts of it may lie there.
     """
     if given is not None:
         return given, {}
@@ -143,20 +127,17 @@ def within(name_or_path, hub_kwargs, subfolder):
 def check_folder(folder, config):
     """Refuses to write over the config.json of a base or encoder."""
     for role in ("base_model", "encoder"):
-        place = getattr(config, f"{role}_name_or_path")
-        if place is not None and Path(place).is_dir() and folder.resolve() == Path(place).resolve():
-            raise ValueError(
-                f"{folder} is the folder of the adapter's {role.split('_')[0]}: save the adapter elsewhere."
-            )
+        path = getattr(config, f"{role}_name_or_path")
+        if path is not None and Path(path).is_dir() and folder.resolve() == Path(path).resolve():
+            role = role.removesuffix("_model")
+            raise ValueError(f"{folder} is the folder of the adapter's {role}: save the adapter elsewhere.")
     if config.base_subfolder and (folder / config.base_subfolder).is_dir():
         raise ValueError(f"{folder} is a standalone checkpoint with a base of its own: save the adapter elsewhere.")
 
 
 def load_base(name_or_path, auto_class, **kwargs):
-    """A base from its checkpoint; from safetensors only, unless `use_safetensors=False` allows pickled weights.
-
-    Its config remembers the commit (`_commit_hash`, which transformers itself sets no longer): see `identity`.
-    """
+    """A base from its checkpoint; from safetensors only, unless `use_safetensors=False` allows pickled weights. Its
+    config remembers the commit (`_commit_hash`, which transformers itself sets no longer)."""
     kwargs["use_safetensors"] = kwargs.get("use_safetensors", True) or None  # False would refuse safetensors
     check_no_adapter(name_or_path, kwargs)
     shared = {key: kwargs[key] for key in SHARED_HUB_KWARGS if key in kwargs}

@@ -43,8 +43,8 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config, base=None, encoder=None, adapter_name=DEFAULT, stored=None):
-        """`base` and `encoder` are loaded models; without them, random ones are made from the config. The adapter's
-        tensors are those of the `StoredAdapter` `stored`, or else at their start values."""
+        """`base`, `encoder`: loaded models; without them, random ones are made from the config. The adapter's tensors
+        are those of the `StoredAdapter` `stored`, or else at their start values."""
         super().__init__(config)
         self.base = base if base is not None else random_base(config.text_config, self.auto_base_class)
         if encoder is None and config.encoder_config is not None:
@@ -72,8 +72,6 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
     def init_weights(self):
         """Nothing: base and encoder come with their weights, new tensors with theirs (`start_values`)."""
 
-    # ------------------------------------------------------------ the pass
-
     def run_base(self, selection, input_ids, position_ids, past_key_values, inputs_embeds, pixel_values, **kwargs):
         """One pass by the adapters of `selection`; the other arguments and the outputs are the base's."""
         check_pass(self, selection)
@@ -95,9 +93,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
     def embed(self, selection, input_ids, inputs_embeds, pixel_values):
         """(input_ids, inputs_embeds) for the base: with images, [B, S, H] embeddings that hold their features."""
         vision = selection.vision_adapter
-        has_images = vision is not None and input_ids is not None
-        has_images = has_images and bool((input_ids == vision.config.image_token_id).any())
-        if pixel_values is not None or has_images:
+        if pixel_values is not None or (vision is not None and vision.finds_images(input_ids)):
             return None, self.embed_images(selection, input_ids, inputs_embeds, pixel_values)
         if inputs_embeds is not None and vision is not None:
             inputs_embeds = keep_in_graph(inputs_embeds, vision.projector.parameters())
@@ -105,7 +101,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
 
     def embed_images(self, selection, input_ids, inputs_embeds, pixel_values):
         """[B, S, H]: token embeddings with image features in place of image tokens."""
-        vision = selection.vision_adapter
+        vision, features = selection.vision_adapter, None
         if vision is None:
             raise ValueError(
                 "pixel_values was given, but this model has no encoder, or its active adapters have none. Extend the "
@@ -121,36 +117,22 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
                 "Give images with input_ids, not with inputs_embeds: features go where image tokens stand."
             )
         check_image_items(selection, input_ids)
-        features, config = None, vision.config
         if pixel_values is not None:
-            selected = config.encoder_select_layer, config.encoder_select_feature
+            selected = vision.config.encoder_select_layer, vision.config.encoder_select_feature
             features = encode_images(vision.encoder, vision.projector, pixel_values, *selected)
-        return merge_images(input_ids, self.get_input_embeddings(), config.image_token_id, features)
-
-    def has_image_tokens(self, input_ids):
-        """Whether `input_ids` (or `None`) hold image tokens of the adapter that sees."""
-        if self.vision_adapter is None or input_ids is None:
-            return False
-        return bool((input_ids == self.vision_adapter.config.image_token_id).any())
+        return merge_images(input_ids, self.get_input_embeddings(), vision.config.image_token_id, features)
 
     @contextlib.contextmanager
     def record_routing(self, wanted=True):
         """Yields a `dict` that every forward pass inside fills: decoder layer -> `RoutingRecord`, all MoE layers.
-
-        Unless `wanted`, it stays empty, and whoever listened before goes on listening.
-        """
+        Unless `wanted`, it stays empty, and whoever listened before goes on listening."""
         records = {}
         with self.passes.using(records=records if wanted else self.passes.thread.records):
             yield records
 
     def balance_loss(self, records, attention_mask=None):
-        """Load-balancing loss (scalar) of recorded routing; see `routing_moextend.balance_loss`.
-
-        The new experts of all adapters of the pass count together.
-
-        Raises:
-            ValueError: adapters of different selection were recorded (`adapter_names`).
-        """
+        """Load-balancing loss (scalar) of recorded routing, see `routing_moextend.balance_loss`; new experts of all
+        adapters of the pass count together. `ValueError`: adapters of different selection were recorded."""
         selection = recorded_selection(records, self.config.selection)
         if attention_mask is not None and attention_mask.dim() != 2:
             attention_mask = None
@@ -161,13 +143,11 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
 
     @property
     def router_aux_loss_coef(self):
-        """The base's own coefficient of the load-balancing loss; 0 where the base has none.
-
-        f_i here is a share of all selections, so the loss is 1/K of transformers' own, which counts K a token.
-        """
+        """The base's own coefficient of the load-balancing loss, 0 where it has none. The loss is 1/K of transformers'
+        own, which counts K selections a token; f_i here is a share of all."""
         return float(getattr(self.config.text_config.get_text_config(), "router_aux_loss_coef", 0.0) or 0.0)
 
-    # ------------------------------------------------------------ what transformers asks of a model
+    # What transformers asks of a model is the base's.
 
     def get_decoder(self):
         return self.base.get_decoder()
@@ -178,12 +158,10 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
     def get_output_embeddings(self):
         return self.base.get_output_embeddings()
 
-    def set_attn_implementation(self, attn_implementation, **kwargs):
-        """The base's; the encoder's is its own."""
+    def set_attn_implementation(self, attn_implementation, **kwargs):  # the encoder's is its own
         self.base.set_attn_implementation(attn_implementation, **kwargs)
 
-    def set_experts_implementation(self, experts_implementation):
-        """The base's, which its new experts follow."""
+    def set_experts_implementation(self, experts_implementation):  # new experts follow it
         self.base.set_experts_implementation(experts_implementation)
 
     def resize_token_embeddings(self, *args, **kwargs):
@@ -194,13 +172,8 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
         lowest extended layer."""
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
-        """As in transformers, but the recomputation sees the plan of its own forward pass.
-
-        Every public way to switch checkpointing on comes through here, in all supported versions.
-
-        Raises:
-            ValueError: `use_reentrant=True`, which can't restore that plan and needs input gradients.
-        """
+        """As in transformers, but the recomputation sees the plan of its own forward pass, which `use_reentrant=True`
+        can't restore. Every public way to switch checkpointing on comes through here, in all supported versions."""
         options = {"use_reentrant": False, **getattr(gradient_checkpointing_func, "keywords", {})}
         if enable and options["use_reentrant"]:
             raise ValueError("use_reentrant=True is not supported: use {'use_reentrant': False}, the default.")
@@ -227,11 +200,7 @@ class MoExtendModel(MoExtendPreTrainedModel):
         adapter_names=None,
         **kwargs,
     ):
-        """See `MoExtendForCausalLM.forward`.
-
-        Raises:
-            ValueError: a trainer other than `MoExtendSFTTrainer` wants to compute the load-balancing loss.
-        """
+        """See `MoExtendForCausalLM.forward`. `ValueError`: another trainer wants to compute a load-balancing loss."""
         if output_router_logits and self.config.extended_layers and self.config.get_text_config().router_aux_loss_coef:
             raise ValueError(
                 "TRL's own load-balancing loss needs layers with equally many experts, and new experts make them "

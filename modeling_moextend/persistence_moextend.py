@@ -9,13 +9,7 @@ from .adapter_file_moextend import read_adapter, write_folder
 from .adapters_moextend import DEFAULT
 from .compatibility_moextend import check_below
 from .layers_moextend import detach
-from .loading_moextend import (
-    HUB_KWARGS,
-    SHARED_HUB_KWARGS,
-    check_folder,
-    load_parts,
-    undone_on_error,
-)
+from .loading_moextend import HUB_KWARGS, SHARED_HUB_KWARGS, check_folder, load_parts, undone_on_error
 from .package_moextend import from_package
 from .tensors_moextend import gather
 
@@ -23,14 +17,9 @@ UNLOADED = ("_from_auto", "adapter_kwargs", "output_loading_info")  # keywords t
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 PUSH_KWARGS = ("repo_id", "token", "private", "revision", "create_pr", "commit_message", "commit_description")
 PUSH_KWARGS += ("card", "report", "shift", "tags")
-IGNORED_KWARGS = (  # what transformers' own save_pretrained takes and an adapter has no use for
-    "state_dict",
-    "save_function",
-    "safe_serialization",
-    "variant",
-    "save_peft_format",
-    "save_original_format",
-)
+# What transformers' own save_pretrained takes and an adapter has no use for.
+IGNORED_KWARGS = ("state_dict", "save_function", "safe_serialization", "variant")
+IGNORED_KWARGS += ("save_peft_format", "save_original_format")
 PUBLISHING = "Publishing (save_pretrained to a folder works without)"
 
 
@@ -44,8 +33,7 @@ class Persistence:
         """Attaches new experts, and an encoder, to a pretrained MoE causal LM that was never extended.
 
         `base`: Hub id, folder, or a loaded model; `extended_layers`: decoder layer index -> source experts, one new
-        expert for each; options: `scope`, `selection`, `calibration`, `paper`, `encoder`, `image_token_id`,
-        `adapter_name` and more: see `modeling_moextend.attaching.from_base`, of the package.
+        expert for each; `options`: see `modeling_moextend.attaching.from_base`, of the package.
         """
         attaching = from_package("attaching", "Extending a base that was never extended")
         return attaching.from_base(cls, base, extended_layers, **options)
@@ -97,9 +85,8 @@ class Persistence:
             value = getattr(config, f"_{name}", None)
             if value is not None:
                 options.setdefault(name, value)
-        parts = load_parts(
-            own_config, base, encoder, cls.auto_base_class, check_base, options, location=(name_or_path, hub)
-        )
+        location = name_or_path, hub
+        parts = load_parts(own_config, base, encoder, cls.auto_base_class, check_base, options, location)
         own_config.name_or_path = str(name_or_path)
         with undone_on_error(*parts):
             model = cls(own_config, *parts, adapter_name=adapter_name, stored=stored)
@@ -157,9 +144,5 @@ class Persistence:
             hub.upload(folder, options.pop("repo_id", folder.name), config, **options)
 
     def push_to_hub(self, repo_id, **kwargs):
-        """Uploads the adapter as one commit: see `modeling_moextend.publishing.hub.push`.
-
-        Raises:
-            ImportError: the package is not installed, which knows what a card is and what may be published.
-        """
+        """Uploads the adapter as one commit: `modeling_moextend.publishing.hub.push`, of the package."""
         return from_package("publishing.hub", PUBLISHING).push(self, repo_id, **kwargs)

@@ -69,16 +69,12 @@ class MoExtendProcessor(ProcessorMixin):
         return building.processor_for(cls, tokenizer, image_processor, encoder_config, **options)
 
     def __call__(self, images=None, text=None, **kwargs):
-        """Model inputs of B samples.
+        """Model inputs of B samples: `input_ids`, `attention_mask` [B, S]; with images, `pixel_values` [I, 3, h, w].
 
         Args:
             images: one image, a list in reading order of the whole batch, or a list of B lists (empty ones for samples
                 without images). PIL images of any mode, arrays, tensors, paths or URLs.
             text (`str` or `list[str]`): with one image token for each image.
-
-        Returns:
-            `BatchFeature`: `input_ids` and `attention_mask` [B, S]; `pixel_values` [I, 3, h, w] in reading order, only
-            where there are images.
 
         Raises:
             ValueError: images and image tokens differ in number, in a sample or altogether; or truncation would cut

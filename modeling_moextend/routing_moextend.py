@@ -18,7 +18,7 @@ UNUSED = -1  # index of a slot that holds no expert: an exclusive token has only
 
 
 class RouterOutput(NamedTuple):
-    """What a router answers for T tokens, in transformers' names."""
+    """What a router answers for T tokens."""
 
     router_logits: torch.Tensor  # [T, E]; scores in families whose `Rule.answers` is "scores"
     top_k_weights: torch.Tensor  # [T, K]
@@ -174,8 +174,8 @@ def route(
 
     Candidates are the base's own K winners and the N new experts: whatever limited the base's choice (groups,
     correction bias) stays in force, and the top K of these are the top K of all. With several adapters each row is a
-    candidate for the tokens in its own adapter's scope. Once it is clear of which adapters a token selects an expert,
-    its weights are made as if no others were there.
+    candidate for the tokens in its own adapter's scope, and a token's weights are made as if there were only adapters
+    of which it selects an expert.
 
     Args:
         base: `RouterOutput` of the base's router, with logits [T, E].
@@ -269,16 +269,10 @@ def exclusive(logits, base, rule, calibration, correction_bias, expert_scale, cl
 def balance_loss(records, rule, selection, attention_mask=None):
     """Load-balancing loss: mean over MoE layers of E_l * sum_i f_i * P_i (Switch Transformer, 2101.03961, Eq. 4).
 
-    f_i is the share of all selections that fell on expert i, P_i its mean score; 1 when perfectly even. Layers may
-    have different widths. With exclusive selection, tokens in scope count over the new experts only.
+    f_i is the share of all selections that fell on expert i, P_i its mean score; 1 when perfectly even, 0 where no
+    token counts. With exclusive selection, tokens in scope count over the new experts only.
 
-    Args:
-        records: layer index -> `RoutingRecord`.
-        selection: of the adapters that were recorded.
-        attention_mask: [B, S], 0 for padding; `None` where nothing is padded.
-
-    Returns:
-        scalar, 0 where no token counts.
+    `records`: layer index -> `RoutingRecord`; `attention_mask`: [B, S], 0 for padding, `None`: nothing is padded.
     """
     return torch.stack([layer_balance(record, rule, selection, attention_mask) for record in records.values()]).mean()
 

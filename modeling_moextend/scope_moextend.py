@@ -4,10 +4,9 @@ What holds for a pass is taken once, at its start, into a `PassPlan` that the la
 is one adapter set from its first layer to its last, whatever other threads switch, load or delete meanwhile.
 
 `scope="modality"` lasts from the first image token of a token's own sequence to that sequence's end: it is causal, so
-that a cached prefix stays valid when an image comes later. Its state is, per item of the batch, the place of that
-token: a cropped cache forgets an image that was cut off, and items that are reordered (beams) carry their own.
-`scope="gate"` is decided inside the pass, by the gate of the lowest extended layer; its state is what the gate sums
-up, per item and cache slot. The cache keeps one state a gate, by its adapter's name, and one for the images.
+that a cached prefix stays valid when an image comes later. Its state in the cache is, per item of the batch, the index
+of that token. `scope="gate"` is decided inside the pass, by the gate of the lowest extended layer; its state is what
+the gate sums up, per item and cache slot.
 
 Letters: B items of the batch, S tokens of this pass, T = B * S, L tokens in the cache after it, D gate size.
 """
@@ -26,9 +25,6 @@ BASE = "__base__"  # in adapter_names: an item of the batch that no adapter serv
 NEVER = torch.iinfo(torch.long).max  # place of the first image token in an item that has none
 STATE = "moextend_state"  # attribute of a cache: a dict of what follows, or not there
 IMAGES = "__images__"  # -> [B] places in cache slots; every other key is an adapter: [B, L, 2 D] sums of its gate
-
-
-# ---------------------------------------------------------------- which adapters
 
 
 class NewExperts(NamedTuple):
@@ -217,9 +213,6 @@ def merge_overlapping(groups):
     return tuple(sorted(tuple(sorted(group)) for group in merged if group))
 
 
-# ---------------------------------------------------------------- which tokens
-
-
 class PassInputs(NamedTuple):
     """What scope has to know of one forward pass."""
 
@@ -320,9 +313,6 @@ def sequence_starts(is_real, position_ids, places):
     before = torch.cat([torch.full_like(latest[:, :1], -1), latest[:, :-1]], dim=1)  # -1: none in this pass
     previous = position_ids.gather(1, before.clamp(min=0)).masked_fill(before < 0, 0)
     return torch.where(is_real & (position_ids <= previous), places, -1).cummax(dim=1).values
-
-
-# ---------------------------------------------------------------- the cache
 
 
 def cached_state(cache, key):

@@ -51,10 +51,8 @@ def tensor_shapes(config, layers):
         shapes |= {f"{prefix}.router.correction_bias": (num_new,)} if rule.correction else {}
         if config.calibration != "none":
             wide, narrow = layer.num_experts + num_new, config.calibration_hidden_size
-            shapes |= {
-                f"{prefix}.calibration.fc1.weight": (narrow, wide),
-                f"{prefix}.calibration.fc2.weight": (wide, narrow),
-            }
+            sizes = {"fc1": (narrow, wide), "fc2": (wide, narrow)}
+            shapes |= {f"{prefix}.calibration.{name}.weight": size for name, size in sizes.items()}
     modules, hidden_size = {}, config.get_text_config().hidden_size
     if config.scope == "gate" and config.extended_layers:
         size = shapes[f"layers.{min(config.extended_layers)}.router.weight"][-1]
@@ -140,9 +138,8 @@ class AdapterTensors:
         if name.endswith(NEVER_TRAINED) or name.startswith(("gate.", "projector.")):
             return False
         config = self.adapters[self.resolve_name(adapter_name)].config
-        return not (
-            ".router." in name and config.selection == "exclusive" and self.num_rows_at(name, adapter_name) == 1
-        )
+        sole_row = config.selection == "exclusive" and ".router." in name and self.num_rows_at(name, adapter_name) == 1
+        return not sole_row
 
     def num_rows_at(self, name, adapter_name=None):
         """How many new rows share the layer of the tensor `name`: the adapter's own and those of active ones."""
@@ -182,12 +179,8 @@ def tensors_fingerprint(tensors):
 
 
 def sample_values(sizes, read):
-    """The text of a fingerprint.
-
-    Args:
-        sizes: name -> number of values of each weight.
-        read: called with a name and indices into the flattened weight; gives the values, or `None` on the meta device.
-    """
+    """The text of a fingerprint. `sizes`: name -> number of values of each weight; `read`: called with a name and
+    indices into the flattened weight, gives the values, or `None` on the meta device."""
     names = sorted(sizes)
     names = names[:: max(1, -(-len(names) // FINGERPRINT_SIZE))]
     found = torch.full((FINGERPRINT_SIZE,), torch.nan)
@@ -226,11 +219,8 @@ def named_owners(module):
 
 
 def same_fingerprint(one, other):
-    """Whether two fingerprints can be of one checkpoint.
-
-    Two loads in one dtype give the same values. Loads in two dtypes differ by half a step of the coarser one (and by a
-    rounding of the finer one before it); fp16 has a smallest step besides, 6e-8.
-    """
+    """Whether two fingerprints can be of one checkpoint: loads in one dtype give the same values; in two, they differ
+    by half a step of the coarser one (and a rounding of the finer one before it), or by fp16's least step, 6e-8."""
     one, other = decode_fingerprint(one), decode_fingerprint(other)
     both = ~(one.isnan() | other.isnan())
     if not both.any():
@@ -253,21 +243,16 @@ def rounding(values):
 
 
 def reshard(model):
-    """Puts shards back in the place of whole tensors.
-
-    After a forward pass FSDP2 leaves the root module's parameters whole: copies, in the dtype of the pass. What is
-    read from them may be rounded, and what is written to them is lost.
-    """
+    """Puts shards back in the place of whole tensors, which FSDP2 leaves in its root module after a forward pass: what
+    is read from those copies may be rounded, and what is written to them is lost."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def gather(tensors, dtype, keep=True):
-    """name -> whole tensor in `dtype` (see `stored_dtype`) on the CPU; empty where not `keep`.
-
-    Every process has to call this, for sharded tensors are made whole by all of them together.
-    """
+    """name -> whole tensor in `dtype` (see `stored_dtype`) on the CPU; empty where not `keep`. Every process has to
+    call this, for sharded tensors are made whole by all of them together."""
     whole = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach()

@@ -19,6 +19,7 @@ from .configuration_moextend import has_class_token
 from .layers_moextend import keep_in_graph
 
 VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model")
+CONFIG_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
 
 class Projector(nn.Module):
@@ -37,11 +38,9 @@ class Projector(nn.Module):
 
 @contextlib.contextmanager
 def projector_tied(embedding, projector):
-    """Inside the block, token embeddings [B, S, H] are tied to a projector that trains, with gradient zero.
-
-    A batch without images so gives the projector gradients, through every layer, as one with images does on another
-    process: sharded layers are gathered again for backward by all processes or by none.
-    """
+    """Inside the block, token embeddings [B, S, H] are tied to a projector that trains, with gradient zero: a batch
+    without images gives it gradients through every layer, as one with images does on another process. Sharded layers
+    are gathered again for backward by all processes or by none."""
     trained = [] if projector is None or not torch.is_grad_enabled() else list(projector.parameters())
     if not any(parameter.requires_grad for parameter in trained):
         yield
@@ -55,12 +54,7 @@ def projector_tied(embedding, projector):
 
 def load_encoder(name_or_path, **kwargs):
     """The vision tower of a CLIP or SigLIP checkpoint (vision-only or whole), from safetensors, frozen."""
-    config_kwargs = {
-        key: kwargs[key]
-        for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-        if key in kwargs
-    }
-    config = AutoConfig.from_pretrained(name_or_path, **config_kwargs)
+    config = AutoConfig.from_pretrained(name_or_path, **{key: kwargs[key] for key in CONFIG_KWARGS if key in kwargs})
     config = getattr(config, "vision_config", config)
     check_encoder(name_or_path, config)
     kwargs["use_safetensors"] = kwargs.get("use_safetensors", True) or None  # None: pickled if there is nothing else
@@ -106,10 +100,8 @@ def encode_images(encoder, projector, pixel_values, select_layer, select_feature
 
 
 def merge_images(input_ids, embedding, image_token_id, features):
-    """Token embeddings [B, S, H] with image features [I, P, H] in place of the image tokens, in reading order.
-
-    The image token never reaches the embedding: its id may lie past it. `features` is `None` without images.
-    """
+    """Token embeddings [B, S, H] with image features [I, P, H] (`None`: no images) in place of the image tokens, in
+    reading order. The image token never reaches the embedding: its id may lie past it."""
     is_image = input_ids == image_token_id
     num_tokens = int(is_image.sum())
     num_features = 0 if features is None else features.shape[0] * features.shape[1]
@@ -127,19 +119,18 @@ def merge_images(input_ids, embedding, image_token_id, features):
     return embeds.masked_scatter(is_image.unsqueeze(-1).to(embeds.device), features)
 
 
-def images_per_item(input_ids, image_token_id, num_image_tokens):
-    """[B]: how many images' tokens each item of `input_ids` [B, S] holds."""
-    return (input_ids == image_token_id).sum(dim=1) // max(num_image_tokens, 1)
+def images_per_item(input_ids, config):
+    """[B]: how many images' tokens each item of `input_ids` [B, S] holds; `config`: of the adapter that sees."""
+    return (input_ids == config.image_token_id).sum(dim=1) // max(config.num_image_tokens, 1)
 
 
-def select_images(pixel_values, input_ids, past_length, image_token_id, num_image_tokens):
+def select_images(pixel_values, input_ids, past_length, config):
     """The images of `pixel_values` [I, 3, h, w] whose tokens come after the cached `past_length` tokens.
 
     `input_ids` [B, S] is the whole conversation. A user who hands on a cache gives either the images of the whole
-    conversation or only the new ones; which of the two is told by their number.
+    conversation or only the new ones; their number shows which of the two.
     """
-    total = images_per_item(input_ids, image_token_id, num_image_tokens)
-    new = images_per_item(input_ids[:, past_length:], image_token_id, num_image_tokens)
+    total, new = images_per_item(input_ids, config), images_per_item(input_ids[:, past_length:], config)
     if past_length == 0 or len(pixel_values) == int(new.sum()):
         return pixel_values
     if len(pixel_values) != int(total.sum()):
@@ -152,12 +143,10 @@ def select_images(pixel_values, input_ids, past_length, image_token_id, num_imag
     return torch.cat(unseen) if int(new.sum()) else None
 
 
-def expand_images(pixel_values, input_ids, expand_size, image_token_id, num_image_tokens):
-    """Repeats each item's images `expand_size` times (beams, several returned sequences), item by item.
-
-    [I, 3, h, w] -> [I * expand_size, 3, h, w]. Repeating image by image would hand beams their neighbour's images.
-    """
-    items = pixel_values.split(images_per_item(input_ids, image_token_id, num_image_tokens).tolist())
+def expand_images(pixel_values, input_ids, expand_size, config):
+    """[I, 3, h, w] -> [I * expand_size, 3, h, w]: each item's images repeated item by item (for beams, or several
+    returned sequences). Repeating image by image would hand beams their neighbour's images."""
+    items = pixel_values.split(images_per_item(input_ids, config).tolist())
     return torch.cat([images for images in items for _ in range(expand_size)])
 
 
@@ -165,16 +154,10 @@ class ImageGenerationMixin(GenerationMixin):
     """transformers' `generate` for prompts that hold image tokens, and for prompts of several adapters."""
 
     def generate(self, inputs=None, *args, adapter_names=None, **kwargs):
-        """As in transformers, by the adapters that are active when it begins. `adapter_names`: for each prompt an
-        adapter or a list of them, see `forward`.
-
-        Raises:
-            ValueError: an unknown name, another number of them than of prompts, adapters that are off.
-        """
-        prompts = next(
-            (x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), [0]
-        )
-        with self.passes.using(selection=self.select_adapters(adapter_names, len(prompts))):
+        """As in transformers, by the adapters that are active when it begins; `adapter_names`: see `forward`."""
+        given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        num_prompts = next((len(prompts) for prompts in given if prompts is not None), 1)
+        with self.passes.using(selection=self.select_adapters(adapter_names, num_prompts)):
             return super().generate(inputs, *args, **kwargs)
 
     def _supports_default_dynamic_cache(self):
@@ -190,8 +173,7 @@ class ImageGenerationMixin(GenerationMixin):
 
     def _validate_model_kwargs(self, model_kwargs):
         """Without an encoder here, the base's own: what a multimodal one takes is its affair."""
-        validate = super() if self.encoder is not None else self.base
-        validate._validate_model_kwargs(model_kwargs)
+        (super() if self.encoder is not None else self.base)._validate_model_kwargs(model_kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, pixel_values=None, **kwargs):
         """The base's own preparation; images go with the pass that has their tokens, and with no other."""
@@ -203,9 +185,7 @@ class ImageGenerationMixin(GenerationMixin):
         config = self.vision_adapter.config
         if inputs.get("pixel_values") is not None:
             cut = input_ids.shape[1] - inputs["input_ids"].shape[1]
-            inputs["pixel_values"] = select_images(
-                pixel_values, input_ids, cut, config.image_token_id, config.num_image_tokens
-            )
+            inputs["pixel_values"] = select_images(pixel_values, input_ids, cut, config)
         elif not kwargs.get("is_first_iteration"):
             # An assistant gets the image tokens of the prompt, but generate hands it no images: it drafts without.
             is_image = inputs["input_ids"] == config.image_token_id
@@ -218,10 +198,7 @@ class ImageGenerationMixin(GenerationMixin):
             return self.base._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
         pixel_values = model_kwargs.pop("pixel_values", None)
         if pixel_values is not None and expand_size > 1 and self.vision_adapter is not None:
-            config = self.vision_adapter.config
-            pixel_values = expand_images(
-                pixel_values, input_ids, expand_size, config.image_token_id, config.num_image_tokens
-            )
+            pixel_values = expand_images(pixel_values, input_ids, expand_size, self.vision_adapter.config)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
@@ -231,12 +208,11 @@ class ImageGenerationMixin(GenerationMixin):
 
     def _get_logits_processor(self, generation_config, *args, **kwargs):
         """The usual processors, which index scores by ids: image tokens may lie past the head."""
-        if self.has_image_tokens(kwargs.get("encoder_input_ids")):
-            head = self.get_output_embeddings().weight.shape[0]
-            past_head = not 0 <= self.vision_adapter.config.image_token_id < head
+        vision = self.vision_adapter
+        if vision is not None and vision.finds_images(kwargs.get("encoder_input_ids")):
+            past_head = not 0 <= vision.config.image_token_id < self.get_output_embeddings().weight.shape[0]
             check_processors(generation_config, kwargs.get("negative_prompt_ids"), past_head)
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
-        vision = self.vision_adapter
         return processors if vision is None else WithImageColumn(vision.config.image_token_id, processors)
 
     def _get_candidate_generator(self, *args, **kwargs):

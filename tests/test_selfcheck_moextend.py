@@ -12,11 +12,10 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts, Mixtral
 
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.attaching.rules import find_rule
-from modeling_moextend.attaching.selfcheck import TOLERANCE, check_rule, run, same, self_checked
+from modeling_moextend.attaching.selfcheck import TOLERANCE, check_rule, run, same, sample_tokens, self_checked
 from modeling_moextend.families_moextend import find_moe_layers
 from modeling_moextend.layers_moextend import RouterExtension, add_experts
 from modeling_moextend.routing_moextend import RouterOutput
-from modeling_moextend.selfcheck_moextend import sample_tokens
 
 PLAN = {2: [3, 0]}
 

@@ -4,7 +4,7 @@ import copy
 import os
 
 from ..base_checks_moextend import base_rule, check_plan
-from ..compatibility_moextend import check_new_name, check_nothing_above, check_together
+from ..compatibility_moextend import check_new_name, check_together
 from ..configuration_moextend import normalise_plan
 from ..layers_moextend import remove_experts
 from ..tensors_moextend import split_by_part
@@ -131,3 +131,13 @@ def extend(model, plan):
             raise
         config.extended_layers = extended.extended_layers
         model.passes.change()
+
+
+def check_nothing_above(adapters, name):
+    """Refuses to change an adapter that a loaded one, active or not, was trained on top of."""
+    above = [other for other in adapters if name in adapters[other].depends_on]
+    if above:
+        raise ValueError(
+            f"Adapters {above} were trained on top of {name!r} as it is, so it can't change below them: "
+            f"delete_adapter({above}), or load {name!r} in a model of its own."
+        )

@@ -3,7 +3,7 @@
 import torch
 
 from ..adapter_file_moextend import check_tensors, read_adapter
-from ..compatibility_moextend import check_nothing_above
+from ..attaching.extending import check_nothing_above
 from ..tensors_moextend import DTensor, same_fingerprint
 
 HOW_TO_READ = (  # entries of the config without which the tensors of an adapter mean something else

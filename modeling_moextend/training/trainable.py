@@ -1,7 +1,6 @@
 """What trains in which stage."""
 
-from ..attaching.extending import described
-from ..compatibility_moextend import check_nothing_above
+from ..attaching.extending import check_nothing_above, described
 
 
 def set_trainable(model, stage="finetune", train_projector=None, adapter_name=None):
