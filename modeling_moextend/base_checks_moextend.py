@@ -16,6 +16,7 @@ from .package_moextend import from_package
 from .routing_moextend import Rule
 from .tensors_moextend import DTensor, is_plain, same_fingerprint
 
+DISTRIBUTED = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
 QUANTISED_LINEAR = ("bitsandbytes", "torchao")  # quantise only nn.Linear, so experts and routers stay as they are
 DEQUANTISE = {
     "mxfp4": "quantization_config=Mxfp4Config(dequantize=True)",
@@ -50,6 +51,13 @@ def check_method(quantisation):
         f"quantisation, or that of linear layers alone by {' or '.join(QUANTISED_LINEAR)}. {advice}in bfloat16 where "
         "memory is short."
     )
+
+
+def check_not_distributed(options):
+    """Refuses options of `from_pretrained` that spread a base over processes."""
+    given = [name for name in DISTRIBUTED if options.get(name) is not None]
+    if given:
+        raise ValueError(sharded_message(f"{', '.join(given)} was given"))
 
 
 def check_layout(base):

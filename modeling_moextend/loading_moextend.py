@@ -14,7 +14,14 @@ from transformers import (
 )
 from transformers.utils.hub import resolve_revision
 
-from .base_checks_moextend import check_fingerprint, check_layout, check_not_extended, check_plan, forget_other_rule
+from .base_checks_moextend import (
+    check_fingerprint,
+    check_layout,
+    check_not_distributed,
+    check_not_extended,
+    check_plan,
+    forget_other_rule,
+)
 from .configuration_moextend import check_routing_choices
 from .families_moextend import find_moe_layers
 from .layers_moextend import detach, input_device
@@ -139,6 +146,7 @@ def load_base(name_or_path, auto_class, **kwargs):
     """A base from its checkpoint; from safetensors only, unless `use_safetensors=False` allows pickled weights. Its
     config remembers the commit (`_commit_hash`, which transformers itself sets no longer)."""
     kwargs["use_safetensors"] = kwargs.get("use_safetensors", True) or None  # False would refuse safetensors
+    check_not_distributed(kwargs)
     check_no_adapter(name_or_path, kwargs)
     shared = {key: kwargs[key] for key in SHARED_HUB_KWARGS if key in kwargs}
     kwargs["revision"] = resolve_revision(name_or_path, kwargs.pop("revision", None), **shared)

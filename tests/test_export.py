@@ -278,7 +278,7 @@ def test_what_is_saved_from_a_standalone_checkpoint_is_an_adapter(tmp_path):
 )
 def test_places_outside_the_folder_are_refused(place, tmp_path):
     for name in ("base_subfolder", "encoder_subfolder"):
-        with pytest.raises(ValueError, match=f"{name}=.* must name a folder inside the adapter's own"):
+        with pytest.raises(ValueError, match=f"{name}=.* must be a folder inside the adapter's own"):
             MoExtendConfig(**{name: place})
 
 
@@ -288,7 +288,7 @@ def test_a_file_that_leads_out_of_its_folder_is_refused(tmp_path):
     config = MoExtendConfig.from_pretrained(tmp_path / "adapter")
     config.base_subfolder = "../base"  # past the check of the constructor, as an attacker would write it
     write_folder(tmp_path / "adapter", tensors, config)
-    with pytest.raises(ValueError, match="base_subfolder='../base' must name a folder inside"):
+    with pytest.raises(ValueError, match="base_subfolder='../base' must be a folder inside"):
         MoExtendForCausalLM.from_pretrained(tmp_path / "adapter")
     config.base_subfolder = "base"
     write_folder(tmp_path / "adapter", tensors, config)

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
-from modeling_moextend import families_moextend
-from modeling_moextend.attaching.rules import REASONS, find_rule
+from modeling_moextend import MoExtendForCausalLM
+from modeling_moextend.attaching import rules
+from modeling_moextend.attaching.rules import REASONS, find_rule, find_rules
 from modeling_moextend.families_moextend import MoELayer, check_routers, family_of, find_moe_layers, is_top_k, sibling
 from modeling_moextend.routing_moextend import SCORES, Rule, rule_weights
 
@@ -134,17 +135,15 @@ def test_shared_experts_among_the_rows_are_found():
 def test_routers_of_one_kind_and_setting_are_asked_once(monkeypatch):
     base = make_base("qwen3_moe")
     layers, asked = find_moe_layers(base.get_decoder()), []
-    rule, check = find_rule(0, layers[0]), families_moextend.check_router
-    monkeypatch.setattr(
-        families_moextend, "check_router", lambda layer, rule: asked.append(layer.router) or check(layer, rule)
-    )
-    check_routers(layers, [0, 1, 3], rule)
-    assert asked == [layers[0].router]
+    rule, ask = find_rule(0, layers[0]), rules.find_rule
+    monkeypatch.setattr(rules, "find_rule", lambda index, layer: asked.append(index) or ask(index, layer))
+    assert dict(find_rules(layers, [0, 1, 3])) == {0: rule, 1: rule, 3: rule}
+    assert asked == [0]
     layers[2].router.norm_topk_prob = False
+    assert dict(find_rules(layers, [0, 1, 2, 3])) == {0: rule, 1: rule, 2: rule._replace(renormalise=False), 3: rule}
+    assert asked == [0, 0, 2]
     with pytest.raises(ValueError, match="Layer 2 of qwen3_moe can't be extended .*: its weights are made otherwise"):
         check_routers(layers, [0, 1, 2, 3], rule)
-    assert asked == [layers[0].router, layers[0].router, layers[2].router]
-    assert find_rule(2, layers[2]) == rule._replace(renormalise=False)
 
 
 # ---------------------------------------------------------------- refusals
@@ -195,7 +194,7 @@ def floored():
 def test_what_only_flat_or_only_sharp_tokens_show_is_seen(make, seen_by, monkeypatch):
     with pytest.raises(ValueError, match="its weights follow no known rule"):
         find_rule(0, layer_of(make()))
-    monkeypatch.setattr(families_moextend, seen_by, 1.0)
+    monkeypatch.setattr(rules, seen_by, 1.0)
     assert find_rule(0, layer_of(make())).renormalise
 
 
@@ -243,15 +242,14 @@ def test_routers_that_differ_in_something_of_their_own_are_asked_each(way, monke
         "correction": lambda layer: layer.block.register_buffer("input_ids", torch.zeros(E_)),
     }
     own, asked = Rule("softmax", True), []
-    rule = own._replace(correction="argument:input_ids" if way == "correction" else "")
-    monkeypatch.setattr(families_moextend, "check_router", lambda layer, rule: asked.append(layer.router))
+    monkeypatch.setattr(rules, "find_rule", lambda index, layer: asked.append(index))
     layers = {index: layer_of(MayHash(own)) for index in range(3)}
     for layer in layers.values():
         layer.router._amount, layer.router.inner = 2.0, nn.Identity()
         layer.router.inner.amount = 2.0
     ways[way](layers[2])
-    check_routers(layers, [0, 1, 2], rule)
-    assert asked == [layers[0].router, layers[2].router]
+    list(find_rules(layers, [0, 1, 2]))
+    assert asked == [0, 2]
 
 
 def test_torchs_own_linear_is_no_router():
@@ -375,10 +373,8 @@ def test_the_rule_of_a_family_is_found(family):
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_a_recorded_rule_is_held_against_the_router(family):
-    """As after an update of transformers: each entry that the router goes by is noticed, without any weights."""
-    with torch.device("meta"):
-        config = make_config(family)
-        layers = find_moe_layers(auto_class(config).from_config(config).get_decoder())
+    """As after an update of transformers: each entry that the router goes by is noticed, by its own weights."""
+    layers = find_moe_layers(make_base(family).get_decoder())
     rule = find_rule(1, layers[1])
     check_routers(layers, [1], rule)
     changes = [
@@ -426,7 +422,7 @@ def test_rules_are_found_in_every_setting_and_without_weights(family):
 @pytest.mark.parametrize("family", sorted(REASONS))
 def test_what_no_rule_can_carry_is_refused_with_the_reason(family):
     with pytest.raises(ValueError, match=rf"\({family}\) can't be extended: {REASONS[family][:30]}"):
-        find_moe_layers(make_family(family).get_decoder())
+        MoExtendForCausalLM.from_base(make_family(family), {1: [0]})
 
 
 def test_a_layer_with_two_moe_blocks_is_refused():

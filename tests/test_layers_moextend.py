@@ -634,7 +634,8 @@ def test_layers_of_different_rules_are_refused_together_and_extended_apart():
     base = make_base("qwen3_moe")
     base.model.layers[2].mlp.gate.norm_topk_prob = False
     with pytest.raises(
-        ValueError, match="Layer 2 of qwen3_moe can't be extended by this adapter.*its weights are made otherwise"
+        ValueError,
+        match="Layer 2 of qwen3_moe routes by Rule.*renormalise=False.*, the other .*layers by .*renormalise=True",
     ):
         MoExtendForCausalLM.from_base(base, {1: [0], 2: [0]})
     model = MoExtendForCausalLM.from_base(base, {2: [0]})

@@ -1,4 +1,4 @@
-"""Rules of the repository: what may be imported, how long files are, what the wheel holds, what the README names."""
+"""Rules of the repository: who may import whom, what ships, what the wheel holds, what README and docs/ name."""
 
 import ast
 import configparser
@@ -20,6 +20,27 @@ from transformers.dynamic_module_utils import get_relative_imports
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "modeling_moextend"
 SHIPPED = sorted(PACKAGE.glob("*_moextend.py"))
+ORDER = (  # of the package's folders; each imports only from those before it. "": what ships, at the root
+    "",
+    "metrics",
+    "data",
+    "tools",
+    "attaching",
+    "publishing",
+    "evaluation",
+    "extender",
+    "training",
+    "cli",
+)
+DOORS = {  # shipped file -> what it asks the package for through `from_package`, where a user wants more than it holds
+    "adapters_moextend": {"attaching"},
+    "base_checks_moextend": {"attaching"},
+    "modeling_moextend": {"attaching"},
+    "persistence_moextend": {"attaching", "publishing.hub"},
+    "processing_moextend": {"data.processors"},
+    "tensors_moextend": {"training.trainable"},
+}
+MAX_SHIPPED_LINES = 4300  # what a stranger has to trust with every adapter
 ALLOWED = {"torch", "transformers", "safetensors", "huggingface_hub"} | set(sys.stdlib_module_names)
 RECIPES = sorted((ROOT / "configuration" / "recipes").glob("*.yaml"))
 MAX_KEYS = 30  # a recipe has fewer
@@ -66,6 +87,151 @@ def test_import_rule(line, allowed):
     assert (not forbidden_imports(line, siblings={"routing_moextend"})) == allowed
 
 
+def module_name(path):
+    """The name of a module below the package: "" for the package itself, "tools.merge"."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def folder_of(module):
+    """The folder of a module, "" for what ships; the package's own __init__ comes after all of them."""
+    folder, _, name = module.rpartition(".")
+    return folder.partition(".")[0] if name.endswith("_moextend") or folder else module or "__init__"
+
+
+def imported_modules(source, module):
+    """Modules of the package, in `MODULES` or not, that `source` of `module` imports by a statement, at any depth."""
+    here = module.split(".") if module else []
+    here = here if MODULES.get(module, PACKAGE).name == "__init__.py" else here[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (a.name.partition(".")[2] for a in node.names if a.name.split(".")[0] == PACKAGE.name)
+        elif isinstance(node, ast.ImportFrom):
+            path = (node.module or "").split(".")
+            if node.level == 0 and path[0] != PACKAGE.name:
+                continue
+            path = here[: len(here) + 1 - node.level] + path if node.level else path[1:]
+            target = ".".join(filter(None, path))
+            found = [f"{target}.{alias.name}".strip(".") for alias in node.names]
+            yield from (name if name in MODULES else target for name in found)
+
+
+def hidden_imports(source, doors=()):
+    """Imports of `source` that no statement shows: by importlib, by a name, by `from_package` except for `doors`."""
+    tree = ast.parse(source)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = {
+        id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, documented) and ast.get_docstring(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            if re.match(r"modeling_moextend\.(?!py$)[a-z]", node.value):
+                yield repr(node.value)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            yield from (name for name in names if name in ("importlib", "importlib.util", "import_module"))
+        elif isinstance(node, ast.Name) and node.id == "__import__" or ast.unparse(node) == "sys.modules":
+            yield ast.unparse(node)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "from_package":
+            asked = node.args[0].value if isinstance(node.args[0], ast.Constant) else None
+            if asked not in doors:
+                yield ast.unparse(node)
+
+
+def upward_imports(source, module):
+    """What `source` of `module` imports from folders that come after its own, or that are in no order."""
+    rank = {**{folder: number for number, folder in enumerate(ORDER)}, "__init__": len(ORDER)}
+    own = rank[folder_of(module)]
+    return [name for name in imported_modules(source, module) if rank.get(folder_of(name), own + 1) > own]
+
+
+@pytest.mark.parametrize(
+    "module, line, wrong",
+    [
+        ("routing_moextend", "from .tools.merge import merge", True),
+        ("routing_moextend", "from .tools import merge", True),
+        ("routing_moextend", "def f():\n    import modeling_moextend.tools", True),
+        ("routing_moextend", "from modeling_moextend import training", True),
+        ("routing_moextend", "from . import evaluation", True),
+        ("routing_moextend", "from .scope_moextend import BASE", False),
+        ("tools.merge", "from ..training.trainer import MoExtendSFTTrainer", True),
+        ("tools.merge", "from ..routing_moextend import route", False),
+        ("tools.merge", "from .native import export", False),
+        ("training", "from .trainer import MoExtendSFTTrainer", False),
+        ("training.trainer", "from ..tools.merge import merge", False),
+        ("training.trainer", "from .. import cli", True),
+        ("training.trainer", "from ..unknown.folder import x", True),
+        ("tools.merge", "from .. import create_card", True),  # the package's own names need all of it
+    ],
+)
+def test_arrow_rule(module, line, wrong):
+    assert bool(upward_imports(line, module)) == wrong
+
+
+@pytest.mark.parametrize(
+    "line, hidden",
+    [
+        ("import importlib", True),
+        ("from importlib import import_module", True),
+        ("__import__('modeling_moextend.cli')", True),
+        ("sys.modules['modeling_moextend']", True),
+        ("load('modeling_moextend.training.trainer')", True),
+        ("from_package('cli', 'x')", True),
+        ("from_package(name, 'x')", True),
+        ("from_package('tools', 'x')", False),
+        ("'see modeling_moextend.cli'", False),
+        ("from .routing_moextend import route", False),
+    ],
+)
+def test_hidden_import_rule(line, hidden):
+    assert bool(list(hidden_imports(line, doors={"tools"}))) == hidden
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_one_way(module):
+    found = upward_imports(MODULES[module].read_text(encoding="utf-8"), module)
+    assert not found, f"{module} imports {found}; folders may import only from those before them: {ORDER}"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - {"", "package_moextend"}))
+def test_imports_are_statements(module):
+    """Only `package_moextend` reaches from what ships to the package by name, for what `DOORS` lists."""
+    source = MODULES[module].read_text(encoding="utf-8")
+    found = list(hidden_imports(source, DOORS.get(module, ())))
+    assert not found, f"{module} imports in a way that no statement shows: {found}"
+    assert all(f'from_package("{door}"' in source for door in DOORS.get(module, ())), "a door that nobody uses"
+
+
+def test_no_imports_go_in_a_circle():
+    left = {m: {n for n in imported_modules(p.read_text(encoding="utf-8"), m) if n != m} for m, p in MODULES.items()}
+    while True:
+        leaves = {module for module, names in left.items() if not names & left.keys()}
+        if not leaves:
+            break
+        left = {module: names for module, names in left.items() if module not in leaves}
+    assert not left, f"modules that import each other: {sorted(left)}"
+
+
+def test_the_root_holds_only_what_ships():
+    """Everything else has a folder, and every folder a place in the order."""
+    files = {path.name for path in PACKAGE.iterdir() if path.is_file()}
+    assert files - {path.name for path in SHIPPED} == {"__init__.py", "py.typed"}
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__"} == {*ORDER} - {""}
+    assert not [path for path in PACKAGE.rglob("*_moextend.py") if path.parent != PACKAGE]
+
+
+def test_what_ships_is_short_enough_to_be_read():
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in SHIPPED)
+    assert lines <= MAX_SHIPPED_LINES
+
+
+def test_setup_lists_every_folder():
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert set(read_setup()["options"]["packages"].split()) == folders
+
+
 def test_shipped_files_are_there():
     names = {path.stem for path in SHIPPED}
     assert {"configuration_moextend", "modeling_moextend", "adapter_file_moextend"} <= names
@@ -110,11 +276,20 @@ def test_recipe_is_flat_and_short(path):
         assert not any(isinstance(item, (dict, list)) for item in items), f"{key} is nested"
 
 
-def test_readme_names_every_module_and_example():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    paths = [*PACKAGE.glob("*.py"), *(ROOT / "examples").glob("*.py")]
-    missing = [path.name for path in sorted(paths) if not re.search(rf"(?<!\w){re.escape(path.name)}", readme)]
-    assert not missing, f"README.md does not name: {missing}"
+@pytest.mark.parametrize(
+    "page, paths",
+    [
+        ("docs/architecture.md", [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]),
+        ("CONTRIBUTING.md", [ROOT / "examples", ROOT / "tests", ROOT / "docs", ROOT / "benchmarks", ROOT / "assets"]),
+        ("README.md", list((ROOT / "examples").glob("*.py"))),
+        ("README.md", list((ROOT / "docs").glob("*.md"))),
+    ],
+    ids=["modules", "folders", "examples", "pages"],
+)
+def test_a_page_names_every(page, paths):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    missing = [path.name for path in sorted(paths) if not re.search(rf"(?<!\w){re.escape(path.name)}", text)]
+    assert paths and not missing, f"{page} does not name: {missing}"
 
 
 def tracked_files():

@@ -13,6 +13,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts, Mixtral
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.attaching.rules import find_rule
 from modeling_moextend.attaching.selfcheck import TOLERANCE, check_rule, run, same, sample_tokens, self_checked
+from modeling_moextend.attaching.start_values import copies
 from modeling_moextend.families_moextend import find_moe_layers
 from modeling_moextend.layers_moextend import RouterExtension, add_experts
 from modeling_moextend.routing_moextend import RouterOutput
@@ -185,7 +186,7 @@ def test_experts_whose_output_is_no_sum_over_the_chosen_are_refused(forward, dty
         attach(with_experts(make_base(dtype=dtype), forward), {2: [5, 3]})
 
 
-CHOICE, WEIGHTS = "it does not choose the top k", "numbers of its rule lie in|its weights are not those of its rule"
+CHOICE, WEIGHTS = "it does not choose the top k", "numbers of its rule lie in|its weights are made otherwise"
 
 
 @pytest.mark.parametrize(
@@ -225,9 +226,9 @@ def test_the_layers_own_numbers_are_held_against_the_rule(monkeypatch):
         model = attach(base, {1: [0]})
         layers = find_moe_layers(base.get_decoder())
         with pytest.raises(ValueError, match=f"Layer 2 of mixtral can't be extended: {reason}"):
-            with self_checked(layers, {2: [3, 0]}, wrong, model.passes, "b"):
+            with self_checked(layers, {2: [3, 0]}, wrong, "b"):
                 layers[2].router.moextend.rule = wrong
-                add_experts(layers[2], "b", [3, 0], model.config)
+                add_experts(layers[2], "b", copies(layers[2], [3, 0], model.config), model.config)
 
 
 def test_a_choice_that_is_not_the_rules_is_refused():

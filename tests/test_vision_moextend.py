@@ -1,6 +1,7 @@
 """Images: which features are taken, where they go, what is refused, and that the encoder never changes."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -263,12 +264,15 @@ def test_the_encoder_stays_frozen_in_eval_mode_and_bit_equal_in_training():
 # ---------------------------------------------------------------- generation
 
 
-def test_images_are_repeated_row_by_row_for_beams():
+SEEING = SimpleNamespace(image_token_id=IMAGE, num_image_tokens=4)  # of an adapter's config, what matters here
+
+
+def test_images_are_repeated_item_by_item_for_beams():
     ids, images = with_images((1, 0, 2)), pixels(3)
-    assert images_per_item(ids, IMAGE, 4).tolist() == [1, 0, 2]
-    expanded = expand_images(images, ids, 2, IMAGE, 4)
+    assert images_per_item(ids, SEEING).tolist() == [1, 0, 2]
+    expanded = expand_images(images, ids, 2, SEEING)
     assert torch.equal(expanded, images[[0, 0, 1, 2, 1, 2]])
-    assert images_per_item(ids.repeat_interleave(2, dim=0), IMAGE, 4).tolist() == [1, 1, 0, 0, 2, 2]
+    assert images_per_item(ids.repeat_interleave(2, dim=0), SEEING).tolist() == [1, 1, 0, 0, 2, 2]
 
 
 def test_beam_search_over_a_batch_gives_what_each_sample_gives_alone():
@@ -284,14 +288,14 @@ def test_beam_search_over_a_batch_gives_what_each_sample_gives_alone():
 
 def test_images_of_a_continued_conversation():
     ids, images = with_images((2, 0, 1)), pixels(3)
-    assert select_images(images, ids, 0, IMAGE, 4) is images
-    assert torch.equal(select_images(images, ids, 6, IMAGE, 4), images[[1]]), "row 0's second image is new"
-    assert torch.equal(select_images(images[[1]], ids, 6, IMAGE, 4), images[[1]]), "only the new ones given"
-    assert select_images(images, ids, 12, IMAGE, 4) is None
+    assert select_images(images, ids, 0, SEEING) is images
+    assert torch.equal(select_images(images, ids, 6, SEEING), images[[1]]), "row 0's second image is new"
+    assert torch.equal(select_images(images[[1]], ids, 6, SEEING), images[[1]]), "only the new ones given"
+    assert select_images(images, ids, 12, SEEING) is None
     with pytest.raises(
         ValueError, match="2 images were given; the conversation has 3, of which 1 are not in the cache"
     ):
-        select_images(images[:2], ids, 6, IMAGE, 4)
+        select_images(images[:2], ids, 6, SEEING)
 
 
 def test_the_caller_keeps_its_tensors():

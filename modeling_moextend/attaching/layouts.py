@@ -5,9 +5,8 @@ import copy
 from transformers import AutoConfig, PretrainedConfig
 from transformers.quantizers.auto import get_hf_quantizer
 
-from ..base_checks_moextend import check_method, quantisation_of, sharded_message, will_dequantise
+from ..base_checks_moextend import check_method, check_not_distributed, quantisation_of, will_dequantise
 
-DISTRIBUTED = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
 CONFIG_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 CONFIG_KWARGS += ("trust_remote_code", "code_revision")
 
@@ -21,9 +20,7 @@ def check_request(name_or_path, options):
     Raises:
         ValueError: sharded over processes, or quantised in a way that reaches the experts.
     """
-    given = [name for name in DISTRIBUTED if options.get(name) is not None]
-    if given:
-        raise ValueError(sharded_message(f"{', '.join(given)} was given"))
+    check_not_distributed(options)
     if options.get("gguf_file") is None:  # of a GGUF file only the loaded model tells whether it is still packed
         quantiser = planned_quantiser(name_or_path, options)
         if quantiser is not None and not (quantiser.pre_quantized and will_dequantise(quantiser.quantization_config)):
