@@ -60,8 +60,13 @@ def check_not_distributed(options):
         raise ValueError(sharded_message(f"{', '.join(given)} was given"))
 
 
-def check_layout(base):
-    """Refuses a loaded base that is sharded over processes, or quantised in a way that reaches the experts."""
+def check_loaded(base):
+    """Refuses a loaded base that carries an adapter (attached twice, one would answer for both), is sharded over
+    processes, or quantised in a way that reaches the experts."""
+    if base.config.model_type == "moextend" or any(is_extended(module) for module in base.modules()):
+        raise ValueError(
+            f"{type(base).__name__} is extended already: use model.extend(plan), or pass what model.detach() returns."
+        )
     if any(getattr(module, "_is_expert_parallel", False) for module in base.modules()):
         raise ValueError(sharded_message("the base's experts are spread over processes (expert parallel)"))
     sharded = next((name for name, p in base.named_parameters() if isinstance(p, DTensor)), None)
@@ -165,14 +170,6 @@ def hands_on_gradients(linear):
     like = {"dtype": linear.weight.dtype, "device": linear.weight.device, "requires_grad": True}
     with torch.enable_grad():
         return linear(torch.ones(2, linear.in_features, **like)).requires_grad
-
-
-def check_not_extended(base):
-    """Refuses a base that carries an adapter: one attached twice would answer for both."""
-    if base.config.model_type == "moextend" or any(is_extended(module) for module in base.modules()):
-        raise ValueError(
-            f"{type(base).__name__} is extended already: use model.extend(plan), or pass what model.detach() returns."
-        )
 
 
 def check_plan(layers, plan):

@@ -43,7 +43,7 @@ def all_or_nothing(folder, stale=()):
         finally:
             for path in unfinished.values():
                 path.unlink(missing_ok=True)
-        for name in sorted(old - unfinished.keys(), key=not_index):  # it wins over a single file
+        for name in sorted(old - unfinished.keys(), key=lambda name: not name.endswith(".index.json")):  # which wins
             (folder / name).unlink(missing_ok=True)
 
 
@@ -67,10 +67,6 @@ def locked(folder, alone=True):
             with contextlib.suppress(OSError, AttributeError):
                 fcntl.flock(lock, fcntl.LOCK_UN)  # closing alone would not do where a forked process has it open too
             os.close(lock)
-
-
-def not_index(name):
-    return not name.endswith(".index.json")
 
 
 def existing_files(folder):

@@ -14,14 +14,7 @@ from transformers import (
 )
 from transformers.utils.hub import resolve_revision
 
-from .base_checks_moextend import (
-    check_fingerprint,
-    check_layout,
-    check_not_distributed,
-    check_not_extended,
-    check_plan,
-    forget_other_rule,
-)
+from .base_checks_moextend import check_fingerprint, check_loaded, check_not_distributed, check_plan, forget_other_rule
 from .configuration_moextend import check_routing_choices
 from .families_moextend import find_moe_layers
 from .layers_moextend import detach, input_device
@@ -49,8 +42,7 @@ def load_parts(stored, base, encoder, auto_class, check_base, options, location=
         if base is None:  # a file names it: transformers' prompt would wait for somebody who never heard of it
             options = {"trust_remote_code": False, **options}
         base = load_stored("base", base, stored, load_base, location, auto_class=auto_class, **options)
-    check_not_extended(base)
-    check_layout(base)
+    check_loaded(base)
     stored.set_text_config(base.config)
     if encoder is not None:
         encoder = vision_tower(encoder).to(input_device(base))
@@ -192,11 +184,6 @@ def auto_class_for(config, auto_class):
     if auto_class is AutoModelForCausalLM and is_multimodal(config):
         return AutoModelForImageTextToText
     return auto_class
-
-
-def random_base(config, auto_class):
-    """A base with random weights."""
-    return auto_class_for(config, auto_class).from_config(config)
 
 
 @contextlib.contextmanager

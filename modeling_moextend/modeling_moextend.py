@@ -21,7 +21,7 @@ from .compatibility_moextend import check_image_items, check_new_name, recorded_
 from .configuration_moextend import MoExtendConfig
 from .families_moextend import find_moe_layers
 from .layers_moextend import keep_in_graph
-from .loading_moextend import is_multimodal, random_base
+from .loading_moextend import auto_class_for, is_multimodal
 from .package_moextend import from_package
 from .persistence_moextend import Persistence
 from .routing_moextend import Rule, balance_loss
@@ -46,10 +46,11 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
         """`base`, `encoder`: loaded models; without them, random ones are made from the config. The adapter's tensors
         are those of the `StoredAdapter` `stored`, or else at their start values."""
         super().__init__(config)
-        self.base = base if base is not None else random_base(config.text_config, self.auto_base_class)
+        if base is None:
+            base = auto_class_for(config.text_config, self.auto_base_class).from_config(config.text_config)
         if encoder is None and config.encoder_config is not None:
             encoder = AutoModel.from_config(config.encoder_config)
-        self.adapters, self.passes = nn.ModuleDict(), Passes()
+        self.base, self.adapters, self.passes = base, nn.ModuleDict(), Passes()
         self.moe_layers = find_moe_layers(self.get_decoder())  # decoder layer -> MoELayer
         # Names, not parameters: held here, each process would keep the whole of what FSDP2 shards.
         self.base_trainable = [name for name, parameter in self.base.named_parameters() if parameter.requires_grad]

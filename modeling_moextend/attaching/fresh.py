@@ -2,7 +2,7 @@
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..base_checks_moextend import base_rule, check_layout, check_not_extended, check_plan
+from ..base_checks_moextend import base_rule, check_loaded, check_plan
 from ..configuration_moextend import normalise_plan
 from ..families_moextend import find_moe_layers
 from ..loading_moextend import load_base, undone_on_error
@@ -65,9 +65,8 @@ def from_base(
     if not isinstance(base, PreTrainedModel):
         check_request(base, kwargs)
         base = load_base(base, cls.auto_base_class, **kwargs)
-    check_not_extended(base)
+    check_loaded(base)
     check_causal_lm(base, cls.auto_base_class)
-    check_layout(base)
     check_family(base.get_decoder())
     layers = find_moe_layers(base.get_decoder())
     check_plan(layers, plan)
