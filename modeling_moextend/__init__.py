@@ -1,6 +1,7 @@
 """MoExtend: give a pretrained Mixture-of-Experts model a new skill or a new sense by adding experts to it."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
@@ -8,6 +9,16 @@ from .configuration_moextend import MoExtendConfig
 from .data.processors import load_processor
 from .modeling_moextend import MoExtendForCausalLM, MoExtendModel
 from .processing_moextend import MoExtendProcessor
+
+if TYPE_CHECKING:  # what `LAZY` names, for editors and type checkers
+    from .data.llava import load_llava
+    from .evaluation.compare import base_retention, compare_with_base, threshold_curve
+    from .evaluation.report import ReportCallback, evaluate_adapter, write_report
+    from .extender.router_probe import measure_router_shift
+    from .extender.router_shift import RouterShift
+    from .publishing.card import create_card
+    from .training.config import MoExtendSFTConfig
+    from .training.trainer import MoExtendSFTTrainer
 
 __version__ = "0.1.0"
 
@@ -26,7 +37,25 @@ LAZY = {  # these import trl, datasets or matplotlib, which the model itself doe
     "ReportCallback": "evaluation.report",
 }
 
-__all__ = ["MoExtendConfig", "MoExtendForCausalLM", "MoExtendModel", "MoExtendProcessor", "load_processor", *LAZY]
+__all__ = [
+    "MoExtendConfig",
+    "MoExtendForCausalLM",
+    "MoExtendModel",
+    "MoExtendProcessor",
+    "MoExtendSFTConfig",
+    "MoExtendSFTTrainer",
+    "ReportCallback",
+    "RouterShift",
+    "base_retention",
+    "compare_with_base",
+    "create_card",
+    "evaluate_adapter",
+    "load_llava",
+    "load_processor",
+    "measure_router_shift",
+    "threshold_curve",
+    "write_report",
+]
 
 AutoConfig.register("moextend", MoExtendConfig)
 AutoModel.register(MoExtendConfig, MoExtendModel)

@@ -45,7 +45,7 @@ class StoredAdapter(NamedTuple):
     metadata: dict  # of the header
     files: tuple = ()  # their names
 
-    def config_for_loading(self):
+    def config_for_loading(self) -> MoExtendConfig:
         """Its `MoExtendConfig`, checked against the sizes of its tensors.
 
         Of the base's own config only the kind is read: the base that is loaded brings the rest.
@@ -59,11 +59,11 @@ class StoredAdapter(NamedTuple):
             part = name.split(".")
             if part[0] == "layers" and part[2:3] in (["experts"], ["router"]) and tensor.dim():
                 rows[part[1]] = max(rows.get(part[1], 0), len(tensor))
-        asked, there = sum(map(len, config.extended_layers.values())), sum(rows.values())
-        if asked > 2 * there + 16:  # what little is missing gets named later, beside the new experts of the model
+        named, stored = sum(map(len, config.extended_layers.values())), sum(rows.values())
+        if named > 2 * stored + 16:  # what little is missing gets named later, beside the new experts of the model
             raise ValueError(
-                f"The adapter does not fit itself; nothing was loaded: extended_layers names {asked} new experts, and "
-                f"the file has tensors of {there}."
+                f"The adapter does not fit itself; nothing was loaded: extended_layers names {named} new experts, and "
+                f"the file has tensors of {stored}."
             )
         return config
 
@@ -133,7 +133,7 @@ def tensor_bytes(tensor):
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def read_adapter(name_or_path, **hub_kwargs):
+def read_adapter(name_or_path: str | os.PathLike, **hub_kwargs) -> StoredAdapter:
     """Reads an adapter's files: -> `StoredAdapter`. Whether it fits a model is for `check_tensors` to say.
 
     Raises:
@@ -266,13 +266,9 @@ def shown(name):
     return name if name.isprintable() else short(name)
 
 
-def check_tensors(shapes, stored):
+def check_tensors(shapes: dict, stored: StoredAdapter) -> None:
     """Compares name -> shape of what a model needs with the tensors of a `StoredAdapter`, then these with their own
-    checksum.
-
-    Raises:
-        ValueError: one message with every missing, unexpected and wrongly shaped or typed tensor; or a damaged file.
-    """
+    checksum. `ValueError`: a message with every missing, unexpected and wrongly shaped or typed tensor; or damage."""
     given = stored.tensors
     problems = [f"missing: {name}" for name in sorted(shapes.keys() - given.keys())]
     problems += [f"unexpected: {shown(name)}" for name in sorted(given.keys() - shapes.keys())]

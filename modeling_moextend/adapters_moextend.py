@@ -5,29 +5,34 @@ those of transformers' and PEFT's. How adapters share a token: docs/adapters.md.
 """
 
 import contextlib
+import os
+from collections.abc import Iterator
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from .adapter_file_moextend import check_tensors, read_adapter
 from .compatibility_moextend import (
     check_belongs,
-    check_below,
     check_complete,
+    check_dependencies,
     check_known,
     check_new_name,
-    check_still_below,
+    check_not_needed,
     check_together,
-    found_below,
+    dependency_names,
     listed_names,
     select_per_item,
 )
-from .configuration_moextend import check_threshold
+from .configuration_moextend import MoExtendConfig, check_threshold
 from .gate_moextend import TokenGate
 from .layers_moextend import add_experts, attach, input_device, remove_experts
 from .loading_moextend import load_stored_encoder
 from .package_moextend import from_package
 from .routing_moextend import Rule
-from .tensors_moextend import placed, split_by_part, tensor_shapes
+from .scope_moextend import Selection
+from .tensors_moextend import moved_to_layers, split_by_part, tensor_shapes
 from .vision_moextend import Projector
 
 DEFAULT = "default"  # the adapter that a model is made or loaded with
@@ -42,7 +47,7 @@ class Adapter(nn.Module):
     model on top of which it was trained.
     """
 
-    def __init__(self, config, encoder=None, projector=None):
+    def __init__(self, config: MoExtendConfig, encoder: nn.Module | None = None, projector: Projector | None = None):
         super().__init__()
         self.config, self.encoder, self.projector = config, encoder, projector
         self.layers, self.depends_on = {}, set()
@@ -50,11 +55,11 @@ class Adapter(nn.Module):
             encoder.requires_grad_(False)
 
     @property
-    def gate(self):
+    def gate(self) -> TokenGate | None:
         """Its `TokenGate`, or `None` where there is none (another scope, or no extended layer yet)."""
         return self.layers[min(self.layers)].rows.gate if self.layers else None
 
-    def finds_images(self, input_ids):
+    def finds_images(self, input_ids: torch.Tensor | None) -> bool:
         """Whether `input_ids` (or `None`) hold its image tokens."""
         return input_ids is not None and bool((input_ids == self.config.image_token_id).any())
 
@@ -102,15 +107,15 @@ class AdapterSwitch:
 
     def load_adapter(
         self,
-        name_or_path,
-        adapter_name=DEFAULT,
+        name_or_path: str | os.PathLike,
+        adapter_name: str = DEFAULT,
         *,
-        encoder=None,
-        is_trainable=False,
-        check_base=True,
-        check_trained_on=True,
+        encoder: str | os.PathLike | PreTrainedModel | None = None,
+        is_trainable: bool = False,
+        check_base: bool = True,
+        check_trained_on: bool = True,
         **hub_kwargs,
-    ):
+    ) -> None:
         """Loads one more adapter beside those that are there. It takes part once `set_adapter` says so.
 
         Args:
@@ -132,7 +137,7 @@ class AdapterSwitch:
             config.name_or_path = str(name_or_path)
             check_belongs(self, config, name_or_path, check_base)
             if check_trained_on:
-                check_below(config, self.fingerprints(), name_or_path)
+                check_dependencies(config, self.fingerprints(), name_or_path)
             encoder = load_stored_encoder(self, config, encoder, check_base, (name_or_path, hub_kwargs))
             self.attach_adapter(adapter_name, config, self.fitting_tensors(config, stored), encoder)
             self.find_dependencies()
@@ -141,44 +146,42 @@ class AdapterSwitch:
     def fitting_tensors(self, config, stored):
         """The tensors of a `StoredAdapter`, once all of them fit, where and in the dtype they belong."""
         check_tensors(tensor_shapes(config, self.moe_layers), stored)
-        return placed(stored.tensors, self.moe_layers, input_device(self.base), self.base.dtype)
+        return moved_to_layers(stored.tensors, self.moe_layers, input_device(self.base), self.base.dtype)
 
-    def add_adapter(self, adapter_name, extended_layers=None, **options):
+    def add_adapter(self, adapter_name: str, extended_layers: dict[int, list[int]] | None = None, **options) -> None:
         """Adds a new adapter on top of the active ones: `modeling_moextend.attaching.add_adapter`, of the package."""
         from_package("attaching", ADDING).add_adapter(self, adapter_name, extended_layers, **options)
 
-    def extend(self, plan):
+    def extend(self, plan: dict[int, list[int]]) -> None:
         """Adds new experts, {decoder layer: [source experts]}, to the adapter that trains, and keeps its projector:
         `modeling_moextend.attaching.extend`, of the package."""
         from_package("attaching", ADDING).extend(self, plan)
 
-    def delete_adapter(self, adapter_names):
-        """Deletes an adapter, or a list of them; those that stay are what they were.
-
-        Raises:
-            ValueError: an unknown name; the only adapter of the model, or one that another was trained on.
-        """
+    def delete_adapter(self, adapter_names: str | list[str]) -> None:
+        """Deletes an adapter, or a list of them; those that stay are what they were. `ValueError`: an unknown name,
+        all adapters of the model, or one that another was trained on top of."""
         with self.passes.lock:
             names = listed_names(adapter_names)
             check_known(names, self.adapters)
             staying = [name for name in self.adapters if name not in names]
             if not staying:
                 raise ValueError(f"{names} are all adapters of this model. To get the base back, use model.detach().")
-            check_still_below(self.adapters, staying)
+            check_not_needed(self.adapters, staying)
             self.activate([name for name in self.passes.current.active if name in staying], among=staying)
             for name in names:
                 self.remove_adapter(name)
 
-    def set_adapter(self, adapter_name, inference_mode=False, *, check_trained_on=True):
+    def set_adapter(
+        self, adapter_name: str | list[str], inference_mode: bool = False, *, check_trained_on: bool = True
+    ) -> None:
         """Makes an adapter, or a list of adapters, the active ones, and no other. Of the base no tensor is touched.
 
-        `adapter_name`: a name, or a list of names. Unless `inference_mode`, their tensors ask for gradients, as PEFT
-        has it; those that another one was trained on top of stay frozen. `check_trained_on=False` uses an adapter
-        without those that it was trained on top of.
+        Unless `inference_mode`, their tensors ask for gradients, as PEFT has it; those that another was trained on top
+        of stay frozen.
 
         Raises:
             ValueError: an unknown name; a name twice; none; adapters that can't share tokens, with the reason; one
-                without loaded ones that it was trained on top of.
+                without loaded ones that it was trained on top of (unless `check_trained_on=False`).
         """
         with self.passes.lock:
             names = listed_names(adapter_name)
@@ -206,7 +209,7 @@ class AdapterSwitch:
         fingerprints = self.fingerprints() if lacking else {}
         for name, adapter in lacking.items():
             others = {other: known for other, known in fingerprints.items() if other != name}
-            adapter.depends_on |= set(found_below(adapter.config, others).values()) - {None}
+            adapter.depends_on |= set(dependency_names(adapter.config, others).values()) - {None}
 
     def activate(self, names, among=None):
         """Makes `names` the active adapters, of all or of those `among` which a deletion leaves; what trains and is
@@ -220,44 +223,39 @@ class AdapterSwitch:
             setattr(config, name, getattr(before, name))
         self.config = config
 
-    def active_adapters(self):
+    def active_adapters(self) -> list[str]:
         """Names of the adapters that take part, in ascending order; `[]` while switched off."""
         return list(self.passes.current.active) if self.passes.selection().enabled else []
 
     @contextlib.contextmanager
-    def disable_adapter(self):
+    def disable_adapter(self) -> Iterator[None]:
         """Inside the block the model is the base, bit for bit; images are refused."""
         with self.passes.using(enabled=False):
             yield
 
-    def disable_adapters(self):
+    def disable_adapters(self) -> None:
         """Switches all adapters off until `enable_adapters`."""
         self.passes.change(switched_on=False)
 
-    def enable_adapters(self):
+    def enable_adapters(self) -> None:
         self.passes.change(switched_on=True)
 
-    def select_adapters(self, adapter_names=None, num_items=None):
-        """The `Selection` for a pass that begins now.
-
-        `adapter_names`: for each of `num_items` items of the batch a name, a list of names that take part together,
-        or "__base__" for the base alone; `None`: the active adapters, for all of them.
-        """
-        chosen = self.passes.selection()
+    def select_adapters(self, adapter_names: list | None = None, *batches: torch.Tensor | None) -> Selection:
+        """The `Selection` for a pass that begins now. `adapter_names`: for each item of the batch (the first of
+        `batches` that is not `None`) a name, a list of names that take part together, or "__base__" for the base
+        alone; `None`: the active adapters, for all of them."""
+        chosen, num_items = self.passes.selection(), next((len(one) for one in batches if one is not None), None)
         return chosen if adapter_names is None else select_per_item(self, chosen, adapter_names, num_items)
 
     @property
-    def leading(self):
+    def leading(self) -> str:
         """The adapter whose config is the model's: what trains; else the first active one; else the first one."""
         current = self.passes.current
         return current.trained or next(iter((*current.active, *current.adapters)))
 
-    def resolve_name(self, adapter_name=None):
+    def resolve_name(self, adapter_name: str | None = None) -> str:
         """`adapter_name`, if there is such an adapter; for `None` the one that trains, or the only active one.
-
-        Raises:
-            ValueError: an unknown name; none given where several are active, or none is.
-        """
+        `ValueError`: an unknown name; none given where several are active, or none is."""
         current = self.passes.current
         if adapter_name is None and current.trained is None:
             raise ValueError(
@@ -269,30 +267,30 @@ class AdapterSwitch:
         return name
 
     @property
-    def vision_adapter(self):
+    def vision_adapter(self) -> Adapter | None:
         """The `Adapter` with which a pass that begins now sees, or `None`."""
         return self.passes.selection().vision_adapter
 
     @property
-    def encoder(self):
+    def encoder(self) -> PreTrainedModel | None:
         return None if self.vision_adapter is None else self.vision_adapter.encoder
 
     @property
-    def projector(self):
+    def projector(self) -> Projector | None:
         return None if self.vision_adapter is None else self.vision_adapter.projector
 
     @property
-    def image_token_id(self):
+    def image_token_id(self) -> int | None:
         """What stands for image features: of the adapter that sees, or else of the leading one."""
         return (self.config if self.vision_adapter is None else self.vision_adapter.config).image_token_id
 
     @property
-    def gate(self):
+    def gate(self) -> TokenGate | None:
         """The `TokenGate` of the leading adapter, or `None`: see `Adapter.gate`."""
         return self.adapters[self.leading].gate
 
     @property
-    def gate_threshold(self):
+    def gate_threshold(self) -> float:
         """With `scope="gate"`: a token may use new experts when its routing margin is above this (default 0).
 
         Saved with the adapter. Higher: less of the new task, less forgetting; see `evaluation.threshold_curve`.
@@ -301,7 +299,7 @@ class AdapterSwitch:
         return self.config.gate_threshold
 
     @gate_threshold.setter
-    def gate_threshold(self, value):
+    def gate_threshold(self, value: float) -> None:
         if self.config.scope != "gate":
             raise ValueError(f"gate_threshold belongs to scope='gate', this adapter has scope={self.config.scope!r}.")
         self.config.gate_threshold = check_threshold(value)

@@ -33,10 +33,6 @@ def quantisation_of(config):
     return next((one.quantization_config for one in configs if getattr(one, "quantization_config", None)), None)
 
 
-def will_dequantise(quantisation):
-    return bool(getattr(quantisation, "dequantize", False))
-
-
 def check_method(quantisation):
     """Refuses every quantisation but those of linear layers alone that were tried."""
     method = str(getattr(quantisation.quant_method, "value", quantisation.quant_method))
@@ -44,7 +40,7 @@ def check_method(quantisation):
         return
     advice = DEQUANTISE.get(method)
     advice = f"Load it with {advice}, " if advice else "Load the checkpoint that it was quantised from, "
-    if will_dequantise(quantisation):  # the checkpoint is not quantised, and would be now
+    if getattr(quantisation, "dequantize", False):  # the checkpoint is not quantised, and would be now
         advice = "Leave out quantization_config, "
     raise ValueError(
         f"The base is quantised with {method!r}, and new experts can't be copied from packed experts. Allowed: no "

@@ -65,9 +65,9 @@ def check_together(configs, model):
         raise ValueError(
             f"Adapters that are active together must select alike, but these do not: {selections}. {apart}"
         )
-    seeing = [name for name, config in configs.items() if config.encoder_config is not None]
-    if len(seeing) > 1:
-        raise ValueError(f"Adapters {seeing} have an encoder each, and an image goes through one. {apart}")
+    with_encoder = [name for name, config in configs.items() if config.encoder_config is not None]
+    if len(with_encoder) > 1:
+        raise ValueError(f"Adapters {with_encoder} have an encoder each, and an image goes through one. {apart}")
     rule = Rule(**model.config.routing_rule)
     if len(extending) > 1 and rule.correction and rule.score == "softmax" and rule.corrected == "score":
         raise ValueError(
@@ -100,9 +100,11 @@ def select_per_item(model, chosen, adapter_names, num_items):
     for group in groups:
         check_together({name: adapters[name].config for name in group}, model)
     names = tuple(sorted({name for names in per_item for name in names}))
-    seeing = [name for name in names if adapters[name].encoder is not None]
-    if len(seeing) > 1:
-        raise ValueError(f"Adapters {seeing} have an encoder each; the images of one batch go through one of them.")
+    with_encoder = [name for name in names if adapters[name].encoder is not None]
+    if len(with_encoder) > 1:
+        raise ValueError(
+            f"Adapters {with_encoder} have an encoder each; the images of one batch go through one of them."
+        )
     return Selection(adapters, names, groups, per_item)
 
 
@@ -138,7 +140,7 @@ def recorded_selection(records, default):
     return next(iter(found.values()), default)
 
 
-def found_below(config, fingerprints):
+def dependency_names(config, fingerprints):
     """Names that an adapter with `config` was trained on top of -> what this one is called among the adapters of which
     `fingerprints` (name -> fingerprint) tells; `None`: it is not among them."""
 
@@ -152,9 +154,9 @@ def found_below(config, fingerprints):
     return {entry["name"]: find(entry) for entry in config.trained_on}
 
 
-def check_below(config, fingerprints, name):
+def check_dependencies(config, fingerprints, name):
     """Refuses an adapter without those that it was trained on top of, and names them."""
-    missing = [below for below, found in found_below(config, fingerprints).items() if found is None]
+    missing = [below for below, found in dependency_names(config, fingerprints).items() if found is None]
     if missing:
         raise ValueError(
             f"{name} was trained on top of {', '.join(map(repr, missing))}, which this model does not have (or not as "
@@ -163,7 +165,7 @@ def check_below(config, fingerprints, name):
         )
 
 
-def left_out(adapters, names):
+def missing_dependencies(adapters, names):
     """Those of `names` that were trained on top of loaded `adapters` beside `names` -> the names of these."""
     missing = {name: sorted(adapters[name].depends_on - {*names}) for name in names}
     return {name: below for name, below in missing.items() if below}
@@ -171,7 +173,7 @@ def left_out(adapters, names):
 
 def check_complete(adapters, names):
     """Refuses to use the adapters `names` without loaded ones that one of them was trained on top of."""
-    for name, missing in left_out(adapters, names).items():
+    for name, missing in missing_dependencies(adapters, names).items():
         raise ValueError(
             f"Adapter {name!r} was trained on top of {missing}, and alone it is not what was trained. Use them "
             f"together: {sorted({*names, *missing})}, in set_adapter or as one entry of adapter_names; "
@@ -179,7 +181,7 @@ def check_complete(adapters, names):
         )
 
 
-def check_still_below(adapters, staying):
+def check_not_needed(adapters, staying):
     """Refuses to delete adapters that one of those `staying` was trained on top of."""
-    for name, lost in left_out(adapters, staying).items():
+    for name, lost in missing_dependencies(adapters, staying).items():
         raise ValueError(f"Adapter {name!r} was trained on top of {lost}: delete {name!r} first.")

@@ -3,6 +3,7 @@
 import copy
 import math
 from operator import index
+from typing import Self
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -29,7 +30,7 @@ CALLERS = ("attn_implementation", "experts_implementation")  # what only a call 
 DEFAULTS = {  # what a config without the entry means; what a new adapter gets is up to `attaching.routing_choices`
     "base_model_name_or_path": None,  # Hub id or folder of the base
     "base_model_revision": None,  # commit the adapter was made on
-    "base_fingerprint": None,  # 1,024 base values at fixed places, float32, base64
+    "base_fingerprint": None,  # 1,024 base values at fixed indices, float32, base64
     "text_config": None,  # the base's whole config, unchanged
     "encoder_name_or_path": None,  # CLIP or SigLIP vision checkpoint; `None` for text only
     "encoder_config": None,  # the encoder's vision config
@@ -72,7 +73,7 @@ class MoExtendConfig(PreTrainedConfig):
         super().__init__(**entries)
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict, **kwargs) -> Self:
         """As in transformers, without what is no file's to say: private attributes, and implementations, which may be
         names of kernels on the Hub, so that code would be fetched."""
         private = {name for name in config_dict if name.startswith("_") and name != "_name_or_path"}
@@ -80,13 +81,13 @@ class MoExtendConfig(PreTrainedConfig):
         return super().from_dict(ours, **kwargs)
 
     @property
-    def num_image_tokens(self):
+    def num_image_tokens(self) -> int:
         """Features (and so image tokens) one image gives; 0 without an encoder."""
         if self.encoder_config is None:
             return 0
         return count_image_tokens(self.encoder_config, self.encoder_select_feature)
 
-    def get_text_config(self, decoder=None, encoder=None):
+    def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         """A view of the language model's config: trainers write to it, and the base's own must not change. Its
         `router_aux_loss_coef` is 0: TRL's load-balancing loss needs layers of one width."""
         if self.text_config is None:
@@ -97,23 +98,23 @@ class MoExtendConfig(PreTrainedConfig):
             view.router_aux_loss_coef = 0.0
         return view
 
-    def set_text_config(self, config):
+    def set_text_config(self, config: PreTrainedConfig) -> None:
         """Takes the config of the base that is there, a copy; the view of an earlier one is forgotten."""
         self.text_config = copy.deepcopy(config)
         self.__dict__.pop("_text_view", None)
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """As JSON-ready `dict`: layer indices as strings, the view of `text_config` left out."""
         output = super().to_dict()
         output.pop("_text_view", None)
         output["extended_layers"] = {str(layer): list(sources) for layer, sources in self.extended_layers.items()}
         return output
 
-    def to_diff_dict(self):
+    def to_diff_dict(self) -> dict:
         """The whole config: an adapter must not depend on a later version's defaults."""
         return self.to_dict()
 
-    def published(self, with_code=True):
+    def published(self, with_code: bool = True) -> Self:
         """The config as it is saved: with the auto classes that load it, where the code comes along, and without the
         place it was loaded from; the base of a standalone checkpoint stays where it is."""
         config = copy.deepcopy(self)

@@ -27,6 +27,7 @@ from .routing_moextend import (
 
 EXPERTS_INTERFACE = ("_is_expert_parallel", "has_gate", "is_transposed", "down_proj")
 ROUTER_NAMES = ("gate", "router")
+TORCHS = "torch.nn.modules."  # modules of torch's own are no routers: an `nn.Linear` gates shared experts
 GROUPS = ("num_group", "n_group")
 CORRECTION = "e_score_correction_bias"
 
@@ -46,24 +47,22 @@ def family_of(module):
     return path[2] if path[:2] == ["transformers", "models"] else path[-1].removeprefix("modeling_")
 
 
-def is_torchs(module):
-    """Whether a module is one of torch's own: an `nn.Linear` gates shared experts, but answers no choice."""
-    return type(module).__module__.startswith("torch.nn.modules.")
-
-
 def plain_class(module):
     """The class of `module`, without what extending it mixed in."""
     return vars(type(module)).get("moextend_base", type(module))
 
 
-def find_moe_layers(decoder):
+def find_moe_layers(decoder: nn.Module) -> dict[int, MoELayer]:
     """The MoE layers of a base: decoder layer index -> `MoELayer`. `ValueError`: there are none, or none with
     transformers' router/experts interface, or several in one decoder layer."""
     name, family, layers = type(decoder).__name__, family_of(decoder), {}
     for path, module in decoder.named_modules():
         experts = getattr(module, "experts", None)
-        routers = [getattr(module, router, None) for router in ROUTER_NAMES]
-        router = next((one for one in routers if isinstance(one, nn.Module) and not is_torchs(one)), None)
+        routers = [getattr(module, name, None) for name in ROUTER_NAMES]
+        routers = [
+            one for one in routers if isinstance(one, nn.Module) and not type(one).__module__.startswith(TORCHS)
+        ]
+        router = next(iter(routers), None)
         number = re.search(r"(?:^|\.)(\d+)\.", f"{path}.")
         if number and router is not None and all(hasattr(experts, attribute) for attribute in EXPERTS_INTERFACE):
             index = int(number.group(1))
@@ -210,8 +209,8 @@ def float_twin(module):
     """A float32 copy of a router and its children, without new rows."""
 
     def copied(tensors):
-        kept = {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
-        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in kept.items()}
+        own = {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
+        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in own.items()}
 
     with onloaded(module):
         twin = sibling(module, copied(module._parameters), copied(module._buffers))

@@ -24,7 +24,7 @@ class TokenGate(nn.Module):
     key, value [D, H], fc1 [D, H + D], fc2 [1, D]. fc2 starts at zero with bias -1: an untrained gate is closed.
     """
 
-    def __init__(self, hidden_size, gate_size, device=None):
+    def __init__(self, hidden_size: int, gate_size: int, device=None):
         super().__init__()
         options = {"device": device, "dtype": torch.float32}
         self.key = nn.Linear(hidden_size, gate_size, **options)
@@ -34,7 +34,7 @@ class TokenGate(nn.Module):
         nn.init.zeros_(self.fc2.weight)
         nn.init.constant_(self.fc2.bias, CLOSED)
 
-    def forward(self, hidden_states, gated):
+    def forward(self, hidden_states: torch.Tensor, gated: "GatedPass") -> torch.Tensor:
         """Routing margins z [B, S] of hidden states [B, S, H], in float32 whatever the base's dtype.
 
         `gated` (a `GatedPass`) says where sequences start and what the cache holds; it gets the new sums.
@@ -62,8 +62,8 @@ class GatedPass:
         is_real: [B, S] bool, no padding.
         starts: [B, S] column of this pass at which each token's sequence starts, -1: before this pass.
         cached: [B, up to past, 2 D] sums after every token in the cache; `None`: no pass with the gate before.
-        past_length: number of tokens in the cache; default: those of `cached`. Tokens that the cache took in without
-            the gate (its adapter off, or not active) count for nothing.
+        past_length: number of tokens in the cache, by default those of `cached`; others (the adapter was off, or not
+            active) count for nothing.
         items: [B] bool, items of the batch that the gate's adapter serves; `None`: all of them.
         threshold: a token is let through when its margin is above it.
     """
@@ -76,7 +76,7 @@ class GatedPass:
         self.packed = bool((starts >= 0).any())
         self.sums = self.in_scope = None
 
-    def decide(self, gate, hidden_states):
+    def apply_gate(self, gate, hidden_states):
         """Asks the gate about hidden states [T, H]; returns its margins [T]."""
         margins = gate(hidden_states.reshape(*self.is_real.shape, -1), self)
         in_scope = (margins > self.threshold) & self.allowed.to(margins.device)

@@ -56,11 +56,6 @@ class Extension(nn.Module):
         self.layer, self.num_base, self.passes = layer, num_base, passes
         self.adapters = nn.ModuleDict()
 
-    @property
-    def layer_plan(self):
-        """The `LayerPlan` of the pass under way, `None` where no adapter extends this layer."""
-        return self.passes.plan.layers.get(self.layer)
-
 
 class RouterExtension(Extension):
     """What adapters add to one router: `RouterRows`. Without any it only records what the base's router decides."""
@@ -70,18 +65,15 @@ class RouterExtension(Extension):
         self.rule = rule
 
     def forward(self, router, hidden_states, answer, correction_bias=None):
-        """The base router's answer, extended by the new rows of this pass's adapters.
+        """`answer`, the base router's (see `RouterOutput`), extended by the new rows of this pass's adapters.
 
-        Args:
-            answer: as the base's router gives it: (logits [T, E], weights [T, K], index [T, K]) and, in some families,
-                weights of shared experts.
-            correction_bias: what the router got beside hidden states; in some families the correction bias [E].
+        `correction_bias`: what the router got beside hidden states; in some families the correction bias [E].
         """
         plan = self.passes.plan
         layer_plan, logits = plan.layers.get(self.layer), None
         parts = {} if layer_plan is None else layer_plan.parts
         margins = {
-            name: plan.gates[name].decide(part.rows.gate, hidden_states)
+            name: plan.gates[name].apply_gate(part.rows.gate, hidden_states)
             for name, part in parts.items()
             if part.rows.gate is not None and name in plan.gates
         }
@@ -207,8 +199,8 @@ class ExtendedExperts:
     def forward(self, hidden_states, top_k_index, top_k_weights):
         """[T, H], [T, K], [T, K] -> [T, H]. Where no token selects a new expert, this is the base's own call."""
         index, weights, num_base = top_k_index, top_k_weights, self.moextend.num_base
-        layer_plan = self.moextend.layer_plan
-        if layer_plan is None:
+        layer_plan = self.moextend.passes.plan.layers.get(self.moextend.layer)
+        if layer_plan is None:  # no adapter extends this layer
             return super().forward(hidden_states, index, weights)
         new = {name: part.experts for name, part in layer_plan.parts.items()}
         if not new or not bool((index >= num_base).any()):
@@ -297,11 +289,9 @@ def attach(layers, passes, rule):
 
 
 def add_experts(layer, name, tensors, config):
-    """Adds new experts of the adapter `name` to one attached layer: -> `NewExperts`.
-
-    `tensors`: those of this layer, by role ("experts.down_proj"). The class of the experts stays swapped until
-    `detach`, for a pass of another thread may be on its way to them.
-    """
+    """Adds new experts of the adapter `name` to one attached layer, from its tensors there by role
+    ("experts.down_proj"): -> `NewExperts`. The experts' class stays swapped until `detach`, for a pass of another
+    thread may be on its way to them."""
     part = {role: {} for role in ("experts", "router", "calibration")}
     for path, tensor in tensors.items():
         role, key = path.split(".", 1)

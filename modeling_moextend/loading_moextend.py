@@ -27,13 +27,9 @@ ENCODER_KWARGS = ("dtype", "use_safetensors", *SHARED_HUB_KWARGS)
 
 
 def load_parts(stored, base, encoder, auto_class, check_base, options, location=None):
-    """Base and encoder of a stored adapter, each loaded unless given as a model, and checked against it.
-
-    Args:
-        stored: the adapter's `MoExtendConfig`; gets the configs of base and encoder.
-        base, encoder, check_base, options: as in `from_pretrained`; `auto_class`: what the base is loaded with.
-        location: (folder or Hub id, keywords for the Hub) of the adapter: see `within`.
-    """
+    """Base and encoder of an adapter with the config `stored`, each loaded unless given as a model, and checked
+    against it; their configs become part of it. The other arguments are those of `from_pretrained`, what the base is
+    loaded with, and (folder or Hub id, keywords for the Hub) of the adapter: see `within`."""
     if stored.encoder_config is not None and not isinstance(encoder, PreTrainedModel):
         chosen = {key: options[key] for key in ENCODER_KWARGS if key in options}
         encoder = load_stored("encoder", encoder, stored, load_encoder, location, **chosen)
@@ -114,13 +110,13 @@ def location_of(role, given, config, location=None):
 
 def within(name_or_path, hub_kwargs, subfolder):
     """Where a subfolder of an adapter's own folder or repository lies: (folder or Hub id, keywords for the Hub)."""
-    below = "/".join(filter(None, (hub_kwargs.get("subfolder"), subfolder)))
+    path = "/".join(filter(None, (hub_kwargs.get("subfolder"), subfolder)))
     folder = Path(name_or_path)
     if not folder.is_dir():
-        return name_or_path, {"subfolder": below, "revision": hub_kwargs.get("revision")}
-    if not (folder / below).resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{folder / below} is a link that leads out of {folder}. Nothing was loaded.")
-    return str(folder / below), {}
+        return name_or_path, {"subfolder": path, "revision": hub_kwargs.get("revision")}
+    if not (folder / path).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{folder / path} is a link that leads out of {folder}. Nothing was loaded.")
+    return str(folder / path), {}
 
 
 def check_folder(folder, config):
@@ -181,9 +177,8 @@ def is_multimodal(config):
 
 def auto_class_for(config, auto_class):
     """The auto class of a base with a causal head: multimodal ones have one of their own."""
-    if auto_class is AutoModelForCausalLM and is_multimodal(config):
-        return AutoModelForImageTextToText
-    return auto_class
+    own = auto_class is AutoModelForCausalLM and is_multimodal(config)
+    return AutoModelForImageTextToText if own else auto_class
 
 
 @contextlib.contextmanager

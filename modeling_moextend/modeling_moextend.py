@@ -7,14 +7,17 @@ layers read the plan (layers, routing). Attention, norms, head, caches and gener
 
 import contextlib
 import copy
+from collections.abc import Iterator
 from functools import partial
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import can_return_tuple
 
+from .adapter_file_moextend import StoredAdapter
 from .adapters_moextend import ADDING, DEFAULT, AdapterSwitch
 from .base_checks_moextend import base_rule, check_pass
 from .compatibility_moextend import check_image_items, check_new_name, recorded_selection
@@ -24,7 +27,7 @@ from .layers_moextend import keep_in_graph
 from .loading_moextend import auto_class_for, is_multimodal
 from .package_moextend import from_package
 from .persistence_moextend import Persistence
-from .routing_moextend import Rule, balance_loss
+from .routing_moextend import RoutingRecord, Rule, balance_loss
 from .scope_moextend import Passes, PassInputs, plan_pass, remember
 from .tensors_moextend import AdapterTensors
 from .vision_moextend import ImageGenerationMixin, encode_images, merge_images, projector_tied
@@ -42,7 +45,14 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
-    def __init__(self, config, base=None, encoder=None, adapter_name=DEFAULT, stored=None):
+    def __init__(
+        self,
+        config: MoExtendConfig,
+        base: PreTrainedModel | None = None,
+        encoder: PreTrainedModel | None = None,
+        adapter_name: str = DEFAULT,
+        stored: StoredAdapter | None = None,
+    ):
         """`base`, `encoder`: loaded models; without them, random ones are made from the config. The adapter's tensors
         are those of the `StoredAdapter` `stored`, or else at their start values."""
         super().__init__(config)
@@ -124,14 +134,16 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
         return merge_images(input_ids, self.get_input_embeddings(), vision.config.image_token_id, features)
 
     @contextlib.contextmanager
-    def record_routing(self, wanted=True):
+    def record_routing(self, enabled: bool = True) -> Iterator[dict[int, RoutingRecord]]:
         """Yields a `dict` that every forward pass inside fills: decoder layer -> `RoutingRecord`, all MoE layers.
-        Unless `wanted`, it stays empty, and whoever listened before goes on listening."""
+        Unless `enabled`, it stays empty, and whoever listened before goes on listening."""
         records = {}
-        with self.passes.using(records=records if wanted else self.passes.thread.records):
+        with self.passes.using(records=records if enabled else self.passes.thread.records):
             yield records
 
-    def balance_loss(self, records, attention_mask=None):
+    def balance_loss(
+        self, records: dict[int, RoutingRecord], attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Load-balancing loss (scalar) of recorded routing, see `routing_moextend.balance_loss`; new experts of all
         adapters of the pass count together. `ValueError`: adapters of different selection were recorded."""
         selection = recorded_selection(records, self.config.selection)
@@ -143,20 +155,20 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
         return balance_loss(records, Rule(**self.config.routing_rule), selection, attention_mask)
 
     @property
-    def router_aux_loss_coef(self):
+    def router_aux_loss_coef(self) -> float:
         """The base's own coefficient of the load-balancing loss, 0 where it has none. The loss is 1/K of transformers'
         own, which counts K selections a token; f_i here is a share of all."""
         return float(getattr(self.config.text_config.get_text_config(), "router_aux_loss_coef", 0.0) or 0.0)
 
     # What transformers asks of a model is the base's.
 
-    def get_decoder(self):
+    def get_decoder(self) -> PreTrainedModel:
         return self.base.get_decoder()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Module:
         return self.base.get_output_embeddings()
 
     def set_attn_implementation(self, attn_implementation, **kwargs):  # the encoder's is its own
@@ -190,17 +202,17 @@ class MoExtendModel(MoExtendPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        use_cache=None,
-        pixel_values=None,
-        output_router_logits=None,
-        adapter_names=None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        output_router_logits: bool | None = None,
+        adapter_names: list[str | list[str]] | None = None,
         **kwargs,
-    ):
+    ) -> MoeModelOutputWithPast:
         """See `MoExtendForCausalLM.forward`. `ValueError`: another trainer wants to compute a load-balancing loss."""
         if output_router_logits and self.config.extended_layers and self.config.get_text_config().router_aux_loss_coef:
             raise ValueError(
@@ -208,7 +220,7 @@ class MoExtendModel(MoExtendPreTrainedModel):
                 "uneven: leave router_aux_loss_coef out, or train with MoExtendSFTTrainer, which has one that fits."
             )
         kwargs |= {"attention_mask": attention_mask, "use_cache": use_cache}
-        selection = self.select_adapters(adapter_names, num_items(input_ids, inputs_embeds))
+        selection = self.select_adapters(adapter_names, input_ids, inputs_embeds)
         with self.record_routing(bool(output_router_logits)) as records:
             outputs = self.run_base(
                 selection, input_ids, position_ids, past_key_values, inputs_embeds, pixel_values, **kwargs
@@ -227,12 +239,12 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
 
     auto_base_class = AutoModelForCausalLM
 
-    def __init__(self, config, base=None, encoder=None, **kwargs):
+    def __init__(self, config: MoExtendConfig, base=None, encoder=None, **kwargs):
         super().__init__(config, base, encoder, **kwargs)
         self.generation_config = copy.deepcopy(self.base.generation_config)
 
     @property
-    def model(self):
+    def model(self) -> MoExtendModel:
         """The body as a `MoExtendModel` over the same modules (trainers run it with a fused head)."""
         body = self.__dict__.get("_body")
         if body is None:
@@ -247,19 +259,19 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        pixel_values=None,
-        output_router_logits=None,
-        logits_to_keep=0,
-        adapter_names=None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        adapter_names: list[str | list[str]] | None = None,
         **kwargs,
-    ):
+    ) -> MoeCausalLMOutputWithPast:
         """Runs the base with its new experts.
 
         Args:
@@ -280,7 +292,7 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
             ValueError: numbers of image tokens and features differ; images while the adapter is off or no encoder;
                 `adapter_names` of another length, unknown ones, or ones that can't be used so.
         """
-        selection = self.select_adapters(adapter_names, num_items(input_ids, inputs_embeds))
+        selection = self.select_adapters(adapter_names, input_ids, inputs_embeds)
         kwargs |= {"attention_mask": attention_mask, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
         if labels is not None:
             vision = selection.vision_adapter
@@ -312,9 +324,3 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
             attentions=outputs.attentions,
             router_logits=tuple(record.logits for record in records.values()) or None,
         )
-
-
-def num_items(input_ids, inputs_embeds):
-    """B of a batch; `None` where neither ids nor embeddings are given."""
-    tokens = inputs_embeds if input_ids is None else input_ids
-    return None if tokens is None else len(tokens)

@@ -1,13 +1,16 @@
 """How a model begins and ends: from a base, from a saved adapter, to a folder, to the Hub, back to the base."""
 
+import os
 from pathlib import Path
+from typing import Self
 
 import torch
-from transformers import AutoModelForCausalLM
+from huggingface_hub import CommitInfo
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .adapter_file_moextend import read_adapter, write_folder
 from .adapters_moextend import DEFAULT
-from .compatibility_moextend import check_below
+from .compatibility_moextend import check_dependencies
 from .layers_moextend import detach
 from .loading_moextend import HUB_KWARGS, SHARED_HUB_KWARGS, check_folder, load_parts, undone_on_error
 from .package_moextend import from_package
@@ -20,6 +23,7 @@ PUSH_KWARGS += ("card", "report", "shift", "tags")
 # What transformers' own save_pretrained takes and an adapter has no use for.
 IGNORED_KWARGS = ("state_dict", "save_function", "safe_serialization", "variant")
 IGNORED_KWARGS += ("save_peft_format", "save_original_format")
+Parts = str | os.PathLike | PreTrainedModel  # where a base or encoder lies, or the loaded model
 PUBLISHING = "Publishing (save_pretrained to a folder works without)"
 
 
@@ -29,7 +33,7 @@ class Persistence:
     auto_base_class = AutoModelForCausalLM  # what a stored base is loaded with
 
     @classmethod
-    def from_base(cls, base, extended_layers=None, **options):
+    def from_base(cls, base: Parts, extended_layers: dict[int, list[int]] | None = None, **options) -> Self:
         """Attaches new experts, and an encoder, to a pretrained MoE causal LM that was never extended.
 
         `base`: Hub id, folder, or a loaded model; `extended_layers`: decoder layer index -> source experts, one new
@@ -38,7 +42,7 @@ class Persistence:
         attaching = from_package("attaching", "Extending a base that was never extended")
         return attaching.from_base(cls, base, extended_layers, **options)
 
-    def detach(self):
+    def detach(self) -> PreTrainedModel:
         """Takes all adapters off and returns the base, bit for bit what it was."""
         detach(self.get_decoder())
         for name in self.base_trainable:
@@ -48,16 +52,16 @@ class Persistence:
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path,
+        pretrained_model_name_or_path: str | os.PathLike,
         *model_args,
-        config=None,
-        base=None,
-        encoder=None,
-        check_base=True,
-        check_trained_on=True,
-        adapter_name=DEFAULT,
+        config: PreTrainedConfig | None = None,
+        base: Parts | None = None,
+        encoder: Parts | None = None,
+        check_base: bool = True,
+        check_trained_on: bool = True,
+        adapter_name: str = DEFAULT,
         **kwargs,
-    ):
+    ) -> Self:
         """Loads base and encoder (from safetensors) and puts the adapter on top.
 
         Args:
@@ -78,7 +82,7 @@ class Persistence:
         stored = read_adapter(name_or_path, **hub)
         own_config = stored.config_for_loading()  # the header's wins over config.json
         if check_trained_on:
-            check_below(own_config, {}, name_or_path)
+            check_dependencies(own_config, {}, name_or_path)
         options = {key: value for key, value in kwargs.items() if key not in UNLOADED}
         options |= {key: hub[key] for key in SHARED_HUB_KWARGS if key in hub}
         for name in IMPLEMENTATIONS:  # AutoModel has moved these into the config
@@ -97,15 +101,15 @@ class Persistence:
 
     def save_pretrained(
         self,
-        save_directory,
+        save_directory: str | os.PathLike,
         *,
-        adapter_name=None,
-        adapter_dtype=None,
-        max_shard_size="50GB",
-        with_code=True,
-        push_to_hub=False,
+        adapter_name: str | None = None,
+        adapter_dtype: str | torch.dtype | None = None,
+        max_shard_size: int | str = "50GB",
+        with_code: bool = True,
+        push_to_hub: bool = False,
         **kwargs,
-    ):
+    ) -> None:
         """Writes one adapter: config.json, moextend_adapter.safetensors, the shipped code. Never a base tensor.
 
         Where parameters are sharded (FSDP2), every process calls this, with `is_main_process` true on one of them.
@@ -113,10 +117,8 @@ class Persistence:
         Args:
             adapter_name: which one; default: the one that trains, or the only active one.
             adapter_dtype: dtype or its name for the new tensors in the file; default: the base's.
-            max_shard_size: above it the file is split, with the usual index.
             with_code: `False` leaves the code out, as in the checkpoints of a run: the package loads the folder then.
-            push_to_hub, **kwargs: as in transformers (`repo_id`, `token`, `private`, `commit_message`, ...); its
-                `state_dict`, `safe_serialization` and the like change nothing: see `IGNORED_KWARGS`.
+            max_shard_size, push_to_hub, **kwargs: as in transformers (`repo_id`, `token`, `private`, ...).
 
         Raises:
             ValueError: the folder is the base's or the encoder's, which would lose its config.json; no name where
@@ -143,6 +145,6 @@ class Persistence:
             options = {name: kwargs[name] for name in PUSH_KWARGS if name in kwargs}
             hub.upload(folder, options.pop("repo_id", folder.name), config, **options)
 
-    def push_to_hub(self, repo_id, **kwargs):
+    def push_to_hub(self, repo_id: str, **kwargs) -> CommitInfo:
         """Uploads the adapter as one commit: `modeling_moextend.publishing.hub.push`, of the package."""
         return from_package("publishing.hub", PUBLISHING).push(self, repo_id, **kwargs)

@@ -3,7 +3,9 @@
 Letters: B samples, S tokens, I images in the batch, P image tokens an image.
 """
 
-from transformers import ProcessorMixin
+from typing import Self
+
+from transformers import BaseImageProcessor, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
 from transformers.tokenization_utils_base import AddedToken
 
@@ -35,9 +37,9 @@ class MoExtendProcessor(ProcessorMixin):
         image_processor: the encoder's.
         tokenizer: the base's. The image token is added to it in place as a special token where it is missing; its id
             may then lie past the base's embedding.
-        image_token (`str`): stands for an image in the text.
-        num_image_tokens (`int`): features an image gives; `from_encoder` works it out.
-        chat_template (`str`, *optional*): default: the tokenizer's, or LLaVA's format where it has none.
+        image_token: stands for an image in the text.
+        num_image_tokens: features an image gives; `from_encoder` works it out.
+        chat_template: default: the tokenizer's, or LLaVA's format where it has none.
 
     Raises:
         ValueError: `num_image_tokens` is missing.
@@ -47,7 +49,12 @@ class MoExtendProcessor(ProcessorMixin):
     unused_input_names = ["token_type_ids"]
 
     def __init__(
-        self, image_processor=None, tokenizer=None, image_token=IMAGE_TOKEN, num_image_tokens=None, chat_template=None
+        self,
+        image_processor: BaseImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        image_token: str = IMAGE_TOKEN,
+        num_image_tokens: int | None = None,
+        chat_template: str | None = None,
     ):
         super().__init__(image_processor, tokenizer)
         if not isinstance(num_image_tokens, int) or num_image_tokens < 1:
@@ -63,18 +70,18 @@ class MoExtendProcessor(ProcessorMixin):
             self.chat_template = from_package("data.processors", BUILDING).default_chat_template(image_token)
 
     @classmethod
-    def from_encoder(cls, tokenizer, image_processor, encoder_config, **options):
+    def from_encoder(cls, tokenizer, image_processor, encoder_config: PreTrainedConfig, **options) -> Self:
         """The processor for an encoder, by its config: `modeling_moextend.data.processors.processor_for`."""
-        building = from_package("data.processors", BUILDING)
-        return building.processor_for(cls, tokenizer, image_processor, encoder_config, **options)
+        make = from_package("data.processors", BUILDING).processor_for
+        return make(cls, tokenizer, image_processor, encoder_config, **options)
 
-    def __call__(self, images=None, text=None, **kwargs):
+    def __call__(self, images=None, text: str | list[str] | None = None, **kwargs) -> BatchFeature:
         """Model inputs of B samples: `input_ids`, `attention_mask` [B, S]; with images, `pixel_values` [I, 3, h, w].
 
         Args:
             images: one image, a list in reading order of the whole batch, or a list of B lists (empty ones for samples
                 without images). PIL images of any mode, arrays, tensors, paths or URLs.
-            text (`str` or `list[str]`): with one image token for each image.
+            text: with one image token for each image.
 
         Raises:
             ValueError: images and image tokens differ in number, in a sample or altogether; or truncation would cut

@@ -74,12 +74,12 @@ class RoutingRecord(NamedTuple):
     selections: dict = {}  # adapter name -> how it selects, of all adapters of the pass
 
     @property
-    def selects_new(self):
+    def selects_new(self) -> torch.Tensor:
         """[T] bool: tokens that select at least one new expert."""
         return (self.index >= self.num_base).any(dim=-1)
 
     @property
-    def gate(self):
+    def gate(self) -> torch.Tensor | None:
         """[T] routing margins of the one gate that decides in this layer; `None` where there is none, or several."""
         return next(iter(self.margins.values())) if len(self.margins) == 1 else None
 
@@ -90,12 +90,12 @@ class Calibration(nn.Module):
     fc1 [hidden, E + N], fc2 [E + N, hidden], no bias; fc2 starts at zero, so that w = p at first.
     """
 
-    def __init__(self, num_experts, hidden_size, dtype=torch.float32, device=None):
+    def __init__(self, num_experts: int, hidden_size: int, dtype: torch.dtype = torch.float32, device=None):
         super().__init__()
         self.fc1 = nn.Linear(num_experts, hidden_size, bias=False, dtype=dtype, device=device)
         self.fc2 = nn.Linear(hidden_size, num_experts, bias=False, dtype=dtype, device=device)
 
-    def forward(self, scores):
+    def forward(self, scores: torch.Tensor) -> torch.Tensor:
         """[T, E + N] -> [T, E + N], positive."""
         hidden = F.gelu(self.fc1(scores.to(self.fc1.weight.dtype)))
         return (scores + self.fc2(hidden)).clamp_min(WEIGHT_FLOOR)
@@ -158,18 +158,18 @@ def sparsemixer(logits, index, jitter):
 
 
 def route(
-    base,
-    new_logits,
-    rule,
+    base: RouterOutput,
+    new_logits: torch.Tensor,
+    rule: Rule,
     *,
-    selection,
-    calibrate,
-    calibration=None,
-    correction_bias=None,
-    scope=None,
-    expert_scale=None,
-    sizes=(),
-):
+    selection: str,
+    calibrate: str,
+    calibration: Calibration | None = None,
+    correction_bias: torch.Tensor | None = None,
+    scope: torch.Tensor | list | None = None,
+    expert_scale: torch.Tensor | None = None,
+    sizes: tuple | list = (),
+) -> RouterOutput:
     """Extends a base router's output by the new rows of one adapter, or of several that share tokens.
 
     Candidates are the base's own K winners and the N new experts: whatever limited the base's choice (groups,
@@ -180,12 +180,10 @@ def route(
     Args:
         base: `RouterOutput` of the base's router, with logits [T, E].
         new_logits: [T, N].
-        selection: `"compete"` or `"exclusive"`.
-        calibrate: `"all"`, `"routed"` or `"none"`; several adapters take only the last.
-        calibration: a `Calibration`, unless `calibrate` is `"none"`.
-        correction_bias: [E + N], of the families that have one.
+        selection, calibrate: `config.selection`, `config.calibration`; several adapters take only `"none"`.
+        calibration: the module, unless `calibrate` is `"none"`.
+        correction_bias, expert_scale: [E + N], of the families that have one.
         scope: [T] bool, tokens that may use new experts; `None` for every token. With several adapters a list.
-        expert_scale: [E + N] factor on an expert's weight, in the families that have one.
         sizes: with several adapters, how many of the N rows belong to each, in order.
 
     Returns:
@@ -266,7 +264,9 @@ def exclusive(logits, base, rule, calibration, correction_bias, expert_scale, cl
     return F.pad(weights, (0, empty)), F.pad(chosen, (0, empty), value=UNUSED)
 
 
-def balance_loss(records, rule, selection, attention_mask=None):
+def balance_loss(
+    records: dict[int, RoutingRecord], rule: Rule, selection: str, attention_mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Load-balancing loss: mean over MoE layers of E_l * sum_i f_i * P_i (Switch Transformer, 2101.03961, Eq. 4).
 
     f_i is the share of all selections that fell on expert i, P_i its mean score; 1 when perfectly even, 0 where no

@@ -22,9 +22,9 @@ import torch
 from .gate_moextend import GatedPass
 
 BASE = "__base__"  # in adapter_names: an item of the batch that no adapter serves
-NEVER = torch.iinfo(torch.long).max  # place of the first image token in an item that has none
+NEVER = torch.iinfo(torch.long).max  # slot of the first image token in an item that has none
 STATE = "moextend_state"  # attribute of a cache: a dict of what follows, or not there
-IMAGES = "__images__"  # -> [B] places in cache slots; every other key is an adapter: [B, L, 2 D] sums of its gate
+IMAGES = "__images__"  # -> [B] slots of the cache; every other key is an adapter: [B, L, 2 D] sums of its gate
 
 
 class NewExperts(NamedTuple):
@@ -59,8 +59,8 @@ class Selection(NamedTuple):
     @property
     def vision_adapter(self):
         """The `Adapter` with which this pass sees, or `None`: of adapters that serve one pass, one has an encoder."""
-        seeing = (self.adapters[name] for name in self.names)
-        return next((adapter for adapter in seeing if adapter.encoder is not None), None)
+        with_encoder = (self.adapters[name] for name in self.names)
+        return next((adapter for adapter in with_encoder if adapter.encoder is not None), None)
 
     def served(self, num_items):
         """Adapter name -> [B] bool, the items that it serves; `{}`: all. `generate` repeats items, for beams."""
@@ -250,8 +250,8 @@ def plan_pass(passes, selection, inputs):
     if inputs.input_ids is not None and any(config.scope == "modality" for config in extending.values()):
         is_image, vision = torch.zeros_like(inputs.tokens, dtype=torch.bool), selection.vision_adapter
         is_image = is_image if vision is None else inputs.tokens == vision.config.image_token_id
-        place = inputs.position_ids, inputs.cache, past_length
-        after_image, state[IMAGES] = modality_scope(is_image, *place, real_tokens(inputs, past_length))
+        is_real = real_tokens(inputs, past_length)
+        after_image, state[IMAGES] = modality_scope(is_image, inputs.position_ids, inputs.cache, past_length, is_real)
     decided = {}
     for name in (name for name in names if name not in gates):
         parts = [after_image] if scopes[name] == "modality" else []
@@ -286,19 +286,19 @@ def modality_scope(is_image, position_ids, cache, past_length, is_real=None):
 
     is_image, is_real [B, S] bool: image tokens; tokens that are no padding, `None`: all.
     """
-    places = past_length + torch.arange(is_image.shape[1], device=is_image.device).expand_as(is_image)
-    starts = sequence_starts(torch.ones_like(is_image) if is_real is None else is_real, position_ids, places)
+    slots = past_length + torch.arange(is_image.shape[1], device=is_image.device).expand_as(is_image)
+    starts = sequence_starts(torch.ones_like(is_image) if is_real is None else is_real, position_ids, slots)
     # The newest image token so far, per token; one that lies before the token's own sequence does not count.
-    newest = torch.where(is_image, places, -1).cummax(dim=1).values
+    newest = torch.where(is_image, slots, -1).cummax(dim=1).values
     in_scope = (newest >= starts) & (newest >= 0)
     cached = cached_first(cache, is_image.shape[0], past_length, is_image.device)
     in_scope = in_scope | ((starts < 0) & (cached < NEVER).unsqueeze(1))
-    first = torch.where(in_scope, places, NEVER).masked_fill(places < starts[:, -1:], NEVER).amin(dim=1)
+    first = torch.where(in_scope, slots, NEVER).masked_fill(slots < starts[:, -1:], NEVER).amin(dim=1)
     return in_scope, torch.where(starts[:, -1] < 0, torch.minimum(first, cached), first)
 
 
-def sequence_starts(is_real, position_ids, places):
-    """[B, S]: the one of `places` [B, S] where each token's sequence starts, -1: before this pass or at its head.
+def sequence_starts(is_real, position_ids, slots):
+    """[B, S]: the one of `slots` [B, S] where each token's sequence starts, -1: before this pass or at its head.
 
     A token starts a sequence whose position is not above that of the token before it, or is 0 where this pass has none
     before it. Padding (not `is_real` [B, S]) is passed over: it starts nothing, whatever its positions say.
@@ -306,13 +306,13 @@ def sequence_starts(is_real, position_ids, places):
     if position_ids is not None and position_ids.dim() == 3:  # of a multimodal base: text, time, height and width
         position_ids = position_ids[0] if len(position_ids) == 4 else None
     if position_ids is None:
-        return torch.full_like(places, -1)
+        return torch.full_like(slots, -1)
     position_ids = position_ids.expand_as(is_real)
     columns = torch.arange(is_real.shape[1], device=is_real.device).expand_as(is_real)
     latest = torch.where(is_real, columns, -1).cummax(dim=1).values
     before = torch.cat([torch.full_like(latest[:, :1], -1), latest[:, :-1]], dim=1)  # -1: none in this pass
     previous = position_ids.gather(1, before.clamp(min=0)).masked_fill(before < 0, 0)
-    return torch.where(is_real & (position_ids <= previous), places, -1).cummax(dim=1).values
+    return torch.where(is_real & (position_ids <= previous), slots, -1).cummax(dim=1).values
 
 
 def cached_state(cache, key):

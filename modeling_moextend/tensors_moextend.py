@@ -69,7 +69,7 @@ def row_paths(rule):
     return {"weight": rule.rows, "bias": bias_path(rule), "scale": rule.expert_scale}
 
 
-def placed(tensors, layers, device, dtype):
+def moved_to_layers(tensors, layers, device, dtype):
     """An adapter's tensors where they belong, beside the base's, or on `device`; in `dtype` or their own, whichever is
     wider. Out of the file's map, and aligned."""
     found, lowest = {}, min((int(name.split(".")[1]) for name in tensors if name.startswith("layers.")), default=None)
@@ -102,38 +102,40 @@ def stored_dtype(name, dtype):
 class AdapterTensors:
     """What a model says of the tensors of its adapters: mixed into `MoExtendPreTrainedModel`."""
 
-    def adapter_tensors(self, adapter_name=None):
+    def adapter_tensors(self, adapter_name: str | None = None) -> dict[str, torch.Tensor]:
         """Every new tensor of one adapter by role, in file order: what is saved, counted, frozen and trained is chosen
         from these. `adapter_name`: default: the one that trains, or the only active one."""
         reshard(self)
         return tensors_of(self.adapters[self.resolve_name(adapter_name)])
 
-    def adapter_bytes(self, dtype=None, adapter_name=None):
+    def adapter_bytes(self, dtype: torch.dtype | None = None, adapter_name: str | None = None) -> int:
         """Bytes of the adapter's tensors in `dtype` (default: the base's)."""
         dtype = dtype or self.base.dtype
         tensors = self.adapter_tensors(adapter_name).items()
         return sum(tensor.numel() * stored_dtype(name, dtype).itemsize for name, tensor in tensors)
 
-    def print_trainable_parameters(self):
+    def print_trainable_parameters(self) -> None:
         """Trainable and all parameters, in PEFT's words."""
         trainable, total = self.num_parameters(only_trainable=True), self.num_parameters()
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
-    def set_trainable(self, stage="finetune", train_projector=None, adapter_name=None):
+    def set_trainable(
+        self, stage: str = "finetune", train_projector: bool | None = None, adapter_name: str | None = None
+    ) -> dict[str, torch.nn.Parameter]:
         """Freezes and unfreezes for a stage, and returns what trains: `modeling_moextend.training.trainable`."""
         trainable = from_package("training.trainable", "Training by stages")
         return trainable.set_trainable(self, stage, train_projector, adapter_name)
 
-    def require_gradients(self, adapter_names):
+    def require_gradients(self, adapter_names: list[str]) -> None:
         """The tensors of these adapters that any stage trains ask for gradients, and no others do."""
         for name in self.adapters:
             self.require_gradients_of(name, name in adapter_names)
 
-    def require_gradients_of(self, adapter_name, required=True):
+    def require_gradients_of(self, adapter_name: str, required: bool = True) -> None:
         for name, tensor in self.adapter_tensors(adapter_name).items():
             tensor.requires_grad_(required and (name.startswith("projector.") or self.learns(name, adapter_name)))
 
-    def learns(self, name, adapter_name=None):
+    def learns(self, name: str, adapter_name: str | None = None) -> bool:
         """Whether stage finetune moves this tensor: one that a gradient reaches. The gate is trained before it."""
         if name.endswith(NEVER_TRAINED) or name.startswith(("gate.", "projector.")):
             return False
@@ -141,25 +143,25 @@ class AdapterTensors:
         sole_row = config.selection == "exclusive" and ".router." in name and self.num_rows_at(name, adapter_name) == 1
         return not sole_row
 
-    def num_rows_at(self, name, adapter_name=None):
+    def num_rows_at(self, name: str, adapter_name: str | None = None) -> int:
         """How many new rows share the layer of the tensor `name`: the adapter's own and those of active ones."""
         layer, sharing = int(name.split(".")[1]), {self.resolve_name(adapter_name), *self.passes.current.active}
         return sum(len(self.adapters[one].config.extended_layers.get(layer, ())) for one in sharing)
 
-    def fingerprints(self):
+    def fingerprints(self) -> dict[str, str | None]:
         """Adapter name -> fingerprint of its tensors, of every adapter."""
         return {name: self.fingerprint_of(name) for name in self.adapters}
 
-    def fingerprint_of(self, adapter_name):
+    def fingerprint_of(self, adapter_name: str) -> str | None:
         """Without the gate, which is stored in float32 whatever the others are stored in."""
         tensors = self.adapter_tensors(adapter_name).items()
         return tensors_fingerprint({name: tensor for name, tensor in tensors if not name.startswith("gate.")})
 
 
-def fingerprint(module):
-    """1,024 values at fixed places over the weights of `module` (matrices and stacks), float32, base64.
+def fingerprint(module: torch.nn.Module) -> str | None:
+    """1,024 values at fixed indices over the weights of `module` (matrices and stacks), float32, base64.
 
-    Quantised tensors are left out (NaN in their places). `None` where the weights are on the meta device.
+    Quantised tensors are left out (NaN in their slots). `None` where the weights are on the meta device.
     """
     owners = {name: (owner, key) for name, owner, key in named_owners(module) if owner._parameters[key].dim() >= 2}
 
@@ -218,7 +220,7 @@ def named_owners(module):
                 yield f"{prefix}.{key}".lstrip("."), owner, key
 
 
-def same_fingerprint(one, other):
+def same_fingerprint(one: str, other: str) -> bool:
     """Whether two fingerprints can be of one checkpoint: loads in one dtype give the same values; in two, they differ
     by half a step of the coarser one (and a rounding of the finer one before it), or by fp16's least step, 6e-8."""
     one, other = decode_fingerprint(one), decode_fingerprint(other)
@@ -250,7 +252,7 @@ def reshard(model):
             module.reshard()
 
 
-def gather(tensors, dtype, keep=True):
+def gather(tensors: dict[str, torch.Tensor], dtype: torch.dtype, keep: bool = True) -> dict[str, torch.Tensor]:
     """name -> whole tensor in `dtype` (see `stored_dtype`) on the CPU; empty where not `keep`. Every process has to
     call this, for sharded tensors are made whole by all of them together."""
     whole = {}

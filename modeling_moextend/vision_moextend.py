@@ -1,17 +1,18 @@
 """Vision: a frozen encoder and a projector put image features where the image tokens stand (LLaVA-1.5).
 
-Generation with images is the base's own, told which images belong to which pass, item and column of scores.
+Generation is the base's own; here is which images belong to which pass, item and column of scores.
 
 Letters: B items, S tokens, I images in the batch, P features an image, H hidden size of the base, D of the encoder.
 """
 
 import contextlib
+import os
 from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, GenerationMixin, LogitsProcessorList
+from transformers import AutoConfig, AutoModel, GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
@@ -25,13 +26,13 @@ CONFIG_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "subfolde
 class Projector(nn.Module):
     """Two linear layers with an activation between them: [I, P, D] -> [I, P, H] (`mlp2x_gelu` of LLaVA-1.5)."""
 
-    def __init__(self, encoder_size, hidden_size, activation="gelu", device=None):
+    def __init__(self, encoder_size: int, hidden_size: int, activation: str = "gelu", device=None):
         super().__init__()
         self.linear_1 = nn.Linear(encoder_size, hidden_size, device=device, dtype=torch.float32)
         self.act = ACT2FN[activation]
         self.linear_2 = nn.Linear(hidden_size, hidden_size, device=device, dtype=torch.float32)
 
-    def forward(self, features):
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
         hidden = self.act(self.linear_1(features.to(self.linear_1.weight.dtype)))
         return self.linear_2(hidden)
 
@@ -52,7 +53,7 @@ def projector_tied(embedding, projector):
         hook.remove()
 
 
-def load_encoder(name_or_path, **kwargs):
+def load_encoder(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
     """The vision tower of a CLIP or SigLIP checkpoint (vision-only or whole), from safetensors, frozen."""
     config = AutoConfig.from_pretrained(name_or_path, **{key: kwargs[key] for key in CONFIG_KWARGS if key in kwargs})
     config = getattr(config, "vision_config", config)
@@ -65,7 +66,7 @@ def load_encoder(name_or_path, **kwargs):
     return encoder.requires_grad_(False).eval()
 
 
-def vision_tower(model):
+def vision_tower(model: PreTrainedModel) -> PreTrainedModel:
     """The vision tower of a loaded CLIP or SigLIP model (vision-only or whole)."""
     tower = model.vision_model if hasattr(model.config, "vision_config") and hasattr(model, "vision_model") else model
     check_encoder(type(model).__name__, tower.config)
@@ -83,7 +84,7 @@ def check_encoder(given, config):
         )
 
 
-def encode_images(encoder, projector, pixel_values, select_layer, select_feature):
+def encode_images(encoder, projector, pixel_values, select_layer, select_feature) -> torch.Tensor:
     """[I, 3, size, size] pixels -> [I, P, H] features: one hidden state of the frozen encoder, projected."""
     size = encoder.config.image_size
     if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (encoder.config.num_channels, size, size):
@@ -153,11 +154,10 @@ def expand_images(pixel_values, input_ids, expand_size, config):
 class ImageGenerationMixin(GenerationMixin):
     """transformers' `generate` for prompts that hold image tokens, and for prompts of several adapters."""
 
-    def generate(self, inputs=None, *args, adapter_names=None, **kwargs):
+    def generate(self, inputs: torch.Tensor | None = None, *args, adapter_names: list | None = None, **kwargs):
         """As in transformers, by the adapters that are active when it begins; `adapter_names`: see `forward`."""
-        given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        num_prompts = next((len(prompts) for prompts in given if prompts is not None), 1)
-        with self.passes.using(selection=self.select_adapters(adapter_names, num_prompts)):
+        prompts = inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"), [None]  # no prompt: one is begun
+        with self.passes.using(selection=self.select_adapters(adapter_names, *prompts)):
             return super().generate(inputs, *args, **kwargs)
 
     def _supports_default_dynamic_cache(self):
@@ -264,5 +264,5 @@ def text_candidates(get_candidates, image_token_id, input_ids, **kwargs):
     candidates, logits = get_candidates(input_ids, **kwargs)
     length = input_ids.shape[1]
     is_image = (candidates[0, length:] == image_token_id).nonzero()
-    kept = int(is_image[0]) if len(is_image) else candidates.shape[1] - length
-    return candidates[:, : length + kept], None if logits is None else logits[:, :kept]
+    number = int(is_image[0]) if len(is_image) else candidates.shape[1] - length
+    return candidates[:, : length + number], None if logits is None else logits[:, :number]

@@ -452,7 +452,7 @@ def test_copies_and_threads_have_a_choice_of_their_own(made):
     assert twin.active_adapters() == ["a"]
     assert torch.equal(logits(twin, batch()), logits(load(made, ("a", COMPETE)), batch()))
     expected, found = logits(model, batch()), []
-    with model.passes.using(selection=model.select_adapters(["b"] * 3, 3)):
+    with model.passes.using(selection=model.select_adapters(["b"] * 3, range(3))):
         thread = threading.Thread(target=lambda: found.append(logits(model, batch())))
         thread.start()
         thread.join()

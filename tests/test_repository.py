@@ -17,6 +17,8 @@ import pytest
 import yaml
 from transformers.dynamic_module_utils import get_relative_imports
 
+import modeling_moextend
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "modeling_moextend"
 SHIPPED = sorted(PACKAGE.glob("*_moextend.py"))
@@ -257,6 +259,16 @@ def test_importing_the_package_imports_nothing_of_the_extras():
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
     assert (PACKAGE / "__init__.py").is_file()
+
+
+def test_editors_see_the_names_that_are_imported_when_asked_for():
+    """What `LAZY` finds at run time is imported for type checkers, from the same modules, and nothing else is."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert seen == modeling_moextend.LAZY and seen.keys() < set(modeling_moextend.__all__)
+    assert all(getattr(modeling_moextend, name).__module__.endswith(module) for name, module in seen.items())
 
 
 def test_there_are_recipes():

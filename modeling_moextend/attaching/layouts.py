@@ -5,7 +5,7 @@ import copy
 from transformers import AutoConfig, PretrainedConfig
 from transformers.quantizers.auto import get_hf_quantizer
 
-from ..base_checks_moextend import check_method, check_not_distributed, quantisation_of, will_dequantise
+from ..base_checks_moextend import check_method, check_not_distributed, quantisation_of
 
 CONFIG_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 CONFIG_KWARGS += ("trust_remote_code", "code_revision")
@@ -23,7 +23,8 @@ def check_request(name_or_path, options):
     check_not_distributed(options)
     if options.get("gguf_file") is None:  # of a GGUF file only the loaded model tells whether it is still packed
         quantiser = planned_quantiser(name_or_path, options)
-        if quantiser is not None and not (quantiser.pre_quantized and will_dequantise(quantiser.quantization_config)):
+        dequantises = quantiser is not None and getattr(quantiser.quantization_config, "dequantize", False)
+        if quantiser is not None and not (quantiser.pre_quantized and dequantises):
             check_method(quantiser.quantization_config)
 
 
