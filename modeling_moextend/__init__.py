@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # what `LAZY` names, for editors and type checkers
     from .training.config import MoExtendSFTConfig
     from .training.trainer import MoExtendSFTTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 LAZY = {  # these import trl, datasets or matplotlib, which the model itself does not need
     "MoExtendSFTConfig": "training.config",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, make_base, shake
+from hub_server import running_hub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_processing_moextend import build_processor
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPVision
 from modeling_moextend import MoExtendForCausalLM, MoExtendModel
 from modeling_moextend.adapter_file_moextend import FILE
 
+ROOT = Path(__file__).parents[1]
 PLAN = {1: [0], 3: [2, 5]}
 PROMPT = "USER: <image> what? ASSISTANT:"
 
@@ -76,10 +78,11 @@ importlib.util.find_spec = lambda name, *args: None if name.split(".")[0] == "pe
 """
 
 
-def run(root, *parts, arguments=()):
+def run(root, *parts, arguments=(), environment=None):
     """Runs the parts in a fresh process in `root`, offline, with modules cached below `root`."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    given, environment = environment or {}, {name: os.environ[name] for name in os.environ if name != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(root / "modules"), "HF_HOME": str(root / "home")}
+    environment |= given
     command = [sys.executable, "-P", "-c", "".join(parts), str(root), *arguments]
     return subprocess.run(
         command, env=environment, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
@@ -157,6 +160,86 @@ def test_without_peft_nothing_is_different(published):
     assert child.returncode == 0, child.stderr[-3000:]
     found, *_ = check(root, model, inputs)
     assert found["peft"] is False
+
+
+ALONE = """
+import contextlib
+inputs = load_file(root / "inputs.safetensors")
+before, found["refused"] = outputs["logits"], {}
+for name, call in {
+    "extend": lambda: model.extend({0: [1]}),
+    "add_adapter": lambda: model.add_adapter("law", extended_layers={0: [1]}),
+    "from_base": lambda: type(model).from_base(str(root / "base"), {0: [1]}),
+    "set_trainable": lambda: model.set_trainable(),
+    "push_to_hub": lambda: model.push_to_hub("me/mine"),
+    "save_pretrained": lambda: model.save_pretrained(root / "pushed", push_to_hub=True, repo_id="me/mine"),
+}.items():
+    try:
+        call()
+    except ImportError as error:
+        found["refused"][name] = str(error)
+found["untouched"] = torch.equal(model(**inputs).logits, before) and list(model.adapters) == ["default"]
+found["written"] = (root / "pushed").exists()
+"""
+
+
+def test_what_needs_the_package_says_so_and_leaves_the_model_as_it_was(published):
+    root, *_ = published
+    child = run(root, START, LOAD, ALONE, END)
+    assert child.returncode == 0, child.stderr[-3000:]
+    found = json.loads((root / "found.json").read_text())
+    names = {"extend", "add_adapter", "from_base", "set_trainable", "push_to_hub", "save_pretrained"}
+    assert found["refused"].keys() == names
+    assert all(
+        "needs the moextend package: pip install 'moextend[train]'" in text for text in found["refused"].values()
+    )
+    assert found["untouched"] and not found["written"]
+
+
+GROW = """
+import json, sys, torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+root, outputs, trust = Path(sys.argv[1]), {}, {"trust_remote_code": True}
+model = AutoModelForCausalLM.from_pretrained(str(root / "adapter"), **trust)
+law = AutoModelForCausalLM.from_pretrained(str(root / "law"), **trust)
+import modeling_moextend  # registers its own classes; these two models keep those that came with them
+model.extend({0: [1]})
+found = {"trained": sorted(model.set_trainable("finetune", train_projector=False))}
+outputs["grown"] = model(**load_file(root / "inputs.safetensors")).logits
+model.save_pretrained(root / "grown")
+law.add_adapter("top", extended_layers={2: [4]}, scope="all", selection="exclusive")
+with torch.no_grad():
+    for tensor in law.adapter_tensors().values():
+        tensor.add_(0.1)
+outputs["top"] = law(input_ids=torch.arange(3, 17)[None]).logits
+law.save_pretrained(root / "top")
+law.set_adapter("default", check_trained_on=False)
+law.config.base_model_name_or_path = "org/base"
+law.push_to_hub("me/law", token="hf_me", card={"license": "mit", "datasets": "org/data"})
+modules = {type(module).__module__ for one in (model, law) for module in one.modules()}
+found["code"] = sorted({name.split(".")[0] for name in modules if "moextend" in name})
+"""
+
+
+def test_a_remotely_loaded_model_grows_and_gets_a_card_where_the_package_is_installed(published, tmp_path):
+    root, _, inputs = published
+    with running_hub() as hub:
+        hub.add("org/base", root / "base")
+        child = run(root, GROW, END, environment={"PYTHONPATH": str(ROOT), **hub.environment(tmp_path)})
+        assert child.returncode == 0, child.stderr[-3000:]
+        card = hub.files("me/law")["README.md"].decode()
+    found, outputs = json.loads((root / "found.json").read_text()), load_file(root / "outputs.safetensors")
+    assert found["code"] == ["transformers_modules"], "no module is of the package's own classes"
+    assert {name.split(".")[1] for name in found["trained"]} == {"0", "1", "3"}
+    grown = MoExtendForCausalLM.from_pretrained(root / "grown")
+    assert [*grown.config.extended_layers] == [0, 1, 3] and torch.equal(grown(**inputs).logits, outputs["grown"])
+    both = MoExtendForCausalLM.from_pretrained(root / "law")
+    both.load_adapter(root / "top", adapter_name="top")
+    both.set_adapter(["default", "top"])
+    assert torch.equal(both(input_ids=torch.arange(3, 17)[None]).logits, outputs["top"])
+    assert all(line in card for line in ("license: mit", "org/data", "base_model: org/base", "from_pretrained("))
 
 
 def test_no_code_runs_without_trust(published):

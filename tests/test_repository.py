@@ -288,22 +288,6 @@ def test_recipe_is_flat_and_short(path):
         assert not any(isinstance(item, (dict, list)) for item in items), f"{key} is nested"
 
 
-@pytest.mark.parametrize(
-    "page, paths",
-    [
-        ("docs/architecture.md", [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]),
-        ("CONTRIBUTING.md", [ROOT / "examples", ROOT / "tests", ROOT / "docs", ROOT / "benchmarks", ROOT / "assets"]),
-        ("README.md", list((ROOT / "examples").glob("*.py"))),
-        ("README.md", list((ROOT / "docs").glob("*.md"))),
-    ],
-    ids=["modules", "folders", "examples", "pages"],
-)
-def test_a_page_names_every(page, paths):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    missing = [path.name for path in sorted(paths) if not re.search(rf"(?<!\w){re.escape(path.name)}", text)]
-    assert paths and not missing, f"{page} does not name: {missing}"
-
-
 def tracked_files():
     """Files under version control; without it (an unpacked archive), all files in folders that are not hidden."""
     git = ["git", "-C", str(ROOT), "ls-files", "-z"]
@@ -311,6 +295,29 @@ def tracked_files():
     if listed:
         return [ROOT / name for name in listed.split("\0") if name]
     return [path for path in ROOT.rglob("*") if not any(part[0] == "." for part in path.relative_to(ROOT).parts)]
+
+
+def folders():
+    """Top folders of the repository that are no hidden ones."""
+    parts = (path.relative_to(ROOT).parts for path in tracked_files())
+    return [ROOT / name for name in {names[0] for names in parts if len(names) > 1} if name[0] != "."]
+
+
+@pytest.mark.parametrize(
+    "page, paths",
+    [
+        ("docs/architecture.md", [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]),
+        ("docs/architecture.md", [path for path in PACKAGE.iterdir() if path.is_dir() and path.name[0] != "_"]),
+        ("CONTRIBUTING.md", folders()),
+        ("CONTRIBUTING.md", list((ROOT / "examples").glob("*.py"))),
+        ("README.md", list((ROOT / "docs").glob("*.md"))),
+    ],
+    ids=["modules", "folders of modules", "folders", "examples", "pages"],
+)
+def test_a_page_names_every(page, paths):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    missing = [path.name for path in sorted(paths) if not re.search(rf"(?<!\w){re.escape(path.name)}", text)]
+    assert paths and not missing, f"{page} does not name: {missing}"
 
 
 def is_text(path):
