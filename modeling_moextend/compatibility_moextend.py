@@ -6,7 +6,7 @@ from torch import nn
 
 from .base_checks_moextend import base_rule, check_fingerprint, check_plan, forget_other_rule
 from .routing_moextend import Rule
-from .scope_moextend import BASE, Selection, merge_overlapping
+from .scope_moextend import BASE, merge_overlapping
 from .tensors_moextend import fingerprint, same_fingerprint
 
 
@@ -105,7 +105,7 @@ def select_per_item(model, chosen, adapter_names, num_items):
         raise ValueError(
             f"Adapters {with_encoder} have an encoder each; the images of one batch go through one of them."
         )
-    return Selection(adapters, names, groups, per_item)
+    return chosen._replace(names=names, groups=groups, per_item=per_item)
 
 
 def check_known(names, adapters):

@@ -50,6 +50,7 @@ class Selection(NamedTuple):
     groups: tuple  # tuples of names; adapters of different tuples never meet on one token
     per_item: tuple | None = None  # names for each item of the batch; `None`: all serve every item
     enabled: bool = True  # whether new experts take part at all
+    thresholds: dict = {}  # adapter name -> threshold of its gate
 
     @property
     def taking_part(self):
@@ -152,7 +153,11 @@ class Passes:
     def selection(self):
         """Which adapters serve a pass that this thread begins now and that names none itself."""
         _, active, _, switched_on, _ = current = self.current
-        chosen = self.thread.selection or Selection(current.adapters, active, (active,), enabled=switched_on)
+        chosen = self.thread.selection
+        if chosen is None:
+            configs = {name: adapter.config for name, adapter in current.adapters.items()}
+            thresholds = {name: one.gate_threshold for name, one in configs.items() if one.scope == "gate"}
+            chosen = Selection(current.adapters, active, (active,), enabled=switched_on, thresholds=thresholds)
         return chosen if self.thread.enabled is None else chosen._replace(enabled=self.thread.enabled)
 
     def layer_plans(self, selection):
@@ -244,7 +249,7 @@ def plan_pass(passes, selection, inputs):
     served, past_length, state = selection.served(len(inputs.tokens)), seen_tokens(inputs.cache), {}
     gates = {}
     for name in (name for name in names if scopes[name] == "gate"):
-        threshold = passes.thread.thresholds.get(name, extending[name].gate_threshold)
+        threshold = passes.thread.thresholds.get(name, selection.thresholds[name])
         gates[name] = gated_pass(name, inputs, past_length, served.get(name), threshold)
     after_image = None
     if inputs.input_ids is not None and any(config.scope == "modality" for config in extending.values()):

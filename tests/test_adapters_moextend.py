@@ -42,8 +42,7 @@ TOGETHER = {  # what two adapters are that may be active together
 }
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def make_once(tmp_path_factory):
     """`made("a", choices, family)`: the folder of an adapter with new experts far from the base's, made once."""
     folders = {}
 
@@ -61,6 +60,11 @@ def made(tmp_path_factory):
         return folders[key]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make_once(tmp_path_factory)
 
 
 def sees(choices):

@@ -99,7 +99,7 @@ def extend(model, plan):
     """
     with model.passes.lock:
         plan, name = normalise_plan(plan), model.resolve_name()
-        adapter, layers = model.adapters[name], model.moe_layers
+        adapter, layers = copy.copy(model.adapters[name]), model.moe_layers  # a pass under way keeps the old one
         config = adapter.config
         if not plan:
             raise ValueError("The plan is empty: name layers and source experts, like {2: [1]}.")
@@ -120,17 +120,16 @@ def extend(model, plan):
         check_together({**active, name: extended}, model)
         with_gate = adapter.gate is None
         tensors = start_tensors(config, layers, model.base, plan, with_gate=with_gate, with_projector=False)
-        before = adapter.layers
         try:
             with self_checked(layers, plan, rule, name):
                 model.attach_layers(name, adapter, plan, split_by_part(tensors))
         except BaseException:
-            adapter.layers = before
             for layer in plan:
                 remove_experts(layers[layer], name)
             raise
         config.extended_layers = extended.extended_layers
-        model.passes.change()
+        model.adapters[name] = adapter
+        model.passes.change(adapters={**model.passes.current.adapters, name: adapter})
 
 
 def check_nothing_above(adapters, name):
