@@ -495,6 +495,15 @@ def test_verify_of_an_adapter_that_was_trained_on_top_of_another(stacked, moexte
     assert code == 0 and "trained on top of 'default', left out here" in found["checks"][3]["detail"]
 
 
+def test_verify_asks_the_base_in_the_state_of_an_extended_one(adapter, moextend, monkeypatch):
+    """Frozen: torch may round otherwise where a weight trains, see `frozen_copy`. Here every linear layer does."""
+    plain = torch.nn.Linear.forward
+    rounded = lambda self, x: plain(self, x) * (1 + 1e-3 * self.weight.requires_grad)  # noqa: E731
+    monkeypatch.setattr(torch.nn.Linear, "forward", rounded)
+    code, found = moextend("verify", adapter, "--json")
+    assert code == 0 and checks(found)["off"]
+
+
 def test_verify_notices_a_model_that_is_not_the_base_when_off(adapter, moextend, monkeypatch):
     monkeypatch.setattr(MoExtendForCausalLM, "disable_adapter", lambda self: torch.no_grad())
     code, found = moextend("verify", adapter, "--json")
