@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import copy
 import socket
 import sys
 
@@ -22,6 +23,16 @@ PAPER = {"scope": "all", "selection": "compete", "calibration": "all"}  # the pa
 def make_base(family="mixtral", dtype=torch.float32, **config):
     """A private copy of the family's random base; `config` is set on it (e.g. `_experts_implementation`)."""
     return make_family(family, dtype=dtype, **config)
+
+
+def frozen_copy(base):
+    """A copy of `base` in the state that an extended one is in, for comparisons bit for bit: nothing in it trains.
+
+    torch.matmul looks at that: it folds a batch times a weight that trains into one product, and may compute one an
+    item where the weight is frozen (`should_fold` in ATen's LinearAlgebra.cpp). A product of another shape may be
+    summed in another order, which shows in its last bits.
+    """
+    return copy.deepcopy(base).requires_grad_(False)
 
 
 def make_encoder():

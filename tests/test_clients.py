@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_base, shake
+from conftest import frozen_copy, make_base, shake
 from datasets import Dataset
 from openai import InternalServerError, OpenAI
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -320,7 +320,7 @@ def test_the_trl_command_goes_on_from_an_adapter(reads, elsewhere, tmp_path):
 def test_peft_beside_an_adapter_changes_nothing_and_does_not_take_it_for_its_own(reads):
     inputs = {"input_ids": torch.arange(3, 17)[None]}
     base = AutoModelForCausalLM.from_pretrained(BASE)
-    expected = base(**inputs).logits
+    expected = frozen_copy(base)(**inputs).logits  # as PEFT leaves it
     adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
     assert torch.equal(adapted(**inputs).logits, expected), "a new LoRA is the identity"
     assert {name for name, p in adapted.named_parameters() if p.requires_grad and "lora_" not in name} == set()

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from conftest import FAMILIES, PAPER, batch, make_base, make_encoder, shake
+from conftest import FAMILIES, PAPER, batch, frozen_copy, make_base, make_encoder, shake
 from families import make_family
 from torch.nn import functional as F
 from transformers import (
@@ -107,7 +107,7 @@ def test_logits_with_the_adapter_off_are_bit_equal_to_the_base(family, implement
     base = make_base(family, dtype, experts_implementation=implementation)
     model = extended(family, base=copy.deepcopy(base), calibration="all")
     with torch.no_grad():
-        expected = base(**batch()).logits
+        expected = frozen_copy(base)(**batch()).logits
         assert not torch.equal(model(**batch()).logits, expected), "the adapter does nothing"
         with model.disable_adapter():
             assert torch.equal(model(**batch()).logits, expected)
@@ -120,7 +120,7 @@ def test_logits_with_the_adapter_off_are_bit_equal_to_the_base(family, implement
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_layer_in_which_no_token_selects_a_new_expert_is_bit_equal(family, implementation, calibration, dtype):
     base = make_base(family, dtype, experts_implementation=implementation)
-    model = extended(family, base=copy.deepcopy(base), calibration=calibration)
+    model, base = extended(family, base=copy.deepcopy(base), calibration=calibration), frozen_copy(base)
     x = torch.cat([tokens(16, dtype=dtype), tokens(16, seed=1, dtype=dtype)])
     reject_all(moe_layer(model), x)
     for context in (torch.no_grad(), torch.enable_grad()):
@@ -146,7 +146,7 @@ def test_a_token_without_new_experts_beside_tokens_with_some_is_the_bases_within
     family, implementation, choices
 ):
     base = make_base(family, experts_implementation=implementation)
-    model = extended(family, base=copy.deepcopy(base), **choices)
+    model, base = extended(family, base=copy.deepcopy(base), **choices), frozen_copy(base)
     x = tokens(200)
     with torch.no_grad():
         (old_weights, old_index, expected), (weights, index, found) = run(moe_layer(base), x), run(moe_layer(model), x)
@@ -415,7 +415,7 @@ def test_attaching_keeps_the_bases_names_classes_by_isinstance_and_router_logits
     names = list(base.state_dict())
     expected = None
     if "router_logits" in base.model._can_record_outputs:
-        expected = base(**batch(), output_router_logits=True).router_logits
+        expected = frozen_copy(base)(**batch(), output_router_logits=True).router_logits
     router_class = type(moe_layer(base).router)
     model = extended(family, base=base)
     assert [name for name in base.state_dict() if "moextend" not in name] == names
