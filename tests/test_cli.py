@@ -336,7 +336,7 @@ def test_no_network_is_code_2(command, adapter):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(adapter.parent / "cache"), **hub}
     line = ["inspect", "me/x"] if command == "inspect" else ["push", str(adapter), "me/x", "--base", "me/base"]
     python = [sys.executable, "-m", "modeling_moextend.cli", *line, "--json"]
-    done = subprocess.run(python, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(python, env=environment, capture_output=True, text=True, timeout=600)
     found = json.loads(done.stdout)
     assert done.returncode == 2 and "refused" in found["error"] and "Traceback" not in done.stderr
 

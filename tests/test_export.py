@@ -685,7 +685,7 @@ def file_sizes(folder):
 def run(code, *arguments, environment):
     """Output of a new Python process."""
     command = [sys.executable, "-P", "-c", code, *arguments]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -1032,7 +1032,7 @@ def test_threads_decide_by_their_own_batches():
     meeting, found, errors = threading.Barrier(2), {}, []
 
     def wait(*_):
-        meeting.wait(20)
+        meeting.wait(120)
 
     for layer in model.get_decoder().layers[1:]:  # both threads are inside, before and after the gate
         layer.register_forward_pre_hook(wait)
@@ -1048,7 +1048,7 @@ def test_threads_decide_by_their_own_batches():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(150)
     assert not errors
     for number in (0, 1):
         assert torch.equal(found[number][0], expected[number][0])

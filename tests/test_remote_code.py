@@ -82,7 +82,7 @@ def run(root, *parts, arguments=()):
     environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(root / "modules"), "HF_HOME": str(root / "home")}
     command = [sys.executable, "-P", "-c", "".join(parts), str(root), *arguments]
     return subprocess.run(
-        command, env=environment, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
+        command, env=environment, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600
     )
 
 

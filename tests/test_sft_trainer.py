@@ -983,7 +983,7 @@ def train_rank(rank, port, folder):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     # False: a parameter without a gradient on one process is an error.
-    trainer = start_rank(folder, per_device_train_batch_size=1, ddp_find_unused_parameters=False, ddp_timeout=60)
+    trainer = start_rank(folder, per_device_train_batch_size=1, ddp_find_unused_parameters=False, ddp_timeout=300)
     trainer.train()
     torch.save((tensors(trainer.model), trainer.state.log_history), f"{folder}/rank{rank}.pt")
     leave_group()

@@ -397,9 +397,9 @@ def test_switching_is_quick_and_touches_no_base_tensor(made):
     versions = {name: p._version for name, p in model.named_parameters()}
     longest = 0.0
     for names in ("b", ["a", "c"], ["a", "b", "c"], "a"):
-        start = time.perf_counter()
+        start = time.thread_time()  # of this thread alone, however busy the machine is
         model.set_adapter(names)
-        longest = max(longest, time.perf_counter() - start)
+        longest = max(longest, time.thread_time() - start)
         logits(model, inputs(images="c" in names))
     assert longest < 0.05
     assert storage == {name: tensor.data_ptr() for name, tensor in model.base.state_dict().items()}
