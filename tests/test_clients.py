@@ -74,7 +74,7 @@ def elsewhere(tmp_path):
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     (hidden / "modeling_moextend.py").write_text("raise ImportError('an adapter needs transformers only')\n")
-    own = {"PYTHONPATH": str(hidden), "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    own = {"PYTHONPATH": str(hidden), "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
     return os.environ | own | {"HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
 
 

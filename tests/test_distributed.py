@@ -203,7 +203,6 @@ RUNS = {
 
 
 def work(rank, port, folder):
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     for name, run in RUNS.items():
@@ -330,7 +329,6 @@ def run_gate(folder, rank, retention):
 
 
 def work_gate(rank, port, folder):
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     for name, retention in (("sampled", None), ("given", "text")):

@@ -1071,7 +1071,6 @@ def rank_batches(model):
 
 
 def work(rank, port, folder):
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
     for checkpointing in (False, True):
         model = opened()

@@ -640,7 +640,6 @@ PARALLEL = {
 
 
 def work(rank, port, folder):
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     found, expected = {}, logits(make_base())

@@ -52,6 +52,7 @@ class Server:
         self.root, self.canary = root, root / "canary"
         paths = f"{HERE.parent}{os.pathsep}{HERE}"
         environment = os.environ | {"PYTHONPATH": paths, "HF_HOME": str(root / "home"), "CANARY": str(self.canary)}
+        # It forks for each load, and a fork has none of its parent's threads to compute with.
         environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         (root / "work").mkdir()
         self.process = subprocess.Popen(
@@ -336,6 +337,7 @@ def in_fork(work):
     if child:
         return child
     try:
+        torch.set_num_threads(1)  # a fork has none of its parent's threads
         work()
         os._exit(0)
     except BaseException:

@@ -26,8 +26,6 @@ WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz", "USER:"
 ADAPTER = "moextend_adapter.safetensors"
 ENCODER_PART = "adapters.default.encoder.*patch_embedding.weight"
 
-torch.set_num_threads(1)  # on models this small, threads wait for each other more than they compute
-
 
 def make_tokenizer():
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
