@@ -36,6 +36,15 @@ def frozen_copy(base):
     return copy.deepcopy(base).requires_grad_(False)
 
 
+def rounding(*terms, dtype=torch.float32):
+    """What nested sums of so many terms may differ by, in relation to their size, where they are done in two orders.
+
+    A sum of n terms is off by up to n eps / 2, whatever the order (Higham, "Accuracy and Stability of Numerical
+    Algorithms", 3.1), so two of them are up to n eps apart.
+    """
+    return sum(terms) * torch.finfo(dtype).eps
+
+
 def make_encoder():
     """A random CLIP vision model: 16x16 pixels, 4 patches, hidden size 16."""
     torch.manual_seed(1)

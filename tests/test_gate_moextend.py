@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from conftest import batch, frozen_copy, in_two_processes, leave_group, make_base, make_encoder
+from conftest import batch, frozen_copy, in_two_processes, leave_group, make_base, make_encoder, rounding
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_remote_code import START, run
@@ -395,7 +395,8 @@ def test_tokens_not_routed_beside_routed_ones_are_the_bases_within_rounding(fami
     (expected, found), routed = outputs, z.flatten() > 0
     assert 10 < routed.sum() < 62
     error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-    assert error[~routed].max() < 1e-6 and error[routed].min() > 1e-2
+    assert error[~routed].max() < rounding(32, 24, 2)  # an expert sums over H, then I, a token over K
+    assert error[routed].min() > 1e-2
 
 
 def test_with_the_adapter_off_and_after_detaching_the_model_is_the_base():

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from conftest import FAMILIES, PAPER, batch, frozen_copy, make_base, make_encoder, shake
+from conftest import FAMILIES, PAPER, batch, frozen_copy, make_base, make_encoder, rounding, shake
 from families import make_family
 from torch.nn import functional as F
 from transformers import (
@@ -154,7 +154,7 @@ def test_a_token_without_new_experts_beside_tokens_with_some_is_the_bases_within
     assert 10 < int(stays.sum()) < 190
     assert torch.equal(index[stays], old_index[stays]) and torch.equal(weights[stays], old_weights[stays])
     error = (found[stays] - expected[stays]).norm(dim=-1) / expected[stays].norm(dim=-1)
-    assert error.max() < 1e-6
+    assert error.max() < rounding(32, 24, 2)  # an expert sums over H, then I, a token over K
     assert not torch.allclose(found[~stays], expected[~stays], rtol=1e-2, atol=1e-2)
 
 
