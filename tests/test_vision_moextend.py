@@ -195,7 +195,8 @@ def test_a_sample_in_a_batch_is_what_it_is_alone():
         alone = model(input_ids=ids[row : row + 1], pixel_values=own).logits
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
     swapped = model(input_ids=ids, pixel_values=images[[0, 2, 1]]).logits
-    assert torch.equal(swapped[:2], together[:2]) and not torch.allclose(swapped[2], together[2])
+    torch.testing.assert_close(swapped[:2], together[:2], rtol=1e-4, atol=1e-5)  # beside other tokens of an expert
+    assert not torch.allclose(swapped[2], together[2], rtol=1e-2, atol=1e-2)
 
 
 def test_labels_with_image_ids_count_as_much_as_ignored_ones():
