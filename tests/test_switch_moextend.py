@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import PAPER, batch, frozen_copy, make_base, make_encoder, shake
+from conftest import PAPER, batch, frozen_copy, make_base, make_encoder, rounding, shake
 from families import make_family
 from safetensors.torch import load_file
 from test_gate_moextend import open_gate
@@ -187,9 +187,10 @@ def test_a_token_that_selects_no_expert_of_b_is_as_if_b_were_not_loaded(family, 
     assert 20 < int(b.sum()) < 280 and (index[b] < 8).any()  # some tokens use experts of both
     assert ((index >= 6) & (index < 8)).any(dim=-1)[~b].any()
     assert torch.equal(index[~b].sort().values, expected_index[~b].sort().values)
-    torch.testing.assert_close(weights[~b].sort().values, expected_weights[~b].sort().values, rtol=1e-6, atol=0)
+    bound = rounding(10, 2) * records[1].logits.abs().max().item()  # exp(logit - max), sums over E + N and K
+    torch.testing.assert_close(weights[~b].sort().values, expected_weights[~b].sort().values, rtol=bound, atol=0)
     error = (found[~b] - expected[~b]).norm(dim=-1) / expected[~b].norm(dim=-1)
-    assert error.max() < 2e-6
+    assert error.max() < bound + rounding(32, 24, 2)  # an expert sums over H, then I, a token over K
     assert not torch.allclose(found[b], expected[b], rtol=1e-2, atol=1e-2)
 
 
@@ -372,7 +373,8 @@ def test_under_every_rule_a_token_that_selects_none_of_b_is_routed_as_without_b(
     assert not (uses_a & ~a).any() and not (uses_b & ~b).any() and (uses_a & uses_b).any()
     assert 30 < int((~uses_b).sum()) < 370 and (uses_a & ~uses_b).any()
     assert torch.equal(found[~uses_b], expected[~uses_b])
-    torch.testing.assert_close(found_weights[~uses_b], expected_weights[~uses_b], rtol=1e-6, atol=1e-7)
+    bound = rounding(11, 2) * logits.abs().max().item()  # exp(logit - max), sums over E + N and K
+    torch.testing.assert_close(found_weights[~uses_b], expected_weights[~uses_b], rtol=bound, atol=0)
     assert found_weights.isfinite().all()
 
 
