@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import rounding
 from old_adapters.inputs import inputs
 from safetensors.torch import load_file
 
@@ -98,10 +99,12 @@ def test_logits_are_those_of_the_code_that_came_with_it(old_logits, monkeypatch)
 
 @pytest.mark.parametrize("version", VERSIONS, ids=lambda path: path.name)
 def test_logits_are_those_of_the_machine_that_made_it(version, monkeypatch):
-    """Up to float32's rounding in sums of another order: 4 layers of small matrices."""
+    """Up to float32's rounding in sums of another order: 4 layers, in each a router's logits (below 10, sums over 32)
+    off by so much, which is the relative change of a weight."""
     monkeypatch.chdir(version)
+    bound = 4 * rounding(32) * 10
     for name, expected in load_file("logits.safetensors").items():
-        torch.testing.assert_close(logits_of(load(name)), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+        torch.testing.assert_close(logits_of(load(name)), expected, rtol=0, atol=bound * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("name", ["gate", "sharded", "modality"])
