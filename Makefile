@@ -10,8 +10,12 @@ METADATA := setup.cfg pyproject.toml constraints.txt
 READY_TO_RUN := $(VENV)/.installed-quickstart
 READY_TO_TEST := $(VENV)/.installed-dev
 
+# What makes torch, MKL or oneDNN compute by other kernels than their best for this processor, on one thread.
+KERNELS ?= OMP_NUM_THREADS=1 OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 \
+	ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE
+
 .DEFAULT_GOAL := help
-.PHONY: help quickstart forgetting families test test-fast test-slow quality style
+.PHONY: help quickstart forgetting families test test-fast test-slow test-kernels quality style
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -44,6 +48,21 @@ test-fast: $(READY_TO_TEST) ## run the tests not marked slow (options: ARGS="...
 test-slow: $(READY_TO_TEST) ## run the tests marked slow (options: ARGS="...")
 	$(PYTEST) -m slow $(ARGS) || { code=$$?; test $$code -eq 5 || exit $$code; \
 		echo "No test is marked slow (pytest exit code 5): counted as passed."; }
+
+# Torch would not ask whether the processor has AVX2 or AVX-512; where it has not, the setting is left out.
+test-kernels: export HF_HUB_OFFLINE = 1
+test-kernels: $(READY_TO_TEST) ## run the fast tests by each kind of CPU kernels, test-fast six times (options: ARGS="...")
+	@failed=; best=$$(env -u ATEN_CPU_CAPABILITY $(BIN)/python -c \
+		"import torch; print(torch.backends.cpu.get_cpu_capability())") || exit 1; \
+	for setting in $(KERNELS); do \
+		case $$setting,$$best in \
+			*=avx2,AVX2 | *=avx2,AVX512 | *=avx512,AVX512) ;; \
+			*=avx2,* | *=avx512,*) echo "=== $$setting: left out, this processor has $$best"; continue ;; \
+		esac; \
+		echo "=== $$setting"; \
+		env OMP_NUM_THREADS=1 $$setting $(PYTEST) -m "not slow" $(ARGS) || failed="$$failed $$setting"; \
+	done; \
+	test -z "$$failed" || { echo "=== failed:$$failed"; exit 1; }
 
 quality: $(READY_TO_TEST) ## check code and format
 	$(BIN)/python -m ruff check .

@@ -4,7 +4,9 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on small models threads wait for each other more than they compute
 
+import copy
 import socket
 import sys
 from dataclasses import replace
@@ -23,6 +25,25 @@ PAPER = {"scope": "all", "selection": "compete", "calibration": "all"}  # the pa
 def make_base(family="mixtral", dtype=torch.float32, **config):
     """A private copy of the family's random base; `config` is set on it (e.g. `_experts_implementation`)."""
     return make_family(family, dtype=dtype, **config)
+
+
+def frozen_copy(base):
+    """A copy of `base` in the state that an extended one is in, for comparisons bit for bit: nothing in it trains.
+
+    torch.matmul looks at that: it folds a batch times a weight that trains into one product, and may compute one an
+    item where the weight is frozen (`should_fold` in ATen's LinearAlgebra.cpp). A product of another shape may be
+    summed in another order, which shows in its last bits.
+    """
+    return copy.deepcopy(base).requires_grad_(False)
+
+
+def rounding(*terms, dtype=torch.float32):
+    """What nested sums of so many terms may differ by, in relation to their size, where they are done in two orders.
+
+    A sum of n terms is off by up to n eps / 2, whatever the order (Higham, "Accuracy and Stability of Numerical
+    Algorithms", 3.1), so two of them are up to n eps apart.
+    """
+    return sum(terms) * torch.finfo(dtype).eps
 
 
 def make_encoder():

@@ -754,6 +754,7 @@ def killed_save(save, step, count_code):
         assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the save failed by itself"
         return os.WIFSIGNALED(status)
     try:
+        torch.set_num_threads(1)  # a fork has none of its parent's threads
         left = iter(range(step, -1, -1))
 
         def tick():

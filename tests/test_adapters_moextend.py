@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import PAPER, batch, make_base, make_encoder, new_spans, shake
+from conftest import PAPER, batch, frozen_copy, make_base, make_encoder, new_spans, rounding, shake
 from families import make_family
 from safetensors.torch import load_file
 from test_gate_moextend import open_gate
@@ -132,7 +132,7 @@ def run(layer, x):
 def test_off_with_several_loaded_is_the_base_bit_for_bit(kind, implementation, made):
     a, b = TOGETHER[kind]
     model = load(made, ("a", a), ("b", b), experts_implementation=implementation)
-    expected = logits(make_base(experts_implementation=implementation), batch())
+    expected = logits(frozen_copy(make_base(experts_implementation=implementation)), batch())
     model.set_adapter(["a", "b"])
     assert not torch.equal(logits(model, given_to([a, b])), logits(make_base(), inputs(images=False)))
     with model.disable_adapter():
@@ -192,9 +192,10 @@ def test_a_token_that_selects_no_expert_of_b_is_as_if_b_were_not_loaded(family, 
     assert 20 < int(b.sum()) < 280 and (index[b] < 8).any()  # some tokens use experts of both
     assert ((index >= 6) & (index < 8)).any(dim=-1)[~b].any()
     assert torch.equal(index[~b].sort().values, expected_index[~b].sort().values)
-    torch.testing.assert_close(weights[~b].sort().values, expected_weights[~b].sort().values, rtol=1e-6, atol=0)
+    bound = rounding(10, 2) * records[1].logits.abs().max().item()  # exp(logit - max), sums over E + N and K
+    torch.testing.assert_close(weights[~b].sort().values, expected_weights[~b].sort().values, rtol=bound, atol=0)
     error = (found[~b] - expected[~b]).norm(dim=-1) / expected[~b].norm(dim=-1)
-    assert error.max() < 2e-6
+    assert error.max() < bound + rounding(32, 24, 2)  # an expert sums over H, then I, a token over K
     assert not torch.allclose(found[b], expected[b], rtol=1e-2, atol=1e-2)
 
 
@@ -378,7 +379,8 @@ def test_under_every_rule_a_token_that_selects_none_of_b_is_routed_as_without_b(
     assert not (uses_a & ~a).any() and not (uses_b & ~b).any() and (uses_a & uses_b).any()
     assert 30 < int((~uses_b).sum()) < 370 and (uses_a & ~uses_b).any()
     assert torch.equal(found[~uses_b], expected[~uses_b])
-    torch.testing.assert_close(found_weights[~uses_b], expected_weights[~uses_b], rtol=1e-6, atol=1e-7)
+    bound = rounding(11, 2) * logits.abs().max().item()  # exp(logit - max), sums over E + N and K
+    torch.testing.assert_close(found_weights[~uses_b], expected_weights[~uses_b], rtol=bound, atol=0)
     assert found_weights.isfinite().all()
 
 
@@ -403,9 +405,9 @@ def test_switching_is_quick_and_touches_no_base_tensor(made):
     versions = {name: p._version for name, p in model.named_parameters()}
     longest = 0.0
     for names in ("b", ["a", "c"], ["a", "b", "c"], "a"):
-        start = time.perf_counter()
+        start = time.thread_time()  # of this thread alone, however busy the machine is
         model.set_adapter(names)
-        longest = max(longest, time.perf_counter() - start)
+        longest = max(longest, time.thread_time() - start)
         logits(model, inputs(images="c" in names))
     assert longest < 0.05
     assert storage == {name: tensor.data_ptr() for name, tensor in model.base.state_dict().items()}
@@ -434,7 +436,8 @@ def test_a_deleted_adapter_leaves_nothing_behind(made):
     model.load_adapter(made("b", COMPETE), adapter_name="b")
     model.set_adapter("a")
     model.delete_adapter(["a"])
-    assert model.active_adapters() == [] and torch.equal(logits(model, batch()), logits(make_base(), batch()))
+    assert model.active_adapters() == []
+    assert torch.equal(logits(model, batch()), logits(frozen_copy(make_base()), batch()))
     with pytest.raises(ValueError, match="Active adapters are .* adapter_name=<one of .*'b'"):
         model.save_pretrained("nowhere")
     with pytest.raises(ValueError, match=r"are all adapters of this model.*model.detach\(\)"):
@@ -526,7 +529,7 @@ def test_each_row_has_its_own_adapter(kinds, made):
     expected = logits(make_base(), {"input_ids": given["input_ids"] % 96})
     torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-5)
     only_base = logits(model, inputs(images=False), adapter_names=["__base__"] * 4)
-    assert torch.equal(only_base, logits(make_base(), inputs(images=False)))
+    assert torch.equal(only_base, logits(frozen_copy(make_base()), inputs(images=False)))
     assert model.active_adapters() == ["a"]
 
 
@@ -652,7 +655,7 @@ def test_prompts_with_images_generate_beside_prompts_of_other_adapters(options, 
     seen = load(made, ("a", SEEING)).generate(**given, **mask, **settings)
     text_only = {"input_ids": given["input_ids"] % 96, **mask}
     expected = {0: seen, 1: model.generate(**text_only, **settings), 2: seen}
-    expected[3] = make_base().generate(**text_only, **settings)
+    expected[3] = frozen_copy(make_base()).generate(**text_only, **settings)
     for row, output in expected.items():
         assert torch.equal(found[row, 12:], output[row, 12:])
 

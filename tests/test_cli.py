@@ -337,7 +337,7 @@ def test_no_network_is_code_2(command, adapter):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(adapter.parent / "cache"), **hub}
     line = ["inspect", "me/x"] if command == "inspect" else ["push", str(adapter), "me/x", "--base", "me/base"]
     python = [sys.executable, "-m", "modeling_moextend.cli.commands", *line, "--json"]
-    done = subprocess.run(python, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(python, env=environment, capture_output=True, text=True, timeout=600)
     found = json.loads(done.stdout)
     assert done.returncode == 2 and "refused" in found["error"] and "Traceback" not in done.stderr
 
@@ -494,6 +494,15 @@ def test_verify_refuses_values_that_mean_nothing(option, adapter, moextend):
 def test_verify_of_an_adapter_that_was_trained_on_top_of_another(stacked, moextend):
     code, found = moextend("verify", stacked, "--json")
     assert code == 0 and "trained on top of 'default', left out here" in found["checks"][3]["detail"]
+
+
+def test_verify_asks_the_base_in_the_state_of_an_extended_one(adapter, moextend, monkeypatch):
+    """Frozen: torch may round otherwise where a weight trains, see `frozen_copy`. Here every linear layer does."""
+    plain = torch.nn.Linear.forward
+    rounded = lambda self, x: plain(self, x) * (1 + 1e-3 * self.weight.requires_grad)  # noqa: E731
+    monkeypatch.setattr(torch.nn.Linear, "forward", rounded)
+    code, found = moextend("verify", adapter, "--json")
+    assert code == 0 and checks(found)["off"]
 
 
 def test_verify_notices_a_model_that_is_not_the_base_when_off(adapter, moextend, monkeypatch):

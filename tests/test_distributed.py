@@ -54,7 +54,7 @@ def start(folder, fsdp=None, callbacks=None, choices=None, **overrides):
         "save_steps": 2,
         "eval_strategy": "steps",
         "eval_steps": 2,
-        "ddp_timeout": 60,
+        "ddp_timeout": 300,
         "adapter_dtype": "float32",
         "ddp_find_unused_parameters": False,
     }
@@ -203,7 +203,6 @@ RUNS = {
 
 
 def work(rank, port, folder):
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     for name, run in RUNS.items():
@@ -319,7 +318,7 @@ def test_all_processes_skip_a_push_together(folder):
 
 def run_gate(folder, rank, retention):
     """Process 1's gate starts elsewhere: only what process 0 hands over makes the two equal."""
-    settings = {"per_device_train_batch_size": 1, "ddp_timeout": 60, "ddp_find_unused_parameters": False}
+    settings = {"per_device_train_batch_size": 1, "ddp_timeout": 300, "ddp_find_unused_parameters": False}
     trainer = gated_trainer(folder, retention_dataset=retention, max_steps=3, **settings)
     with torch.no_grad():
         for tensor in trainer.model.gate.parameters():
@@ -330,7 +329,6 @@ def run_gate(folder, rank, retention):
 
 
 def work_gate(rank, port, folder):
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     for name, retention in (("sampled", None), ("given", "text")):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COMMON, FAMILIES, batch, make_base, make_encoder, shake
+from conftest import COMMON, FAMILIES, batch, make_base, make_encoder, rounding, shake
 from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -52,6 +52,22 @@ def save_pair(
 @torch.no_grad()
 def logits(model, **inputs):
     return model(**{**batch(), **inputs}).logits
+
+
+def assert_same_but_for_rounding(found, model):
+    """The logits of `found`, a model of the base's own kind, are those of `model`.
+
+    Both sum the same terms in products of another shape: E + N rows of a router at once, or E and then N. A router's
+    logit is a sum of H terms; what rounding adds to it is the relative change of its score (softmax or sigmoid), so of
+    what an expert gives. Each layer adds its own. All in all less than 1e-4, and new experts change logits by 0.1.
+    """
+    with model.record_routing() as records:
+        expected = logits(model)
+    largest = max(record.logits.abs().max().item() for record in records.values())
+    config = model.base.config
+    bound = config.num_hidden_layers * rounding(config.hidden_size) * largest * expected.abs().max().item()
+    assert bound < 1e-4
+    torch.testing.assert_close(logits(found), expected, rtol=0, atol=bound)
 
 
 # ---------------------------------------------------------------- reading a checkpoint
@@ -398,7 +414,7 @@ def test_another_base_on_demand(tmp_path):
     stored = read_adapter(tmp_path / "merged").values
     assert stored["base_model_name_or_path"] == str(tmp_path / "other"), "what is saved from it names this one"
     merge(tmp_path / "adapter", tmp_path / "native", base=tmp_path / "other", check_base=False, native=True)
-    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "native")), expected)
+    assert_same_but_for_rounding(AutoModelForCausalLM.from_pretrained(tmp_path / "native"), merged)
 
 
 def test_another_base_with_another_rule_on_demand(tmp_path):
@@ -462,17 +478,13 @@ def native(root, **options):
 
 @pytest.mark.parametrize("family", sorted(NUMBER))
 def test_native_logits(family, tmp_path):
-    """Equal up to the rounding of float32: experts are summed in another order. Sigmoid routers: bit-equal."""
     model = save_pair(tmp_path, family, config=AS_NATIVE.get(family, {}))
-    expected = logits(model)
     found, loading = native(tmp_path)
     assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     assert type(found) is type(base) and getattr(found.config, NUMBER[family]) == 6 + 2
-    assert (logits(base) - expected).abs().max() > 0.1, "new experts change the answers"
-    torch.testing.assert_close(logits(found), expected, rtol=1e-6, atol=1e-6)
-    if family == "deepseek_v3":
-        assert torch.equal(logits(found), expected)
+    assert (logits(base) - logits(model)).abs().max() > 0.1, "new experts change the answers"
+    assert_same_but_for_rounding(found, model)
     prompt = {"input_ids": torch.arange(3, 11)[None], "max_new_tokens": 8, "do_sample": False}
     assert torch.equal(found.generate(**prompt), model.generate(**prompt))
 
@@ -504,11 +516,11 @@ def test_native_keeps_every_base_tensor(tmp_path):
 
 
 def test_native_of_a_base_saved_in_the_models_own_names(tmp_path):
-    expected = logits(save_pair(tmp_path, save={"save_original_format": False}))
+    model = save_pair(tmp_path, save={"save_original_format": False})
     assert "model.layers.0.mlp.experts.gate_up_proj" in Checkpoint(tmp_path / "base").place
     found, loading = native(tmp_path)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
-    torch.testing.assert_close(logits(found), expected, rtol=1e-6, atol=1e-6)
+    assert_same_but_for_rounding(found, model)
 
 
 def test_files_of_a_native_checkpoint(tmp_path):
@@ -527,9 +539,8 @@ def test_files_of_a_native_checkpoint(tmp_path):
 def test_native_of_an_adapter_in_less_precision(tmp_path):
     model = save_pair(tmp_path)
     model.save_pretrained(tmp_path / "adapter", adapter_dtype="bfloat16")
-    expected = logits(MoExtendForCausalLM.from_pretrained(tmp_path / "adapter"))
     found, _ = native(tmp_path)
-    torch.testing.assert_close(logits(found), expected, rtol=1e-6, atol=1e-6)
+    assert_same_but_for_rounding(found, MoExtendForCausalLM.from_pretrained(tmp_path / "adapter"))
     checkpoint = Checkpoint(tmp_path / "native")
     tensors = [checkpoint.tensor(key) for key in checkpoint.place]
     assert {tensor.dtype for tensor in tensors} == {torch.float32}, "the base's"
@@ -541,7 +552,7 @@ def test_native_in_bfloat16(tmp_path):
     model = save_pair(tmp_path, dtype=torch.bfloat16)
     found, _ = native(tmp_path)
     assert {parameter.dtype for parameter in found.parameters()} == {torch.bfloat16}
-    torch.testing.assert_close(logits(found.float()), logits(model.float()), rtol=1e-6, atol=1e-6)
+    assert_same_but_for_rounding(found.float(), model.float())
 
 
 def test_native_files_are_as_small_as_asked(tmp_path):
@@ -623,8 +634,10 @@ def test_merging_what_lies_on_the_hub(native, hub, tmp_path):
     merge("me/adapters", tmp_path / "merged", native=native, **where)
     assert not Path(constants.HF_HUB_CACHE).exists(), "everything is in the cache that was named"
     assert (tmp_path / "merged" / "tokenizer.json").exists()
-    auto = AutoModelForCausalLM if native else MoExtendForCausalLM
-    torch.testing.assert_close(logits(auto.from_pretrained(tmp_path / "merged")), logits(model), rtol=1e-6, atol=1e-6)
+    if native:
+        assert_same_but_for_rounding(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), model)
+    else:
+        assert torch.equal(logits(MoExtendForCausalLM.from_pretrained(tmp_path / "merged")), logits(model))
 
 
 # ---------------------------------------------------------------- memory
@@ -691,7 +704,7 @@ def file_sizes(folder):
 def run(code, *arguments, environment):
     """Output of a new Python process."""
     command = [sys.executable, "-P", "-c", code, *arguments]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -37,8 +37,6 @@ from modeling_moextend.families_moextend import find_moe_layers
 WORDS = ["<pad>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
 LAYERS, EXPERTS, TOP_K = 4, 4, 2
 
-torch.set_num_threads(1)  # on models this small, threads wait for each other more than they compute
-
 
 @pytest.fixture(scope="module")
 def tokenizer():

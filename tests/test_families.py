@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import batch, shake
+from conftest import batch, frozen_copy, shake
 from families import FAMILIES, IMAGE_TOKEN, make_config, make_family, variants_of
 from family_table import END, README, START, table
 from plain_routing import ROUTING, Routing, beside_shared, compete, exclusive
@@ -212,7 +212,7 @@ def check_file(model, base, folder):
 def check_family(name, variant, implementation, dtype, folder):
     choices = {"dtype": dtype, "experts_implementation": implementation}
     base = make_family(name, variant, **choices)
-    expected = logits_of(base)
+    expected = logits_of(frozen_copy(base))
     for selection in ROUTING_OF:
         model = extend(make_family(name, variant, **choices), selection)
         found = check_off(model, expected)
@@ -255,7 +255,7 @@ def pictures():
 @pytest.mark.parametrize("name", ["qwen3_vl_moe", "qwen3_omni_moe", "glm4v_moe", "glm5_next"])
 def test_a_multimodal_base_keeps_its_own_images(name):
     inputs = pictures()
-    expected = logits_of(make_family(name), inputs)
+    expected = logits_of(frozen_copy(make_family(name)), inputs)
     assert not torch.equal(logits_of(make_family(name), {**inputs, "pixel_values": -inputs["pixel_values"]}), expected)
     model = extend(make_family(name), "compete")
     with model.disable_adapter():
@@ -361,7 +361,7 @@ def unheard_of(router_class):
 def test_a_new_family_with_a_known_rule_works(monkeypatch):
     monkeypatch.setitem(ROUTING, "tomorrow", Routing("", score="sigmoid", scale=1.7))
     model = extend(unheard_of(NewRouter), "compete")
-    found = check_off(model, logits_of(unheard_of(NewRouter)))
+    found = check_off(model, logits_of(frozen_copy(unheard_of(NewRouter))))
     adapter = {key: tensor.detach().clone() for key, tensor in model.adapter_tensors().items()}
     expected = logits_of(widened(unheard_of(NewRouter), "tomorrow", adapter, "compete"))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from conftest import batch, in_two_processes, leave_group, make_base, make_encoder
+from conftest import batch, frozen_copy, in_two_processes, leave_group, make_base, make_encoder, rounding
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_remote_code import START, run
@@ -262,7 +262,7 @@ def test_the_model_decides_by_the_slow_loop(family, dtype):
 @torch.no_grad()
 def test_the_gate_reads_the_router_input_of_the_lowest_extended_layer():
     """Which no new expert has touched: the base computes the same."""
-    base = make_base()
+    base = frozen_copy(make_base())
     seen = []
     find_moe_layers(base.get_decoder())[LOWEST].router.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     base(**batch())
@@ -313,7 +313,7 @@ def test_nothing_of_a_pass_stays_behind():
 def test_the_base_called_past_the_model_gets_no_new_experts():
     model, ids = opened(), text(2)
     model.gate_threshold = EVERY
-    assert torch.equal(model.base(ids).logits, make_base()(ids).logits)
+    assert torch.equal(model.base(ids).logits, frozen_copy(make_base())(ids).logits)
 
 
 @torch.no_grad()
@@ -349,7 +349,7 @@ def test_images_are_judged_by_their_features():
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_logits_of_an_untrained_gate_are_bit_equal_to_the_bases(family, implementation, dtype):
     base = make_base(family, dtype, experts_implementation=implementation)
-    model = gated(base=copy.deepcopy(base))
+    model, base = gated(base=copy.deepcopy(base)), frozen_copy(base)
     for context in (torch.no_grad(), torch.enable_grad()):
         with context:
             assert torch.equal(model(**batch()).logits, base(**batch()).logits)
@@ -363,7 +363,7 @@ def test_a_batch_without_a_routed_token_is_bit_equal_whoever_listens(family, imp
     base = make_base(family, experts_implementation=implementation)
     model = opened(base=copy.deepcopy(base))
     model.gate_threshold = float(margins(model, **renamed(batch()))[0].max())  # above, not at it
-    expected = base(**batch()).logits
+    expected = frozen_copy(base)(**batch()).logits
     assert torch.equal(model(**batch()).logits, expected)
     assert torch.equal(margins(model, **renamed(batch()))[1].logits, expected)
 
@@ -385,7 +385,7 @@ def test_experts_and_rows_do_not_run_where_no_token_is_routed():
 @torch.no_grad()
 def test_tokens_not_routed_beside_routed_ones_are_the_bases_within_rounding(family, implementation):
     base = make_base(family, experts_implementation=implementation)
-    model = opened(base=copy.deepcopy(base))
+    model, base = opened(base=copy.deepcopy(base)), frozen_copy(base)
     outputs = []
     for owner in (base, model):
         experts = find_moe_layers(owner.get_decoder())[LOWEST].experts
@@ -396,15 +396,16 @@ def test_tokens_not_routed_beside_routed_ones_are_the_bases_within_rounding(fami
     (expected, found), routed = outputs, z.flatten() > 0
     assert 10 < routed.sum() < 62
     error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-    assert error[~routed].max() < 1e-6 and error[routed].min() > 1e-2
+    assert error[~routed].max() < rounding(32, 24, 2)  # an expert sums over H, then I, a token over K
+    assert error[routed].min() > 1e-2
 
 
 def test_with_the_adapter_off_and_after_detaching_the_model_is_the_base():
     base = make_base()
-    names, expected = list(base.state_dict()), base(**batch()).logits
+    names, expected, off = list(base.state_dict()), base(**batch()).logits, frozen_copy(base)(**batch()).logits
     model = opened(base=base)
     with model.disable_adapter():
-        assert torch.equal(model(**batch()).logits, expected)
+        assert torch.equal(model(**batch()).logits, off)
     restored = model.detach()
     assert list(restored.state_dict()) == names and torch.equal(restored(**batch()).logits, expected)
 
@@ -449,7 +450,7 @@ def test_extreme_thresholds_give_the_base_and_scope_all(choices):
     model.gate_threshold = EVERY
     assert torch.equal(model(ids).logits, every(ids).logits)
     model.gate_threshold = NONE
-    assert torch.equal(model(ids).logits, make_base()(ids).logits)
+    assert torch.equal(model(ids).logits, frozen_copy(make_base())(ids).logits)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), "high", None, True, [1.0]])
@@ -972,9 +973,9 @@ def test_extending_above_the_gate_keeps_it():
 def test_a_model_without_experts_gets_its_gate_with_the_first_ones():
     model = gated(plan={}, encoder=make_encoder())
     ids = text(2)
-    assert model.gate is None and torch.equal(model(ids).logits, make_base()(ids).logits)
+    assert model.gate is None and torch.equal(model(ids).logits, frozen_copy(make_base())(ids).logits)
     model.extend({3: [1], 2: [0, 1]})
-    assert torch.equal(model(ids).logits, make_base()(ids).logits)
+    assert torch.equal(model(ids).logits, frozen_copy(make_base())(ids).logits)
     open_gate(model)
     with model.record_routing() as records:
         model(text(4))
@@ -989,7 +990,7 @@ def test_a_model_with_a_gate_can_be_deep_copied_and_pickled():
     for other in (copy.deepcopy(model), pickled(model)):
         assert torch.equal(other(text(2)).logits, expected)
         other.gate_threshold = NONE
-        assert torch.equal(other(text(2)).logits, make_base()(text(2)).logits)
+        assert torch.equal(other(text(2)).logits, frozen_copy(make_base())(text(2)).logits)
     assert torch.equal(model(text(2)).logits, expected)
 
 
@@ -1018,7 +1019,7 @@ save_file(outputs, root / "outputs.safetensors")
     outputs = load_file(tmp_path / "outputs.safetensors")
     with torch.no_grad():
         assert torch.equal(outputs["logits"], model(**inputs).logits)
-        assert torch.equal(outputs["closed"], make_base("qwen3_moe")(**inputs).logits)
+        assert torch.equal(outputs["closed"], frozen_copy(make_base("qwen3_moe"))(**inputs).logits)
     assert not torch.equal(outputs["closed"], outputs["logits"])
     assert torch.equal(outputs["generated"], generate(model, **renamed(inputs), max_new_tokens=6))
 
@@ -1033,7 +1034,7 @@ def test_threads_decide_by_their_own_batches():
     meeting, found, errors = threading.Barrier(2), {}, []
 
     def wait(*_):
-        meeting.wait(20)
+        meeting.wait(120)
 
     for layer in model.get_decoder().layers[1:]:  # both threads are inside, before and after the gate
         layer.register_forward_pre_hook(wait)
@@ -1049,7 +1050,7 @@ def test_threads_decide_by_their_own_batches():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(150)
     assert not errors
     for number in (0, 1):
         assert torch.equal(found[number][0], expected[number][0])
@@ -1072,7 +1073,6 @@ def rank_batches(model):
 
 
 def work(rank, port, folder):
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
     for checkpointing in (False, True):
         model = opened()

@@ -59,7 +59,7 @@ def run(hub, home, script, **environment):
         cwd=home,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert child.returncode == 0, child.stderr[-3000:]
     return json.loads(child.stdout.split("FOUND")[1])

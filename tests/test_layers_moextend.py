@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from conftest import FAMILIES, PAPER, batch, in_scope, make_base, make_encoder, shake
+from conftest import FAMILIES, PAPER, batch, frozen_copy, in_scope, make_base, make_encoder, rounding, shake
 from families import make_family
 from torch.nn import functional as F
 from transformers import (
@@ -108,7 +108,7 @@ def test_logits_with_the_adapter_off_are_bit_equal_to_the_base(family, implement
     base = make_base(family, dtype, experts_implementation=implementation)
     model = extended(family, base=copy.deepcopy(base), calibration="all")
     with torch.no_grad():
-        expected = base(**batch()).logits
+        expected = frozen_copy(base)(**batch()).logits
         assert not torch.equal(model(**batch()).logits, expected), "the adapter does nothing"
         with model.disable_adapter():
             assert torch.equal(model(**batch()).logits, expected)
@@ -121,7 +121,7 @@ def test_logits_with_the_adapter_off_are_bit_equal_to_the_base(family, implement
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_layer_in_which_no_token_selects_a_new_expert_is_bit_equal(family, implementation, calibration, dtype):
     base = make_base(family, dtype, experts_implementation=implementation)
-    model = extended(family, base=copy.deepcopy(base), calibration=calibration)
+    model, base = extended(family, base=copy.deepcopy(base), calibration=calibration), frozen_copy(base)
     x = torch.cat([tokens(16, dtype=dtype), tokens(16, seed=1, dtype=dtype)])
     reject_all(moe_layer(model), x)
     for context in (torch.no_grad(), torch.enable_grad()):
@@ -147,7 +147,7 @@ def test_a_token_without_new_experts_beside_tokens_with_some_is_the_bases_within
     family, implementation, choices
 ):
     base = make_base(family, experts_implementation=implementation)
-    model = extended(family, base=copy.deepcopy(base), **choices)
+    model, base = extended(family, base=copy.deepcopy(base), **choices), frozen_copy(base)
     x = tokens(200)
     with torch.no_grad():
         (old_weights, old_index, expected), (weights, index, found) = run(moe_layer(base), x), run(moe_layer(model), x)
@@ -155,7 +155,7 @@ def test_a_token_without_new_experts_beside_tokens_with_some_is_the_bases_within
     assert 10 < int(stays.sum()) < 190
     assert torch.equal(index[stays], old_index[stays]) and torch.equal(weights[stays], old_weights[stays])
     error = (found[stays] - expected[stays]).norm(dim=-1) / expected[stays].norm(dim=-1)
-    assert error.max() < 1e-6
+    assert error.max() < rounding(32, 24, 2)  # an expert sums over H, then I, a token over K
     assert not torch.allclose(found[~stays], expected[~stays], rtol=1e-2, atol=1e-2)
 
 
@@ -228,6 +228,14 @@ def one_expert(family, experts, place, x):
     return down @ (F.silu(gate) * linear)
 
 
+def assert_formula(layer, x, found, expected):
+    """Equal but for rounding: of a router's logit, a sum over H that changes a score by as much in relation to it; of
+    experts, which sum over H, then I; of the sum over K of them."""
+    largest = layer.router(x)[0].abs().max().item()
+    bound = rounding(32) * largest + rounding(32, 24, 2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=bound * expected.abs().max().item())
+
+
 CHOICES = {
     "paper": {"calibration": "all"},
     "routed": {"calibration": "routed"},
@@ -245,7 +253,7 @@ def test_an_extended_block_computes_the_papers_formula(family, choice, sources):
     keep_above_zero(layer)
     options = {"selection": "compete", **CHOICES[choice]}
     expected = formula(family, layer, sources, x, **options)
-    torch.testing.assert_close(run(layer, x)[2], expected, rtol=2e-5, atol=2e-5)
+    assert_formula(layer, x, run(layer, x)[2], expected)
 
 
 @pytest.mark.parametrize("choice", ["paper", "exclusive"])
@@ -258,9 +266,7 @@ def test_tokens_out_of_scope_compute_the_bases_formula(family, choice):
     with in_scope(model, {"default": scope}):
         found = run(layer, x)[2]
     options = {"selection": "compete", **CHOICES[choice]}
-    torch.testing.assert_close(
-        found, formula(family, layer, [3, 0, 5], x, scope=scope, **options), rtol=2e-5, atol=2e-5
-    )
+    assert_formula(layer, x, found, formula(family, layer, [3, 0, 5], x, scope=scope, **options))
 
 
 @torch.no_grad()
@@ -316,7 +322,7 @@ def test_at_the_start_calibration_is_the_identity(family):
     assert torch.equal(found[1], plain[1])
     layer = moe_layer(with_calibration)
     options = {"selection": "compete", "calibration": "all"}
-    torch.testing.assert_close(found[2], formula(family, layer, PLAN[2], x, **options), rtol=2e-5, atol=2e-5)
+    assert_formula(layer, x, found[2], formula(family, layer, PLAN[2], x, **options))
 
 
 def test_one_source_may_give_two_new_experts():
@@ -416,7 +422,7 @@ def test_attaching_keeps_the_bases_names_classes_by_isinstance_and_router_logits
     names = list(base.state_dict())
     expected = None
     if "router_logits" in base.model._can_record_outputs:
-        expected = base(**batch(), output_router_logits=True).router_logits
+        expected = frozen_copy(base)(**batch(), output_router_logits=True).router_logits
     router_class = type(moe_layer(base).router)
     model = extended(family, base=base)
     assert [name for name in base.state_dict() if "moextend" not in name] == names
@@ -690,12 +696,12 @@ def test_threads_do_not_see_each_others_passes():
     def switch_off():
         with model.disable_adapter(), model.record_routing():
             inside.set()
-            done.wait(10)
+            done.wait(120)
 
     expected = model(**batch()).logits
     other = threading.Thread(target=switch_off)
     other.start()
-    inside.wait(10)
+    assert inside.wait(120)
     assert model.active_adapters() == ["default"] and model.passes.thread.records is None
     assert torch.equal(model(**batch()).logits, expected)
     done.set()

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from conftest import COMMON, FAMILIES, PAPER, batch, make_base, make_encoder, shake
+from conftest import COMMON, FAMILIES, PAPER, batch, frozen_copy, make_base, make_encoder, shake
 from families import make_family
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -273,7 +273,7 @@ def test_a_detached_base_can_be_extended_again():
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_batches_without_an_image_are_bit_equal_to_the_base(family, implementation, dtype, choices):
     base = make_base(family, dtype, experts_implementation=implementation)
-    expected = base(**batch()).logits
+    expected = frozen_copy(base)(**batch()).logits
     model = extended(family, base=base, **choices)
     for context in (torch.no_grad(), torch.enable_grad()):
         with context:
@@ -579,7 +579,7 @@ def test_an_offloaded_base_gives_the_same_logits_and_saves_the_same_adapter(plac
     loaded = MoExtendForCausalLM.from_pretrained(tmp_path / "adapter", base=str(tmp_path / "base"), **options)
     assert torch.equal(loaded(**batch()).logits, expected)
     with model.disable_adapter():
-        assert torch.equal(model(**batch()).logits, make_base()(**batch()).logits)
+        assert torch.equal(model(**batch()).logits, frozen_copy(make_base())(**batch()).logits)
     restored = model.detach()
     assert torch.equal(restored(**batch()).logits, make_base()(**batch()).logits)
 
@@ -591,7 +591,8 @@ def test_the_body_of_the_causal_model_shares_its_tensors():
     hidden = model.model(**inputs).last_hidden_state
     assert torch.equal(model.get_output_embeddings()(hidden), model(**inputs).logits)
     model.disable_adapters()
-    assert torch.equal(model.model(**batch()).last_hidden_state, make_base().model(**batch()).last_hidden_state)
+    base = frozen_copy(make_base())
+    assert torch.equal(model.model(**batch()).last_hidden_state, base.model(**batch()).last_hidden_state)
 
 
 # ---------------------------------------------------------------- multimodal bases, extended in their language model
@@ -615,7 +616,7 @@ def seeing(family="qwen3_vl_moe"):
 @torch.no_grad()
 def test_a_multimodal_base_sees_its_own_images_with_the_adapter_off_and_on(scope):
     base, inputs = seeing()
-    expected = base(**inputs).logits
+    expected = frozen_copy(base)(**inputs).logits
     model = shake(MoExtendForCausalLM.from_base(copy.deepcopy(base), {1: [3, 0, 5]}, scope=scope))
     if scope == "gate":
         model.gate_threshold = 1e9
@@ -634,7 +635,7 @@ def test_a_multimodal_base_sees_its_own_images_with_the_adapter_off_and_on(scope
 def test_a_multimodal_base_generates_from_its_own_images(beams):
     base, inputs = seeing()
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": beams}
-    expected = base.generate(**inputs, **settings)
+    expected = frozen_copy(base).generate(**inputs, **settings)
     model = shake(MoExtendForCausalLM.from_base(copy.deepcopy(base), {1: [3, 0, 5]}, scope="all"))
     with model.disable_adapter():
         assert torch.equal(model.generate(**inputs, **settings), expected)

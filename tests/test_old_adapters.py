@@ -4,6 +4,7 @@
 bit; `logits.safetensors`, from the machine that made them, is held to what float32 allows between machines.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import rounding
 from old_adapters.inputs import inputs
 from safetensors.torch import load_file
 
@@ -27,9 +29,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 sys.path.insert(0, sys.argv[1])
 from old_adapters.inputs import inputs
-torch.set_num_threads(int(sys.argv[2]))
 found = {}
-for name, below in (part.split(":") for part in sys.argv[4:]):
+for name, below in (part.split(":") for part in sys.argv[3:]):
     options = {"trust_remote_code": True, "dtype": "float32"}
     model = AutoModelForCausalLM.from_pretrained(below or name, adapter_name=below or name, **options)
     if below:
@@ -38,7 +39,7 @@ for name, below in (part.split(":") for part in sys.argv[4:]):
     assert "transformers_modules" in type(model).__module__
     with torch.no_grad():
         found[name] = model(**inputs(model.encoder is not None)).logits
-save_file(found, sys.argv[3])
+save_file(found, sys.argv[2])
 """
 
 
@@ -66,10 +67,10 @@ def old_logits(request, tmp_path_factory):
     for name in names:
         for path in (folder / "code").glob("*.py"):
             shutil.copy(path, folder / name)
-    tests, threads = str(Path(__file__).parent), str(torch.get_num_threads())
     asked = [f"{name}:{BELOW.get(name, '')}" for name in names]
-    env = {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1", "PATH": ""}
-    command = [sys.executable, "-c", OLD_CODE, tests, threads, "found.safetensors", *asked]
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # threads and kernels as here
+    env |= {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1", "PATH": ""}
+    command = [sys.executable, "-c", OLD_CODE, str(Path(__file__).parent), "found.safetensors", *asked]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return request.param, load_file(folder / "found.safetensors")
@@ -98,10 +99,12 @@ def test_logits_are_those_of_the_code_that_came_with_it(old_logits, monkeypatch)
 
 @pytest.mark.parametrize("version", VERSIONS, ids=lambda path: path.name)
 def test_logits_are_those_of_the_machine_that_made_it(version, monkeypatch):
-    """Up to float32's rounding in sums of another order: 4 layers of small matrices."""
+    """Up to float32's rounding in sums of another order: 4 layers, in each a router's logits (below 10, sums over 32)
+    off by so much, which is the relative change of a weight."""
     monkeypatch.chdir(version)
+    bound = 4 * rounding(32) * 10
     for name, expected in load_file("logits.safetensors").items():
-        torch.testing.assert_close(logits_of(load(name)), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+        torch.testing.assert_close(logits_of(load(name)), expected, rtol=0, atol=bound * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("name", ["gate", "sharded", "modality"])

@@ -85,7 +85,7 @@ def run(root, *parts, arguments=(), environment=None):
     environment |= given
     command = [sys.executable, "-P", "-c", "".join(parts), str(root), *arguments]
     return subprocess.run(
-        command, env=environment, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300
+        command, env=environment, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600
     )
 
 

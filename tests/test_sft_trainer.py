@@ -28,8 +28,6 @@ WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz", "USER:"
 ADAPTER = "moextend_adapter.safetensors"
 ENCODER_PART = "adapters.default.encoder.*patch_embedding.weight"
 
-torch.set_num_threads(1)  # on models this small, threads wait for each other more than they compute
-
 
 def make_tokenizer():
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
@@ -985,7 +983,7 @@ def train_rank(rank, port, folder):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     # False: a parameter without a gradient on one process is an error.
-    trainer = start_rank(folder, per_device_train_batch_size=1, ddp_find_unused_parameters=False, ddp_timeout=60)
+    trainer = start_rank(folder, per_device_train_batch_size=1, ddp_find_unused_parameters=False, ddp_timeout=300)
     trainer.train()
     torch.save((tensors(trainer.model), trainer.state.log_history), f"{folder}/rank{rank}.pt")
     leave_group()

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PAPER, batch, make_base, make_encoder, shake
+from conftest import PAPER, batch, frozen_copy, make_base, make_encoder, shake
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel, SiglipVisionModel, ViTConfig, ViTModel
@@ -96,7 +96,7 @@ def test_encoders_load_from_folders_with_their_own_weights(kind, part, tmp_path)
         saved.load_state_dict(model.vision_model.state_dict())
     saved.save_pretrained(tmp_path)
     attached = MoExtendForCausalLM.from_base(make_base(), {1: [0]}, encoder=str(tmp_path))
-    expected = model.vision_model(pixels(), output_hidden_states=True).hidden_states[-2]
+    expected = frozen_copy(model.vision_model)(pixels(), output_hidden_states=True).hidden_states[-2]
     assert torch.equal(attached.encoder(pixels(), output_hidden_states=True).hidden_states[-2], expected)
     assert attached.config.encoder_name_or_path == str(tmp_path)
     assert attached.config.encoder_config.model_type == f"{kind}_vision_model"
@@ -141,7 +141,7 @@ def test_encoder_with_pickled_weights_only_is_refused_unless_asked_for(tmp_path)
     model = MoExtendForCausalLM.from_base(
         str(tmp_path / "base"), {1: [0]}, encoder=str(tmp_path), use_safetensors=False
     )
-    assert torch.equal(model.encoder(pixels()).pooler_output, encoder(pixels()).pooler_output)
+    assert torch.equal(model.encoder(pixels()).pooler_output, frozen_copy(encoder)(pixels()).pooler_output)
 
 
 # ---------------------------------------------------------------- merging
@@ -196,7 +196,8 @@ def test_a_sample_in_a_batch_is_what_it_is_alone():
         alone = model(input_ids=ids[row : row + 1], pixel_values=own).logits
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
     swapped = model(input_ids=ids, pixel_values=images[[0, 2, 1]]).logits
-    assert torch.equal(swapped[:2], together[:2]) and not torch.allclose(swapped[2], together[2])
+    torch.testing.assert_close(swapped[:2], together[:2], rtol=1e-4, atol=1e-5)  # beside other tokens of an expert
+    assert not torch.allclose(swapped[2], together[2], rtol=1e-2, atol=1e-2)
 
 
 def test_labels_with_image_ids_count_as_much_as_ignored_ones():
@@ -232,8 +233,7 @@ def test_images_while_the_adapter_is_off_are_refused():
 
 
 def test_text_is_bit_equal_to_the_base_while_only_the_projector_is_new(family):
-    base = make_base(family)
-    expected = base(**batch()).logits
+    expected = frozen_copy(make_base(family))(**batch()).logits
     aligned = MoExtendForCausalLM.from_base(make_base(family), {}, encoder=make_encoder()).eval()
     assert torch.equal(aligned(**batch()).logits, expected)
     seen = aligned(input_ids=with_images((1,)), pixel_values=pixels(1)).logits

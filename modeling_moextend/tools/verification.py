@@ -55,6 +55,7 @@ def verify_adapter(
     else:
         auto_class = auto_class_for(config.text_config, AutoModelForCausalLM)
         loaded = load_part("base", base, config, location, load_base, auto_class=auto_class, dtype=dtype).eval()
+        loaded.requires_grad_(False)  # as it is when extended: torch may round otherwise where a weight trains
         if config.encoder_config is not None:
             encoder = load_part("encoder", encoder, config, location, load_encoder, dtype=dtype)
         tokenizer = find_tokenizer(location, location_of("base", base, config, location))
