@@ -41,9 +41,8 @@ from transformers.integrations.mxfp4 import Mxfp4GptOssExperts, Mxfp4GptOssMLP
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from modeling_moextend import MoExtendForCausalLM
-from modeling_moextend.adapter_file_moextend import tensor_bytes
 from modeling_moextend.base_checks_moextend import check_gradients, quantisation_of
-from modeling_moextend.tools.hashes import base_tensors_hash
+from modeling_moextend.tools.hashes import base_tensors_hash, bytes_of
 
 PLAN = {1: [0, 3], 2: [1]}
 COMPETE = {"scope": "all", "selection": "compete", "calibration": "none"}
@@ -516,7 +515,7 @@ def dequantised(base, path):
 
 
 def base_bytes(base):
-    return {name: tensor_bytes(p) for name, p in base.named_parameters() if "moextend" not in name.split(".")}
+    return {name: bytes_of(p) for name, p in base.named_parameters() if "moextend" not in name.split(".")}
 
 
 def check_backward(base):

@@ -103,7 +103,7 @@ def test_the_console_script_is_this_main():
 def test_as_a_process(adapter):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
     run = partial(subprocess.run, env=environment, capture_output=True, text=True)
-    python = [sys.executable, "-m", "modeling_moextend.cli.commands"]
+    python = [sys.executable, "-m", "modeling_moextend.cli"]
     done = run([*python, "verify", str(adapter), "--json"])
     assert done.returncode == 0 and json.loads(done.stdout)["ok"], "nothing but JSON on stdout"
     done = run([*python, "inspect", str(adapter.parent / "base")])
@@ -336,7 +336,7 @@ def test_no_network_is_code_2(command, adapter):
     hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1", "HF_TOKEN": "hf_me"}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(adapter.parent / "cache"), **hub}
     line = ["inspect", "me/x"] if command == "inspect" else ["push", str(adapter), "me/x", "--base", "me/base"]
-    python = [sys.executable, "-m", "modeling_moextend.cli.commands", *line, "--json"]
+    python = [sys.executable, "-m", "modeling_moextend.cli", *line, "--json"]
     done = subprocess.run(python, env=environment, capture_output=True, text=True, timeout=600)
     found = json.loads(done.stdout)
     assert done.returncode == 2 and "refused" in found["error"] and "Traceback" not in done.stderr
