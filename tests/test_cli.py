@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import batch, make_base, make_encoder, shake
+from hostile import deep, packed, unpacked
 from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
 from test_export import OBSTACLES
@@ -340,6 +341,182 @@ def test_no_network_is_code_2(command, adapter):
     done = subprocess.run(python, env=environment, capture_output=True, text=True, timeout=600)
     found = json.loads(done.stdout)
     assert done.returncode == 2 and "refused" in found["error"] and "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------- what strangers write
+
+CONTROL = "a\x1b[2Jb\0c\nok\u202ed\ud800"  # clears the screen; ends a text; forges a line; turns it round; is none
+ESCAPED = r"a\x1b[2Jb\x00c\nok\u202ed\ud800"
+CONFIGS = {
+    "a list": "[1, 2]",
+    "null": "null",
+    "a number": "3",
+    "a text": '"all"',
+    "deep": '{"text_config": ' + deep(10_000) + "}",
+    "deep in mappings": deep(10_000, '{"a":', "}"),
+    "no JSON": '{"scope": "all"',
+    "keys twice": '{"scope": "all", "scope": "gate"}',
+    "a number of 5,000 digits": '{"image_token_id": ' + "9" * 5000 + "}",
+    "a plan that is a list": '{"extended_layers": [1, 2]}',
+    "a plan of texts": '{"extended_layers": {"1": "02"}}',
+    "a plan of mappings": '{"extended_layers": {"1": {"0": 0}}}',
+    "a plan of no layers": '{"extended_layers": {"x": [0]}}',
+    "a plan with a huge layer": '{"extended_layers": {"' + "9" * 30 + '": [0]}}',
+    "a threshold that is no number": '{"gate_threshold": NaN}',
+    "an infinite threshold": '{"gate_threshold": -Infinity}',
+    "a name with control characters": json.dumps({"base_model_name_or_path": CONTROL}),
+    "a choice with control characters": json.dumps({"scope": CONTROL}),
+    "an entry with control characters": json.dumps({CONTROL: 1}),
+}
+HEADERS = {  # huggingface_hub hands on what safetensors would refuse
+    "a list": lambda header: [header],
+    "null": lambda header: None,
+    "no metadata": lambda header: {**header, "__metadata__": None},
+    "metadata that is a list": lambda header: {**header, "__metadata__": [1]},
+    "metadata of numbers": lambda header: {**header, "__metadata__": {**header["__metadata__"], "config": 1}},
+    "a tensor that is a list": lambda header: {**header, "x": [1]},
+    "a dtype that is a list": lambda header: {**header, "x": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}},
+    "a shape that is a text": lambda header: {**header, "x": {"dtype": "F32", "shape": "x", "data_offsets": [0, 4]}},
+    "a huge shape": lambda header: {**header, "x": {"dtype": "F32", "shape": [2**62] * 2, "data_offsets": [0, 4]}},
+    "a negative shape": lambda header: {**header, "x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}},
+}
+
+
+def edit_header(adapter, edit):
+    """Writes the header that `edit` makes of the adapter's own."""
+    header, data = unpacked((adapter / FILE).read_bytes())
+    (adapter / FILE).write_bytes(packed(edit(header), data))
+
+
+def write_config(adapter, text):
+    """Another config in the header, without checksums, as files without them are read too."""
+    edit_header(adapter, lambda header: {**header, "__metadata__": {"moextend_format": "1", "config": text}})
+
+
+def config_of(adapter):
+    return json.loads(unpacked((adapter / FILE).read_bytes())[0]["__metadata__"]["config"])
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """A terminal whose tables fold nothing."""
+    monkeypatch.setenv("COLUMNS", "400")
+
+
+def assert_printable(text):
+    lines = [line for line in text.split("\n") if "it/s]" not in line]  # transformers' progress bars
+    assert all(line.isprintable() for line in lines), ascii(text)
+
+
+def parse_strictly(text):
+    """The one object in `text`, which holds no NaN or Infinity."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_config_that_is_none_is_code_2(command, config, adapter, moextend, capsys):
+    write_config(adapter, CONFIGS[config])
+    code, text = moextend(*command_line(command, adapter))
+    assert code == 2 and "Traceback" not in text
+    assert_printable(text)
+    assert not any(line.startswith("ok") for line in text.split("\n")), "a line that somebody else wrote"
+    assert cli.main([*map(str, command_line(command, adapter)), "--json"]) == 2
+    found = parse_strictly(capsys.readouterr().out)
+    assert command == "verify" and not found["ok"] or found == {"error": found["error"], "exit_code": 2}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_config_on_the_hub_that_is_none_is_code_2(config, hub, adapter, moextend):
+    write_config(adapter, CONFIGS[config])
+    hub.add(REPO, adapter)
+    code, text = moextend("inspect", REPO)
+    assert code == 2 and "Traceback" not in text
+    assert_printable(text)
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_a_header_that_is_none_is_code_2(header, hub, adapter, moextend):
+    edit_header(adapter, HEADERS[header])
+    hub.add(REPO, adapter)
+    for place in (adapter, REPO):
+        code, text = moextend("inspect", place)
+        assert code == 2 and "is damaged" in text and "Traceback" not in text
+        assert moextend("inspect", place, "--json")[0] == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_tensor_names_never_reach_the_terminal_as_they_are(command, adapter, tmp_path, moextend, wide):
+    name = CONTROL.removesuffix("\ud800")  # safetensors writes none
+    shutil.copytree(adapter, tmp_path / "same")
+    rewrite(adapter, **{name: torch.full((2,), torch.nan), ":warning: [red]": torch.zeros(1)})
+    line = command_line(command, adapter)
+    code, text = moextend(*(line if command != "diff" else ["diff", adapter, tmp_path / "same"]))
+    assert code == (0 if command == "inspect" else 1)
+    assert_printable(text)
+    assert not any(line.startswith("ok") for line in text.split("\n"))
+    if command != "push":  # which is refused for its base before that
+        text += moextend("inspect", adapter, "--tensors")[1]
+        assert ESCAPED.removesuffix(r"\ud800") in text and ":warning: [red]" in text
+        assert_printable(text)
+
+
+def test_entries_of_a_config_never_reach_the_terminal_as_they_are(adapter, tmp_path, moextend):
+    config = {**config_of(adapter), "trained_on": [{"name": CONTROL, "fingerprint": None}], "note": [CONTROL]}
+    write_config(adapter, json.dumps({**config, "\x1b[31mnote": {CONTROL: 1}, "text_config": {"model_type": CONTROL}}))
+    for line in (["inspect", adapter], ["verify", adapter], ["merge", adapter, tmp_path / "x"]):
+        assert_printable(moextend(*line)[1])
+    config["a note"] = config["note"]
+    write_config(adapter, json.dumps(config))
+    for line in (["inspect", adapter], ["verify", adapter], ["merge", adapter, tmp_path / "x"]):
+        assert_printable(moextend(*line)[1])
+
+
+def test_diff_prints_entries_and_numbers_that_json_lacks(adapter, tmp_path, moextend, capsys):
+    shutil.copytree(adapter, tmp_path / "other")
+    config = {**config_of(adapter), "note": {"a": float("nan"), "b": [float("inf"), CONTROL]}, "same": float("nan")}
+    write_config(adapter, json.dumps(config))
+    write_config(tmp_path / "other", json.dumps({**config, "note": {"a.b": 1}}))
+    assert cli.main(["diff", str(adapter), str(tmp_path / "other"), "--json"]) == 1
+    found = parse_strictly(capsys.readouterr().out)["config"]
+    assert {row["entry"]: row["values"] for row in found} == {
+        "note.a": ["NaN", None],
+        "note.b": [["Infinity", CONTROL], None],
+        "note.a.b": [None, 1],
+    }
+    text = moextend("diff", adapter, tmp_path / "other")[1]
+    assert_printable(text)
+    assert "note.a.b" in text
+
+
+@pytest.mark.parametrize("name", ["moextend_adapter-\x1b[2J.safetensors", "moextend_adapter-\n.safetensors", CONTROL])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_names_of_shards_never_reach_the_terminal_as_they_are(command, name, adapter, moextend, wide):
+    (adapter / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    code, text = moextend(*command_line(command, adapter))
+    assert code == 2 and "index.json is damaged" in text and "Traceback" not in text
+    assert_printable(text)
+
+
+@pytest.mark.parametrize("index", [*map(json.dumps, ({"a": CONTROL}, {"a": 3}, [], "x")), "NaN", deep(10_000)])
+@pytest.mark.parametrize("command", ["verify", "merge"])
+def test_a_bases_index_is_no_better(command, index, adapter, moextend):
+    (adapter.parent / "base" / "model.safetensors").unlink()
+    (adapter.parent / "base" / "model.safetensors.index.json").write_text(f'{{"weight_map": {index}}}')
+    code, text = moextend(*command_line(command, adapter))
+    assert code == 2 and "Traceback" not in text
+    assert_printable(text)
+
+
+def test_arguments_are_escaped_as_well(moextend):
+    code, text = moextend("inspect", "\x1b[2J")
+    assert code == 2 and r"\x1b[2J is no folder, and no Hub id" in text
+    assert_printable(text)
+
+
+def test_what_a_terminal_cannot_print_is_escaped():
+    assert cli.escaped("é│\t", encoding="ascii") == r"\xe9\u2502\t"
+    assert cli.escaped("a\n\tb\\", allowed="\n\t") == "a\n\tb\\"
 
 
 # ---------------------------------------------------------------- inspect
@@ -669,6 +846,23 @@ def test_push(hub, tmp_path, moextend):
     code, text = moextend("push", adapter, REPO, "--revision", "v2")
     assert code == 0 and text.startswith(f"published: {hub.url}/{REPO}/commit/{repo.refs['v2']}\n")
     assert hub.files(REPO, "v2") == files
+
+
+DAMAGED_FACTS = ["[]", "null", "{", '{"no_such_argument": 1}', '{"tags": [], "tags": []}', deep(10_000)]
+DAMAGED_REPORTS = ["[]", "{", "{}", '{"card": []}', '{"card": {}}', '{"card": {"figures": {"a": "../x.png"}}}']
+
+
+@pytest.mark.parametrize("text", [*DAMAGED_FACTS, *DAMAGED_REPORTS])
+def test_push_with_damaged_facts_for_the_card_is_code_2(text, hub, tmp_path, moextend):
+    line = ["push", save_pair(tmp_path, PLAN), REPO, "--base", BASE]
+    if text in DAMAGED_FACTS:
+        (tmp_path / "adapter" / "card.json").write_text(text)
+    else:
+        (tmp_path / "report.json").write_text(text)
+        line += ["--report", tmp_path]
+    code, found = moextend(*line, "--json")
+    assert code == 2 and ("card.json" in found["error"] or "report.json" in found["error"])
+    assert "README.md" not in hub.files(REPO)
 
 
 def test_push_that_the_hub_refuses_is_code_2(hub, tmp_path, moextend, monkeypatch):

@@ -45,13 +45,13 @@ def main(argv=None):
         result = args.run(args)
     except Exception as error:
         if not isinstance(error, EXPECTED):  # a fault of ours
-            traceback.print_exc()
+            Terminal(stderr=True).say(traceback.format_exc(), allowed="\n")
         refused = isinstance(error, ValueError) and not isinstance(error, Unusable)
         return failed(error, args.refused if refused else UNREADABLE, args.json)
     if args.json:
         print(json.dumps(result, indent=2))
     else:
-        args.show(printer(), result)
+        args.show(Terminal(), result)
     return args.code(result)
 
 
@@ -71,7 +71,7 @@ def parsed(argv):
     except WrongUsage as wrong:
         parser, message = wrong.args
         if "--json" not in argv:
-            argparse.ArgumentParser.error(parser, message)
+            argparse.ArgumentParser.error(parser, escaped(message))
         raise SystemExit(failed(message, UNREADABLE, as_json=True)) from None
 
 
@@ -83,13 +83,36 @@ def failed(error, code, as_json):
     if as_json:
         print(json.dumps({"error": text, "exit_code": code}))
     else:
-        printer(stderr=True).print(f"moextend: {text}")
+        Terminal(stderr=True).say(f"moextend: {text}", allowed="\n")
     return code
 
 
-def printer(**options):
-    """A console that prints texts as they are: names may hold brackets, and long lines are for the reader to wrap."""
-    return Console(markup=False, highlight=False, soft_wrap=True, **options)
+def escaped(text, allowed="", encoding="utf-8"):
+    """`text` with an escape like `\\x1b` for every character that is not printable (except those `allowed`) or not in
+    `encoding`: what adapters, bases and the Hub say comes from strangers, and terminals act on control characters."""
+    characters = (c if c.isprintable() or c in allowed else ascii(c)[1:-1] for c in text)
+    return "".join(characters).encode(encoding, "backslashreplace").decode(encoding)
+
+
+class Terminal(Console):
+    """A console for texts of any origin: printed as they are (names may hold brackets, and long lines are for the
+    reader to wrap), but escaped."""
+
+    def __init__(self, **options):
+        super().__init__(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
+
+    def say(self, text, allowed=""):
+        self.print(escaped(text, allowed, self.encoding))
+
+    def table(self, columns, rows, allowed=""):
+        """A table, unless there is nothing in it."""
+        table = Table()
+        for column in columns:
+            table.add_column(escaped(column, allowed, self.encoding), overflow="fold")
+        for row in rows:
+            table.add_row(*(escaped(str(cell), allowed, self.encoding) for cell in row))
+        if rows:
+            self.print(table)
 
 
 # ---------------------------------------------------------------- commands: arguments -> result; texts of --help
@@ -241,25 +264,25 @@ def hub_options(args):
 
 
 def show_inspect(console, found):
-    console.print(f"{found['adapter']} (format {found['format']}, {', '.join(found['files'])})")
+    console.say(f"{found['adapter']} (format {found['format']}, {', '.join(found['files'])})")
     for role in ("base", "encoder"):
         if found[role] is not None:
             part = found[role]
             place = f"{part['subfolder']}/ in this checkpoint" if part["subfolder"] else part["name_or_path"]
             at = f" at {part['revision']}" if part["revision"] and not part["subfolder"] else ""
-            console.print(f"{role}: {place}{at} ({part['model_type']})")
-    console.print(", ".join(f"{name} {found[name]}" for name in ("scope", "selection", "calibration")))
+            console.say(f"{role}: {place}{at} ({part['model_type']})")
+    console.say(", ".join(f"{name} {found[name]}" for name in ("scope", "selection", "calibration")))
     if found["gate_threshold"] is not None:
-        console.print(f"gate threshold {found['gate_threshold']}")
+        console.say(f"gate threshold {found['gate_threshold']}")
     rows = [[row["layer"], " ".join(map(str, row["source_experts"])), *sizes(row)] for row in found["layers"]]
     rows += [[row["part"], "", *sizes(row)] for row in found["others"]] + [["all", "", *sizes(found)]]
-    show_table(console, ["layer", "source experts", "tensors", "parameters", "bytes"], rows)
+    console.table(["layer", "source experts", "tensors", "parameters", "bytes"], rows)
 
 
 def show_inspect_all(console, found):
     show_inspect(console, found)
     rows = [[row["name"], row["dtype"], " x ".join(map(str, row["shape"]))] for row in found["tensors"]]
-    show_table(console, ["tensor", "dtype", "shape"], rows)
+    console.table(["tensor", "dtype", "shape"], rows)
 
 
 def sizes(row):
@@ -268,26 +291,26 @@ def sizes(row):
 
 def show_verify(console, found):
     rows = [["ok" if row["ok"] else "FAILED", row["check"], row["detail"]] for row in found["checks"]]
-    show_table(console, ["", "check", found["adapter"]], rows)
+    console.table(["", "check", found["adapter"]], rows, allowed="\n")
     for name, text in (found["sample"] or {}).items():
-        console.print(f"{name}: {text}")
+        console.say(f"{name}: {text}", allowed="\n\t")
 
 
 def show_diff(console, found):
     if found["equal"]:
-        console.print("equal: config and every tensor, bit by bit")
+        console.say("equal: config and every tensor, bit by bit")
         return
     names = found["adapters"]
     rows = [[row["entry"], *map(short, row["values"])] for row in found["config"]]
     rows += [[row["name"], *map(short, row["values"])] for row in found["shapes"]]
     rows += [[name, "is there", ""] for name in found["only_in"][0]]
     rows += [[name, "", "is there"] for name in found["only_in"][1]]
-    show_table(console, ["entry or tensor", *names], rows)
+    console.table(["entry or tensor", *names], rows)
     rows = [
         [row["name"], number(row["max_abs"]), number(row["relative"])] for row in found["tensors"] if not row["equal"]
     ]
-    show_table(console, ["tensor", "max |a - b|", "|a - b| / |a|"], rows)
-    console.print(
+    console.table(["tensor", "max |a - b|", "|a - b| / |a|"], rows)
+    console.say(
         f"{len(found['tensors']) - len(rows)} of {len(found['tensors'])} tensors in both are equal, bit by bit"
     )
 
@@ -302,22 +325,11 @@ def number(value):
 
 
 def show_merge(console, done):
-    console.print(f"{done['folder']}: a {done['kind']} checkpoint, {done['files']} files, {done['bytes']:,} bytes")
+    console.say(f"{done['folder']}: a {done['kind']} checkpoint, {done['files']} files, {done['bytes']:,} bytes")
 
 
 def show_push(console, done):
-    console.print(f"published: {done['url']}")
-
-
-def show_table(console, columns, rows):
-    """A table, unless there is nothing in it."""
-    table = Table()
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*map(str, row))
-    if rows:
-        console.print(table)
+    console.say(f"published: {done['url']}")
 
 
 # ---------------------------------------------------------------- arguments

@@ -164,7 +164,7 @@ def _overview(config, adapter_bytes, num_parameters, tensors):
     rows = {
         "base": base,
         "encoder": encoder and f"{encoder} (frozen)",
-        "on top of the adapters": ", ".join(f"`{entry['name']}`" for entry in config.trained_on) or None,
+        "on top of the adapters": ", ".join(f"`{_cell(entry['name'])}`" for entry in config.trained_on) or None,
         "new experts": _num_new_experts(config) or None,
         "tensors in the adapter": len(tensors) or None,
         "parameters in the adapter": None if num_parameters is None else f"{num_parameters:,}",

@@ -1,12 +1,15 @@
 """What an adapter's folder knows for its card: facts that a run left there, reports, pictures."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
 
-from ..adapter_file_moextend import read_file
+from ..adapter_file_moextend import parse_json, read_file
+from ..tools.base_weights import Unusable, unusable
 from ..tools.files import write_text
 from ..tools.inspection import without_data
+from ..validation_moextend import short
 from .card import create_card
 
 FACTS = "card.json"  # what a run leaves beside the adapter for its card: arguments of `create_card`
@@ -46,9 +49,23 @@ def read_shapes(folder):
 
 
 def read_facts(folder):
-    """What `write_facts` left in the folder, {} where nothing did."""
+    """What `write_facts` left in the folder, {} where nothing did.
+
+    Raises:
+        Unusable: the file is damaged, or holds what no card takes.
+    """
     path = Path(folder, FACTS)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    facts = read_mapping(path) if path.exists() else {}
+    unknown = sorted(facts.keys() - inspect.signature(create_card).parameters.keys())
+    if unknown:
+        raise Unusable(f"{path} is damaged: a model card takes no {short(unknown)}.")
+    return facts
+
+
+def read_mapping(path):
+    """The mapping in a JSON file of our own."""
+    with unusable():
+        return parse_json(path.read_text(encoding="utf-8"), str(path))
 
 
 def write_facts(folder, **facts):
@@ -63,14 +80,21 @@ def last_report(folder):
 
 
 def read_report(report, folder):
-    """What a report folder says for the card, with its pictures copied to `folder`; {} for `None`."""
+    """What a report folder says for the card, with its pictures copied to `folder`; {} for `None`.
+
+    Raises:
+        ValueError: there is no report, or a damaged one (`Unusable`).
+    """
     if report is None:
         return {}
     path = Path(report, "report.json")
     if not path.exists():
         raise ValueError(f"{report} is no report: report.json is not there. examples/evaluate_adapter.py writes one.")
-    card = json.loads(path.read_text(encoding="utf-8"))["card"]
-    for picture in card["figures"].values():
+    card = read_mapping(path).get("card")
+    pictures = card.get("figures") if isinstance(card, dict) else None
+    if not isinstance(pictures, dict) or any(Path(str(name)).name != name for name in pictures.values()):
+        raise Unusable(f"{path} is damaged: it lacks a card, or the names of pictures that lie beside it.")
+    for picture in pictures.values():
         copy_picture(path.parent / picture, folder / picture)
     return card
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from ..adapter_file_moextend import shown
 from ..loading_moextend import auto_class_for
 from ..tensors_moextend import PLAIN, named_owners, sample_values
 
@@ -54,7 +55,7 @@ def opened(path):
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise Unusable(f"{path} is damaged or truncated ({error}). Fetch or save it again.") from error
+        raise Unusable(f"{path} is damaged or truncated ({shown(str(error))}). Fetch or save it again.") from error
 
 
 class Checkpoint:
@@ -153,11 +154,12 @@ def shard_names(index):
     """Names of the files that an index (its path) speaks of."""
     try:
         names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-        strange = [name for name in names if Path(name).name != name]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        strange = [name for name in names if Path(name).name != name or not name.isprintable()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Unusable(f"{index} is damaged ({error!r}). Fetch or save it again.") from error
     if strange:
-        raise Unusable(f"{index} names files outside the checkpoint's folder: {', '.join(strange[:8])}.")
+        names = ", ".join(map(shown, strange[:8]))
+        raise Unusable(f"{index} names files outside the checkpoint's folder, or that no folder can have: {names}.")
     return names
 
 

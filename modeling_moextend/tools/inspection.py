@@ -1,5 +1,6 @@
 """What is in an adapter, and how two of them differ: read from their files, without any base."""
 
+import json
 import math
 from pathlib import Path
 
@@ -20,10 +21,13 @@ from ..adapter_file_moextend import (
     tensor_bytes,
 )
 from ..configuration_moextend import MoExtendConfig
+from ..validation_moextend import short
 from .base_weights import unusable
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 ROUTING = ("scope", "selection", "calibration")
+# What huggingface_hub and torch make of a header that is no header; what the network does is none of these.
+BROKEN_HEADER = (SafetensorsParsingError, RuntimeError, ValueError, TypeError, KeyError, AttributeError)
 
 
 def read_whole(name_or_path, **hub_kwargs):
@@ -135,10 +139,21 @@ def remote_headers(repo_id, hub_kwargs):
         try:
             header = api.parse_safetensors_file_metadata(repo_id, path, revision=hub_kwargs.get("revision"))
             tensors = {key: empty(tensor.dtype, tensor.shape) for key, tensor in header.tensors.items()}
-        except (SafetensorsParsingError, ValueError) as error:
-            raise ValueError(f"{repo_id}/{path} is damaged ({error}).") from error
-        found[name] = tensors, header.metadata
+            found[name] = tensors, texts(header.metadata)
+        except BROKEN_HEADER as error:
+            raise ValueError(f"{repo_id}/{path} is damaged ({short(str(error))}).") from error
     return found
+
+
+def texts(metadata):
+    """`metadata` of a header, or {} for `None`, if it maps texts to texts: huggingface_hub hands on whatever is there.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(metadata or {}, dict) or not all(isinstance(value, str) for value in (metadata or {}).values()):
+        raise ValueError("its metadata is no mapping to texts")
+    return metadata or {}
 
 
 def diff_adapters(one, other, **hub_kwargs):
@@ -154,10 +169,7 @@ def diff_adapters(one, other, **hub_kwargs):
     """
     pair = []
     for name in (one, other):
-        stored = read_adapter(name, **hub_kwargs)
-        check_tensors(
-            {name: tensor.shape for name, tensor in stored.tensors.items()}, stored
-        )  # against its own header: is the file whole?
+        stored = read_whole(name, **hub_kwargs)
         pair.append((flat(stored.values), stored.tensors))
     (config, tensors), (other_config, other_tensors) = pair
     shared = sorted(tensors.keys() & other_tensors.keys())
@@ -165,7 +177,7 @@ def diff_adapters(one, other, **hub_kwargs):
     entries = sorted(config.keys() | other_config.keys())
     found = {
         "config": [
-            {"entry": entry, "values": [config.get(entry), other_config.get(entry)]}
+            {"entry": ".".join(entry), "values": [config.get(entry), other_config.get(entry)]}
             for entry in entries
             if config.get(entry) != other_config.get(entry)
         ],
@@ -182,12 +194,21 @@ def diff_adapters(one, other, **hub_kwargs):
     return {"adapters": [str(one), str(other)], "equal": equal, **found}
 
 
-def flat(values, prefix=""):
-    """Nested mappings as one, keys joined by dots."""
+def flat(values, path=()):
+    """Nested mappings as one: path of keys -> value, as JSON has it."""
     found = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        found |= flat(value, (*path, key)) if isinstance(value, dict) and value else {(*path, key): as_json(value)}
     return found
+
+
+def as_json(value):
+    """`value` with texts in the place of numbers that JSON lacks: "NaN", "Infinity", "-Infinity"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)
+    if isinstance(value, dict):
+        return {key: as_json(inner) for key, inner in value.items()}
+    return [as_json(inner) for inner in value] if isinstance(value, list) else value
 
 
 def distance(one, other):

@@ -13,6 +13,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from ..adapter_file_moextend import shown
 from ..families_moextend import CORRECTION, GROUPS, find_moe_layers
 from ..routing_moextend import Rule
 from .base_weights import EXPERT, stored_parts
@@ -79,11 +80,9 @@ def wider_dtype(model, checkpoint, tensors):
     for key, piece in pieces(model, checkpoint, tensors).items():
         base_dtype = checkpoint.tensor(piece.like).dtype
         if piece.rows is not None and torch.promote_types(piece.rows.dtype, base_dtype) != base_dtype:
-            text = (
-                f"new tensors are {piece.rows.dtype}, the base's {base_dtype}, which can't hold them exactly ({key})"
-            )
+            text = f"new tensors are {piece.rows.dtype}, the base's {base_dtype}, which can't hold them exactly"
             name = str(base_dtype).removeprefix("torch.")
-            return {"dtype": f"{text}; save the adapter with adapter_dtype={name!r} first"}
+            return {"dtype": f"{text} ({shown(key)}); save the adapter with adapter_dtype={name!r} first"}
     return {}
 
 

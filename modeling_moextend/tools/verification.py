@@ -7,6 +7,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
+from ..adapter_file_moextend import shown
 from ..configuration_moextend import MoExtendConfig
 from ..loading_moextend import SHARED_HUB_KWARGS, auto_class_for, check_no_adapter, load_base, load_stored, location_of
 from ..modeling_moextend import MoExtendForCausalLM
@@ -79,7 +80,7 @@ def load_part(role, given, config, location, loader, **kwargs):
             check_no_adapter(path, {**shared, **inside})
         try:
             return load_stored(role, given, config, loader, location, **kwargs, **shared)
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError):
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             with contextlib.suppress(OSError):  # no safetensors: not what is wrong here
                 Checkpoint(path, **shared, **inside)  # names the file, which transformers does not
             raise
@@ -93,7 +94,7 @@ def file_checks(tensors):
     """The checks that need no base."""
     size = sum(tensor.nbytes for tensor in tensors.values())
     wild = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
-    detail = f"NaN or infinity in {', '.join(wild)}" if wild else "every value of every tensor"
+    detail = f"NaN or infinity in {', '.join(map(shown, wild))}" if wild else "every value of every tensor"
     return [row("file", True, f"{len(tensors)} tensors, {size:,} bytes"), row("finite", not wild, detail)]
 
 
