@@ -264,12 +264,13 @@ def of_another_kind(folder):
 def is_an_adapter(folder):
     shutil.rmtree(folder)
     shutil.copytree(folder.parent / "adapter", folder)
-    return f"--base {str(folder)!r} is extended already: it is an adapter. Pass --base <its base>"
+    named = "On the command line: base= is --base."
+    return f"base={str(folder)!r} is extended already: it is an adapter. Pass base=<its base>.\n{named}"
 
 
 def is_not_there(folder):
     shutil.rmtree(folder)
-    return "--base <folder or Hub id>"
+    return "On the command line: base= is --base."
 
 
 BASES = [damaged_index, no_weights, no_config, damaged_config, listed_config, of_another_kind, is_an_adapter]
@@ -659,7 +660,7 @@ def test_verify_answers_a_prompt(adapter, moextend):
     assert code == 0 and found["sample"]["prompt"] == "word3 word9"
     assert found["sample"]["adapter"] == " ".join(f"word{number}" for number in answer)
     code, found = moextend("verify", adapter, "--prompt", "", "--json")
-    assert code == 2 and "--prompt '' makes no tokens" in found["error"]
+    assert code == 2 and "prompt='' makes no tokens" in found["error"] and "prompt= is --prompt." in found["error"]
 
 
 @pytest.mark.parametrize("option", ["--dtype=foo", "--max-new-tokens=0", "--max-new-tokens=x"])
@@ -746,12 +747,23 @@ def test_diff_of_shapes_and_dtypes(adapter, tmp_path, moextend):
 def test_merge_of_an_adapter_that_was_trained_on_top_of_another(stacked, tmp_path, moextend):
     code, text = moextend("merge", stacked, tmp_path / "merged")
     assert code == 1 and "law was trained on top of 'default', and a merged folder holds one adapter" in text
-    assert "; --no-check-trained-on merges it alone all the same" in text and not (tmp_path / "merged").exists()
+    assert "; check_trained_on=False merges it alone all the same" in text and not (tmp_path / "merged").exists()
+    assert text.endswith("\nOn the command line: check_trained_on=False is --no-check-trained-on.\n")
     assert moextend("merge", stacked, tmp_path / "merged", "--no-check-trained-on")[0] == 0
     alone = MoExtendForCausalLM.from_pretrained(stacked, check_trained_on=False)
     merged = MoExtendForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         assert torch.equal(merged(**batch()).logits, alone(**batch()).logits)
+
+
+def test_what_keywords_are_called_as_options_comes_from_the_parser():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("place")
+    parser.add_argument("--base")
+    parser.add_argument("-n", "--no-check", dest="check", action="store_false")
+    named = partial(cli.options_named, parser=parser)
+    assert named("Pass base=<its base>; check=False takes any.") == {"base=": "--base", "check=False": "--no-check"}
+    assert named("the base, check_base=False, check=True, place=1, --base x") == {}
 
 
 def test_errors_speak_of_options(adapter, tmp_path, moextend):
@@ -760,7 +772,8 @@ def test_errors_speak_of_options(adapter, tmp_path, moextend):
         other.get_input_embeddings().weight.mul_(1.5)
     other.save_pretrained(tmp_path / "other")
     code, text = moextend("merge", adapter, tmp_path / "merged", "--base", tmp_path / "other")
-    assert code == 1 and "Pass --base <the right one>; --no-check-base loads it all the same" in text
+    assert code == 1 and "Pass base=<the right one>; check_base=False loads it all the same" in text
+    assert text.endswith("\nOn the command line: check_base=False is --no-check-base, base= is --base.\n")
     assert moextend("merge", adapter, tmp_path / "merged", "--base", tmp_path / "other", "--no-check-base")[0] == 0
 
 

@@ -28,11 +28,6 @@ exit codes:
   2  wrong usage, or something can't be read: not there, damaged, no network
 They mean the same for every command: of a damaged adapter verify too ends with 2."""
 EXPECTED = (OSError, ValueError, ImportError, HTTPError, SafetensorError)  # the last but one: no network
-IN_PYTHON = {  # how errors speak of what is an option here
-    r"check_base=False": "--no-check-base",
-    r"check_trained_on=False": "--no-check-trained-on",
-    r"\b(base|encoder|prompt)=(?=[<'\"])": r"--\1 ",
-}
 AS_WRITTEN = argparse.RawDescriptionHelpFormatter
 ADAPTER = "folder or Hub id of an adapter"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -47,7 +42,7 @@ def main(argv=None):
         if not isinstance(error, EXPECTED):  # a fault of ours
             Terminal(stderr=True).say(traceback.format_exc(), allowed="\n")
         refused = isinstance(error, ValueError) and not isinstance(error, Unusable)
-        return failed(error, args.refused if refused else UNREADABLE, args.json)
+        return failed(error, args.refused if refused else UNREADABLE, args.json, args.parser)
     if args.json:
         print(json.dumps(result, indent=2))
     else:
@@ -75,16 +70,27 @@ def parsed(argv):
         raise SystemExit(failed(message, UNREADABLE, as_json=True)) from None
 
 
-def failed(error, code, as_json):
-    """Says what is wrong, in the words of the command line; returns the exit code."""
+def failed(error, code, as_json, parser=None):
+    """Says what is wrong, and what the keywords in it are called as options of `parser`; returns the exit code."""
     text = str(error) if isinstance(error, (str, *EXPECTED)) else f"{type(error).__name__}: {error}"
-    for pattern, option in IN_PYTHON.items():
-        text = re.sub(pattern, option, text)
+    options = {} if parser is None else options_named(text, parser)
+    if options:
+        text += f"\nOn the command line: {', '.join(f'{name} is {option}' for name, option in options.items())}."
     if as_json:
         print(json.dumps({"error": text, "exit_code": code}))
     else:
         Terminal(stderr=True).say(f"moextend: {text}", allowed="\n")
     return code
+
+
+def options_named(text, parser):
+    """Keywords of Python in an error's text ("base=", "check_base=False") -> the options of `parser` that set them."""
+    keywords = {
+        f"{action.dest}={action.const if action.nargs == 0 else ''}": action.option_strings[-1]
+        for action in parser._actions
+        if action.option_strings
+    }
+    return {name: option for name, option in keywords.items() if re.search(rf"\b{re.escape(name)}", text)}
 
 
 def escaped(text, allowed="", encoding="utf-8"):
@@ -423,7 +429,7 @@ def add_command(commands, name, run, show, *, code=lambda result: OK, refused=PR
     text = getdoc(run)
     brief = text.split("\n", 1)[0]
     parser = commands.add_parser(name, help=brief, description=text, epilog=EXIT_CODES, formatter_class=AS_WRITTEN)
-    parser.set_defaults(run=run, show=show, code=code, refused=refused)
+    parser.set_defaults(run=run, show=show, code=code, refused=refused, parser=parser)
     parser.add_argument(
         "--json", action="store_true", help='print JSON: the result, or {"error": ..., "exit_code": ...}'
     )
