@@ -18,14 +18,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import easy_vqa_data
-from measure import base_on_text, blind_readers, read_questions
+from measure import accuracy, base_on_text, blind_readers, read_questions
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, logging
 from trl import TrlParser
 
 from modeling_moextend import MoExtendForCausalLM
-from modeling_moextend.processing_moextend import MoExtendProcessor
+from modeling_moextend.processing_moextend import MoExtendProcessor, to_rgb
 from modeling_moextend.publishing.facts import folder_card, read_facts, write_facts
 from modeling_moextend.tools.hashes import base_tensors_hash
 from modeling_moextend.training.config import MoExtendSFTConfig
@@ -75,12 +75,25 @@ def place(name):
     return str(inside) if name.startswith("assets/") and not Path(name).exists() and inside.exists() else name
 
 
-def answer(folder, config, quick, *flags):
-    """Accuracies of a saved adapter, by `answer.py` in a process that has only the three folders and transformers."""
-    options = {"adapter": folder, "questions": quick.test, "base": config.base, "encoder": config.encoder}
-    options |= {"max_questions": quick.max_questions, "image_folder": config.image_folder}
-    command = [sys.executable, str(HERE / "answer.py"), *flags]
-    command += [f"--{name}={value}" for name, value in options.items() if value is not None]
+def write_questions(questions, folder):
+    """Writes the LLaVA file that `answer.py` reads to `folder`, and images of datasets beside it; returns its path."""
+    folder, entries = Path(folder), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, question in enumerate(questions):
+        image = question["image"]
+        if not isinstance(image, str):
+            image = folder / f"{number}.png"
+            to_rgb(question["image"]).save(image)
+        turns = [{"from": "human", "value": question["question"]}, {"from": "gpt", "value": question["answer"]}]
+        entries.append({"image": str(Path(image).absolute()), "conversations": turns})
+    (folder / "questions.json").write_text(json.dumps(entries), encoding="utf-8")
+    return folder / "questions.json"
+
+
+def answers(folder, config, questions, *flags):
+    """Answers of a saved adapter, by `answer.py` in a process that has only the three folders and transformers."""
+    options = {"adapter": folder, "questions": questions, "base": config.base, "encoder": config.encoder}
+    command = [sys.executable, str(HERE / "answer.py"), *flags, *(f"--{name}={options[name]}" for name in options)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
@@ -109,12 +122,14 @@ def main():
     results["adapter_bytes"] = Path(args.output_dir, "moextend_adapter.safetensors").stat().st_size
     known = read_questions(config.data, config.image_folder, split="train")
     asked = read_questions(quick.test, config.image_folder, quick.max_questions)
-    results["accuracy"] = {
-        **blind_readers(known, asked),
-        "untrained extension": answer(save_untrained(model, config, args), config, quick),
-        "trained, images zeroed": answer(args.output_dir, config, quick, "--zero_images"),
-        "trained": answer(args.output_dir, config, quick),
+    questions = write_questions(asked, Path(args.output_dir, "questions"))
+    answered = {
+        "untrained extension": answers(save_untrained(model, config, args), config, questions),
+        "trained, images zeroed": answers(args.output_dir, config, questions, "--zero_images"),
+        "trained": answers(args.output_dir, config, questions),
     }
+    results["accuracy"] = blind_readers(known, asked)
+    results["accuracy"] |= {name: accuracy(asked, given) for name, given in answered.items()}
     text = Path(quick.held_out_text or f"{config.base}/held_out.jsonl")
     if text.exists():
         results["base_text"] = base_on_text(model, AutoTokenizer.from_pretrained(config.base), text)

@@ -66,6 +66,8 @@ def question(place, row, path, folder):
     return found | ({"answers": row["answers"]} if row.get("answers") else {})
 
 
-def as_text(content):
-    """A message's content as text, whether it is a string or a list of parts."""
-    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
+def as_text(content, image_token=""):
+    """A message's content as text, whether it is a string or a list of parts; `image_token` where an image stands."""
+    if isinstance(content, str):
+        return content
+    return "".join(image_token if part.get("type") == "image" else part.get("text") or "" for part in content)
