@@ -5,7 +5,8 @@ Each method has a grid of learning rates of its own, all equally long.
 
 from dataclasses import asdict, dataclass, field
 
-PAPER = {"scope": "all", "selection": "compete", "calibration": "all"}
+from modeling_moextend.attaching.choices import PAPER
+
 ALL = {"scope": "all", "selection": "exclusive", "calibration": "none"}
 GATE = {"scope": "gate", "selection": "exclusive", "calibration": "none"}
 

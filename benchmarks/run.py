@@ -16,6 +16,7 @@ from tasks import TASKS, held_out_rows, messages, prepare, read
 from training import align, load_base, load_processing, train
 from transformers import logging
 
+from modeling_moextend.data.processors import text_tokenizer
 from modeling_moextend.evaluation.compare import answer, base_retention, compare_with_base, score
 
 STACK = (
@@ -49,7 +50,7 @@ def run(task, method, rate, seed, steps=None, limit=None):
     model.eval()
     result = {split: exact_match(model, processing, task, held_out_rows(task, split)[:limit]) for split in SPLITS}
     asked = time.perf_counter()
-    result |= read_text(model, getattr(processing, "tokenizer", processing), method, read("documents")[:limit])
+    result |= read_text(model, text_tokenizer(processing), method, read("documents")[:limit])
     times = {"train": trained - start, "ask": asked - trained, "read": time.perf_counter() - asked}
     trainable = sum(tensor.numel() for tensor in model.parameters() if tensor.requires_grad)
     seconds = {name: round(value, 1) for name, value in times.items()}

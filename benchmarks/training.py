@@ -16,7 +16,9 @@ from trl import SFTConfig, SFTTrainer
 from variants import VARIANTS
 
 from modeling_moextend import MoExtendForCausalLM, MoExtendSFTConfig, MoExtendSFTTrainer
-from modeling_moextend.data.processors import load_processor
+from modeling_moextend.data.processors import load_processor, text_tokenizer
+from modeling_moextend.evaluation.compare import count_selected
+from modeling_moextend.tools.modes import is_moextend
 from modeling_moextend.training.stages import change_routing
 
 CACHE = ROOT / "outputs/benchmarks"
@@ -86,7 +88,7 @@ def train_base(model, processing, task, method, rows, options):
         dataset_kwargs={"skip_prepare_dataset": True},
         router_aux_loss_coef=0.0,
     )
-    tokenizer = getattr(processing, "tokenizer", processing)
+    tokenizer = text_tokenizer(processing)
     trainer = MeanPerMicroBatch(
         model=model,
         args=args,
@@ -168,7 +170,7 @@ def start_model(task, seed):
 
 def with_experts(model, plan, routing):
     """`model` with the plan's new experts, under a routing."""
-    if model.config.model_type != "moextend":
+    if not is_moextend(model):
         return MoExtendForCausalLM.from_base(model, plan, **routing)
     change_routing(model, routing)
     model.extend(plan)
@@ -183,7 +185,7 @@ def busiest_experts(model, batch, number):
     real, top_k = batch["attention_mask"].reshape(-1).bool(), model.config.get_text_config().num_experts_per_tok
     plan = {}
     for layer, logits in enumerate(all_logits):
-        counts = torch.bincount(logits[real].topk(top_k).indices.reshape(-1), minlength=logits.shape[1])
+        counts = count_selected(logits[real].topk(top_k).indices, logits.shape[1])
         order = counts.argsort(descending=True, stable=True).tolist()
         plan[layer] = [order[place % len(order)] for place in range(number)]
     return plan
@@ -228,7 +230,7 @@ def in_parts(turns):
 
 def tokenize(task, processing, rows):
     """Rows as [{"input_ids", "labels", "picture"}]: labels are the assistant's tokens, as with TRL's own masks."""
-    tokenizer, image = getattr(processing, "tokenizer", processing), ""
+    tokenizer, image = text_tokenizer(processing), ""
     if task.vision:
         image = processing.image_token * processing.num_image_tokens
     samples = []
@@ -247,7 +249,7 @@ def tokenize_texts(processing, number, seed, group=128):
 
     Within each `group` of them shorter ones come first: a batch of like lengths has little padding.
     """
-    tokenizer = getattr(processing, "tokenizer", processing)
+    tokenizer = text_tokenizer(processing)
     texts = [row["text"] for row in training_rows(read("retention"), number, seed)]
     all_ids = tokenizer(texts, truncation=True, max_length=REPLAY_TOKENS).input_ids
     ordered = [ids for start in range(0, number, group) for ids in sorted(all_ids[start : start + group], key=len)]
@@ -264,7 +266,7 @@ def with_replay(samples, replayed, batch):
 
 def collator(processing):
     """Samples -> right-padded batch; `pixel_values` where they have pictures."""
-    tokenizer = getattr(processing, "tokenizer", processing)
+    tokenizer = text_tokenizer(processing)
 
     def collate(samples):
         fills = {"input_ids": tokenizer.pad_token_id, "labels": -100, "attention_mask": 0}

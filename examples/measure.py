@@ -13,6 +13,7 @@ from collections import Counter
 import datasets
 
 from modeling_moextend.data import files
+from modeling_moextend.data.llava import JSON_FILES
 from modeling_moextend.evaluation.compare import base_retention, compare_with_base, score
 from modeling_moextend.processing_moextend import IMAGE_TOKEN
 
@@ -31,7 +32,7 @@ def read_questions(name, image_folder=None, number=None, split="test"):
     Raises:
         ValueError: no such question there.
     """
-    if str(name).endswith((".json", ".jsonl")):
+    if str(name).endswith(JSON_FILES):
         conversations = file_conversations(name, image_folder)
     else:
         samples = datasets.load_dataset(name, split=split)

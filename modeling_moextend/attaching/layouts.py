@@ -6,9 +6,9 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.quantizers.auto import get_hf_quantizer
 
 from ..base_checks_moextend import check_method, check_not_distributed, quantisation_of
+from ..loading_moextend import HUB_KWARGS
 
-CONFIG_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-CONFIG_KWARGS += ("trust_remote_code", "code_revision")
+CONFIG_KWARGS = (*HUB_KWARGS, "trust_remote_code", "code_revision")
 
 
 def check_request(name_or_path, options):

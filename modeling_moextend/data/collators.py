@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass
 class MaskImageLabels:
@@ -29,3 +31,13 @@ class MaskImageLabels:
             no_label = no_label | (labels == self.image_token_id)
         batch["labels"] = labels.masked_fill(no_label, -100)
         return batch
+
+
+def pad_ids(ids, pad, side):
+    """Lists (or tensors) of ids as `input_ids` and `attention_mask`, [B, longest], filled with `pad` on the `side`."""
+    tensors = [torch.as_tensor(one) for one in ids]
+    fill = {"batch_first": True, "padding_side": side}
+    return {
+        "input_ids": torch.nn.utils.rnn.pad_sequence(tensors, padding_value=pad, **fill),
+        "attention_mask": torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tensors], **fill),
+    }

@@ -17,6 +17,7 @@ from ..processing_moextend import IMAGE_TOKEN, to_rgb
 
 logger = logging.getLogger(__name__)
 
+JSON_FILES = (".json", ".jsonl")  # how their names end
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 CHUNK = 1 << 20  # characters read at a time
 MAX_ENTRY = 1 << 26  # characters one entry may have: beyond that the file is broken, not long

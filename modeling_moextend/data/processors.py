@@ -98,6 +98,11 @@ def load_processor(name_or_path, encoder=None, assistant_only_loss=False):
     return MoExtendProcessor.from_encoder(tokenizer, image_processor, encoder_config, chat_template=template)
 
 
+def text_tokenizer(tokenizer):
+    """The tokenizer, of a processor as well."""
+    return getattr(tokenizer, "tokenizer", tokenizer)
+
+
 def processor_for(
     cls,
     tokenizer,

@@ -13,8 +13,10 @@ import sys
 import torch
 from tqdm import tqdm
 
+from ..data.collators import pad_ids
+from ..data.processors import text_tokenizer
 from ..metrics import load_metric
-from ..tools.modes import evaluation_mode
+from ..tools.modes import evaluation_mode, is_moextend
 
 CHUNK = 256  # tokens whose distributions over the vocabulary are compared at once, in float32
 
@@ -113,12 +115,12 @@ def document_ids(tokenizer, documents, max_length):
 
 def compare_batch(model, base, ids, pad):
     """A row a document, see `compare_with_base`, without its domain. `ids`: lists of token ids."""
-    inputs = padded(ids, pad, "right")
+    inputs = pad_ids(ids, pad, "right")
     recording = model.record_routing() if is_moextend(model) else contextlib.nullcontext({})
     with recording as records:
         logits = logits_of(model, inputs)
-    with model.disable_adapter() if base is None else contextlib.nullcontext():
-        base_logits = logits_of(model if base is None else base, inputs).to(logits.device)
+    with base_of(model, base) as reference:
+        base_logits = logits_of(reference, inputs).to(logits.device)
     if logits.shape != base_logits.shape:
         raise ValueError(f"The model's vocabulary has {logits.shape[-1]} tokens, the base's {base_logits.shape[-1]}.")
     rows = []
@@ -127,6 +129,13 @@ def compare_batch(model, base, ids, pad):
         row = {**compare_tokens(mine, other, torch.tensor(one[1:])), "bit_equal": torch.equal(mine, other)}
         rows.append({**row, **routing_of(records, number, len(one), logits.shape[1])})
     return rows
+
+
+@contextlib.contextmanager
+def base_of(model, base=None):
+    """Yields the causal LM to compare with: `base`, or `model`, which is its base inside the block."""
+    with model.disable_adapter() if base is None else contextlib.nullcontext():
+        yield model if base is None else base
 
 
 def logits_of(model, inputs):
@@ -155,13 +164,21 @@ def routing_of(records, row, length, width):
     found = {"captured": {}, "experts": {}}
     here = slice(row * width, row * width + length)
     for layer, record in records.items():
-        index, total = record.index[here].cpu(), record.num_base + record.num_new
-        found["experts"][layer] = torch.bincount(index[index >= 0], minlength=total).tolist()
+        total = record.num_base + record.num_new
+        found["experts"][layer] = count_selected(record.index[here].cpu(), total).tolist()
         if record.num_new:
             found["captured"][layer] = record.selects_new[here].int().tolist()
         if getattr(record, "gate", None) is not None:
             found.setdefault("gate", {})[layer] = record.gate.reshape(-1)[here].float().tolist()
     return found
+
+
+def count_selected(index, num_experts, attention_mask=None):
+    """[E] int64: how often each expert is in `index` [T, K], for tokens that `attention_mask` [B, S] marks (`None`:
+    all). Empty slots count for none."""
+    if attention_mask is not None:
+        index = index[attention_mask.reshape(-1).bool().to(index.device)]
+    return torch.bincount(index[index >= 0], minlength=num_experts)
 
 
 def expert_use(rows):
@@ -222,7 +239,7 @@ def answer(model, tokenizer, prompts, *, images=None, max_new_tokens=12, batch_s
 def encode(tokenizer, texts, images):
     """Left-padded inputs of one batch; images go to the processor."""
     if not any(images):
-        return padded(text_tokenizer(tokenizer)(texts, add_special_tokens=False).input_ids, pad_id(tokenizer), "left")
+        return pad_ids(text_tokenizer(tokenizer)(texts, add_special_tokens=False).input_ids, pad_id(tokenizer), "left")
     from PIL import Image
 
     images = [[image if hasattr(image, "convert") else Image.open(image) for image in row] for row in images]
@@ -288,30 +305,10 @@ def check_gate(model):
 # ---------------------------------------------------------------- tools
 
 
-def is_moextend(model):
-    """Whether `model` can say what its routers do; a model loaded as remote code is no instance of our class."""
-    return getattr(getattr(model, "config", None), "model_type", None) == "moextend"
-
-
-def text_tokenizer(tokenizer):
-    """The tokenizer, of a processor as well."""
-    return getattr(tokenizer, "tokenizer", tokenizer)
-
-
 def pad_id(tokenizer):
     """An id to fill rows with; the attention mask says that it is none of the text."""
     tokenizer = text_tokenizer(tokenizer)
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-
-
-def padded(ids, pad, side):
-    """Lists of ids as `input_ids` and `attention_mask`, [B, longest]."""
-    tensors = [torch.tensor(one) for one in ids]
-    fill = {"batch_first": True, "padding_side": side}
-    return {
-        "input_ids": torch.nn.utils.rnn.pad_sequence(tensors, padding_value=pad, **fill),
-        "attention_mask": torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tensors], **fill),
-    }
 
 
 def batches(lengths, size):

@@ -7,20 +7,22 @@
 In training: `MoExtendSFTTrainer(..., callbacks=[ReportCallback(documents, questions)])`.
 """
 
-import contextlib
 import json
 from pathlib import Path
 
 from transformers import TrainerCallback
 
 from ..data.files import as_text, read_documents, read_questions
+from ..publishing.card import cell
+from ..tools.files import write_text
+from ..tools.modes import is_moextend
 from .compare import (
     answer,
+    base_of,
     base_retention,
     check_gate,
     compare_with_base,
     expert_use,
-    is_moextend,
     score,
     threshold_curve,
 )
@@ -127,8 +129,7 @@ def evaluate_questions(model, tokenizer, questions, base, metric, **ask):
     share, given = accuracy(model, tokenizer, questions, metric, **ask)
     results = {"accuracy": share, "base_accuracy": None, "metric": metric, "questions": len(questions)}
     if text_only(questions):
-        reference = model if base is None else base
-        with model.disable_adapter() if base is None else contextlib.nullcontext():
+        with base_of(model, base) as reference:
             results["base_accuracy"] = accuracy(reference, tokenizer, questions, metric, **ask)[0]
     results["samples"] = [
         {"question": as_text(row["prompt"][-1]["content"]), "reference": row["answer"], "answer": text}
@@ -179,8 +180,8 @@ def write_report(folder, results, *, title="MoExtend adapter", points=(), task=T
         "figures": draw(folder, results, [*([own] if own else []), *points]),
     }
     content = json.dumps({"title": title, **results, "card": card}, indent=2, allow_nan=False)
-    (folder / "report.json").write_text(content, encoding="utf-8")
-    (folder / "report.md").write_text(markdown(title, results, card), encoding="utf-8")
+    write_text(folder / "report.json", content)
+    write_text(folder / "report.md", markdown(title, results, card))
     return card
 
 
@@ -325,9 +326,7 @@ def curve_row(part):
 def table(rows):
     """A Markdown table of dicts with equal keys."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *[list(values.values()) for values in rows]]
-    return "\n".join(
-        "| " + " | ".join(" ".join(str(c).split()).replace("|", "\\|") for c in line) + " |" for line in lines
-    )
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
 
 
 # ---------------------------------------------------------------- in training

@@ -23,8 +23,9 @@ from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig, SFTTrainer
 
 from ..data.collators import MaskImageLabels
+from ..evaluation.compare import count_selected
 from ..families_moextend import find_moe_layers
-from ..tools.modes import evaluation_mode
+from ..tools.modes import evaluation_mode, is_moextend
 from .router_shift import RouterShift
 
 MODES = ("training", "gradient_checkpointing")  # what trainers switch on every module
@@ -67,7 +68,7 @@ def measure_router_shift(
         ValueError: an empty dataset, or a model without MoE layers or with layers of different numbers of experts.
     """
     check_datasets(train_dataset, eval_dataset)
-    layers = find_moe_layers(decoder_of(model))
+    layers = find_moe_layers(model.get_decoder())
     if len({layer.num_experts for layer in layers.values()}) > 1:
         raise ValueError("measure_router_shift needs the same number of experts in every MoE layer.")
     with contextlib.ExitStack() as stack:
@@ -131,12 +132,6 @@ def check_datasets(train_dataset, eval_dataset):
         )
 
 
-def decoder_of(model):
-    """The base's decoder, of a plain causal LM or of a MoExtend model."""
-    base = model.base if getattr(model.config, "model_type", None) == "moextend" else model
-    return base.get_decoder()
-
-
 @contextlib.contextmanager
 def router_deltas(model, layers):
     """Inside, all of `model` is frozen but a `RouterDelta` on every router's weight and bias.
@@ -175,7 +170,7 @@ def router_tensors(layer):
 
 def new_experts_off(model):
     """Leaves the new experts of a MoExtend model out, and only them: `disable_adapter` would refuse images as well."""
-    if getattr(model.config, "model_type", None) != "moextend":
+    if not is_moextend(model):
         return contextlib.nullcontext()
     return model.passes.using(selection=model.select_adapters()._replace(groups=()))
 
@@ -252,6 +247,4 @@ def held_out_batches(trainer):
 def count_answer(answer, attention_mask, num_experts):
     """[E] int64: selections in one router's answer, by the tokens `attention_mask` [B, S] marks (`None`: all)."""
     index = next(part for part in reversed(answer) if torch.is_tensor(part) and not part.is_floating_point())
-    if attention_mask is not None:
-        index = index[attention_mask.reshape(-1).bool().to(index.device)]
-    return torch.bincount(index.reshape(-1), minlength=num_experts)
+    return count_selected(index, num_experts, attention_mask)

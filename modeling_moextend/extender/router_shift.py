@@ -5,12 +5,12 @@ Letters: L MoE layers, E experts of a layer.
 
 import json
 import math
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from ..tools.files import write_text
 
 CHOICES = ("all", "first-half", "second-half", "interval")
 FILE_FORMAT = 1
@@ -122,16 +122,7 @@ class RouterShift:
         }
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_text(path, json.dumps(content))
 
     @classmethod
     def load(cls, path):

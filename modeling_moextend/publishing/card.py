@@ -7,6 +7,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import is_jinja_available, validate_repo_id
 
+from ..tools.inspection import dtype_name
+
 TAGS = ["moextend", "moe", "mixture-of-experts", "adapter"]
 
 
@@ -68,7 +70,7 @@ def create_card(
     title = repo_id.split("/")[-1] if repo_id else "MoExtend adapter"
     tensors = tensors or {}
     if tensors:
-        adapter_bytes = sum(map(_bytes, tensors.values())) if adapter_bytes is None else adapter_bytes
+        adapter_bytes = sum(t.nbytes for t in tensors.values()) if adapter_bytes is None else adapter_bytes
         num_parameters = sum(t.numel() for t in tensors.values()) if num_parameters is None else num_parameters
     metadata = ModelCardData(
         **_metadata(config),
@@ -92,7 +94,8 @@ def create_card(
         layers=sorted((int(layer), experts) for layer, experts in config.extended_layers.items()),
         parts=_parts(tensors),
         tensors=[
-            (name, list(tensor.shape), _dtype(tensor), f"{_bytes(tensor):,}") for name, tensor in tensors.items()
+            (name, list(tensor.shape), dtype_name(tensor.dtype), f"{tensor.nbytes:,}")
+            for name, tensor in tensors.items()
         ],
         num_new_experts=_num_new_experts(config),
         below=[(one["name"], one.get("name_or_path") or f"path/to/{one['name']}") for one in config.trained_on],
@@ -101,10 +104,10 @@ def create_card(
         calibration=config.calibration,
         license=license_link and f"[{license_name or license}]({license_link})" or license,
         datasets=[_link(name, "datasets/") for name in datasets],
-        training=[(_cell(name), _cell(value)) for name, value in (training or {}).items() if value is not None],
+        training=[(cell(name), cell(value)) for name, value in (training or {}).items() if value is not None],
         results=_table(results or []),
         forgetting=_table(forgetting or []),
-        figures=[(_cell(caption), _repo_file(file)) for caption, file in (figures or {}).items()],
+        figures=[(cell(caption), _repo_file(file)) for caption, file in (figures or {}).items()],
         router_shift=router_shift and _repo_file(router_shift),
     )
 
@@ -164,7 +167,7 @@ def _overview(config, adapter_bytes, num_parameters, tensors):
     rows = {
         "base": base,
         "encoder": encoder and f"{encoder} (frozen)",
-        "on top of the adapters": ", ".join(f"`{_cell(entry['name'])}`" for entry in config.trained_on) or None,
+        "on top of the adapters": ", ".join(f"`{cell(entry['name'])}`" for entry in config.trained_on) or None,
         "new experts": _num_new_experts(config) or None,
         "tensors in the adapter": len(tensors) or None,
         "parameters in the adapter": None if num_parameters is None else f"{num_parameters:,}",
@@ -188,16 +191,8 @@ def _parts(tensors):
         first, *rest = name.split(".")
         part = rest[0] if first == "layers" else first
         old = sums.get(part, (0, 0, 0))
-        sums[part] = (old[0] + 1, old[1] + tensor.numel(), old[2] + _bytes(tensor))
+        sums[part] = (old[0] + 1, old[1] + tensor.numel(), old[2] + tensor.nbytes)
     return {part: [f"{number:,}" for number in numbers] for part, numbers in sums.items()}
-
-
-def _bytes(tensor):
-    return tensor.numel() * tensor.dtype.itemsize
-
-
-def _dtype(tensor):
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _link(name, kind=""):
@@ -220,11 +215,11 @@ def _size(num_bytes):
 def _table(rows):
     """Columns (keys in order of appearance) and rows of cells; a key that a row lacks is an empty cell."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_cell(row.get(key)) for key in columns] for row in rows]
-    return {"columns": [_cell(key) for key in columns], "rows": cells} if columns else None
+    cells = [[cell(row.get(key)) for key in columns] for row in rows]
+    return {"columns": [cell(key) for key in columns], "rows": cells} if columns else None
 
 
-def _cell(value):
+def cell(value):
     """One line of text that does not break a Markdown table; floats with six significant digits."""
     if value is None:
         return ""

@@ -2,13 +2,12 @@
 
 import inspect
 import json
-import shutil
 from pathlib import Path
 
-from ..adapter_file_moextend import parse_json, read_file
+from ..adapter_file_moextend import parse_json
 from ..tools.base_weights import Unusable, unusable
-from ..tools.files import write_text
-from ..tools.inspection import without_data
+from ..tools.files import copy_file, write_text
+from ..tools.inspection import read_headers
 from ..validation_moextend import short
 from .card import create_card
 
@@ -32,7 +31,7 @@ def folder_card(folder, config, repo_id=None, *, report=None, shift=None, **give
         ImportError: jinja2 is missing.
     """
     folder = Path(folder)
-    known = {"tensors": read_shapes(folder), **read_facts(folder)}
+    known = ({} if "tensors" in given else {"tensors": read_shapes(folder)}) | read_facts(folder)
     known |= read_report(report or last_report(folder), folder)
     shift = shift or next((path for path in (folder / SHIFT, folder / "extend" / SHIFT) if path.exists()), None)
     if shift is not None:
@@ -43,9 +42,11 @@ def folder_card(folder, config, repo_id=None, *, report=None, shift=None, **give
 
 
 def read_shapes(folder):
-    """name -> tensor without data, of every tensor in the adapter's files; only their headers are read."""
-    files = sorted(folder.glob("moextend_adapter*.safetensors"))
-    return {name: tensor for path in files for name, tensor in read_file(path, without_data)[0].items()}
+    """name -> tensor without data, of every tensor in the adapter's files, {} where there are none."""
+    try:
+        return read_headers(folder, {}).tensors
+    except OSError:  # no adapter there yet
+        return {}
 
 
 def read_facts(folder):
@@ -104,5 +105,5 @@ def copy_picture(source, target):
     if not source.is_file():
         raise ValueError(f"{source}: no such picture.")
     if not (target.exists() and source.samefile(target)):
-        shutil.copyfile(source, target)
+        copy_file(source, target)
     return target.name

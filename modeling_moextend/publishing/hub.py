@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ..adapter_file_moextend import write_folder
 from ..configuration_moextend import MoExtendConfig
 from ..tools.base_weights import TOKENIZER
+from ..tools.files import write_text
 from ..tools.inspection import read_whole
 from .card import hub_id
 from .facts import folder_card
@@ -186,7 +187,7 @@ def upload(
     known = set(api.list_repo_files(repo_id, revision=revision))
     if writes and (given or not written_by_hand(folder, known)):
         license = {} if "license" in given else base_license(config, api)
-        folder_card(folder, config, repo_id, **license, **given).save(folder / "README.md")
+        write_text(folder / "README.md", str(folder_card(folder, config, repo_id, **license, **given)))
     names = published_files(folder)
     if config.encoder_config is not None and "processor_config.json" not in known.union(names):
         logger.warning(

@@ -18,7 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ..adapter_file_moextend import shown
-from ..loading_moextend import auto_class_for
+from ..loading_moextend import SHARED_HUB_KWARGS, auto_class_for, check_no_adapter, location_of
 from ..tensors_moextend import PLAIN, named_owners, sample_values
 
 TOKENIZER = (  # files of a tokenizer
@@ -148,6 +148,23 @@ class Checkpoint:
                 place.copy_(stored)
             else:
                 rows.view(-1)[place.reshape(-1)] = stored.reshape(-1)
+
+
+def location_of_part(role, given, config, location):
+    """Where the "base" or "encoder" of an adapter lies, once a base is known to be no adapter itself.
+
+    Args:
+        given: where the user says; `None`: where the adapter's `config` says.
+        location: (folder or Hub id, keywords for the Hub) of the adapter.
+
+    Returns:
+        (folder or Hub id, keywords for the Hub), those included that adapter and base share.
+    """
+    path, options = location_of(role, given, config, location)
+    options = {**{key: location[1][key] for key in SHARED_HUB_KWARGS if key in location[1]}, **options}
+    if role == "base":
+        check_no_adapter(path, options)
+    return path, options
 
 
 def shard_names(index):

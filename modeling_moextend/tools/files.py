@@ -19,9 +19,10 @@ def replace_file(path, write):
 
 
 def copy_file(source, target):
-    """Copies a file of the shipped code."""
+    """Copies a file."""
     replace_file(Path(target), lambda unfinished: shutil.copyfile(source, unfinished))
 
 
 def write_text(path, text):
+    """Writes a text in UTF-8."""
     replace_file(Path(path), lambda unfinished: unfinished.write_text(text, encoding="utf-8"))

@@ -74,7 +74,7 @@ def inspect_adapter(name_or_path, **hub_kwargs):
             {"part": part, **size_of(held)} for part in ("gate", "projector") if (held := under(tensors, f"{part}."))
         ],
         "tensors": [
-            {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+            {"name": name, "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
             for name, tensor in sorted(tensors.items())
         ],
     }
@@ -88,6 +88,11 @@ def part_of(config, role, word, own_config):
         "revision": config.base_model_revision if word == "base" else None,
         "model_type": own_config.model_type if own_config is not None else None,
     }
+
+
+def dtype_name(dtype):
+    """`torch.float32` -> "float32"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def under(tensors, prefix):

@@ -19,10 +19,9 @@ from ..adapter_file_moextend import check_tensors, write_folder
 from ..base_checks_moextend import base_rule, check_fingerprint, check_plan
 from ..configuration_moextend import MoExtendConfig
 from ..families_moextend import find_moe_layers
-from ..loading_moextend import SHARED_HUB_KWARGS, check_no_adapter, location_of
 from ..tensors_moextend import fingerprint, tensor_shapes
 from ..vision_moextend import load_encoder
-from .base_weights import TOKENIZER, Checkpoint, checkpoint_fingerprint, skeleton, unusable
+from .base_weights import TOKENIZER, Checkpoint, checkpoint_fingerprint, location_of_part, skeleton, unusable
 from .files import copy_file
 from .inspection import read_whole
 from .native import check_native, write_native
@@ -116,12 +115,9 @@ def check_alone(config, name):
 
 def open_part(role, given, config, adapter, hub_kwargs):
     """The `Checkpoint` of an adapter's base or encoder; `given`: where the user says that it lies."""
-    shared = {key: hub_kwargs[key] for key in SHARED_HUB_KWARGS if key in hub_kwargs}
-    path, inside = location_of(role, given, config, (adapter, hub_kwargs))
-    if role == "base":
-        check_no_adapter(path, {**shared, **inside})
+    path, options = location_of_part(role, given, config, (adapter, hub_kwargs))
     try:
-        return Checkpoint(path, **shared, **inside)
+        return Checkpoint(path, **options)
     except OSError as error:
         raise OSError(f"{error} Pass {role}=<folder or Hub id> if the {role} lies elsewhere.") from error
 

@@ -1,6 +1,11 @@
-"""Evaluation mode, and back."""
+"""What kind a model is; its evaluation mode, and back."""
 
 import contextlib
+
+
+def is_moextend(model):
+    """Whether `model` can say what its routers do; a model loaded as remote code is no instance of our class."""
+    return getattr(getattr(model, "config", None), "model_type", None) == "moextend"
 
 
 @contextlib.contextmanager

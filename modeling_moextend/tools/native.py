@@ -18,6 +18,7 @@ from ..families_moextend import CORRECTION, GROUPS, find_moe_layers
 from ..routing_moextend import Rule
 from .base_weights import EXPERT, stored_parts
 from .files import replace_file, write_text
+from .inspection import dtype_name
 
 NUMBER = {  # family -> config entry with its number of experts; measured by tests/test_export.py
     "mixtral": "num_local_experts",
@@ -81,8 +82,8 @@ def wider_dtype(model, checkpoint, tensors):
         base_dtype = checkpoint.tensor(piece.like).dtype
         if piece.rows is not None and torch.promote_types(piece.rows.dtype, base_dtype) != base_dtype:
             text = f"new tensors are {piece.rows.dtype}, the base's {base_dtype}, which can't hold them exactly"
-            name = str(base_dtype).removeprefix("torch.")
-            return {"dtype": f"{text} ({shown(key)}); save the adapter with adapter_dtype={name!r} first"}
+            dtype = dtype_name(base_dtype)
+            return {"dtype": f"{text} ({shown(key)}); save the adapter with adapter_dtype={dtype!r} first"}
     return {}
 
 

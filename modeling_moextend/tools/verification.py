@@ -9,11 +9,11 @@ from transformers.utils import cached_file
 
 from ..adapter_file_moextend import shown
 from ..configuration_moextend import MoExtendConfig
-from ..loading_moextend import SHARED_HUB_KWARGS, auto_class_for, check_no_adapter, load_base, load_stored, location_of
+from ..loading_moextend import SHARED_HUB_KWARGS, auto_class_for, load_base, load_stored, location_of
 from ..modeling_moextend import MoExtendForCausalLM
 from ..tensors_moextend import fingerprint, same_fingerprint
 from ..vision_moextend import load_encoder
-from .base_weights import Checkpoint, Unusable, unusable
+from .base_weights import Checkpoint, Unusable, location_of_part, unusable
 from .inspection import read_whole
 
 PROMPT = "The"
@@ -75,14 +75,12 @@ def load_part(role, given, config, location, loader, **kwargs):
     """
     shared = {key: location[1][key] for key in SHARED_HUB_KWARGS if key in location[1]}
     with unusable():
-        path, inside = location_of(role, given, config, location)
-        if role == "base":
-            check_no_adapter(path, {**shared, **inside})
+        path, options = location_of_part(role, given, config, location)
         try:
             return load_stored(role, given, config, loader, location, **kwargs, **shared)
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             with contextlib.suppress(OSError):  # no safetensors: not what is wrong here
-                Checkpoint(path, **shared, **inside)  # names the file, which transformers does not
+                Checkpoint(path, **options)  # names the file, which transformers does not
             raise
 
 

@@ -6,6 +6,7 @@ from transformers.trainer_utils import HubStrategy
 
 from ..base_checks_moextend import check_gradients
 from ..data.processors import load_processor
+from ..tools.modes import is_moextend
 from .config import MoExtendSFTConfig
 
 RETENTION_COLUMNS = ("messages", "conversations", "completion", "input_ids")
@@ -17,7 +18,7 @@ def check_model(model):
     Raises:
         ValueError: says what was given and how to make or load one that trains.
     """
-    if getattr(getattr(model, "config", None), "model_type", None) != "moextend":
+    if not is_moextend(model):
         given = repr(model) if isinstance(model, str) else type(model).__name__
         raise ValueError(
             f"MoExtendSFTTrainer trains the adapter of a MoExtend model, but got {given}. Make one with "

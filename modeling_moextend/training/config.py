@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
-STAGES = ("align", "finetune")
+from .trainable import STAGES
+
 ADAPTER_DTYPES = ("float32", "bfloat16", "float16")
 RETENTIONS = ("self",)
 SMALLEST = {  # smallest allowed value

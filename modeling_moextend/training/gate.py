@@ -6,7 +6,6 @@ retention text's hidden states change while new experts train, and what the gate
 
 import math
 from copy import copy
-from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -15,6 +14,8 @@ from accelerate.utils import broadcast, broadcast_object_list
 from torch.nn import functional as F
 from tqdm.auto import tqdm, trange
 
+from ..data.collators import pad_ids
+from ..data.processors import text_tokenizer
 from ..gate_moextend import GatedPass
 from ..layers_moextend import input_device
 from ..tools.modes import evaluation_mode
@@ -217,7 +218,7 @@ def train_gate(trainer):
         )
         task = gate_inputs(model, read("the task", task_rows(trainer), trainer.data_collator, args))
         text = sampled_retention(trainer) if given is None else given
-        retention = gate_inputs(model, read("retention text", text, pad_rows, args))
+        retention = gate_inputs(model, read("retention text", text, pad_texts, args))
         report = fit_gate(
             model.gate,
             task,
@@ -252,7 +253,7 @@ def given_retention(trainer):
     reader = copy(trainer)  # all text counts here, whatever is a label in training
     reader.args, reader.completion_only_loss = copy(trainer.args), False
     reader.args.assistant_only_loss, reader.args.max_length = False, None
-    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    tokenizer = text_tokenizer(trainer.processing_class)
     data = reader._prepare_dataset(trainer.retention_dataset, tokenizer, reader.args, False, None, "retention")
     length = trainer.args.retention_length
     return ({"input_ids": row["input_ids"][:length]} for row in data.shuffle(seed=reader.args.seed))
@@ -265,7 +266,7 @@ def sampled_retention(trainer):
         print("MoExtend, gate: no retention_dataset was given, so text is sampled from the base itself")
     rows = sample_retention(
         trainer.accelerator.unwrap_model(trainer.model),
-        getattr(trainer.processing_class, "tokenizer", trainer.processing_class),
+        text_tokenizer(trainer.processing_class),
         tokens=args.retention_tokens,
         length=args.retention_length,
         seed=args.seed,
@@ -287,12 +288,9 @@ def read(name, rows, collate, args):
             yield batch
 
 
-def pad_rows(rows):
+def pad_texts(texts):
     """[{"input_ids"}] -> `input_ids` and `attention_mask`, padded on the right."""
-    ids = [torch.as_tensor(row["input_ids"]) for row in rows]
-    masks = [torch.ones_like(row) for row in ids]
-    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
-    return {"input_ids": pad(ids), "attention_mask": pad(masks)}
+    return pad_ids([text["input_ids"] for text in texts], 0, "right")
 
 
 def gate_summary(report):

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import warnings
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from huggingface_hub.constants import HF_HOME
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from ..tools.files import replace_file
 from ..tools.modes import evaluation_mode
 
 STARTS = ("document", "1 random token", "3 random tokens", "chat")
@@ -62,9 +62,7 @@ def sample_retention(model, tokenizer, *, tokens, length, seed=0, batch_size=32,
     generator = torch.Generator().manual_seed(seed)
     starts = [start_of(kind, tokenizer, model, generator) for kind in cycle(STARTS, -(-tokens // length), tokenizer)]
     rows = draw(model, starts, length, batch_size, seed, progress)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    Dataset.from_dict({"input_ids": rows}).to_parquet(str(unfinished))
-    os.replace(unfinished, path)
+    replace_file(path, lambda unfinished: Dataset.from_dict({"input_ids": rows}).to_parquet(str(unfinished)))
     return rows
 
 

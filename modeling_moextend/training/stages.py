@@ -14,16 +14,19 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..attaching.choices import routing_choices
 from ..base_checks_moextend import check_plan
 from ..configuration_moextend import MoExtendConfig, check_routing_choices, normalise_plan
-from ..data.llava import load_llava, read_entries
+from ..data.files import as_text
+from ..data.llava import JSON_FILES, load_llava, read_entries
 from ..data.processors import load_processor
 from ..extender.router_probe import measure_router_shift, probe_config
 from ..extender.router_shift import CHOICES
 from ..families_moextend import find_moe_layers
 from ..modeling_moextend import MoExtendForCausalLM
+from ..tools.files import write_text
+from ..tools.inspection import ROUTING
+from ..tools.modes import is_moextend
 from .trainer import MoExtendSFTTrainer
 
 STAGES = ("align", "extend", "finetune")
-ROUTING = ("scope", "selection", "calibration")
 SAME_IN_PROBE = (  # the trainer's options that stage extend shares with stage finetune
     "assistant_only_loss",
     "bf16",
@@ -167,7 +170,7 @@ def load_data(name, config):
     Raises:
         ValueError: a LLaVA sample with an image, and no encoder to see it.
     """
-    if name.endswith((".json", ".jsonl")) and is_llava(name):
+    if name.endswith(JSON_FILES) and is_llava(name):
         data = load_llava(name, config.image_folder, streaming=config.streaming, on_error=config.on_error)
         if config.encoder is not None:
             return data
@@ -182,7 +185,7 @@ def is_llava(name):
 
 def load_any(name, **options):
     """A dataset of TRL's formats: JSON(L) file, Hub id or folder."""
-    if name.endswith((".json", ".jsonl")):
+    if name.endswith(JSON_FILES):
         return datasets.load_dataset("json", data_files=name, split="train", **options)
     return datasets.load_dataset(name, split="train", **options)
 
@@ -192,7 +195,7 @@ def plain_text(sample):
     if sample["images"]:
         raise ValueError(f"Sample {sample['id']} has an image, but there is no encoder: pass --encoder.")
     messages = sample["messages"]
-    return {"messages": [{**m, "content": "".join(part["text"] for part in m["content"])} for m in messages]}
+    return {"messages": [{**message, "content": as_text(message["content"])} for message in messages]}
 
 
 def split(data, config):
@@ -239,7 +242,7 @@ def change_routing(model, routing):
 
 def with_experts(model, plan, config):
     """`model` with the plan's new experts."""
-    if model.config.model_type == "moextend":
+    if is_moextend(model):
         model.extend(plan)
         return model
     return MoExtendForCausalLM.from_base(model, plan, **config.chosen_routing())
@@ -292,7 +295,7 @@ def extend(model, processor, data, held_out, config, args):
         folder.mkdir(parents=True, exist_ok=True)
         shift.save(folder / "shift.json")
         shift.plot(folder / "shift.png", plan)
-        (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+        write_text(folder / "plan.json", json.dumps(plan))
         print(f"Stage extend: new experts {plan} (layer: source experts); picture in {folder / 'shift.png'}")
     PartialState().wait_for_everyone()
     return plan
@@ -321,9 +324,9 @@ def check_before(model, config, args, held_out):
     Raises:
         ValueError: says which option.
     """
-    decoder = model.base.get_decoder() if model.config.model_type == "moextend" else model.get_decoder()
-    layers, has_experts = find_moe_layers(decoder), bool(getattr(model.config, "extended_layers", None))
-    if model.config.model_type != "moextend":
+    layers = find_moe_layers(model.get_decoder())
+    has_experts = bool(getattr(model.config, "extended_layers", None))
+    if not is_moextend(model):
         MoExtendConfig(**routing_choices(**config.chosen_routing()))  # refuses what from_base would, after the probe
     if config.plan is not None:
         check_plan(layers, read_plan(config))

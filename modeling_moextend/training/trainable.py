@@ -2,6 +2,8 @@
 
 from ..attaching.extending import check_nothing_above, described
 
+STAGES = ("align", "finetune")  # that train an adapter
+
 
 def set_trainable(model, stage="finetune", train_projector=None, adapter_name=None):
     """Freezes and unfreezes for a stage, and returns what trains (name -> parameter), in float32.
@@ -13,8 +15,8 @@ def set_trainable(model, stage="finetune", train_projector=None, adapter_name=No
     Raises:
         ValueError: a stage with nothing to train; an adapter that is not active, or that another one stands on.
     """
-    if stage not in ("align", "finetune"):
-        raise ValueError(f"stage={stage!r} is not known; allowed: 'align', 'finetune'.")
+    if stage not in STAGES:
+        raise ValueError(f"stage={stage!r} is not known; allowed: {', '.join(map(repr, STAGES))}.")
     adapter_name = model.resolve_name(adapter_name)
     if adapter_name not in model.passes.current.active:
         raise ValueError(f"Adapter {adapter_name!r} is not active, so it can't train: set_adapter first.")
