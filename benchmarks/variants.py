@@ -53,9 +53,9 @@ def gate_a_layer(model):
 
     def fit_gate(gate, task, retention, **options):
         for layer in others:
-            extension = layers[layer].router.moextend["default"]
-            extension.gate = TokenGate(extension.weight.shape[-1], model.config.gate_hidden_size)
-            fit(extension.gate, *inputs[layer], **options)
+            rows = layers[layer].router.moextend.adapters["default"]
+            rows.gate = TokenGate(rows.weight.shape[-1], model.config.gate_hidden_size)
+            fit(rows.gate, *inputs[layer], **options)
         return fit(gate, task, retention, **options)
 
     gate_training.gate_inputs, gate_training.fit_gate = gate_inputs, fit_gate
@@ -75,10 +75,11 @@ def gated_lora(model):
 
 
 def add_lora(model, linear, hidden, output):
-    scope = model.routing.scopes.get("default") if model.routing.enabled else None
-    if scope is None:
+    """What a linear layer gives [B, S, out], with its LoRA for the tokens of `hidden` [B, S, in] in scope."""
+    gated = model.passes.plan.gates.get("default")
+    if gated is None or gated.in_scope is None:  # the adapter is off, or its gate has not decided yet
         return output
-    return output + linear.moextend_lora(hidden) * scope.view(*hidden.shape[:2], 1)
+    return output + linear.moextend_lora(hidden) * gated.in_scope.view(*hidden.shape[:2], 1)
 
 
 VARIANTS = {function.__name__: function for function in (hidden_state_only, plain_mean, gate_a_layer, gated_lora)}

@@ -275,10 +275,10 @@ def test_replay_takes_turns_with_the_task_batch_by_batch():
     assert training.with_replay([1, 2, 3, 4], ["a", "b", "c", "d"], 2) == [1, 2, "a", "b", 3, 4, "c", "d"]
 
 
-@pytest.mark.slow
-def test_two_steps_of_two_methods(monkeypatch, tmp_path):
+@pytest.fixture
+def small_data(monkeypatch, tmp_path):
+    """A little of the data of the task `numbers`."""
     pytest.importorskip("peft")
-    import run
     import training
 
     rows = {split: tasks.number_rows(200)[split] for split in tasks.SPLITS}
@@ -288,6 +288,12 @@ def test_two_steps_of_two_methods(monkeypatch, tmp_path):
     monkeypatch.setattr(tasks, "data_folder", lambda: tmp_path)
     only = {"numbers": {"train": rows["train"]}}  # training, and the choice of source experts, see no other split
     monkeypatch.setattr(training, "read", lambda name: only.get(name) or tasks.read(name))
+
+
+@pytest.mark.slow
+def test_two_steps_of_two_methods(small_data):
+    import run
+
     found = {
         name: run.run(tasks.TASKS["numbers"], methods.METHODS[name], 1e-2, seed=0, steps=2, limit=4)
         for name in ("paper", "lora_replay")
@@ -297,3 +303,19 @@ def test_two_steps_of_two_methods(monkeypatch, tmp_path):
         assert 0 <= result["test"] <= 1 and not result["bit_equal"]
     assert 0 < found["paper"]["text"]["windows/code"]["captured"] <= 1
     assert found["lora_replay"]["text"]["windows/code"]["captured"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hidden_state_only", "plain_mean", "gate_a_layer", "gated_lora"])
+def test_two_steps_of_every_variant(name, small_data, monkeypatch):
+    import run
+
+    from modeling_moextend.training import gate
+
+    for function in ("fit_gate", "gate_inputs"):  # which a variant may replace; a run is a process of its own
+        monkeypatch.setattr(gate, function, getattr(gate, function))
+    changes = {"variant": name, "trainer": {"gate_steps": 60, "gate_retention_weight": 0.1, "retention_tokens": 2000}}
+    method = methods.changed(methods.METHODS["gate"], changes)
+    result = run.run(tasks.TASKS["numbers"], method, 1e-2, seed=0, steps=2, limit=4)
+    assert 0 <= result["test"] <= 1 and result["text"]["windows/code"]["after"] > 1
+    assert result["trainable"] > 0
