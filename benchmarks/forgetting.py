@@ -79,7 +79,7 @@ def pairs(args):
 
 
 def rates(args, method):
-    """The sweep's rates: those given, or the method's own; the second of them for `--quick` and `--ablations`."""
+    """The sweep's rates: the options', or the method's own; the second of them for `--quick` and `--ablations`."""
     grid = args.rates or method.rates
     return [grid[min(1, len(grid) - 1)]] if args.quick or args.ablations else grid
 
@@ -93,33 +93,33 @@ def sweep(args):
 
 def finals(args, runs):
     """The runs on the other seeds, at the rates that won; pairs whose sweep failed have none."""
-    wanted = []
+    chosen = []
     for task, method in pairs(args):
         keys = {key(describe(task, method, rate, args.seeds[0])) for rate in rates(args, method)}
         best = winner([run for run in latest(runs) if key(run) in keys])
-        wanted += [describe(task, method, best["rate"], seed) for seed in args.seeds[1:]] if best else []
-    return wanted
+        chosen += [describe(task, method, best["rate"], seed) for seed in args.seeds[1:]] if best else []
+    return chosen
 
 
 def ablations(args):
-    """One run for each row of `ABLATIONS`, named "gate: row"."""
-    wanted = []
+    """One run for each entry of `ABLATIONS`, named "gate: entry"."""
+    chosen = []
     for task in (TASKS[name] for name in args.tasks):
         for name, changes in ABLATIONS:
             method = changed(METHODS["gate"], changes)
             for rate in rates(args, method):
                 run = describe(task, method, rate, args.seeds[0], changes=changes)
-                wanted.append({**run, "method": f"gate: {name}", "of": "gate"})
-    return wanted
+                chosen.append({**run, "method": f"gate: {name}", "of": "gate"})
+    return chosen
 
 
 # ---------------------------------------------------------------- running them
 
 
-def in_own_process(wanted):
-    """What `run.py` measures for `wanted`, with `error` set where it failed."""
-    job = {**wanted, "method": wanted.get("of", wanted.get("method"))}
-    command = [sys.executable, str(HERE / "run.py"), json.dumps(job)]
+def in_own_process(job):
+    """What `run.py` measures for `job`, with `error` set where it failed."""
+    command_job = {**job, "method": job.get("of", job.get("method"))}
+    command = [sys.executable, str(HERE / "run.py"), json.dumps(command_job)]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
     try:
         if done.returncode == 0:
@@ -127,8 +127,8 @@ def in_own_process(wanted):
         problem = f"exit code {done.returncode}"
     except (IndexError, json.JSONDecodeError) as error:
         problem = f"no result: {error}"
-    said = done.stderr[-1500:].replace(str(ROOT), ".")  # results are shared: no places of this machine
-    return {"error": f"{problem}\n{said}"}
+    errors = done.stderr[-1500:].replace(str(ROOT), ".")  # results are shared: no paths of this machine
+    return {"error": f"{problem}\n{errors}"}
 
 
 def prepare(args):
@@ -148,10 +148,10 @@ def prepare(args):
             raise RuntimeError(f"Preparing {job} failed: {error}")
 
 
-def run_all(args, wanted):
-    """Runs those of `wanted` that the results file lacks, `args.workers` at once."""
-    todo = missing(wanted, read_runs(args.output), args.retry)
-    print(f"{len(wanted)} runs, {len(wanted) - len(todo)} of them in {args.output} already", flush=True)
+def run_all(args, chosen):
+    """Runs those of `chosen` that the results file lacks, `args.workers` at once."""
+    todo = missing(chosen, read_runs(args.output), args.retry)
+    print(f"{len(chosen)} runs, {len(chosen) - len(todo)} of them in {args.output} already", flush=True)
     start = time.perf_counter()
     pool = ThreadPoolExecutor(args.workers)
     try:
@@ -159,13 +159,13 @@ def run_all(args, wanted):
         for number, future in enumerate(as_completed(futures), start=1):
             run = {**futures[future], **future.result(), "command": shlex.join(["forgetting.py", *sys.argv[1:]])}
             append_run(args.output, run)
-            left = (time.perf_counter() - start) / number * (len(todo) - number) / 60
-            print(f"[{number}/{len(todo)}, {left:.0f} min to go] {told(run)}", flush=True)
+            minutes_left = (time.perf_counter() - start) / number * (len(todo) - number) / 60
+            print(f"[{number}/{len(todo)}, {minutes_left:.0f} min to go] {summary_line(run)}", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)  # on Ctrl-C too: what has not begun never begins
 
 
-def told(run):
+def summary_line(run):
     """One line about one run."""
     name = f"{run['task']} {run['method']} {run['rate']:g} seed {run['seed']}"
     if run["error"]:

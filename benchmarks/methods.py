@@ -18,7 +18,7 @@ class Method:
     Attributes:
         rates: learning rates of the sweep; the second is what `--quick` takes.
         routing: what `from_base` takes; `None` for methods that train the base itself.
-        new_experts: a layer, on all layers; sources are the experts that the task's rows select most.
+        new_experts: a layer, on all layers; sources are the experts that the task's records select most.
         trainer: more for `MoExtendSFTConfig`.
         retention: "real" (the texts that replay takes too), or `None`.
         trains: for methods on the plain base: "all", "lora" or "routers".

@@ -21,10 +21,10 @@ COLUMNS = ("method", "rate", "seeds", "accuracy", *GROUPS, "captured", "seconds"
 
 def by_pair(runs):
     """{task: {method: [run]}} in the order of the file, each run as it ended last."""
-    found = {}
+    pairs = {}
     for run in latest(runs):
-        found.setdefault(run["task"], {}).setdefault(run["method"], []).append(run)
-    return found
+        pairs.setdefault(run["task"], {}).setdefault(run["method"], []).append(run)
+    return pairs
 
 
 def chosen(runs):
@@ -46,7 +46,7 @@ def swept_seed(runs):
 
 
 def figures(runs):
-    """A table's row from the chosen runs of a method: {column: value}; numbers are (mean, lowest, highest)."""
+    """A table's entry from the chosen runs of a method: {column: value}; numbers are (mean, lowest, highest)."""
     captured = [part["captured"] for run in runs for part in run["text"].values() if part["captured"] is not None]
     return {
         "rate": runs[0]["rate"],
@@ -63,12 +63,12 @@ def markdown(runs):
     """One table a task, best accuracy first; methods whose runs all failed are named below."""
     parts = []
     for task, methods in by_pair(runs).items():
-        rows = {method: figures(part) for method, ran in methods.items() if (part := chosen(ran))}
+        records = {method: figures(part) for method, ran in methods.items() if (part := chosen(ran))}
         lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-        for method, row in sorted(rows.items(), key=lambda item: -item[1]["accuracy"][0]):
-            lines.append("| " + " | ".join(cells(method, row)) + " |")
+        for method, record in sorted(records.items(), key=lambda item: -item[1]["accuracy"][0]):
+            lines.append("| " + " | ".join(cells(method, record)) + " |")
         lines += shares({method: part for method, ran in methods.items() if (part := chosen(ran))})
-        failed = sorted(set(methods) - set(rows))
+        failed = sorted(set(methods) - set(records))
         parts.append(
             "\n".join([f"### {task}", "", *lines, *(["", f"Failed: {', '.join(failed)}."] if failed else [])])
         )
@@ -93,12 +93,20 @@ def shares(parts, of="full_replay"):
     return ["", f"Accuracy as a share of {of}'s, test / validation split: {', '.join(named)}."]
 
 
-def cells(method, row):
-    average, lowest, highest = (100 * value for value in row["accuracy"])
-    accuracy = f"{average:.1f}%" + (f" ({lowest:.1f} to {highest:.1f})" if row["seeds"] > 1 else "")
-    rises = ["bit-equal" if row["bit_equal"] else rises_in(row[group], row["seeds"]) for group in GROUPS]
-    captured = "" if row["captured"] is None else f"{100 * row['captured'][0]:.2f}%"
-    return [method, f"{row['rate']:g}", str(row["seeds"]), accuracy, *rises, captured, f"{row['seconds'][0]:.0f}"]
+def cells(method, record):
+    average, lowest, highest = (100 * value for value in record["accuracy"])
+    accuracy = f"{average:.1f}%" + (f" ({lowest:.1f} to {highest:.1f})" if record["seeds"] > 1 else "")
+    rises = ["bit-equal" if record["bit_equal"] else rises_in(record[group], record["seeds"]) for group in GROUPS]
+    captured = "" if record["captured"] is None else f"{100 * record['captured'][0]:.2f}%"
+    return [
+        method,
+        f"{record['rate']:g}",
+        str(record["seeds"]),
+        accuracy,
+        *rises,
+        captured,
+        f"{record['seconds'][0]:.0f}",
+    ]
 
 
 def rises_in(values, seeds):
@@ -108,7 +116,7 @@ def rises_in(values, seeds):
 
 
 def percent(value):
-    """+0.04%, +12.3%, x41: as many places as matter."""
+    """+0.04%, +12.3%, x41: as many digits as matter."""
     if value >= 900:
         return f"x{value / 100 + 1:.3g}"
     return f"{value:+.2f}%" if abs(value) < 10 else f"{value:+.1f}%"
@@ -123,11 +131,11 @@ def plot(runs, path):
     ran = by_pair(runs)
     tasks = {task: {m: part for m in methods if (part := chosen(methods[m]))} for task, methods in ran.items()}
     names = sorted({name for methods in tasks.values() for name in methods})
-    places = {name: place for place, name in enumerate(names)}
+    marker_numbers = {name: number for number, name in enumerate(names)}
     figure = new_figure(6.2 * max(1, len(tasks)), 4.6)
     panels = figure.subplots(1, max(1, len(tasks)), squeeze=False)[0]
     for axes, (task, methods) in zip(panels, tasks.items(), strict=False):
-        draw_frontier(axes, [point(name, part) for name, part in methods.items()], places)
+        draw_frontier(axes, [point(name, part) for name, part in methods.items()], marker_numbers)
         swept = [run for part in ran[task].values() for run in part if not run["error"]]
         validation = [100 * run["validation"] for run in swept]
         axes.plot([rise(run) for run in swept], validation, ".", color="0.6", zorder=1)

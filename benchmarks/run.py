@@ -12,24 +12,15 @@ import time
 from importlib.metadata import version
 
 from methods import METHODS, changed
-from tasks import TASKS, held_out_rows, messages, prepare, read
+from tasks import TASKS, held_out_records, messages, prepare, read
 from training import align, load_base, load_processing, train
 from transformers import logging
 
 from modeling_moextend.data.processors import text_tokenizer
 from modeling_moextend.evaluation.compare import answer, base_retention, compare_with_base, score
 
-STACK = (
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "sympy",
-    "matplotlib",
-    "numpy",
-    "pandas",
-    "networkx",
-)  # what runs, and what rows are made of
+# What runs, and what records are made of.
+STACK = ("torch", "transformers", "trl", "peft", "sympy", "matplotlib", "numpy", "pandas", "networkx")
 SPLITS = ("validation", "test")
 READ = {"max_length": 256, "batch_size": 16, "progress": False}  # how the base's text is read
 
@@ -38,7 +29,7 @@ def run(task, method, rate, seed, steps=None, limit=None):
     """Trains and measures one run.
 
     Args:
-        limit: asks and reads so many rows only, for tests.
+        limit: asks and reads so many records only, for tests.
 
     Returns:
         a dict: `validation` and `test` (exact match, 0 to 1), `text` (see `read_text`), `bit_equal`, `trainable`
@@ -48,7 +39,7 @@ def run(task, method, rate, seed, steps=None, limit=None):
     model, processing = train(task, method, rate, seed, steps)
     trained = time.perf_counter()
     model.eval()
-    result = {split: exact_match(model, processing, task, held_out_rows(task, split)[:limit]) for split in SPLITS}
+    result = {split: exact_match(model, processing, task, held_out_records(task, split)[:limit]) for split in SPLITS}
     asked = time.perf_counter()
     result |= read_text(model, text_tokenizer(processing), method, read("documents")[:limit])
     times = {"train": trained - start, "ask": asked - trained, "read": time.perf_counter() - asked}
@@ -57,13 +48,13 @@ def run(task, method, rate, seed, steps=None, limit=None):
     return {**result, "trainable": trainable, "seconds": seconds, "versions": {name: version(name) for name in STACK}}
 
 
-def exact_match(model, processing, task, rows):
-    """Share of rows whose greedy answer is the right one: the metric exact_match."""
-    prompts = [messages(row, answer=False) for row in rows]
-    images = [[row["image"]] for row in rows] if task.vision else None
+def exact_match(model, processing, task, records):
+    """Share of records whose greedy answer is the right one: the metric exact_match."""
+    prompts = [messages(record, answer=False) for record in records]
+    images = [[record["image"]] for record in records] if task.vision else None
     options = {"max_new_tokens": task.max_new_tokens, "progress": False}
-    given = answer(model, processing, prompts, images=images, **options)
-    return score(given, [row["answer"] for row in rows])
+    answers = answer(model, processing, prompts, images=images, **options)
+    return score(answers, [record["answer"] for record in records])
 
 
 def read_text(model, tokenizer, method, documents):
@@ -76,9 +67,9 @@ def read_text(model, tokenizer, method, documents):
     other = {}
     if method.routing is None:  # the base itself has changed: read it beside a fresh one
         model, other = getattr(model, "base", model), {"base": load_base().eval()}
-    rows = compare_with_base(model, tokenizer, documents, **READ, **other)
-    text = {domain: summary(values) for domain, values in base_retention(rows)["domains"].items()}
-    return {"text": text, "bit_equal": all(row["bit_equal"] for row in rows)}
+    compared = compare_with_base(model, tokenizer, documents, **READ, **other)
+    text = {domain: summary(values) for domain, values in base_retention(compared)["domains"].items()}
+    return {"text": text, "bit_equal": all(document["bit_equal"] for document in compared)}
 
 
 def summary(values):
@@ -88,18 +79,18 @@ def summary(values):
 
 
 def main():
-    wanted = json.loads(sys.argv[1])
+    job = json.loads(sys.argv[1])
     logging.set_verbosity_error()
-    if wanted.get("prepare"):
+    if job.get("prepare"):
         prepare(load_processing(TASKS["library"]))
         result = {}
-    elif "align" in wanted:
-        align(TASKS[wanted["align"]], wanted["seed"])
+    elif "align" in job:
+        align(TASKS[job["align"]], job["seed"])
         result = {}
     else:
-        method = changed(METHODS[wanted["method"]], wanted.get("changes", {}))
-        options = {name: wanted.get(name) for name in ("steps", "limit")}
-        result = run(TASKS[wanted["task"]], method, wanted["rate"], wanted["seed"], **options)
+        method = changed(METHODS[job["method"]], job.get("changes", {}))
+        options = {name: job.get(name) for name in ("steps", "limit")}
+        result = run(TASKS[job["task"]], method, job["rate"], job["seed"], **options)
     print(json.dumps(result))
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 KEY = ("task", "method", "rate", "seed", "settings")
-VERSION = 1  # of the protocol: raise it when rows, training or measures change, and old results no longer count
+VERSION = 1  # of the protocol: raise it when records, training or measures change, and old results no longer count
 GROUPS = {  # columns of the table: how the text starts, and whether it is in the retention data
     "windows": ("windows/code", "windows/manual", "windows/chat"),
     "aligned": ("aligned/code", "aligned/manual", "aligned/chat", "aligned/questions"),
@@ -46,14 +46,13 @@ def read_runs(path):
     if not path.exists():
         return []
     whole = path.read_bytes()
-    kept = whole[: whole.rfind(b"\n") + 1]
-    if len(kept) < len(whole):
-        print(
-            f"{path}: the last line is cut off ({len(whole) - len(kept)} bytes without an end); dropped, to be rerun."
-        )
-        os.truncate(path, len(kept))
+    complete = whole[: whole.rfind(b"\n") + 1]
+    if len(complete) < len(whole):
+        cut = len(whole) - len(complete)
+        print(f"{path}: the last line is cut off ({cut} bytes without an end); dropped, to be rerun.")
+        os.truncate(path, len(complete))
     runs = []
-    for number, line in enumerate(kept.decode("utf-8").splitlines(), start=1):
+    for number, line in enumerate(complete.decode("utf-8").splitlines(), start=1):
         try:
             runs.append(json.loads(line))
         except json.JSONDecodeError as error:
@@ -71,10 +70,10 @@ def append_run(path, run):
         os.fsync(file.fileno())
 
 
-def missing(wanted, runs, retry=False):
-    """Those of the `wanted` runs that no line has; with `retry` also those that failed."""
+def missing(chosen, runs, retry=False):
+    """Those of the `chosen` runs that no line has; with `retry` also those that failed."""
     done = {key(run) for run in runs if not (retry and run["error"])}
-    return [run for run in wanted if key(run) not in done]
+    return [run for run in chosen if key(run) not in done]
 
 
 def latest(runs):

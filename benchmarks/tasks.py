@@ -1,7 +1,7 @@
 """The tasks of the benchmark, the base's own text that methods may replay, and the text that forgetting is read from.
 
 Everything is made from what is installed: sources of Python packages (read by `assets/text_data.py`, never imported),
-numbers, easy-VQA. The same packages give the same rows on every machine; a row's side of a split is a hash.
+numbers, easy-VQA. The same packages give the same records on every machine; a record's side of a split is a hash.
 
     library    the first sentence of a docstring -> which library it is from. No instruction; the base's own vocabulary
                and style. A module is on one side of the split with all of its docstrings.
@@ -45,7 +45,7 @@ RETENTION_DOMAINS = ("code", "manual", "chat")  # of the base's own domains; sci
 
 @dataclass(frozen=True)
 class Task:
-    """What is fixed for all methods: optimiser steps, rows a step, rows asked, tokens an answer may have."""
+    """What is fixed for all methods: optimiser steps, records a step, records asked, tokens an answer may have."""
 
     name: str
     steps: int
@@ -69,69 +69,71 @@ TASKS = {
 
 def side(key):
     """Which split a key (a module, a number, an image) is in: 80% train, 10% validation, 10% test."""
-    place = text_data.digest(f"split of {key}") % 10
-    return SPLITS[max(0, place - 7)]
+    bucket = text_data.digest(f"split of {key}") % 10
+    return SPLITS[max(0, bucket - 7)]
 
 
-# ---------------------------------------------------------------- rows: {"question", "answer", "image"}
+# ---------------------------------------------------------------- records: {"question", "answer", "image"}
 
 
-def row(question, answer, image=None):
+def record(question, answer, image=None):
     return {"question": question, "answer": answer, "image": image}
 
 
-def library_rows(sources):
-    """{split: rows} from {package: sources}, as many rows of each library; no sentence comes twice.
+def library_records(sources):
+    """{split: records} from {package: sources}, as many records of each library; no sentence comes twice.
 
-    Only modules of the base's training text are used, so that all rows are equally known to the base. A sentence that
-    names a library would give the answer away and is left out.
+    Only modules of the base's training text are used, so that all records are equally known to the base. A sentence
+    that names a library would give the answer away and is left out.
     """
     names = [name.lower() for name in (*LIBRARIES, *LIBRARIES.values())]
-    found = {split: {package: [] for package in LIBRARIES} for split in SPLITS}
+    records = {split: {package: [] for package in LIBRARIES} for split in SPLITS}
     seen = Counter(sentence for package in LIBRARIES for source in sources[package] for sentence in sentences(source))
     for package, answer in LIBRARIES.items():
         for source in sources[package]:
             for sentence in sentences(source) if not source.held_out else ():
                 if seen[sentence] == 1 and not any(name in sentence.lower() for name in names):
-                    found[side(source.key)][package].append(row(sentence, answer))
-    return {split: balanced(list(groups.values()), split) for split, groups in found.items()}
+                    records[side(source.key)][package].append(record(sentence, answer))
+    return {split: balanced(list(groups.values()), split) for split, groups in records.items()}
 
 
 def sentences(source):
     """First sentences of a file's docstrings, 25 to 140 characters long."""
-    told = {text_data.first_sentence(definition.doc) for definition in source.definitions}
-    return sorted(sentence for sentence in told if 25 <= len(sentence) <= 140)
+    first_sentences = {text_data.first_sentence(definition.doc) for definition in source.definitions}
+    return sorted(sentence for sentence in first_sentences if 25 <= len(sentence) <= 140)
 
 
-def type_rows(sources):
-    """{split: rows} from {package: sources}: as many parameters of each kind; no description comes twice."""
-    found = {split: {answer: [] for answer in KINDS.values()} for split in SPLITS}
+def type_records(sources):
+    """{split: records} from {package: sources}: as many parameters of each kind; no description comes twice."""
+    records = {split: {answer: [] for answer in KINDS.values()} for split in SPLITS}
     seen = set()
     for package in DOCUMENTED:
         for source in sources[package]:
             for definition in source.definitions if not source.held_out else ():
-                for told, answer in parameters(definition.doc):
-                    if told not in seen:
-                        found[side(source.key)][answer].append(row(f"What type is this parameter? {told}", answer))
-                    seen.add(told)
-    return {split: balanced(list(groups.values()), split) for split, groups in found.items()}
+                for description, answer in parameters(definition.doc):
+                    if description not in seen:
+                        records[side(source.key)][answer].append(
+                            record(f"What type is this parameter? {description}", answer)
+                        )
+                    seen.add(description)
+    return {split: balanced(list(groups.values()), split) for split, groups in records.items()}
 
 
 def parameters(doc):
     """(first line of a description, kind) of the parameters of a docstring in numpy's style."""
-    for kind, told in re.findall(r"^\w+ ?: (.+)\n +(\S.+)$", doc, re.MULTILINE):
+    for kind, description in re.findall(r"^\w+ ?: (.+)\n +(\S.+)$", doc, re.MULTILINE):
         answer = next((answer for start, answer in KINDS.items() if kind.lower().startswith(start)), None)
-        if answer is not None and 15 <= len(told) <= 120:
-            yield told.strip(), answer
+        if answer is not None and 15 <= len(description) <= 120:
+            yield description.strip(), answer
 
 
 def balanced(groups, seed):
-    """As many rows of each group, shuffled."""
+    """As many members of each group, shuffled."""
     generator = random.Random(seed)
     number = min(map(len, groups))
-    rows = [row for group in groups for row in generator.sample(group, number)]
-    generator.shuffle(rows)
-    return rows
+    chosen = [member for group in groups for member in generator.sample(group, number)]
+    generator.shuffle(chosen)
+    return chosen
 
 
 UNITS = (
@@ -157,18 +159,18 @@ def in_digits(number, generator):
     return generator.choice((f"{number}", f"{number:,}", f"{number:,}".replace(",", " "), f"0{number}"))
 
 
-def number_rows(highest=9999):
-    """{split: rows}: every number from 0 to `highest` once, written in one way."""
-    rows = {split: [] for split in SPLITS}
+def number_records(highest=9999):
+    """{split: records}: every number from 0 to `highest` once, written in one way."""
+    records = {split: [] for split in SPLITS}
     for number in range(highest + 1):
-        rows[side(number)].append(row(in_digits(number, random.Random(number)), in_words(number)))
+        records[side(number)].append(record(in_digits(number, random.Random(number)), in_words(number)))
     for split in SPLITS:
-        random.Random(split).shuffle(rows[split])
-    return rows
+        random.Random(split).shuffle(records[split])
+    return records
 
 
-def easy_vqa_rows():
-    """{split: rows}: training questions on 90% of the training images, open ones on the rest and on the test's."""
+def easy_vqa_records():
+    """{split: records}: training questions on 90% of the training images, open ones on the rest and on the test's."""
     from easy_vqa_data import balanced as half_open
     from easy_vqa_data import questions
 
@@ -176,17 +178,17 @@ def easy_vqa_rows():
     asked = [entry for entry in questions("train") if side(Path(entry[0]).name) == "test"]
     parts = {"train": half_open(known), "validation": open_ones(asked), "test": open_ones(questions("test"))}
     return {
-        split: [row(f"<image>\n{question}", answer, str(image)) for image, question, answer in part]
+        split: [record(f"<image>\n{question}", answer, str(image)) for image, question, answer in part]
         for split, part in parts.items()
     }
 
 
-def caption_rows():
-    """Rows of stage align: captions of training images that no question of `validation` is about."""
+def caption_records():
+    """Records of stage align: captions of training images that no question of `validation` is about."""
     from easy_vqa_data import captions, questions
 
     known = [entry for entry in questions("train") if side(Path(entry[0]).name) != "test"]
-    return [row("<image>\nWhat is in the image?", caption, str(image)) for image, caption in captions(known)]
+    return [record("<image>\nWhat is in the image?", caption, str(image)) for image, caption in captions(known)]
 
 
 def open_ones(entries):
@@ -195,21 +197,21 @@ def open_ones(entries):
     return chosen
 
 
-def training_rows(rows, number, seed):
-    """`number` rows in the order that every method sees: shuffled anew for every pass."""
+def training_records(records, number, seed):
+    """`number` records in the order that every method sees: shuffled anew for every pass."""
     generator, order = random.Random(seed), []
     while len(order) < number:
-        order += generator.sample(rows, len(rows))
+        order += generator.sample(records, len(records))
     return order[:number]
 
 
-def majority(rows):
+def majority(records):
     """Accuracy of the commonest answer."""
-    return Counter(entry["answer"] for entry in rows).most_common(1)[0][1] / len(rows)
+    return Counter(entry["answer"] for entry in records).most_common(1)[0][1] / len(records)
 
 
 def messages(entry, answer=True):
-    """A row as chat messages, with the assistant's answer or without."""
+    """A record as chat messages, with the assistant's answer or without."""
     turns = [{"role": "user", "content": entry["question"]}, {"role": "assistant", "content": entry["answer"]}]
     return turns if answer else turns[:1]
 
@@ -234,22 +236,22 @@ def retention_texts(sources, render_chat, number=900, max_chars=500):
         "manual": [text for source in known for text in text_data.pieces(text_data.prose(source))],
         "chat": [talk for source in known for talk in text_data.dialogues(source, unique)],
     }
-    rows = []
+    texts = []
     for domain in RETENTION_DOMAINS:
         generator = random.Random(domain)
         chosen = generator.sample(documents[domain], min(number, len(documents[domain])))
-        for place, document in enumerate(chosen):
+        for index, document in enumerate(chosen):
             if domain == "chat":
                 document = render_chat(from_a_question(document, generator))
-            text = document if place % 2 else cut_anywhere(document, generator)
-            rows.append({"domain": domain, "text": text[:max_chars]})
-    random.Random(0).shuffle(rows)
-    return rows
+            text = document if index % 2 else cut_anywhere(document, generator)
+            texts.append({"domain": domain, "text": text[:max_chars]})
+    random.Random(0).shuffle(texts)
+    return texts
 
 
 def from_a_question(talk, generator):
     """Half of the time the dialogue as it is, else from one of its questions on."""
-    starts = [place for place, message in enumerate(talk) if message["role"] == "user"]
+    starts = [index for index, message in enumerate(talk) if message["role"] == "user"]
     return talk if generator.random() < 0.5 else talk[generator.choice(starts) :]
 
 
@@ -266,30 +268,30 @@ def evaluation_documents(tokenizer, lengths=(128, 256), windows=16, documents=24
     tokens; half of them of each length. `aligned`: documents from their own start, and as `aligned/questions` held-out
     chats that start, as the tasks' prompts do, with a user's question.
     """
-    rows, length = [], max(lengths)
+    result, length = [], max(lengths)
     for domain in text_data.DOMAINS:
         generator, texts = random.Random(domain), text_data.held_out_texts(domain, ROOT / BASE / "held_out.jsonl")
         ids = tokenizer(tokenizer.eos_token.join(texts), add_special_tokens=False).input_ids
         for number in range(windows):
             size = lengths[number % len(lengths)]
             start = generator.randrange(len(ids) - size)
-            rows.append({"domain": f"windows/{domain}", "text": tokenizer.decode(ids[start : start + size])})
+            result.append({"domain": f"windows/{domain}", "text": tokenizer.decode(ids[start : start + size])})
         chosen = generator.sample(texts, min(documents, len(texts)))
-        rows += [{"domain": f"aligned/{domain}", "text": shorten(text, tokenizer, length)} for text in chosen]
+        result += [{"domain": f"aligned/{domain}", "text": shorten(text, tokenizer, length)} for text in chosen]
         if domain == "chat":
-            starts = [text[place:] for text in texts for place in questions_in(text)]
+            starts = [text[start_index:] for text in texts for start_index in questions_in(text)]
             for text in generator.sample(starts, 2 * documents):
-                rows.append({"domain": "aligned/questions", "text": shorten(text, tokenizer, length)})
-    return rows
+                result.append({"domain": "aligned/questions", "text": shorten(text, tokenizer, length)})
+    return result
 
 
 def questions_in(text, mark="<|user|>"):
     """Where in a rendered chat a user's turn starts, with at least 100 characters to come."""
-    places, start = [], text.find(mark)
+    starts, start = [], text.find(mark)
     while start >= 0:
-        places += [start] * (len(text) - start >= 100)
+        starts += [start] * (len(text) - start >= 100)
         start = text.find(mark, start + 1)
-    return places
+    return starts
 
 
 def shorten(text, tokenizer, length):
@@ -306,7 +308,7 @@ def data_folder():
 
 
 def prepare(tokenizer, folder=None):
-    """Writes rows of all tasks, retention texts and evaluation documents to `folder`, unless it has them."""
+    """Writes records of all tasks, retention texts and evaluation documents to `folder`, unless it has them."""
     folder = Path(folder or data_folder())
     done = folder / "done"
     if done.exists():
@@ -318,11 +320,11 @@ def prepare(tokenizer, folder=None):
         return tokenizer.apply_chat_template(talk, tokenize=False).removeprefix(tokenizer.bos_token)
 
     parts = {
-        "library": library_rows(sources),
-        "types": type_rows(sources),
-        "numbers": number_rows(),
-        "easy_vqa": easy_vqa_rows(),
-        "captions": caption_rows(),
+        "library": library_records(sources),
+        "types": type_records(sources),
+        "numbers": number_records(),
+        "easy_vqa": easy_vqa_records(),
+        "captions": caption_records(),
         "retention": retention_texts(sources["stdlib"], render),
         "documents": evaluation_documents(tokenizer),
     }
@@ -333,11 +335,11 @@ def prepare(tokenizer, folder=None):
 
 
 def read(name, folder=None):
-    """A part that `prepare` wrote: {split: rows} of a task; or the list of `captions`, `retention` or `documents`."""
+    """What `prepare` wrote: records of a task by split, or the list of `captions`, `retention` or `documents`."""
     folder = Path(folder or data_folder())
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def held_out_rows(task, split):
-    """The rows of `split` that are asked: the first ones of its fixed order."""
+def held_out_records(task, split):
+    """The records of `split` that are asked: the first ones of its fixed order."""
     return read(task.name)[split][: getattr(task, split)]

@@ -1,7 +1,7 @@
-"""One run's training: the same rows in the same order for every method, and as little code of its own as possible.
+"""One run's training: the same records in the same order for every method, and as little code of its own as possible.
 
 AdamW without weight decay, cosine, 3% warm-up, float32, gradients clipped at 1, a fixed number of steps. Methods with
-replay take a second micro-batch a step: as many texts of the base's own as there are rows of the task. The loss is
+replay take a second micro-batch a step: as many texts of the base's own as there are records of the task. The loss is
 then the sum of the two means over tokens, so that long texts don't drown short answers. No method but those with new
 experts takes a load-balancing loss.
 """
@@ -10,7 +10,7 @@ import datasets
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
-from tasks import BASE, ENCODER, ROOT, data_folder, messages, read, training_rows
+from tasks import BASE, ENCODER, ROOT, data_folder, messages, read, training_records
 from transformers import AutoModelForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 from variants import VARIANTS
@@ -23,7 +23,7 @@ from modeling_moextend.training.stages import change_routing
 
 CACHE = ROOT / "outputs/benchmarks"
 ALIGN_STEPS, ALIGN_RATE = 100, 1e-3
-PLAN_ROWS = 256  # rows of the task that choose the source experts
+PLAN_RECORDS = 256  # of the task, which choose the source experts
 REPLAY_TOKENS = 128  # longest replayed text
 LORA = LoraConfig(
     r=16,
@@ -42,41 +42,41 @@ def train(task, method, rate, seed, steps=None):
     """
     steps = steps or task.steps
     processing = load_processing(task)
-    rows = training_rows(read(task.name)["train"], steps * task.batch, seed)
+    records = training_records(read(task.name)["train"], steps * task.batch, seed)
     set_seed(seed)
     model = start_model(task, seed)
     options = {"learning_rate": rate, "seed": seed, "max_steps": steps}
     if method.routing is None:
-        return train_base(model, processing, task, method, rows, options), processing
+        return train_base(model, processing, task, method, records, options), processing
     plan = busiest_experts(
-        model, collator(processing)(tokenize(task, processing, rows[:PLAN_ROWS])), method.new_experts
+        model, collator(processing)(tokenize(task, processing, records[:PLAN_RECORDS])), method.new_experts
     )
     return train_experts(
-        with_experts(model, plan, method.routing), processing, task, method, rows, options
+        with_experts(model, plan, method.routing), processing, task, method, records, options
     ), processing
 
 
-def train_experts(model, processing, task, method, rows, options):
+def train_experts(model, processing, task, method, records, options):
     """New experts, by the library's own trainer."""
     if method.variant is not None:
         VARIANTS[method.variant](model)
-    more = (
-        {"retention_dataset": datasets.Dataset.from_list([{"text": row["text"]} for row in read("retention")])}
+    retention = (
+        {"retention_dataset": datasets.Dataset.from_list([{"text": record["text"]} for record in read("retention")])}
         if method.retention == "real"
         else {}
     )
     args = arguments(MoExtendSFTConfig, task, **options, **method.trainer, assistant_only_loss=True, max_length=None)
     trainer = MoExtendSFTTrainer(
-        model=model, args=args, train_dataset=conversations(task, rows), processing_class=processing, **more
+        model=model, args=args, train_dataset=conversations(task, records), processing_class=processing, **retention
     )
     trainer.train()
     return model
 
 
-def train_base(model, processing, task, method, rows, options):
-    """The plain base (and the projector), by TRL's trainer on rows that are tokenised here."""
+def train_base(model, processing, task, method, records, options):
+    """The plain base (and the projector), by TRL's trainer on records that are tokenised here."""
     choose_trainable(model, method.trains)
-    samples = tokenize(task, processing, rows)
+    samples = tokenize(task, processing, records)
     if method.replay:
         samples = with_replay(samples, tokenize_texts(processing, len(samples), options["seed"]), task.batch)
     args = arguments(
@@ -155,8 +155,8 @@ def align(task, seed):
     )
     options = {"max_steps": ALIGN_STEPS, "max_length": None, "assistant_only_loss": True}
     args = arguments(MoExtendSFTConfig, task, ALIGN_RATE, seed, stage="align", **options)
-    rows = conversations(task, training_rows(read("captions"), ALIGN_STEPS * task.batch, seed))
-    MoExtendSFTTrainer(model=model, args=args, train_dataset=rows, processing_class=processor).train()
+    dataset = conversations(task, training_records(read("captions"), ALIGN_STEPS * task.batch, seed))
+    MoExtendSFTTrainer(model=model, args=args, train_dataset=dataset, processing_class=processor).train()
     model.save_pretrained(str(aligned_folder(seed)), adapter_dtype=torch.float32)
 
 
@@ -164,8 +164,8 @@ def start_model(task, seed):
     """What training starts from: the plain base; with images, the base behind the aligned projector."""
     if not task.vision:
         return load_base()
-    places = {"base": str(ROOT / BASE), "encoder": str(ROOT / ENCODER)}
-    return MoExtendForCausalLM.from_pretrained(str(aligned_folder(seed)), dtype=torch.float32, **places)
+    locations = {"base": str(ROOT / BASE), "encoder": str(ROOT / ENCODER)}
+    return MoExtendForCausalLM.from_pretrained(str(aligned_folder(seed)), dtype=torch.float32, **locations)
 
 
 def with_experts(model, plan, routing):
@@ -178,8 +178,8 @@ def with_experts(model, plan, routing):
 
 
 @torch.inference_mode()
-def busiest_experts(model, batch, number):
-    """{layer: the `number` base experts that the tokens of `batch` select most, busiest first}; wraps around."""
+def busiest_experts(model, batch, num_new):
+    """{layer: the `num_new` base experts that the tokens of `batch` select most, busiest first}; wraps around."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     all_logits = model.eval()(**inputs, output_router_logits=True).router_logits
     real, top_k = batch["attention_mask"].reshape(-1).bool(), model.config.get_text_config().num_experts_per_tok
@@ -187,7 +187,7 @@ def busiest_experts(model, batch, number):
     for layer, logits in enumerate(all_logits):
         counts = count_selected(logits[real].topk(top_k).indices, logits.shape[1])
         order = counts.argsort(descending=True, stable=True).tolist()
-        plan[layer] = [order[place % len(order)] for place in range(number)]
+        plan[layer] = [order[number % len(order)] for number in range(num_new)]
     return plan
 
 
@@ -197,8 +197,8 @@ def choose_trainable(model, trains):
     if trains == "lora":
         inject_adapter_in_model(LORA, base)
     for name, parameter in base.named_parameters():
-        wanted = {"all": True, "routers": name.endswith(".gate.weight"), "lora": "lora_" in name}
-        parameter.requires_grad_(wanted[trains])
+        trained = {"all": True, "routers": name.endswith(".gate.weight"), "lora": "lora_" in name}
+        parameter.requires_grad_(trained[trains])
     if getattr(model, "projector", None) is not None:
         model.encoder.requires_grad_(False)
         model.projector.requires_grad_(True)
@@ -207,11 +207,11 @@ def choose_trainable(model, trains):
 # ---------------------------------------------------------------- data
 
 
-def conversations(task, rows):
-    """Rows as a dataset in TRL's conversational format; images are opened when a sample is taken."""
+def conversations(task, records):
+    """Records as a dataset in TRL's conversational format; images are opened when a sample is taken."""
     if not task.vision:
-        return datasets.Dataset.from_list([{"messages": messages(row)} for row in rows])
-    samples = [{"messages": in_parts(messages(row)), "images": [row["image"]]} for row in rows]
+        return datasets.Dataset.from_list([{"messages": messages(record)} for record in records])
+    samples = [{"messages": in_parts(messages(record)), "images": [record["image"]]} for record in records]
     return datasets.Dataset.from_list(samples).cast_column("images", datasets.List(datasets.Image()))
 
 
@@ -228,19 +228,19 @@ def in_parts(turns):
     ]
 
 
-def tokenize(task, processing, rows):
-    """Rows as [{"input_ids", "labels", "picture"}]: labels are the assistant's tokens, as with TRL's own masks."""
+def tokenize(task, processing, records):
+    """Records as [{"input_ids", "labels", "picture"}]: labels are the assistant's tokens, as with TRL's own masks."""
     tokenizer, image = text_tokenizer(processing), ""
     if task.vision:
         image = processing.image_token * processing.num_image_tokens
     samples = []
-    for row in rows:
-        turns = messages({**row, "question": row["question"].replace("<image>", image)})
+    for record in records:
+        turns = messages({**record, "question": record["question"].replace("<image>", image)})
         ids = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
         labels = [
             token if mask else -100 for token, mask in zip(ids["input_ids"], ids["assistant_masks"], strict=True)
         ]
-        samples.append({"input_ids": ids["input_ids"], "labels": labels, "picture": row["image"]})
+        samples.append({"input_ids": ids["input_ids"], "labels": labels, "picture": record["image"]})
     return samples
 
 
@@ -250,7 +250,7 @@ def tokenize_texts(processing, number, seed, group=128):
     Within each `group` of them shorter ones come first: a batch of like lengths has little padding.
     """
     tokenizer = text_tokenizer(processing)
-    texts = [row["text"] for row in training_rows(read("retention"), number, seed)]
+    texts = [record["text"] for record in training_records(read("retention"), number, seed)]
     all_ids = tokenizer(texts, truncation=True, max_length=REPLAY_TOKENS).input_ids
     ordered = [ids for start in range(0, number, group) for ids in sorted(all_ids[start : start + group], key=len)]
     return [{"input_ids": ids, "labels": ids, "picture": None} for ids in ordered]

@@ -26,11 +26,11 @@ def plain_mean(model):
         keep_zero(parameter, torch.ones_like(parameter, dtype=torch.bool))
 
 
-def keep_zero(parameter, places):
+def keep_zero(parameter, mask):
     """Entries that are zero and get no gradient."""
     parameter.requires_grad_(True)
-    parameter.data.masked_fill_(places, 0.0)
-    parameter.register_hook(lambda gradient: gradient.masked_fill(places, 0.0))
+    parameter.data.masked_fill_(mask, 0.0)
+    parameter.register_hook(lambda gradient: gradient.masked_fill(mask, 0.0))
 
 
 def gate_a_layer(model):

@@ -27,18 +27,18 @@ def entry(number, image, question, answer):
     return {"id": str(number), "image": image, "conversations": turns}
 
 
-def captions(rows):
+def captions(items):
     """[(image, "a red circle")] of the images whose colour and shape their own questions tell."""
     facts = {}
-    for image, question, answer in rows:
+    for image, question, answer in items:
         if answer not in ("yes", "no"):
             facts.setdefault(image, {})["colour" if "color" in question else "shape"] = answer
     return [(image, f"a {f['colour']} {f['shape']}") for image, f in sorted(facts.items()) if len(f) == 2]
 
 
-def balanced(rows, seed=0):
+def balanced(items, seed=0):
     """All open questions and as many yes/no ones, shuffled."""
-    kinds = [[row for row in rows if (row[2] in ("yes", "no")) == closed] for closed in (False, True)]
+    kinds = [[question for question in items if (question[2] in ("yes", "no")) == closed] for closed in (False, True)]
     generator = random.Random(seed)
     chosen = kinds[0] + generator.sample(kinds[1], min(len(kinds[0]), len(kinds[1])))
     generator.shuffle(chosen)
@@ -55,8 +55,8 @@ def write(folder):
         "train.json": balanced(train),
         "test.json": test,
     }
-    for name, rows in files.items():
-        entries = [entry(number, *row) for number, row in enumerate(rows)]
+    for name, items in files.items():
+        entries = [entry(number, *question) for number, question in enumerate(items)]
         (folder / name).write_text(json.dumps(entries), encoding="utf-8")
     return folder
 

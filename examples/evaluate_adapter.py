@@ -48,9 +48,9 @@ def parse():
 
 def load(args):
     """The model, and the processor saved with it or, where none was, its base's."""
-    places = {key: value for key in ("base", "encoder") if (value := getattr(args, key)) is not None}
+    locations = {key: value for key in ("base", "encoder") if (value := getattr(args, key)) is not None}
     device_map = "auto" if torch.accelerator.is_available() else None
-    model = MoExtendForCausalLM.from_pretrained(args.adapter, dtype=args.dtype, device_map=device_map, **places)
+    model = MoExtendForCausalLM.from_pretrained(args.adapter, dtype=args.dtype, device_map=device_map, **locations)
     if not Path(args.adapter).is_dir() or Path(args.adapter, "tokenizer_config.json").exists():
         reader = AutoTokenizer if model.encoder is None else AutoProcessor
         return model.eval(), reader.from_pretrained(args.adapter)
@@ -75,8 +75,8 @@ def main():
     card = write_report(args.output, results, title=args.title or Path(args.adapter).name, points=points, **data)
     numbers = {"adapter_bytes": model.adapter_bytes(), "num_parameters": model.num_parameters(only_trainable=True)}
     create_card(model.config, **numbers, **card).save(Path(args.output, "model_card.md"))
-    for row in card["results"]:
-        print(f"{row['measure']}: {' -> '.join(filter(None, (row['base'], row['with the adapter'])))}")
+    for result in card["results"]:
+        print(f"{result['measure']}: {' -> '.join(filter(None, (result['base'], result['with the adapter'])))}")
     print(f"Report in {args.output}: {', '.join(sorted(path.name for path in Path(args.output).iterdir()))}")
 
 

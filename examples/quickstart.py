@@ -1,4 +1,4 @@
-"""Gives a small pretrained MoE eyes: easy-VQA -> align -> extend -> finetune -> save -> answer in a fresh process.
+"""Teaches a small pretrained MoE to see: easy-VQA -> align -> extend -> finetune -> save -> answer in a fresh process.
 
     make quickstart                                   # scope="modality", selection="exclusive"
     make quickstart ARGS="--paper true"               # the paper's routing, one new expert a layer
@@ -49,27 +49,31 @@ class QuickstartConfig:
 
 def parse():
     """(quick, config, args) from recipe and command line, checked before anything is trained."""
-    given = sys.argv[1:] if any(a.startswith("--config") for a in sys.argv) else ["--config", recipe(), *sys.argv[1:]]
-    given = [part for a in given for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    quick, config, args = TrlParser((QuickstartConfig, StagesConfig, MoExtendSFTConfig)).parse_args_and_config(given)
+    arguments = (
+        sys.argv[1:] if any(a.startswith("--config") for a in sys.argv) else ["--config", recipe(), *sys.argv[1:]]
+    )
+    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    quick, config, args = TrlParser((QuickstartConfig, StagesConfig, MoExtendSFTConfig)).parse_args_and_config(
+        arguments
+    )
     if config.encoder is None or config.stages != list(STAGES):
         raise ValueError("The quickstart runs all three stages with an encoder; for others use examples/train.py.")
     if config.paper:
         args.output_dir += "-paper"
-    own = [Path(p) for p in (config.data, config.align_data, quick.test) if Path(p).parent != EASY_VQA]
-    if len(own) in (1, 2):
+    own_files = [Path(p) for p in (config.data, config.align_data, quick.test) if Path(p).parent != EASY_VQA]
+    if len(own_files) in (1, 2):
         raise ValueError("Replace --data, --align_data and --test together: they are the parts of one data set.")
-    missing = [str(path) for path in own if path.suffix in (".json", ".jsonl") and not path.exists()]
+    missing = [str(path) for path in own_files if path.suffix in (".json", ".jsonl") and not path.exists()]
     if missing:
         raise ValueError(f"No such file: {', '.join(missing)}.")
-    return quick, replace(config, base=place(config.base), encoder=place(config.encoder)), args
+    return quick, replace(config, base=repository_path(config.base), encoder=repository_path(config.encoder)), args
 
 
 def recipe():
     return str(HERE.parent / "configuration/recipes/easy_vqa.yaml")
 
 
-def place(name):
+def repository_path(name):
     """A folder of this repository, from wherever the script is run; anything else as it is."""
     inside = HERE.parent / name
     return str(inside) if name.startswith("assets/") and not Path(name).exists() and inside.exists() else name
@@ -129,14 +133,14 @@ def main():
         "trained": answers(args.output_dir, config, questions),
     }
     results["accuracy"] = blind_readers(known, asked)
-    results["accuracy"] |= {name: accuracy(asked, given) for name, given in answered.items()}
+    results["accuracy"] |= {name: accuracy(asked, texts) for name, texts in answered.items()}
     text = Path(quick.held_out_text or f"{config.base}/held_out.jsonl")
     if text.exists():
         results["base_text"] = base_on_text(model, AutoTokenizer.from_pretrained(config.base), text)
     results["seconds"] = time.time() - start
     Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-    rows = [{"": name, **{k: percent(v) for k, v in part.items()}} for name, part in results["accuracy"].items()]
-    write_facts(args.output_dir, **read_facts(args.output_dir), results=rows)
+    records = [{"": name, **{k: percent(v) for k, v in part.items()}} for name, part in results["accuracy"].items()]
+    write_facts(args.output_dir, **read_facts(args.output_dir), results=records)
     folder_card(args.output_dir, model.config).save(f"{args.output_dir}/README.md")
     show(results, text)
 
@@ -155,9 +159,9 @@ def show(results, text):
     console = Console(width=100)
     console.print(table)
     if "base_text" in results:
-        one, other = (results["base_text"][name]["geometric mean"] for name in ("before", "after"))
+        before, after = (results["base_text"][name]["geometric mean"] for name in ("before", "after"))
         same = "every logit bit-equal" if results["base_text"]["bit_equal"] else "logits differ"
-        console.print(f"Base perplexity on held-out text: {one:.2f} -> {other:.2f} ({same})")
+        console.print(f"Base perplexity on held-out text: {before:.2f} -> {after:.2f} ({same})")
     else:
         console.print(f"Base perplexity: not measured, there is no {text} (see --held_out_text)")
     same = "bit-equal, every one hashed" if results["base_and_encoder_bit_equal"] else "CHANGED"

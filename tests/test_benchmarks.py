@@ -47,17 +47,17 @@ def test_library_splits_are_disjoint_balanced_deterministic_and_give_no_answer_a
         'def f():\n    """Converts an array to a torch tensor in place."""', "torch.m0x"
     )
     packages["torch"] += [told] * 2
-    rows = tasks.library_rows(packages)
+    rows = tasks.library_records(packages)
     questions = {split: {row["question"] for row in rows[split]} for split in tasks.SPLITS}
     assert all(questions.values()) and not any("tensor" in text for part in questions.values() for text in part)
     assert sum(map(len, questions.values())) == len(set.union(*questions.values())) == sum(map(len, rows.values()))
     assert tasks.majority(rows["train"]) == 1 / len(tasks.LIBRARIES)
-    assert rows == tasks.library_rows(packages)
+    assert rows == tasks.library_records(packages)
 
 
 def test_library_keeps_a_module_on_one_side_and_held_out_text_away():
     packages = {package: sources(package, 60) for package in tasks.LIBRARIES}
-    rows = tasks.library_rows(packages)
+    rows = tasks.library_records(packages)
     home = {sentence: source for part in packages.values() for source in part for sentence in tasks.sentences(source)}
     for split, part in rows.items():
         for row in part:
@@ -66,9 +66,9 @@ def test_library_keeps_a_module_on_one_side_and_held_out_text_away():
 
 
 def test_numbers_are_all_there_once_and_written_right():
-    rows = tasks.number_rows(2500)
+    rows = tasks.number_records(2500)
     answers = [row["answer"] for split in tasks.SPLITS for row in rows[split]]
-    assert len(answers) == len(set(answers)) == 2501 and rows == tasks.number_rows(2500)
+    assert len(answers) == len(set(answers)) == 2501 and rows == tasks.number_records(2500)
     assert len(rows["train"]) > 5 * len(rows["test"]) > 0 and len(rows["validation"]) > 0
     values = {
         0: "zero",
@@ -85,11 +85,11 @@ def test_numbers_are_all_there_once_and_written_right():
 
 
 def test_easy_vqa_splits_share_no_image():
-    rows = tasks.easy_vqa_rows()
+    rows = tasks.easy_vqa_records()
     images = {split: {row["image"] for row in part} for split, part in rows.items()}
     assert not images["train"] & images["validation"] and not images["test"] & (images["train"] | images["validation"])
     assert all(row["answer"] not in ("yes", "no") for row in rows["validation"] + rows["test"])
-    described = {row["image"] for row in tasks.caption_rows()}
+    described = {row["image"] for row in tasks.caption_records()}
     assert len(described) > 1000 and not described & (images["validation"] | images["test"])
 
 
@@ -107,16 +107,16 @@ def test_retention_text_has_nothing_of_held_out_or_asked_modules():
 
 def test_every_pass_has_every_row_once_in_the_seeds_order():
     rows = list(range(10))
-    order = tasks.training_rows(rows, 25, seed=1)
+    order = tasks.training_records(rows, 25, seed=1)
     assert sorted(order[:10]) == sorted(order[10:20]) == rows and order[:10] != order[10:20]
-    assert order == tasks.training_rows(rows, 25, seed=1) != tasks.training_rows(rows, 25, seed=2)
+    assert order == tasks.training_records(rows, 25, seed=1) != tasks.training_records(rows, 25, seed=2)
 
 
 def test_each_split_asks_its_own_rows_as_many_as_the_task_says(monkeypatch):
     monkeypatch.setattr(tasks, "read", lambda name: {split: [(name, split)] * 5000 for split in tasks.SPLITS})
     for task in tasks.TASKS.values():
         for split in ("validation", "test"):
-            assert tasks.held_out_rows(task, split) == [(task.name, split)] * getattr(task, split)
+            assert tasks.held_out_records(task, split) == [(task.name, split)] * getattr(task, split)
 
 
 # ---------------------------------------------------------------- the results file
@@ -281,7 +281,7 @@ def small_data(monkeypatch, tmp_path):
     pytest.importorskip("peft")
     import training
 
-    rows = {split: tasks.number_rows(200)[split] for split in tasks.SPLITS}
+    rows = {split: tasks.number_records(200)[split] for split in tasks.SPLITS}
     text = {"domain": "windows/code", "text": "def f(x):\n    return x"}
     for name, part in {"numbers": rows, "retention": [text] * 40, "documents": [text] * 4}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(part))

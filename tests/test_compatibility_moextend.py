@@ -11,7 +11,7 @@ from test_sft_trainer import WORDS, config, make_tokenizer
 
 from modeling_moextend import MoExtendConfig, MoExtendForCausalLM
 from modeling_moextend.adapter_file_moextend import FILE
-from modeling_moextend.attaching.extending import described
+from modeling_moextend.attaching.extending import describe_adapters
 from modeling_moextend.families_moextend import find_moe_layers
 from modeling_moextend.publishing.card import create_card
 from modeling_moextend.tools.hashes import base_tensors_hash
@@ -418,7 +418,7 @@ def test_training_beside_another_active_adapter_is_recorded(tmp_path):
         model.set_trainable()
     for _ in range(2):  # what lay below is recorded as it is now, once
         trained = model.set_trainable(adapter_name="default")
-        assert model.adapters["default"].config.trained_on == described(model, ["law"])
+        assert model.adapters["default"].config.trained_on == describe_adapters(model, ["law"])
         assert model.resolve_name() == "default"
         with torch.no_grad():
             next(iter(model.adapter_tensors("law").values())).add_(1)

@@ -174,7 +174,7 @@ def test_routing_of_one_row_leaves_padding_and_empty_slots_out():
     index = torch.tensor([[0, 1], [1, 2], [0, 0], [3, -1], [2, 1], [0, 0]])  # two rows of three tokens
     record = RoutingRecord(torch.zeros(6, 4), index, None, 2, 2, {"default": torch.arange(6) / 4})
     plain = RoutingRecord(torch.zeros(6, 2), index.clamp(0, 1), None, 2, 0)
-    found = routing_of({5: record, 6: plain}, row=1, length=2, width=3)
+    found = routing_of({5: record, 6: plain}, item=1, length=2, width=3)
     assert found["captured"] == {5: [1, 1]}
     assert found["experts"] == {5: [0, 1, 1, 1], 6: [1, 3]}
     assert found["gate"] == {5: [0.75, 1.0]}

@@ -123,7 +123,7 @@ def test_single_values_have_the_dtype_of_the_file(tmp_path):
 @pytest.mark.parametrize("key", ["model.embed_tokens.weight", "model.layers.1.block_sparse_moe.experts.3.w2.weight"])
 def test_a_base_that_lacks_a_tensor_or_has_another_is_refused(key, native, tmp_path):
     save_pair(tmp_path)
-    shard = Checkpoint(tmp_path / "base").place[key]
+    shard = Checkpoint(tmp_path / "base").paths[key]
     tensors = load_file(shard)
     for tensor, problem in ((tensors.pop(key)[:-1], "as .*, the model needs"), (None, f"has no tensor {key}")):
         save_file(tensors if tensor is None else {**tensors, key: tensor.clone()}, shard, {"format": "pt"})
@@ -502,11 +502,11 @@ def test_native_keeps_every_base_tensor(tmp_path):
     save_pair(tmp_path)
     native(tmp_path)
     before, after = Checkpoint(tmp_path / "base"), Checkpoint(tmp_path / "native")
-    for key in before.place:
+    for key in before.paths:
         old, new = before.tensor(key), after.tensor(key)
         assert torch.equal(new[: len(old)], old)
         assert len(new) == (8 if key.endswith("gate.weight") else len(old))
-    added = sorted(after.place.keys() - before.place.keys())
+    added = sorted(after.paths.keys() - before.paths.keys())
     assert len(added) == 4 * 2 * 3 and all(".experts.6." in key or ".experts.7." in key for key in added)
     tensors = load_file(tmp_path / "adapter" / FILE)
     prefix = "model.layers.2.block_sparse_moe"
@@ -517,7 +517,7 @@ def test_native_keeps_every_base_tensor(tmp_path):
 
 def test_native_of_a_base_saved_in_the_models_own_names(tmp_path):
     model = save_pair(tmp_path, save={"save_original_format": False})
-    assert "model.layers.0.mlp.experts.gate_up_proj" in Checkpoint(tmp_path / "base").place
+    assert "model.layers.0.mlp.experts.gate_up_proj" in Checkpoint(tmp_path / "base").paths
     found, loading = native(tmp_path)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     assert_same_but_for_rounding(found, model)
@@ -542,7 +542,7 @@ def test_native_of_an_adapter_in_less_precision(tmp_path):
     found, _ = native(tmp_path)
     assert_same_but_for_rounding(found, MoExtendForCausalLM.from_pretrained(tmp_path / "adapter"))
     checkpoint = Checkpoint(tmp_path / "native")
-    tensors = [checkpoint.tensor(key) for key in checkpoint.place]
+    tensors = [checkpoint.tensor(key) for key in checkpoint.paths]
     assert {tensor.dtype for tensor in tensors} == {torch.float32}, "the base's"
     index = json.loads((tmp_path / "native" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors)

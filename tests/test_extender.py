@@ -25,7 +25,7 @@ from transformers import (
 
 from modeling_moextend import MoExtendForCausalLM, MoExtendProcessor
 from modeling_moextend.extender.router_probe import (
-    count_answer,
+    count_output,
     measure_router_shift,
     probe_config,
     router_deltas,
@@ -208,8 +208,8 @@ def test_plot_without_matplotlib_says_what_to_install(shift, tmp_path, monkeypat
 def test_padding_does_not_count():
     index = torch.tensor([[0, 1], [2, 3], [2, 1], [3, 3]])
     answer = (torch.randn(4, 4), torch.rand(4, 2), index)
-    assert count_answer(answer, None, 4).tolist() == [1, 2, 2, 3]
-    assert count_answer(answer, torch.tensor([[1, 0], [1, 0]]), 4).tolist() == [1, 2, 1, 0]
+    assert count_output(answer, None, 4).tolist() == [1, 2, 2, 3]
+    assert count_output(answer, torch.tensor([[1, 0], [1, 0]]), 4).tolist() == [1, 2, 1, 0]
 
 
 def test_counts_are_the_routers_own_selections(base, tokenizer, texts, tmp_path):

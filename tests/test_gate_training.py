@@ -7,7 +7,7 @@ from test_gate_moextend import LOWEST, gated, listen, opened, random_gate, text
 
 from modeling_moextend.families_moextend import find_moe_layers
 from modeling_moextend.gate_moextend import TokenGate
-from modeling_moextend.training.gate import TOKENS_A_STEP, fit_gate, gate_inputs, run_gate, shared_prefix, some
+from modeling_moextend.training.gate import TOKENS_A_STEP, fit_gate, gate_inputs, run_gate, sample_batch, shared_prefix
 
 SIZE = 6
 
@@ -310,10 +310,10 @@ def test_padded_rows_have_the_margins_of_rows_alone():
 def test_a_step_takes_rows_up_to_its_number_of_tokens():
     generator = torch.Generator().manual_seed(0)
     rows = data(50, 1.0, 1)
-    sizes = [sum(len(ids) for ids, _ in some(rows, generator)) for _ in range(5)]
+    sizes = [sum(len(ids) for ids, _ in sample_batch(rows, generator)) for _ in range(5)]
     assert all(TOKENS_A_STEP - 12 < size <= TOKENS_A_STEP for size in sizes)
     long = [(torch.arange(TOKENS_A_STEP + 5), torch.zeros(TOKENS_A_STEP + 5, SIZE))]
-    assert len(some(long, generator)) == 1
+    assert len(sample_batch(long, generator)) == 1
 
 
 @pytest.mark.parametrize("progress", [True, False])

@@ -12,8 +12,15 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts, Mixtral
 
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.attaching.rules import find_rule
-from modeling_moextend.attaching.selfcheck import TOLERANCE, check_rule, run, same, sample_tokens, self_checked
-from modeling_moextend.attaching.start_values import copies
+from modeling_moextend.attaching.selfcheck import (
+    TOLERANCE,
+    bit_equal,
+    check_rule,
+    run_layer,
+    sample_tokens,
+    self_checked,
+)
+from modeling_moextend.attaching.start_values import copy_sources
 from modeling_moextend.families_moextend import find_moe_layers
 from modeling_moextend.layers_moextend import RouterExtension, add_experts
 from modeling_moextend.routing_moextend import RouterOutput
@@ -228,7 +235,7 @@ def test_the_layers_own_numbers_are_held_against_the_rule(monkeypatch):
         with pytest.raises(ValueError, match=f"Layer 2 of mixtral can't be extended: {reason}"):
             with self_checked(layers, {2: [3, 0]}, wrong, "b"):
                 layers[2].router.moextend.rule = wrong
-                add_experts(layers[2], "b", copies(layers[2], [3, 0], model.config), model.config)
+                add_experts(layers[2], "b", copy_sources(layers[2], [3, 0], model.config), model.config)
 
 
 def test_a_choice_that_is_not_the_rules_is_refused():
@@ -237,7 +244,7 @@ def test_a_choice_that_is_not_the_rules_is_refused():
     layer.router.register_buffer("e_score_correction_bias", torch.linspace(2, 0, 6))
     rule = find_rule(2, layer)
     tokens = sample_tokens(layer, rule)
-    output = RouterOutput(*run(layer, rule, tokens)[:-1])
+    output = RouterOutput(*run_layer(layer, rule, tokens)[:-1])
     tolerance = TOLERANCE[torch.float32]
     check_rule(layer, rule, output.router_logits, output, tolerance)
     with pytest.raises(AssertionError, match="it does not choose the top k by its rule"):
@@ -333,10 +340,10 @@ def test_what_is_compared_is_router_and_experts():
     layer = find_moe_layers(make_base("deepseek_v3").get_decoder())[0]
     rule = find_rule(0, layer)
     tokens = sample_tokens(layer, rule)
-    told, weights, index, output = run(layer, rule, tokens)
+    told, weights, index, output = run_layer(layer, rule, tokens)
     assert [part.shape for part in (told, weights, index, output)] == [(8, 6), (8, 2), (8, 2), (8, 32)]
     expected = layer.router(tokens[0])
-    assert same((told, weights, index), expected)
-    assert same((output,), (layer.experts(tokens[1], index, weights),))
-    assert same((torch.tensor([torch.nan]),), (torch.tensor([torch.nan]),))
-    assert not same((torch.zeros(1),), (torch.ones(1),)) and not same((torch.zeros(1),), (torch.zeros(2),))
+    assert bit_equal((told, weights, index), expected)
+    assert bit_equal((output,), (layer.experts(tokens[1], index, weights),))
+    assert bit_equal((torch.tensor([torch.nan]),), (torch.tensor([torch.nan]),))
+    assert not bit_equal((torch.zeros(1),), (torch.ones(1),)) and not bit_equal((torch.zeros(1),), (torch.zeros(2),))

@@ -15,16 +15,16 @@ def routing_choices(scope=None, selection=None, calibration=None, paper=False, h
     Raises:
         ValueError: `paper`, and a choice that is not the paper's.
     """
-    given = {"scope": scope, "selection": selection, "calibration": calibration}
+    choices = {"scope": scope, "selection": selection, "calibration": calibration}
     if paper:
-        others = {name: value for name, value in given.items() if value not in (None, PAPER[name])}
+        others = {name: value for name, value in choices.items() if value not in (None, PAPER[name])}
         if others:
             raise ValueError(f"paper=True means {PAPER}, but {others} was given: leave out one or the other.")
         return dict(PAPER)
     if scope is None:
-        given["scope"] = "modality" if has_encoder else "gate"
+        choices["scope"] = "modality" if has_encoder else "gate"
     if selection is None:
-        given["selection"] = "exclusive"
+        choices["selection"] = "exclusive"
     if calibration is None:
-        given["calibration"] = "none" if given["selection"] == "exclusive" else "routed"
-    return given
+        choices["calibration"] = "none" if choices["selection"] == "exclusive" else "routed"
+    return choices

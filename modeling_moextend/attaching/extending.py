@@ -39,11 +39,11 @@ def add_adapter(
 
     Raises:
         ValueError: a name that is taken; a plan that does not fit; choices that can't be active together with those of
-            the adapters below. The model is as it was.
+            the active adapters. The model is as it was.
     """
     with model.passes.lock:
         check_new_name(adapter_name, model)
-        plan, below = normalise_plan(extended_layers), list(model.passes.current.active)
+        plan, dependencies = normalise_plan(extended_layers), list(model.passes.current.active)
         if not model.passes.selection().enabled:
             raise ValueError("The adapters are off, and a new one goes on top of the active ones: enable_adapters().")
         if not plan and encoder is None:
@@ -57,12 +57,12 @@ def add_adapter(
             image_token_id=vocab_size if image_token_id is None else image_token_id,
             extended_layers=plan,
             routing_rule=model.config.routing_rule,
-            trained_on=described(model, below),
+            trained_on=describe_adapters(model, dependencies),
             dtype=model.base.dtype,
             **routing_choices(scope, selection, calibration, has_encoder=encoder is not None),
             **entries,
         )
-        check_together({**{name: model.adapters[name].config for name in below}, adapter_name: config}, model)
+        check_together({**{name: model.adapters[name].config for name in dependencies}, adapter_name: config}, model)
         rule = base_rule(config, layers)
         try:
             with self_checked(layers, plan, rule, adapter_name):
@@ -70,13 +70,13 @@ def add_adapter(
         except BaseException:
             model.remove_adapter(adapter_name)
             raise
-        model.adapters[adapter_name].depends_on = set(below)
-        model.activate([*below, adapter_name])
+        model.adapters[adapter_name].depends_on = set(dependencies)
+        model.activate([*dependencies, adapter_name])
         model.require_gradients([adapter_name])
 
 
-def described(model, adapter_names):
-    """What `trained_on` keeps of adapters; where one lies only if it is no folder of this machine."""
+def describe_adapters(model, adapter_names):
+    """The entries of `trained_on` for adapters; where one lies only if it is no folder of this machine."""
     sources = {name: model.adapters[name].config.name_or_path for name in adapter_names}
     return [
         {
@@ -104,19 +104,19 @@ def extend(model, plan):
         if not plan:
             raise ValueError("The plan is empty: name layers and source experts, like {2: [1]}.")
         check_plan(layers, plan)
-        again = sorted(plan.keys() & config.extended_layers.keys())
-        if again:
-            raise ValueError(f"Layers {again} have new experts already; a layer is extended once.")
+        already_extended = sorted(plan.keys() & config.extended_layers.keys())
+        if already_extended:
+            raise ValueError(f"Layers {already_extended} have new experts already; a layer is extended once.")
         if adapter.gate is not None and min(plan) < min(config.extended_layers):
             raise ValueError(
                 f"The gate reads the input of layer {min(config.extended_layers)}, so layer {min(plan)} below it "
                 "can't be added. Name all layers at once, or begin anew with from_base(...)."
             )
-        check_nothing_above(model.adapters, name)
+        check_no_dependents(model.adapters, name)
         extended = copy.copy(config)
         extended.extended_layers = normalise_plan({**config.extended_layers, **plan})
         rule = base_rule(extended, layers)
-        active = {one: model.adapters[one].config for one in model.passes.current.active}
+        active = {other: model.adapters[other].config for other in model.passes.current.active}
         check_together({**active, name: extended}, model)
         with_gate = adapter.gate is None
         tensors = start_tensors(config, layers, model.base, plan, with_gate=with_gate, with_projector=False)
@@ -132,11 +132,11 @@ def extend(model, plan):
         model.passes.change(adapters={**model.passes.current.adapters, name: adapter})
 
 
-def check_nothing_above(adapters, name):
+def check_no_dependents(adapters, name):
     """Refuses to change an adapter that a loaded one, active or not, was trained on top of."""
-    above = [other for other in adapters if name in adapters[other].depends_on]
-    if above:
+    dependents = [other for other in adapters if name in adapters[other].depends_on]
+    if dependents:
         raise ValueError(
-            f"Adapters {above} were trained on top of {name!r} as it is, so it can't change below them: "
-            f"delete_adapter({above}), or load {name!r} in a model of its own."
+            f"Adapters {dependents} were trained on top of {name!r} as it is, so it can't change below them: "
+            f"delete_adapter({dependents}), or load {name!r} in a model of its own."
         )

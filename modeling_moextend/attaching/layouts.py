@@ -35,9 +35,9 @@ def planned_quantiser(name_or_path, options):
     """
     config = options.get("config")
     if not isinstance(config, PretrainedConfig):
-        hub = {name: options[name] for name in CONFIG_KWARGS if options.get(name) is not None}
-        config = AutoConfig.from_pretrained(name_or_path, **hub)
-    config, asked = copy.deepcopy(config), copy.deepcopy(options.get("quantization_config"))
-    if asked is None and quantisation_of(config) is None:
+        hub_kwargs = {name: options[name] for name in CONFIG_KWARGS if options.get(name) is not None}
+        config = AutoConfig.from_pretrained(name_or_path, **hub_kwargs)
+    config, requested = copy.deepcopy(config), copy.deepcopy(options.get("quantization_config"))
+    if requested is None and quantisation_of(config) is None:
         return None
-    return get_hf_quantizer(config, asked, options.get("device_map"), None, {})[0]
+    return get_hf_quantizer(config, requested, options.get("device_map"), None, {})[0]

@@ -27,14 +27,14 @@ def load_new_encoder(encoder, base, options=None):
 
 def identity(base, encoder):
     """The entries of a config that say which base and encoder these are."""
-    known = {
+    entries = {
         "base_model_name_or_path": base.config._name_or_path or None,
         "base_model_revision": getattr(base.config, "_commit_hash", None),
         "base_fingerprint": fingerprint(base.get_decoder()),
         "text_config": copy.deepcopy(base.config),
     }
     if encoder is not None:
-        known["encoder_name_or_path"] = encoder.config._name_or_path or None
-        known["encoder_config"] = copy.deepcopy(encoder.config)
-        known["encoder_fingerprint"] = fingerprint(encoder)
-    return known
+        entries["encoder_name_or_path"] = encoder.config._name_or_path or None
+        entries["encoder_config"] = copy.deepcopy(encoder.config)
+        entries["encoder_fingerprint"] = fingerprint(encoder)
+    return entries

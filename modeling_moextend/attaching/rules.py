@@ -1,9 +1,10 @@
 """Finding the rule by which a base's routers work, for a base that was never extended: see docs/families.md.
 
-No family has a row of its own here. A float32 twin of the router with random rows answers random tokens, and what
+No family has a rule of its own here. A float32 twin of the router with random rows answers random tokens, and what
 explains its answer is its rule. So a family of a newer transformers needs nothing here if it follows a known rule, and
-is refused, by name and with the reason, if it does not. What is found is kept with every adapter; loading only checks
-that it still holds (families_moextend.check_routers). It needs no weights, and no checkpoint's values can fool it.
+is refused, by name and with the reason, if it does not. What is found is recorded with every adapter; loading only
+checks that it still holds (families_moextend.check_routers). It needs no weights, and no checkpoint's values can fool
+it.
 
 Letters: T tokens, E base experts, K experts a token selects, H hidden size.
 """
@@ -93,8 +94,8 @@ def probe_router(layer, rows, correction, seed=0):
         NoRule: it depends on more than hidden states, or does not answer like a router.
     """
     generator = torch.Generator().manual_seed(seed)
-    in_group = layer.num_experts // num_groups(layer.router)
-    widened = {"top_k": 2} if layer.router.__dict__.get("top_k") == 1 and in_group > 1 else {}
+    group_size = layer.num_experts // num_groups(layer.router)
+    widened = {"top_k": 2} if layer.router.__dict__.get("top_k") == 1 and group_size > 1 else {}
     with torch.device("cpu"), torch.no_grad():
         twin = random_twin(layer.router, generator, **widened).eval()  # renormalised, K = 1 always weighs 1
         weight = twin.get_parameter(rows)
@@ -104,10 +105,10 @@ def probe_router(layer, rows, correction, seed=0):
         if correction and not args:
             tensor = tensor_at(twin, correction)
             tensor.copy_(bias.reshape(tensor.shape))
-        return Probe(twin, tokens, answer_of(layer, twin, tokens, args), bias)
+        return Probe(twin, tokens, router_output(layer, twin, tokens, args), bias)
 
 
-def answer_of(layer, router, tokens, args=()):
+def router_output(layer, router, tokens, args=()):
     """What `router`, a copy of a layer's, answers for tokens [T, H]: a `RouterOutput`, or `NoRule`.
 
     `args`: what it is called with beside hidden states.
@@ -116,18 +117,18 @@ def answer_of(layer, router, tokens, args=()):
     if missing:
         raise NoRule(f"its choice also depends on {', '.join(missing)}, where a new row sees the hidden state alone")
     try:
-        answer = call_router(router, tokens, *args)
+        output = call_router(router, tokens, *args)
     except Exception as error:  # whatever a family's code raises
         raise NoRule(f"asked for random tokens it fails ({type(error).__name__}: {error})") from error
-    if not isinstance(answer, tuple) or len(answer) not in (3, 4) or not all(map(torch.is_tensor, answer)):
+    if not isinstance(output, tuple) or len(output) not in (3, 4) or not all(map(torch.is_tensor, output)):
         raise NoRule("it does not answer (logits, weights, index)")
-    logits, weights, index, *_ = answer
+    logits, weights, index, *_ = output
     if logits.shape != (len(tokens), layer.num_experts) or weights.shape != index.shape or len(index) != len(tokens):
-        shapes = ", ".join(str(list(part.shape)) for part in answer)
+        shapes = ", ".join(str(list(part.shape)) for part in output)
         raise NoRule(f"it answers shapes {shapes}, not [T, E], [T, K], [T, K]")
     if not bool(((index >= 0) & (index < layer.num_experts)).all()):
         raise NoRule(f"it answers indices that are none of its {layer.num_experts} experts")
-    return RouterOutput(logits.float(), weights.float(), *answer[2:])
+    return RouterOutput(logits.float(), weights.float(), *output[2:])
 
 
 def random_twin(module, generator, **attributes):
@@ -179,10 +180,10 @@ def complete_rule(recorded, layers, plan):
         return Rule(**{**first_rule(layers)._asdict(), **recorded})
     rules = dict(find_rules(layers, plan))
     rule = rules[min(plan)]
-    for index, found in rules.items():
-        if not same_rule(found, rule):
+    for index, other in rules.items():
+        if not same_rule(other, rule):
             raise ValueError(
-                f"Layer {index} of {family_of(layers[index].router)} routes by {found}, the other extended layers by "
+                f"Layer {index} of {family_of(layers[index].router)} routes by {other}, the other extended layers by "
                 f"{rule}: an adapter extends layers of one rule. Leave this layer out."
             )
     return Rule(**{**rule._asdict(), **recorded})
@@ -190,12 +191,12 @@ def complete_rule(recorded, layers, plan):
 
 def find_rules(layers, indices):
     """The rule of each of the layers `indices`, as `find_rule`; routers of one kind and setting are asked once."""
-    seen = {}
+    rules = {}
     for index in indices:
-        kind = settings(layers[index].router), correction_at(layers[index])
-        if kind not in seen:
-            seen[kind] = find_rule(index, layers[index])
-        yield index, seen[kind]
+        kind = settings(layers[index].router), correction_path(layers[index])
+        if kind not in rules:
+            rules[kind] = find_rule(index, layers[index])
+        yield index, rules[kind]
 
 
 def settings(module):
@@ -232,8 +233,8 @@ def find_rule(index, layer):
     """
     try:
         with torch.device("cpu"), torch.no_grad():
-            rule, again = fit_rule(layer, seed=0), fit_rule(layer, seed=1)
-        if not same_rule(rule, again):
+            rule, repeated = fit_rule(layer, seed=0), fit_rule(layer, seed=1)
+        if not same_rule(rule, repeated):
             raise NoRule("numbers of its rule lie in a tensor of its own, so a new row would not go by them")
         return rule
     except NoRule as error:
@@ -261,7 +262,7 @@ def rows_of(router, num_experts):
     return paths[0]
 
 
-def correction_at(layer):
+def correction_path(layer):
     """Where a layer keeps its correction bias, as in `Rule.correction`."""
     router, num_experts, block = layer.router, layer.num_experts, layer.block
     tensors = dict(router.named_parameters()) | dict(router.named_buffers())
@@ -277,30 +278,37 @@ def correction_at(layer):
 
 def fit_rule(layer, seed):
     """The `Rule` that explains what a layer's router answers, or `NoRule`; what is random goes by `seed`."""
-    rows, correction = rows_of(layer.router, layer.num_experts), correction_at(layer)
+    rows, correction = rows_of(layer.router, layer.num_experts), correction_path(layer)
     probe = probe_router(layer, rows, correction, seed)
     scale = EXPERT_SCALE if EXPERT_SCALE in probe.twin._parameters else ""
     shared = len(probe.twin.get_parameter(rows)) - layer.num_experts
-    known = Rule("softmax", True, shared=shared, rows=rows, correction=correction, expert_scale=scale)
-    return find_weights(probe, *find_link(probe, known))
+    rule = Rule("softmax", True, shared=shared, rows=rows, correction=correction, expert_scale=scale)
+    return find_weights(probe, *find_logits(probe, rule))
 
 
-def find_link(probe, known):
-    """How rows make what the router answers first: (`known` with that filled in, logits [T, E]), or `NoRule`."""
-    twin, answered = probe.twin, probe.output.router_logits
-    weight, bias = twin.get_parameter(known.rows), tensor_at(twin, bias_path(known))
+def find_logits(probe, partial_rule):
+    """How rows make what the router returns first.
+
+    Returns:
+        (`partial_rule` with that filled in, logits [T, E]).
+
+    Raises:
+        NoRule: otherwise than any known rule.
+    """
+    twin, router_logits = probe.twin, probe.output.router_logits
+    weight, bias = twin.get_parameter(partial_rule.rows), tensor_at(twin, bias_path(partial_rule))
     for inputs, transform in INPUTS.items():
         try:
-            products = F.linear(transform(twin, probe.tokens), weight, bias)[:, : answered.shape[-1]]
+            products = F.linear(transform(twin, probe.tokens), weight, bias)[:, : router_logits.shape[-1]]
         except AttributeError:
             continue  # this router has not what the transform needs
         for answers in ("logits", *SCORES):
-            rule = known._replace(inputs=inputs, answers="logits" if answers == "logits" else "scores")
+            rule = partial_rule._replace(inputs=inputs, answers="logits" if answers == "logits" else "scores")
             rule = rule._replace(softcap=float(twin.__dict__.get(SOFTCAP, 0.0)))
             if answers == "logits" and not rule.softcap:
-                rule = rule._replace(multiplier=factor(products, answered))
+                rule = rule._replace(multiplier=factor(products, router_logits))
             logits = scale_logits(products, rule)
-            if close(logits if answers == "logits" else SCORES[answers](logits), answered):
+            if close(logits if answers == "logits" else SCORES[answers](logits), router_logits):
                 return rule, logits
     raise NoRule("its logits are not weight @ hidden state (+ bias)")
 
@@ -310,36 +318,40 @@ def find_weights(probe, rule, logits):
     twin, weights, index = probe.twin, probe.output.top_k_weights, probe.output.top_k_index
     if rule.expert_scale:
         weights = weights / twin.get_parameter(rule.expert_scale)[index]
-    chosen = False
+    choice_known = False
     for score in SCORES:
         for corrected in ("score", "logit") if rule.correction else ("score",):
-            tried = rule._replace(score=score, corrected=corrected, floor=float(twin.__dict__.get(FLOOR, 0.0)))
-            if not is_top_k(index, choice_keys(logits, tried, probe.correction_bias), num_groups(twin)):
+            candidate = rule._replace(score=score, corrected=corrected, floor=float(twin.__dict__.get(FLOOR, 0.0)))
+            if not is_top_k(index, choice_keys(logits, candidate, probe.correction_bias), num_groups(twin)):
                 continue
-            chosen = True
-            if rule.shared and shares(probe, tried, logits):
-                return tried
+            choice_known = True
+            if rule.shared and shares_sum(probe, candidate, logits):
+                return candidate
             for renormalise in () if rule.shared else (True, False):
-                found = fitted(tried._replace(renormalise=renormalise), SCORES[score](logits), index, weights)
-                if close(rule_weights(SCORES[score](logits), index, found), weights):
-                    return found
+                fitted_rule = fit_numbers(
+                    candidate._replace(renormalise=renormalise), SCORES[score](logits), index, weights
+                )
+                if close(rule_weights(SCORES[score](logits), index, fitted_rule), weights):
+                    return fitted_rule
     jitter = twin.__dict__.get(JITTER)
     if jitter is not None and close(sparsemixer(logits, index, jitter), weights):
         return rule._replace(score="softmax", renormalise=False, jitter=jitter)
-    raise NoRule("its weights follow no known rule" if chosen else "it does not choose the top k of any known score")
+    raise NoRule(
+        "its weights follow no known rule" if choice_known else "it does not choose the top k of any known score"
+    )
 
 
-def shares(probe, rule, logits):
+def shares_sum(probe, rule, logits):
     """Whether chosen and shared experts share one sum: all weights over all scores are one number for all tokens."""
     rows = probe.twin.get_parameter(rule.rows)[-rule.shared :]
     scores = [SCORES[rule.score](part) for part in (logits, scale_logits(F.linear(probe.tokens, rows), rule))]
     scores = torch.cat([scores[0].gather(-1, probe.output.top_k_index), scores[1]], dim=-1)
-    found = scores / scores.sum(dim=-1, keepdim=True)
-    answered = torch.cat([probe.output.top_k_weights, probe.output.shared], dim=-1)
-    return close(found * factor(found, answered), answered)
+    shares = scores / scores.sum(dim=-1, keepdim=True)
+    weights = torch.cat([probe.output.top_k_weights, probe.output.shared], dim=-1)
+    return close(shares * factor(shares, weights), weights)
 
 
-def fitted(rule, scores, index, weights):
+def fit_numbers(rule, scores, index, weights):
     """`rule` with the epsilon and scale that come nearest to the answered weights.
 
     Per token, the ratio of the answered sum and that of `rule` is scale * sum / (sum + epsilon); its inverse is a
@@ -355,7 +367,7 @@ def fitted(rule, scores, index, weights):
     return rule._replace(scale=factor(rule_weights(scores, index, rule), weights))
 
 
-def factor(found, answered):
-    """The number that `found` has to be multiplied with to come nearest to `answered`."""
-    found, answered = found.double(), answered.double()
-    return float(f"{((found * answered).sum() / found.square().sum()).item():.7g}")
+def factor(values, target):
+    """The number that `values` has to be multiplied with to come nearest to `target`."""
+    values, target = values.double(), target.double()
+    return float(f"{((values * target).sum() / values.square().sum()).item():.7g}")

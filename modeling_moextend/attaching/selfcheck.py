@@ -28,13 +28,15 @@ def self_checked(layers, plan, rule, name):
         ValueError: a layer that is not what it was, or whose new rows or experts are no copies; says family and layer.
     """
     tokens = {index: sample_tokens(layers[index], rule) for index in plan}
-    with switched_off(layers):
-        outputs = {index: run(layers[index], rule, found) for index, found in tokens.items() if found is not None}
+    with without_new_experts(layers):
+        outputs = {
+            index: run_layer(layers[index], rule, sampled) for index, sampled in tokens.items() if sampled is not None
+        }
     yield
     for index, expected in outputs.items():
         try:
-            with switched_off(layers):
-                check_off(lambda: run(layers[index], rule, tokens[index]), expected)  # noqa: B023
+            with without_new_experts(layers):
+                check_disabled(lambda: run_layer(layers[index], rule, tokens[index]), expected)  # noqa: B023
             check_layer(layers[index], name, rule, tokens[index], plan[index], expected)
         except AssertionError as error:
             raise ValueError(
@@ -43,7 +45,7 @@ def self_checked(layers, plan, rule, name):
             ) from error
 
 
-def switched_off(layers):
+def without_new_experts(layers):
     """Context in which layers that are extended already run without new experts."""
     router = next(iter(layers.values())).router
     return router.moextend.passes.using(enabled=False) if is_extended(router) else contextlib.nullcontext()
@@ -66,27 +68,27 @@ def sample_tokens(layer, rule):
 
 
 @torch.no_grad()
-def run(layer, rule, tokens):
+def run_layer(layer, rule, tokens):
     """What the router answers and then the experts' output, for sampled tokens; forward hooks don't see it."""
     correction = (correction_of(layer, rule),) if ":" in rule.correction else ()
     with evaluation_mode(layer.router, layer.experts):
-        answer = call_router(layer.router, tokens[0].clone(), *correction)
-        _, weights, index, *_ = answer
-        return *answer, layer.experts.forward(tokens[1].clone(), index, weights)
+        output = call_router(layer.router, tokens[0].clone(), *correction)
+        _, weights, index, *_ = output
+        return *output, layer.experts.forward(tokens[1].clone(), index, weights)
 
 
-def check_off(again, expected):
+def check_disabled(run_again, expected):
     """Asserts that a layer with its new experts off answers as before."""
-    found = again()
-    if same(found, expected):
+    outputs = run_again()
+    if bit_equal(outputs, expected):
         return
-    deterministic = same(again(), found)  # some kernels never give the same bits twice
-    assert not deterministic and all(torch.allclose(*pair, rtol=0.02) for pair in zip(found, expected, strict=True)), (
-        "with the new experts off it does not answer as before"
-    )
+    deterministic = bit_equal(run_again(), outputs)  # some kernels never give the same bits twice
+    assert not deterministic and all(
+        torch.allclose(*pair, rtol=0.02) for pair in zip(outputs, expected, strict=True)
+    ), "with the new experts off it does not answer as before"
 
 
-def same(ones, others):
+def bit_equal(ones, others):
     """Whether tensors are equal bit for bit, NaN counted as equal to NaN."""
     return all(
         one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
@@ -94,10 +96,10 @@ def same(ones, others):
     )
 
 
-def assert_near(found, expected, tolerance, what, at_least=0.0):
+def assert_near(actual, expected, tolerance, what, at_least=0.0):
     """Asserts that tensors differ by no more than `tolerance` of the largest value expected (or `at_least`)."""
-    found, expected = found.float(), expected.float()
-    error = (found - expected).abs().amax().item()
+    actual, expected = actual.float(), expected.float()
+    error = (actual - expected).abs().amax().item()
     size = max(at_least, expected.abs().amax().item())
     assert not error > tolerance * size, f"{what} (they are {error:.2g} apart)"
 
@@ -106,7 +108,7 @@ def assert_near(found, expected, tolerance, what, at_least=0.0):
 def check_layer(layer, name, rule, tokens, sources, expected):
     """Asserts that rule, rows and experts of an extended layer are what they were taken for.
 
-    `expected`: what `run` found before: parts of a `RouterOutput`, and the experts' output.
+    `expected`: what `run_layer` gave before: parts of a `RouterOutput`, and the experts' output.
     """
     output, tolerance = RouterOutput(*expected[:-1]), TOLERANCE.get(tokens[0].dtype, HALF)
     logits = check_rows(layer, name, rule, tokens[0], sources, output.router_logits, tolerance)
@@ -116,18 +118,18 @@ def check_layer(layer, name, rule, tokens, sources, expected):
         check_copies(layer.experts, name, tokens[1][:2], sources, tolerance)
 
 
-def check_rows(layer, name, rule, tokens, sources, answered, tolerance):
+def check_rows(layer, name, rule, tokens, sources, router_logits, tolerance):
     """Asserts that copied rows give their sources' logits, and that logits are what the router goes by; returns the
     base's logits [T, E]."""
     extension = layer.router.moextend
     with onloaded(layer.router) as router:
         rows = {name: extension.adapters[name]}
-        base_logits, new_logits = extension.logits(router, tokens, answered, rows)
+        base_logits, new_logits = extension.logits(router, tokens, router_logits, rows)
     pairs = [(new_logits[name], base_logits[:, sources])]
     if rule.answers != "logits":
-        pairs.append((SCORES[rule.score](base_logits.float()), answered))
-    for found, expected in pairs:
-        assert_near(found, expected, tolerance, "a copied router row gives another logit than its source", 1.0)
+        pairs.append((SCORES[rule.score](base_logits.float()), router_logits))
+    for actual, expected in pairs:
+        assert_near(actual, expected, tolerance, "a copied router row gives another logit than its source", 1.0)
     return base_logits.float()
 
 
@@ -142,8 +144,8 @@ def check_rule(layer, rule, logits, output, tolerance):
         return  # SparseMixer has thresholds, which rounded logits may lie on either side of
     with onloaded(layer.router) as router:
         scale = tensor_at(router, rule.expert_scale) if rule.expert_scale else None
-    made_by = rule_with_shared_experts(rule, logits, output) if rule.shared else rule
-    weights = expert_weights(logits, output.top_k_index, made_by, expert_scale=scale)
+    weight_rule = rule_with_shared_experts(rule, logits, output) if rule.shared else rule
+    weights = expert_weights(logits, output.top_k_index, weight_rule, expert_scale=scale)
     assert_near(weights, output.top_k_weights, tolerance, "its weights are not those of its rule")
 
 
@@ -151,8 +153,8 @@ def check_pairs(experts, tokens, output, expected, tolerance):
     """Asserts that the output is the sum of what each chosen expert gives alone: so new experts are run and added."""
     weights, index = output.top_k_weights, output.top_k_index
     pairs = run_pairs(experts.forward, tokens, index, weights, torch.arange(index.numel(), device=index.device), 0)
-    found = pairs.view(*index.shape, -1).float().sum(dim=1)
-    assert_near(found, expected, tolerance, "the output of its experts is not the sum of what each of them gives")
+    summed = pairs.view(*index.shape, -1).float().sum(dim=1)
+    assert_near(summed, expected, tolerance, "the output of its experts is not the sum of what each of them gives")
 
 
 def check_copies(experts, name, tokens, sources, tolerance):
@@ -162,7 +164,7 @@ def check_copies(experts, name, tokens, sources, tolerance):
         expected = experts.forward(tokens.clone(), torch.full_like(weights, source, dtype=torch.long), weights)
         index = torch.full_like(weights, number, dtype=torch.long)
         try:
-            found = new.forward(tokens.to(new.down_proj.dtype), index, weights)
+            actual = new.forward(tokens.to(new.down_proj.dtype), index, weights)
         except Exception as error:
             raise AssertionError(f"a new expert can't run ({type(error).__name__}: {error})") from error
-        assert_near(found, expected, tolerance, "a copied expert gives another output than its source")
+        assert_near(actual, expected, tolerance, "a copied expert gives another output than its source")

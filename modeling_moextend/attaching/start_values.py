@@ -30,13 +30,15 @@ def start_tensors(config, layers, base, plan=None, *, with_gate=True, with_proje
     tensors, modules = {}, {}
     plan = config.extended_layers if plan is None else plan
     for index, sources in plan.items():
-        tensors |= {f"layers.{index}.{name}": value for name, value in copies(layers[index], sources, config).items()}
+        tensors |= {
+            f"layers.{index}.{name}": value for name, value in copy_sources(layers[index], sources, config).items()
+        }
         if config.calibration != "none":
             device = tensors[f"layers.{index}.router.weight"].device
             size = layers[index].num_experts + len(sources)
             calibration = Calibration(size, config.calibration_hidden_size, device=device)
             nn.init.zeros_(calibration.fc2.weight)
-            tensors |= named(f"layers.{index}.calibration", calibration)
+            tensors |= named_tensors(f"layers.{index}.calibration", calibration)
     if config.scope == "gate" and plan and with_gate:
         rows = tensors[f"layers.{min(plan)}.router.weight"]
         modules["gate"] = TokenGate(rows.shape[-1], config.gate_hidden_size, device=rows.device)
@@ -44,28 +46,28 @@ def start_tensors(config, layers, base, plan=None, *, with_gate=True, with_proje
         sizes = config.encoder_config.hidden_size, config.get_text_config().hidden_size
         modules["projector"] = Projector(*sizes, config.projector_hidden_act, device=input_device(base))
     for part, module in modules.items():
-        tensors |= named(part, module)
+        tensors |= named_tensors(part, module)
     return tensors
 
 
-def named(part, module):
+def named_tensors(part, module):
     """A module's parameters by role."""
     return {f"{part}.{name}": tensor.detach() for name, tensor in module.named_parameters()}
 
 
-def copies(layer, sources, config):
+def copy_sources(layer, sources, config):
     """What new experts of one layer copy from their sources: role -> value."""
     rule = Rule(**config.routing_rule)
     with onloaded(layer.experts), onloaded(layer.router) as router:
-        check_one_an_expert(layer)
-        found = {f"experts.{name}": p for name, p in layer.experts._parameters.items() if p is not None}
-        rows = {role: tensor_at(router, path) for role, path in row_paths(rule).items() if path}
-        rows["correction_bias"] = correction_of(layer, rule)
-        found |= {f"router.{role}": tensor for role, tensor in rows.items() if tensor is not None}
-        return {role: tensor.detach()[sources].to(torch.float32, copy=True) for role, tensor in found.items()}
+        check_stacked(layer)
+        stacks = {f"experts.{name}": p for name, p in layer.experts._parameters.items() if p is not None}
+        router_tensors = {role: tensor_at(router, path) for role, path in row_paths(rule).items() if path}
+        router_tensors["correction_bias"] = correction_of(layer, rule)
+        stacks |= {f"router.{role}": tensor for role, tensor in router_tensors.items() if tensor is not None}
+        return {role: tensor.detach()[sources].to(torch.float32, copy=True) for role, tensor in stacks.items()}
 
 
-def check_one_an_expert(layer):
+def check_stacked(layer):
     """Refuses experts with a parameter that does not hold one part for each expert, and names it."""
     for name, p in layer.experts.named_parameters(recurse=False):
         if p.dim() == 0 or len(p) != layer.num_experts:

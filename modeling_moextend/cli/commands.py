@@ -110,14 +110,14 @@ class Terminal(Console):
     def say(self, text, allowed=""):
         self.print(escaped(text, allowed, self.encoding))
 
-    def table(self, columns, rows, allowed=""):
+    def table(self, columns, lines, allowed=""):
         """A table, unless there is nothing in it."""
         table = Table()
         for column in columns:
             table.add_column(escaped(column, allowed, self.encoding), overflow="fold")
-        for row in rows:
-            table.add_row(*(escaped(str(cell), allowed, self.encoding) for cell in row))
-        if rows:
+        for line in lines:
+            table.add_row(*(escaped(str(cell), allowed, self.encoding) for cell in line))
+        if lines:
             self.print(table)
 
 
@@ -159,10 +159,10 @@ def verify_command(args):
     return verify_adapter(args.adapter, **{name: getattr(args, name) for name in names}, **hub_options(args))
 
 
-def code_of_verify(found):
+def verify_exit_code(result):
     """A file that can't be read is no different here than in other commands."""
-    unread = any(row["check"] == "file" and not row["ok"] for row in found["checks"])
-    return OK if found["ok"] else UNREADABLE if unread else PROBLEM
+    unreadable = any(check["check"] == "file" and not check["ok"] for check in result["checks"])
+    return OK if result["ok"] else UNREADABLE if unreadable else PROBLEM
 
 
 def diff_command(args):
@@ -222,11 +222,11 @@ def push_command(args):
     if args.report is not None and not Path(args.report, "report.json").is_file():
         raise FileNotFoundError(f"{args.report}: no report there. examples/evaluate_adapter.py writes one.")
     options = {name: getattr(args, name) for name in ("base", "encoder", "report", "revision")}
-    done = publish_folder(folder, args.repo_id, private=args.private or None, **options)
-    return {"repo_id": args.repo_id, "commit": done.oid, "url": done.commit_url}
+    commit = publish_folder(folder, args.repo_id, private=args.private or None, **options)
+    return {"repo_id": args.repo_id, "commit": commit.oid, "url": commit.commit_url}
 
 
-def adapter_place(text):
+def adapter_location(text):
     """An adapter's argument, refused as wrong usage where it can be neither a folder nor a Hub id."""
     if not Path(text).is_dir():
         try:
@@ -261,63 +261,67 @@ def positive(text):
 
 
 def hub_options(args):
-    """Those keywords for the Hub that were given."""
-    given = {name: getattr(args, name) for name in ("revision", "subfolder", "cache_dir")}
-    return {name: value for name, value in given.items() if value is not None}
+    """The keywords for the Hub that the arguments name."""
+    options = {name: getattr(args, name) for name in ("revision", "subfolder", "cache_dir")}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 # ---------------------------------------------------------------- printing results
 
 
-def show_inspect(console, found):
-    console.say(f"{found['adapter']} (format {found['format']}, {', '.join(found['files'])})")
+def show_inspect(console, result):
+    console.say(f"{result['adapter']} (format {result['format']}, {', '.join(result['files'])})")
     for role in ("base", "encoder"):
-        if found[role] is not None:
-            part = found[role]
-            place = f"{part['subfolder']}/ in this checkpoint" if part["subfolder"] else part["name_or_path"]
-            at = f" at {part['revision']}" if part["revision"] and not part["subfolder"] else ""
-            console.say(f"{role}: {place}{at} ({part['model_type']})")
-    console.say(", ".join(f"{name} {found[name]}" for name in ("scope", "selection", "calibration")))
-    if found["gate_threshold"] is not None:
-        console.say(f"gate threshold {found['gate_threshold']}")
-    rows = [[row["layer"], " ".join(map(str, row["source_experts"])), *sizes(row)] for row in found["layers"]]
-    rows += [[row["part"], "", *sizes(row)] for row in found["others"]] + [["all", "", *sizes(found)]]
-    console.table(["layer", "source experts", "tensors", "parameters", "bytes"], rows)
+        if result[role] is not None:
+            part = result[role]
+            location = f"{part['subfolder']}/ in this checkpoint" if part["subfolder"] else part["name_or_path"]
+            revision = f" at {part['revision']}" if part["revision"] and not part["subfolder"] else ""
+            console.say(f"{role}: {location}{revision} ({part['model_type']})")
+    console.say(", ".join(f"{name} {result[name]}" for name in ("scope", "selection", "calibration")))
+    if result["gate_threshold"] is not None:
+        console.say(f"gate threshold {result['gate_threshold']}")
+    lines = [
+        [entry["layer"], " ".join(map(str, entry["source_experts"])), *sizes(entry)] for entry in result["layers"]
+    ]
+    lines += [[entry["part"], "", *sizes(entry)] for entry in result["others"]] + [["all", "", *sizes(result)]]
+    console.table(["layer", "source experts", "tensors", "parameters", "bytes"], lines)
 
 
-def show_inspect_all(console, found):
-    show_inspect(console, found)
-    rows = [[row["name"], row["dtype"], " x ".join(map(str, row["shape"]))] for row in found["tensors"]]
-    console.table(["tensor", "dtype", "shape"], rows)
+def show_inspect_all(console, result):
+    show_inspect(console, result)
+    lines = [[entry["name"], entry["dtype"], " x ".join(map(str, entry["shape"]))] for entry in result["tensors"]]
+    console.table(["tensor", "dtype", "shape"], lines)
 
 
-def sizes(row):
-    return [f"{row[name]:,}" for name in ("num_tensors", "num_parameters", "num_bytes")]
+def sizes(entry):
+    return [f"{entry[name]:,}" for name in ("num_tensors", "num_parameters", "num_bytes")]
 
 
-def show_verify(console, found):
-    rows = [["ok" if row["ok"] else "FAILED", row["check"], row["detail"]] for row in found["checks"]]
-    console.table(["", "check", found["adapter"]], rows, allowed="\n")
-    for name, text in (found["sample"] or {}).items():
+def show_verify(console, result):
+    lines = [["ok" if check["ok"] else "FAILED", check["check"], check["detail"]] for check in result["checks"]]
+    console.table(["", "check", result["adapter"]], lines, allowed="\n")
+    for name, text in (result["sample"] or {}).items():
         console.say(f"{name}: {text}", allowed="\n\t")
 
 
-def show_diff(console, found):
-    if found["equal"]:
+def show_diff(console, result):
+    if result["equal"]:
         console.say("equal: config and every tensor, bit by bit")
         return
-    names = found["adapters"]
-    rows = [[row["entry"], *map(short, row["values"])] for row in found["config"]]
-    rows += [[row["name"], *map(short, row["values"])] for row in found["shapes"]]
-    rows += [[name, "is there", ""] for name in found["only_in"][0]]
-    rows += [[name, "", "is there"] for name in found["only_in"][1]]
-    console.table(["entry or tensor", *names], rows)
-    rows = [
-        [row["name"], number(row["max_abs"]), number(row["relative"])] for row in found["tensors"] if not row["equal"]
+    names = result["adapters"]
+    lines = [[entry["entry"], *map(short, entry["values"])] for entry in result["config"]]
+    lines += [[entry["name"], *map(short, entry["values"])] for entry in result["shapes"]]
+    lines += [[name, "is there", ""] for name in result["only_in"][0]]
+    lines += [[name, "", "is there"] for name in result["only_in"][1]]
+    console.table(["entry or tensor", *names], lines)
+    lines = [
+        [entry["name"], number(entry["max_abs"]), number(entry["relative"])]
+        for entry in result["tensors"]
+        if not entry["equal"]
     ]
-    console.table(["tensor", "max |a - b|", "|a - b| / |a|"], rows)
+    console.table(["tensor", "max |a - b|", "|a - b| / |a|"], lines)
     console.say(
-        f"{len(found['tensors']) - len(rows)} of {len(found['tensors'])} tensors in both are equal, bit by bit"
+        f"{len(result['tensors']) - len(lines)} of {len(result['tensors'])} tensors in both are equal, bit by bit"
     )
 
 
@@ -330,12 +334,14 @@ def number(value):
     return "not finite" if value is None else f"{value:.3g}"
 
 
-def show_merge(console, done):
-    console.say(f"{done['folder']}: a {done['kind']} checkpoint, {done['files']} files, {done['bytes']:,} bytes")
+def show_merge(console, result):
+    console.say(
+        f"{result['folder']}: a {result['kind']} checkpoint, {result['files']} files, {result['bytes']:,} bytes"
+    )
 
 
-def show_push(console, done):
-    console.say(f"published: {done['url']}")
+def show_push(console, result):
+    console.say(f"published: {result['url']}")
 
 
 # ---------------------------------------------------------------- arguments
@@ -345,33 +351,35 @@ def build_parser():
     """The parser of all commands."""
     text = "Look into MoExtend adapters; check, compare, export and publish them."
     parser = Parser("moextend", description=text, epilog=EXIT_CODES, formatter_class=AS_WRITTEN)
-    more = "`moextend <command> --help` says more"
-    commands = parser.add_subparsers(dest="command", required=True, metavar="<command>", help=more)
+    hint = "`moextend <command> --help` says more"
+    commands = parser.add_subparsers(dest="command", required=True, metavar="<command>", help=hint)
 
-    one = add_command(commands, "inspect", inspect_command, show_inspect, refused=UNREADABLE)
-    one.add_argument("adapter", type=adapter_place, help=ADAPTER)
-    one.add_argument("--tensors", dest="show", action="store_const", const=show_inspect_all, help="list every tensor")
-    add_hub_options(one)
+    command = add_command(commands, "inspect", inspect_command, show_inspect, refused=UNREADABLE)
+    command.add_argument("adapter", type=adapter_location, help=ADAPTER)
+    command.add_argument(
+        "--tensors", dest="show", action="store_const", const=show_inspect_all, help="list every tensor"
+    )
+    add_hub_options(command)
 
-    one = add_command(commands, "verify", verify_command, show_verify, code=code_of_verify, refused=UNREADABLE)
-    one.add_argument("adapter", type=adapter_place, help=ADAPTER)
-    add_parts(one)
-    one.add_argument(
+    command = add_command(commands, "verify", verify_command, show_verify, code=verify_exit_code, refused=UNREADABLE)
+    command.add_argument("adapter", type=adapter_location, help=ADAPTER)
+    add_parts(command)
+    command.add_argument(
         "--dtype",
         default="auto",
         choices=DTYPES,
         metavar="DTYPE",
         help=f"to load base and encoder in: {', '.join(DTYPES)} (default: auto, what they were saved in)",
     )
-    one.add_argument(
+    command.add_argument(
         "--prompt", default=PROMPT, help="what the sample answers; without a tokenizer some token ids are"
     )
-    one.add_argument(
+    command.add_argument(
         "--max-new-tokens", type=positive, default=20, metavar="N", help="length of the sample (default: 20)"
     )
-    add_hub_options(one)
+    add_hub_options(command)
 
-    one = add_command(
+    command = add_command(
         commands,
         "diff",
         diff_command,
@@ -379,41 +387,43 @@ def build_parser():
         code=lambda result: OK if result["equal"] else PROBLEM,
         refused=UNREADABLE,
     )
-    one.add_argument("adapter", type=adapter_place, help=ADAPTER)
-    one.add_argument("other", type=adapter_place, help="another one")
+    command.add_argument("adapter", type=adapter_location, help=ADAPTER)
+    command.add_argument("other", type=adapter_location, help="another one")
 
-    one = add_command(commands, "merge", merge_command, show_merge)
-    one.add_argument("adapter", type=adapter_place, help=ADAPTER)
-    one.add_argument("output", help="the new folder; may not exist yet")
-    one.add_argument("--native", action="store_true", help="the base's own architecture with more experts")
-    one.add_argument(
+    command = add_command(commands, "merge", merge_command, show_merge)
+    command.add_argument("adapter", type=adapter_location, help=ADAPTER)
+    command.add_argument("output", help="the new folder; may not exist yet")
+    command.add_argument("--native", action="store_true", help="the base's own architecture with more experts")
+    command.add_argument(
         "--max-shard-size",
         type=shard_size,
         default="5GB",
         metavar="SIZE",
         help="of files written anew, e.g. 500MB (default: 5GB)",
     )
-    one.add_argument(
+    command.add_argument(
         "--no-check-base", dest="check_base", action="store_false", help="take another base than it was made on"
     )
-    one.add_argument(
+    command.add_argument(
         "--no-check-trained-on",
         dest="check_trained_on",
         action="store_false",
         help="merge it without the adapters that it was trained on top of",
     )
-    add_parts(one)
-    add_hub_options(one)
+    add_parts(command)
+    add_hub_options(command)
 
-    one = add_command(commands, "push", push_command, show_push)
-    one.add_argument("folder", help="that save_pretrained or the trainer wrote")
-    one.add_argument("repo_id", type=hub_name, help="where to, e.g. me/my-adapter; made if it is not there")
-    one.add_argument("--private", action="store_true", help="make the repository private")
-    one.add_argument("--revision", metavar="BRANCH", help="branch to push to; made if it is not there")
+    command = add_command(commands, "push", push_command, show_push)
+    command.add_argument("folder", help="that save_pretrained or the trainer wrote")
+    command.add_argument("repo_id", type=hub_name, help="where to, e.g. me/my-adapter; made if it is not there")
+    command.add_argument("--private", action="store_true", help="make the repository private")
+    command.add_argument("--revision", metavar="BRANCH", help="branch to push to; made if it is not there")
     for part in ("base", "encoder"):
         text = f"Hub id of the {part}, where the adapter names another place"
-        one.add_argument(f"--{part}", type=hub_name, metavar="ID", help=text)
-    one.add_argument("--report", metavar="FOLDER", help="of evaluate_adapter.py: results and pictures for the card")
+        command.add_argument(f"--{part}", type=hub_name, metavar="ID", help=text)
+    command.add_argument(
+        "--report", metavar="FOLDER", help="of evaluate_adapter.py: results and pictures for the card"
+    )
     return parser
 
 

@@ -9,7 +9,7 @@ import torch
 
 @dataclass
 class MaskImageLabels:
-    """A collator around another one: ids that stand for image features, or have no row in the head, are no labels.
+    """A collator around another one: ids that stand for image features, or lie past the head, are no labels.
 
     Done here and not with the loss, because Trainer counts labels for its mean before the loss is computed.
 

@@ -37,33 +37,33 @@ def read_questions(path, image_folder=None, number=None):
     Raises:
         ValueError: an empty file; an entry whose last message is not the assistant's.
     """
-    rows, folder = [entry for _, entry in read_entries(path)], image_folder or Path(path).parent
-    if rows and "conversations" in rows[0]:
+    records, folder = [entry for _, entry in read_entries(path)], image_folder or Path(path).parent
+    if records and "conversations" in records[0]:
         samples = load_llava(path, folder, prompt_completion=True).with_format(None)  # images stay files
-        rows = [{**sample, "messages": [*sample["prompt"], *sample["completion"]]} for sample in samples]
+        records = [{**sample, "messages": [*sample["prompt"], *sample["completion"]]} for sample in samples]
         folder = ""  # is in the paths already
-    if not rows:
+    if not records:
         raise ValueError(f"{path} holds no question.")
-    questions = [question(place, row, path, folder) for place, row in enumerate(rows)]
+    questions = [question(index, record, path, folder) for index, record in enumerate(records)]
     return questions if number is None else random.Random(0).sample(questions, min(number, len(questions)))
 
 
-def question(place, row, path, folder):
-    """One row with `messages` as {"prompt", "answer", "images"} and, where it has them, "answers".
+def question(index, record, path, folder):
+    """One record with `messages` as {"prompt", "answer", "images"} and, where it has them, "answers".
 
     Raises:
-        ValueError: names the row.
+        ValueError: names the record's index.
     """
-    messages = row.get("messages") or []
+    messages = record.get("messages") or []
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError(
-            f"Entry {place} of {path} must hold `messages` that end with the assistant's, the reference answer, or "
+            f"Entry {index} of {path} must hold `messages` that end with the assistant's, the reference answer, or "
             "LLaVA's `conversations`."
         )
-    images = [image if isinstance(image, str) else image["path"] for image in row.get("images") or []]
-    found = {"prompt": messages[:-1], "answer": as_text(messages[-1]["content"])}
-    found["images"] = [str(Path(folder, image)) for image in images]
-    return found | ({"answers": row["answers"]} if row.get("answers") else {})
+    images = [image if isinstance(image, str) else image["path"] for image in record.get("images") or []]
+    result = {"prompt": messages[:-1], "answer": as_text(messages[-1]["content"])}
+    result["images"] = [str(Path(folder, image)) for image in images]
+    return result | ({"answers": record["answers"]} if record.get("answers") else {})
 
 
 def as_text(content, image_token=""):

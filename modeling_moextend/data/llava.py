@@ -39,7 +39,7 @@ def load_llava(json_path, image_folder=None, streaming=False, on_error="raise", 
         on_error (`str`): `"raise"`: the first bad sample is an error (without `streaming`: bad entries and missing
             images at once, broken images when they are taken). `"skip"`: bad samples are left out, counted, and the
             first few named in a warning at the end. Without `streaming` every image is decoded once for that, in
-            threads, and not kept.
+            threads, and let go again.
         prompt_completion (`bool`): columns `prompt` and `completion`, the last turn; earlier turns of the assistant
             are then part of the prompt and not trained on. For chat templates without generation markers.
 
@@ -62,9 +62,9 @@ def load_llava(json_path, image_folder=None, streaming=False, on_error="raise", 
     if streaming:
         return datasets.IterableDataset.from_generator(_stream, gen_kwargs={**settings, "on_error": on_error})
     features = _features(datasets, prompt_completion)
-    rows = _checked_rows(**settings, on_error=on_error)
+    samples = _checked_samples(**settings, on_error=on_error)
     tables = []
-    while batch := list(islice(rows, BATCH)):
+    while batch := list(islice(samples, BATCH)):
         tables.append(datasets.Dataset.from_list(batch, features=features))
     if not tables:
         raise ValueError(f"{json_path} has no sample to train on.")
@@ -130,7 +130,7 @@ class _BadSample(ValueError):
 
 
 def _convert(entry, index, json_path, folder, prompt_completion):
-    """One entry as a row: `id`, `messages` (or `prompt`, `completion`), `images` as {"path", "sample"}.
+    """One entry as a sample: `id`, `messages` (or `prompt`, `completion`), `images` as {"path", "sample"}.
 
     Each image carries its sample's name, because trainers drop the `id` column before images are opened.
     """
@@ -143,10 +143,10 @@ def _convert(entry, index, json_path, folder, prompt_completion):
         _check_counts(messages, paths, prompt_completion)
     except ValueError as error:
         raise _BadSample(f"{name or f'index {index} of {json_path}'}: {error}.") from error
-    row = {"id": None if entry.get("id") is None else str(entry["id"])}
-    row |= {"prompt": messages[:-1], "completion": messages[-1:]} if prompt_completion else {"messages": messages}
-    row["images"] = [{"path": os.path.join(folder, path), "sample": name} for path in paths]
-    return row
+    sample = {"id": None if entry.get("id") is None else str(entry["id"])}
+    sample |= {"prompt": messages[:-1], "completion": messages[-1:]} if prompt_completion else {"messages": messages}
+    sample["images"] = [{"path": os.path.join(folder, path), "sample": name} for path in paths]
+    return sample
 
 
 def _messages(turns):
@@ -228,7 +228,10 @@ def _open_images(images):
 
 def _open_batch(batch):
     """The transform of a map-style dataset: `images` from paths to PIL images, where that column is asked for."""
-    return {name: [_open_images(row) for row in rows] if name == "images" else rows for name, rows in batch.items()}
+    return {
+        name: [_open_images(images) for images in values] if name == "images" else values
+        for name, values in batch.items()
+    }
 
 
 # Whole files
@@ -240,37 +243,37 @@ def _stream(json_path, folder, prompt_completion, on_error):
     try:
         for index, entry in read_entries(json_path):
             with skips:
-                row = _convert(entry, index, json_path, folder, prompt_completion)
-                row["images"] = _open_images(row["images"])
-                yield row
+                sample = _convert(entry, index, json_path, folder, prompt_completion)
+                sample["images"] = _open_images(sample["images"])
+                yield sample
     finally:
         skips.report()
 
 
-def _checked_rows(json_path, folder, prompt_completion, on_error):
-    """Yields rows with paths of images. In threads: checking an image waits for the disk, or decodes outside the GIL.
+def _checked_samples(json_path, folder, prompt_completion, on_error):
+    """Yields samples with paths of images, in threads: checking one waits for the disk, or decodes outside the GIL.
 
     With "skip" every image is decoded once and let go; with "raise" it only has to be there.
     """
     skips = _Skips(json_path, on_error)
 
-    def checked(numbered):
+    def convert(indexed):
         try:
-            row = _convert(numbered[1], numbered[0], json_path, folder, prompt_completion)
-            for image in row["images"]:
+            sample = _convert(indexed[1], indexed[0], json_path, folder, prompt_completion)
+            for image in sample["images"]:
                 (_open_image if on_error == "skip" else _check_exists)(**image)
-            return row
+            return sample
         except _BadSample as error:
             return error
 
     entries = read_entries(json_path)
     with ThreadPoolExecutor() as pool:
         while batch := list(islice(entries, BATCH)):
-            for row in pool.map(checked, batch):
+            for sample in pool.map(convert, batch):
                 with skips:
-                    if isinstance(row, _BadSample):
-                        raise row
-                    yield row
+                    if isinstance(sample, _BadSample):
+                        raise sample
+                    yield sample
     skips.report()
 
 

@@ -75,7 +75,7 @@ def load_processor(name_or_path, encoder=None, assistant_only_loss=False):
         name_or_path: the base, or an adapter saved with its processor.
         encoder: CLIP or SigLIP vision checkpoint; `None`: the tokenizer alone.
         assistant_only_loss: whether the chat template must mark the assistant's text. A base's own that does not gives
-            way to LLaVA's format, and this is said; else the base's own is kept.
+            way to LLaVA's format, with a warning; else the base's own stays.
 
     Returns:
         `MoExtendProcessor`, or the base's tokenizer.
@@ -124,12 +124,12 @@ def processor_for(
             cannot render a message with an image.
     """
     encoder_config = as_config(encoder_config)
-    size = getattr(encoder_config, "vision_config", encoder_config).image_size
-    given = pixel_size(image_processor)
-    if given is not None and given != (size, size):
+    encoder_size = getattr(encoder_config, "vision_config", encoder_config).image_size
+    processor_size = pixel_size(image_processor)
+    if processor_size is not None and processor_size != (encoder_size, encoder_size):
         raise ValueError(
-            f"The image processor makes images of {given[0]}x{given[1]} pixels, the encoder takes {size}x{size}. "
-            "Load the image processor from the encoder's own checkpoint."
+            f"The image processor makes images of {processor_size[0]}x{processor_size[1]} pixels, the encoder takes "
+            f"{encoder_size}x{encoder_size}. Load the image processor from the encoder's own checkpoint."
         )
     processor = cls(
         image_processor,

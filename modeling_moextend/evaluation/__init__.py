@@ -1,4 +1,4 @@
-"""What an adapter gained and what its base lost, measured and told: see compare.py and report.py."""
+"""What an adapter gained and what its base lost, measured and reported: see compare.py and report.py."""
 
 from ..data.files import read_documents, read_questions
 from .compare import answer, base_retention, compare_with_base, expert_use, score, threshold_curve

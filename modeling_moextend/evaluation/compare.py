@@ -1,7 +1,7 @@
 """What an adapter gained and what its base lost: one pass over texts the base knew, one over questions it did not.
 
-    rows = compare_with_base(model, tokenizer, read_documents("held_out.jsonl"))
-    base_retention(rows)["perplexity_ratio"]                          # 1.0: nothing forgotten
+    records = compare_with_base(model, tokenizer, read_documents("held_out.jsonl"))
+    base_retention(records)["perplexity_ratio"]                       # 1.0: nothing forgotten
     score(answer(model, tokenizer, prompts), references)              # share of right answers
 
 Any causal LM can be measured against another one (`base=`); a MoExtend model is measured against its own base.
@@ -24,16 +24,18 @@ CHUNK = 256  # tokens whose distributions over the vocabulary are compared at on
 # ---------------------------------------------------------------- metrics
 
 
-def base_retention(rows):
-    """The metric `base_retention` of the rows of `compare_with_base`: see metrics/base_retention.py for its values."""
+def base_retention(records):
+    """The metric `base_retention` of the records of `compare_with_base`; its values: see metrics/base_retention.py."""
     predictions = [
         {
-            **{name: row[name] for name in ("nll", "kl", "top1")},
-            "captured": [{"layer": layer, "tokens": tokens} for layer, tokens in row.get("captured", {}).items()],
+            **{name: record[name] for name in ("nll", "kl", "top1")},
+            "captured": [{"layer": layer, "tokens": tokens} for layer, tokens in record.get("captured", {}).items()],
         }
-        for row in rows
+        for record in records
     ]
-    references = [{"nll": row["base_nll"], "top1": row["base_top1"], "domain": row["domain"]} for row in rows]
+    references = [
+        {"nll": record["base_nll"], "top1": record["base_top1"], "domain": record["domain"]} for record in records
+    ]
     return load_metric("base_retention").compute(predictions=predictions, references=references)
 
 
@@ -64,7 +66,7 @@ def compare_with_base(model, tokenizer, documents, *, base=None, max_length=256,
         progress: show a bar.
 
     Returns:
-        One row a document, in their order, with S tokens of which S - 1 are predicted: `domain`; `nll`, `base_nll`,
+        One record a document, in their order, with S tokens of which S - 1 are predicted: `domain`; `nll`, `base_nll`,
         `kl` (nats, KL(base || model)), `top1`, `base_top1`: S - 1 values; `bit_equal`: every logit is the base's. Of a
         MoExtend model also, by layer: `captured` (0 or 1 for each of S tokens: it selects a new expert), `experts`
         (how often each of E + N experts is selected) and, with scope "gate", `gate` (margin z of each of S tokens, of
@@ -78,15 +80,15 @@ def compare_with_base(model, tokenizer, documents, *, base=None, max_length=256,
             f"{type(model).__name__} is no MoExtend model: say what to compare it with, base=<causal LM>."
         )
     ids = document_ids(tokenizer, documents, max_length)
-    rows = [None] * len(ids)
+    records = [None] * len(ids)
     models = [model] if base is None else [model, base]
     with evaluation_mode(*models), bar(len(ids), "texts of the base", progress) as counter:
-        for chosen in batches([len(one) for one in ids], batch_size):
-            compared = compare_batch(model, base, [ids[place] for place in chosen], pad_id(tokenizer))
-            for place, row in zip(chosen, compared, strict=True):
-                rows[place] = {"domain": documents[place]["domain"], **row}
-            counter.update(len(chosen))
-    return rows
+        for indices in batches([len(document) for document in ids], batch_size):
+            compared = compare_batch(model, base, [ids[index] for index in indices], pad_id(tokenizer))
+            for index, record in zip(indices, compared, strict=True):
+                records[index] = {"domain": documents[index]["domain"], **record}
+            counter.update(len(indices))
+    return records
 
 
 def document_ids(tokenizer, documents, max_length):
@@ -101,34 +103,37 @@ def document_ids(tokenizer, documents, max_length):
     for number, document in enumerate(documents):
         if "messages" in document:
             text = tokenizer.apply_chat_template(document["messages"], tokenize=False)
-            found = text_tokenizer(tokenizer)(text, add_special_tokens=False, verbose=False).input_ids
+            token_ids = text_tokenizer(tokenizer)(text, add_special_tokens=False, verbose=False).input_ids
         else:
-            found = text_tokenizer(tokenizer)(document["text"], verbose=False).input_ids
-        if len(found) < 2 or max_length < 2:
+            token_ids = text_tokenizer(tokenizer)(document["text"], verbose=False).input_ids
+        if len(token_ids) < 2 or max_length < 2:
             raise ValueError(
-                f"Document {number} ({document['domain']!r}) has {min(len(found), max_length)} tokens; at least "
+                f"Document {number} ({document['domain']!r}) has {min(len(token_ids), max_length)} tokens; at least "
                 "two are needed, for the first one is not predicted."
             )
-        ids.append(found[:max_length])
+        ids.append(token_ids[:max_length])
     return ids
 
 
 def compare_batch(model, base, ids, pad):
-    """A row a document, see `compare_with_base`, without its domain. `ids`: lists of token ids."""
+    """A record a document, see `compare_with_base`, without its domain. `ids`: lists of token ids."""
     inputs = pad_ids(ids, pad, "right")
     recording = model.record_routing() if is_moextend(model) else contextlib.nullcontext({})
-    with recording as records:
+    with recording as routing:
         logits = logits_of(model, inputs)
     with base_of(model, base) as reference:
         base_logits = logits_of(reference, inputs).to(logits.device)
     if logits.shape != base_logits.shape:
         raise ValueError(f"The model's vocabulary has {logits.shape[-1]} tokens, the base's {base_logits.shape[-1]}.")
-    rows = []
-    for number, one in enumerate(ids):
-        mine, other = logits[number, : len(one)], base_logits[number, : len(one)]
-        row = {**compare_tokens(mine, other, torch.tensor(one[1:])), "bit_equal": torch.equal(mine, other)}
-        rows.append({**row, **routing_of(records, number, len(one), logits.shape[1])})
-    return rows
+    results = []
+    for number, document in enumerate(ids):
+        own, reference_logits = logits[number, : len(document)], base_logits[number, : len(document)]
+        result = {
+            **compare_tokens(own, reference_logits, torch.tensor(document[1:])),
+            "bit_equal": torch.equal(own, reference_logits),
+        }
+        results.append({**result, **routing_of(routing, number, len(document), logits.shape[1])})
+    return results
 
 
 @contextlib.contextmanager
@@ -146,31 +151,31 @@ def logits_of(model, inputs):
 def compare_tokens(logits, base_logits, targets):
     """Lists of S - 1 values from two [S, vocabulary] and the [S - 1] next tokens; see `compare_with_base`."""
     values = {name: [] for name in ("nll", "base_nll", "kl", "top1", "base_top1")}
-    parts = (part[: len(targets)].split(CHUNK) for part in (logits, base_logits))
-    for mine, other, target in zip(*parts, targets.to(logits.device).split(CHUNK), strict=True):
-        mine, other = mine.float().log_softmax(-1), other.float().log_softmax(-1)
-        values["nll"] += (-mine.gather(-1, target[:, None])).squeeze(-1).tolist()
-        values["base_nll"] += (-other.gather(-1, target[:, None])).squeeze(-1).tolist()
-        values["kl"] += (other.exp() * (other - mine)).sum(-1).clamp(min=0).tolist()  # rounding may dip below 0
-        values["top1"] += mine.argmax(-1).tolist()
-        values["base_top1"] += other.argmax(-1).tolist()
+    chunks = (each[: len(targets)].split(CHUNK) for each in (logits, base_logits))
+    for own, base, target in zip(*chunks, targets.to(logits.device).split(CHUNK), strict=True):
+        own, base = own.float().log_softmax(-1), base.float().log_softmax(-1)
+        values["nll"] += (-own.gather(-1, target[:, None])).squeeze(-1).tolist()
+        values["base_nll"] += (-base.gather(-1, target[:, None])).squeeze(-1).tolist()
+        values["kl"] += (base.exp() * (base - own)).sum(-1).clamp(min=0).tolist()  # rounding may dip below 0
+        values["top1"] += own.argmax(-1).tolist()
+        values["base_top1"] += base.argmax(-1).tolist()
     return values
 
 
-def routing_of(records, row, length, width):
-    """`captured`, `experts` and `gate` by layer, of the first `length` tokens of one row of a [B, width] batch."""
+def routing_of(records, item, length, width):
+    """`captured`, `experts` and `gate` by layer, of the first `length` tokens of one item of a [B, width] batch."""
     if not records:
         return {}
-    found = {"captured": {}, "experts": {}}
-    here = slice(row * width, row * width + length)
+    routing = {"captured": {}, "experts": {}}
+    tokens = slice(item * width, item * width + length)
     for layer, record in records.items():
         total = record.num_base + record.num_new
-        found["experts"][layer] = count_selected(record.index[here].cpu(), total).tolist()
+        routing["experts"][layer] = count_selected(record.index[tokens].cpu(), total).tolist()
         if record.num_new:
-            found["captured"][layer] = record.selects_new[here].int().tolist()
+            routing["captured"][layer] = record.selects_new[tokens].int().tolist()
         if getattr(record, "gate", None) is not None:
-            found.setdefault("gate", {})[layer] = record.gate.reshape(-1)[here].float().tolist()
-    return found
+            routing.setdefault("gate", {})[layer] = record.gate.reshape(-1)[tokens].float().tolist()
+    return routing
 
 
 def count_selected(index, num_experts, attention_mask=None):
@@ -181,12 +186,14 @@ def count_selected(index, num_experts, attention_mask=None):
     return torch.bincount(index[index >= 0], minlength=num_experts)
 
 
-def expert_use(rows):
+def expert_use(records):
     """{domain: {layer: [share of the domain's selections that each of E + N experts gets]}}; each list sums to 1."""
     counts = {}
-    for row in rows:
-        for layer, numbers in row.get("experts", {}).items():
-            total = counts.setdefault(row["domain"], {}).setdefault(layer, torch.zeros(len(numbers), dtype=torch.long))
+    for record in records:
+        for layer, numbers in record.get("experts", {}).items():
+            total = counts.setdefault(record["domain"], {}).setdefault(
+                layer, torch.zeros(len(numbers), dtype=torch.long)
+            )
             total += torch.tensor(numbers)
     return {
         domain: {layer: (total.double() / max(int(total.sum()), 1)).tolist() for layer, total in layers.items()}
@@ -220,20 +227,20 @@ def answer(model, tokenizer, prompts, *, images=None, max_new_tokens=12, batch_s
     images = [[] for _ in texts] if images is None else images
     if any(images) and is_moextend(model) and model.encoder is None:
         raise ValueError("The questions come with images, but this adapter has no encoder to see them.")
-    given = [None] * len(texts)
-    ends = generation_ends(model, tokenizer)
+    answers = [None] * len(texts)
+    stop = generation_ends(model, tokenizer)
     with evaluation_mode(model), bar(len(texts), "questions", progress) as counter:
-        for chosen in batches([len(text) for text in texts], batch_size):
-            inputs = encode(tokenizer, [texts[place] for place in chosen], [images[place] for place in chosen])
+        for indices in batches([len(text) for text in texts], batch_size):
+            inputs = encode(tokenizer, [texts[index] for index in indices], [images[index] for index in indices])
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, **ends)
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, **stop)
             output = text_tokenizer(tokenizer).batch_decode(
                 output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
             )
-            for place, text in zip(chosen, output, strict=True):
-                given[place] = text.strip()
-            counter.update(len(chosen))
-    return given
+            for index, text in zip(indices, output, strict=True):
+                answers[index] = text.strip()
+            counter.update(len(indices))
+    return answers
 
 
 def encode(tokenizer, texts, images):
@@ -242,7 +249,7 @@ def encode(tokenizer, texts, images):
         return pad_ids(text_tokenizer(tokenizer)(texts, add_special_tokens=False).input_ids, pad_id(tokenizer), "left")
     from PIL import Image
 
-    images = [[image if hasattr(image, "convert") else Image.open(image) for image in row] for row in images]
+    images = [[image if hasattr(image, "convert") else Image.open(image) for image in sample] for sample in images]
     options = {"add_special_tokens": False, "padding": True, "padding_side": "left", "return_tensors": "pt"}
     return dict(tokenizer(images=images, text=texts, **options))
 
@@ -306,14 +313,14 @@ def check_gate(model):
 
 
 def pad_id(tokenizer):
-    """An id to fill rows with; the attention mask says that it is none of the text."""
+    """An id to fill sequences with; the attention mask says that it is none of the text."""
     tokenizer = text_tokenizer(tokenizer)
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def batches(lengths, size):
-    """Lists of places, longest first: what is too long for the memory shows at once, and little is padding."""
-    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    """Lists of indices, longest first: what is too long for the memory shows at once, and little is padding."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 

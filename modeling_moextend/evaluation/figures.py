@@ -34,26 +34,27 @@ def plot_frontier(points, path):
     figure.savefig(path, dpi=150)
 
 
-def draw_frontier(axes, points, places=None):
+def draw_frontier(axes, points, marker_numbers=None):
     """One panel of `plot_frontier`.
 
     Args:
         points: as there.
-        places: {name: number that chooses its marker}, so that several panels agree; default: the order of `points`.
+        marker_numbers: {name: number that chooses its marker}, so that several panels agree; default: the order of
+            `points`.
     """
     axes.set_xscale("symlog", linthresh=0.1)
     for number, point in enumerate(points):
-        place = number if places is None else places[point["name"]]
+        marker = number if marker_numbers is None else marker_numbers[point["name"]]
         axes.errorbar(
             100 * (point["perplexity_ratio"] - 1),
             100 * point["accuracy"],
             xerr=100 * point.get("perplexity_ratio_std", 0.0) or None,
             yerr=100 * point.get("accuracy_std", 0.0) or None,
-            fmt=MARKERS[place % len(MARKERS)],
+            fmt=MARKERS[marker % len(MARKERS)],
             markersize=9,
             capsize=3,
             color="0.3",
-            markerfacecolor=GREYS[place % len(GREYS)] if place < len(MARKERS) else "white",
+            markerfacecolor=GREYS[marker % len(GREYS)] if marker < len(MARKERS) else "white",
             markeredgecolor="black",
             label=point["name"],
         )
@@ -83,26 +84,26 @@ def plot_expert_use(use, new_experts, path):
     width = max(len(shares) for domain in use.values() for shares in domain.values())
     highest = max(max(shares) for domain in use.values() for shares in domain.values())
     columns = min(len(use), 3)
-    rows = -(-len(use) // columns)
+    num_lines = -(-len(use) // columns)
     panel = min(6, max(2.4, 0.22 * width)), min(4, max(1.6, 0.6 + 0.2 * len(layers)))
-    figure = new_figure(0.6 + columns * panel[0], 0.9 + rows * panel[1])
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    figure = new_figure(0.6 + columns * panel[0], 0.9 + num_lines * panel[1])
+    grid = figure.subplots(num_lines, columns, squeeze=False, sharex=True, sharey=True)
     empty = float("nan")
     for axes, domain in zip(grid.flat, use, strict=False):
         shares = [[*use[domain][layer], *[empty] * (width - len(use[domain][layer]))] for layer in layers]
-        percent = [[100 * share for share in row] for row in shares]
+        percent = [[100 * share for share in values] for values in shares]
         image = axes.imshow(percent, cmap="Greys", vmin=0, vmax=100 * highest, aspect="auto", interpolation="nearest")
         axes.set_title(domain, fontsize="medium")
-        for row, values in enumerate(shares):
+        for number, values in enumerate(shares):
             for column, share in enumerate(values):
                 if share != share:  # no such expert in this layer
-                    axes.plot(column, row, marker="x", color="0.6", markersize=min(4, 72 / width))
+                    axes.plot(column, number, marker="x", color="0.6", markersize=min(4, 72 / width))
         if width > num_base:
             axes.axvline(num_base - 0.5, color="black", linewidth=2)
-        shown = [*range(0, num_base, max(1, width // 12)), *range(num_base, width, max(1, width // 12))]
-        axes.set_xticks(shown, [str(c) if c < num_base else f"n{c - num_base}" for c in shown])
-        rows_shown = range(0, len(layers), max(1, len(layers) // 12))
-        axes.set_yticks(rows_shown, [str(layers[row]) for row in rows_shown])
+        columns_shown = [*range(0, num_base, max(1, width // 12)), *range(num_base, width, max(1, width // 12))]
+        axes.set_xticks(columns_shown, [str(c) if c < num_base else f"n{c - num_base}" for c in columns_shown])
+        layers_shown = range(0, len(layers), max(1, len(layers) // 12))
+        axes.set_yticks(layers_shown, [str(layers[number]) for number in layers_shown])
     for axes in grid.flat[len(use) :]:
         axes.set_axis_off()
     figure.supxlabel("expert (n0, n1, ...: new ones; x: none here)", fontsize="medium")
@@ -132,14 +133,19 @@ def plot_captured(captured, path, task=None):
             [mean - min(values) for mean, values in zip(means, shares, strict=True)],
             [max(values) - mean for mean, values in zip(means, shares, strict=True)],
         ]
-        places = range(len(means))
-        axes.bar(places, means, color="0.75", edgecolor="black", hatch=hatch, width=0.6)
-        axes.errorbar(places, means, yerr=spread, fmt="none", ecolor="black", capsize=4)
-        for place, mean, values in zip(places, means, shares, strict=True):
+        positions = range(len(means))
+        axes.bar(positions, means, color="0.75", edgecolor="black", hatch=hatch, width=0.6)
+        axes.errorbar(positions, means, yerr=spread, fmt="none", ecolor="black", capsize=4)
+        for position, mean, values in zip(positions, means, shares, strict=True):
             axes.annotate(
-                f"{mean:.3g}%", (place, max(values)), (0, 4), textcoords="offset points", ha="center", fontsize="small"
+                f"{mean:.3g}%",
+                (position, max(values)),
+                (0, 4),
+                textcoords="offset points",
+                ha="center",
+                fontsize="small",
             )
-        axes.set_xticks(places, list(domains), rotation=20 if len(means) > 4 else 0)
+        axes.set_xticks(positions, list(domains), rotation=20 if len(means) > 4 else 0)
         axes.set_xlim(-0.6, len(means) - 0.4)
         highest = max(max(values) for values in shares)
         axes.set_ylim(0, 1.15 * highest if highest else 1)
@@ -156,15 +162,15 @@ def plot_threshold_curve(curve, path, current=None):
         path: the image file.
         current: the model's own threshold, a dotted line.
     """
-    curve = sorted(curve, key=lambda row: row["threshold"])
-    thresholds = [row["threshold"] for row in curve]
+    curve = sorted(curve, key=lambda point: point["threshold"])
+    thresholds = [point["threshold"] for point in curve]
     panels = [("perplexity_ratio", "base perplexity,\nafter / before", 1)]
-    if all(row.get("accuracy") is not None for row in curve):
+    if all(point.get("accuracy") is not None for point in curve):
         panels.insert(0, ("accuracy", "accuracy on the\nnew task (%)", 100))
     figure = new_figure(6, 0.8 + 2 * len(panels))
     grid = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     for axes, (name, label, factor) in zip(grid, panels, strict=True):
-        axes.plot(thresholds, [factor * row[name] for row in curve], color="black", marker="o")
+        axes.plot(thresholds, [factor * point[name] for point in curve], color="black", marker="o")
         if current is not None:
             axes.axvline(current, color="0.4", linestyle=":", label="the model's own threshold")
         axes.set_ylabel(label)

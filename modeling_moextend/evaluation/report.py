@@ -51,7 +51,7 @@ def evaluate_adapter(
 
     Args:
         model, tokenizer, documents, base, max_length, batch_size, progress: as `compare_with_base` takes them.
-        questions: rows of `read_questions`.
+        questions: records of `read_questions`.
         thresholds: with scope "gate", values of `gate_threshold` to measure both sides at; the model's own stays.
         metric: what answers are scored by, "exact_match" or "vqa_accuracy".
         max_new_tokens: as in `answer`.
@@ -61,32 +61,32 @@ def evaluate_adapter(
         "base_accuracy" (`None` without questions, the latter also with images), "metric", "questions": how many,
         "samples": some of them with the answers, "expert_use": see there (with the questions, where they have no
         images, as domain "new task"), "task_captured": {layer: share of the questions' tokens}, "new_experts": {layer:
-        N}, "scope", "gate_threshold", "threshold_curve": rows of `threshold_curve`}.
+        N}, "scope", "gate_threshold", "threshold_curve": points of `threshold_curve`}.
     """
     thresholds = list(thresholds)
     if thresholds:
         check_gate(model)
-    check_switched_on(model)
+    check_enabled(model)
     options = {"base": base, "max_length": max_length, "batch_size": batch_size, "progress": progress}
-    rows = compare_with_base(model, tokenizer, documents, **options)
-    ask = {"max_new_tokens": max_new_tokens, "batch_size": 4 * batch_size, "progress": progress}
+    compared = compare_with_base(model, tokenizer, documents, **options)
+    answer_options = {"max_new_tokens": max_new_tokens, "batch_size": 4 * batch_size, "progress": progress}
     config = model.config if is_moextend(model) else None
     results = {
         "scope": getattr(config, "scope", None),
         "gate_threshold": model.gate_threshold if getattr(config, "scope", None) == "gate" else None,
         "new_experts": new_experts(model),
-        "retention": base_retention(rows),
-        "bit_equal": sum(row["bit_equal"] for row in rows) / len(rows),
-        **evaluate_questions(model, tokenizer, questions, base, metric, **ask),
+        "retention": base_retention(compared),
+        "bit_equal": sum(document["bit_equal"] for document in compared) / len(compared),
+        **evaluate_questions(model, tokenizer, questions, base, metric, **answer_options),
     }
     task = compare_with_base(model, tokenizer, task_documents(questions), **options) if text_only(questions) else []
     results["task_captured"] = base_retention(task)["captured"] if task else {}
-    results["expert_use"] = {**expert_use(rows), **expert_use(task)}
+    results["expert_use"] = {**expert_use(compared), **expert_use(task)}
 
     def measure():
-        found = base_retention(compare_with_base(model, tokenizer, documents, **options))
-        found = {name: found[name] for name in ("perplexity_ratio", "kl", "top1_changed", "captured_mean")}
-        return {**found, "accuracy": accuracy(model, tokenizer, questions, metric, **ask)[0]}
+        retention = base_retention(compare_with_base(model, tokenizer, documents, **options))
+        retention = {name: retention[name] for name in ("perplexity_ratio", "kl", "top1_changed", "captured_mean")}
+        return {**retention, "accuracy": accuracy(model, tokenizer, questions, metric, **answer_options)[0]}
 
     results["threshold_curve"] = threshold_curve(model, measure, thresholds, progress=progress) if thresholds else []
     return results
@@ -101,7 +101,7 @@ def new_experts(model):
     return {layer: sum(len(plan.get(layer, ())) for plan in active) for layer in layers}
 
 
-def check_switched_on(model):
+def check_enabled(model):
     """Refuses to report on an adapter that takes no part: everything would look unchanged.
 
     Raises:
@@ -114,39 +114,42 @@ def check_switched_on(model):
 def task_documents(questions):
     """Questions with their answers as documents of the domain "new task"."""
     return [
-        {"domain": TASK, "messages": [*row["prompt"], {"role": "assistant", "content": row["answer"]}]}
-        for row in questions
+        {"domain": TASK, "messages": [*question["prompt"], {"role": "assistant", "content": question["answer"]}]}
+        for question in questions
     ]
 
 
 def text_only(questions):
     """Whether there are questions, and none about images."""
-    return bool(questions) and not any(row.get("images") for row in questions)
+    return bool(questions) and not any(question.get("images") for question in questions)
 
 
-def evaluate_questions(model, tokenizer, questions, base, metric, **ask):
+def evaluate_questions(model, tokenizer, questions, base, metric, **answer_options):
     """The part of `evaluate_adapter` that questions bring: of the model, and of the base where there are no images."""
-    share, given = accuracy(model, tokenizer, questions, metric, **ask)
+    share, answers = accuracy(model, tokenizer, questions, metric, **answer_options)
     results = {"accuracy": share, "base_accuracy": None, "metric": metric, "questions": len(questions)}
     if text_only(questions):
         with base_of(model, base) as reference:
-            results["base_accuracy"] = accuracy(reference, tokenizer, questions, metric, **ask)[0]
+            results["base_accuracy"] = accuracy(reference, tokenizer, questions, metric, **answer_options)[0]
     results["samples"] = [
-        {"question": as_text(row["prompt"][-1]["content"]), "reference": row["answer"], "answer": text}
-        for row, text in zip(questions[:SAMPLES], given[:SAMPLES], strict=True)
+        {"question": as_text(question["prompt"][-1]["content"]), "reference": question["answer"], "answer": text}
+        for question, text in zip(questions[:SAMPLES], answers[:SAMPLES], strict=True)
     ]
     return results
 
 
-def accuracy(model, tokenizer, questions, metric, **ask):
+def accuracy(model, tokenizer, questions, metric, **answer_options):
     """(share of right answers, the answers); (`None`, []) without questions."""
     if not questions:
         return None, []
-    prompts, images = [row["prompt"] for row in questions], [row.get("images") or [] for row in questions]
-    given = answer(model, tokenizer, prompts, images=images, **ask)
+    prompts, images = (
+        [question["prompt"] for question in questions],
+        [question.get("images") or [] for question in questions],
+    )
+    answers = answer(model, tokenizer, prompts, images=images, **answer_options)
     several = metric == "vqa_accuracy"  # the only one that hears several people
-    references = [several and row.get("answers") or row["answer"] for row in questions]
-    return score(given, references, metric), given
+    references = [several and question.get("answers") or question["answer"] for question in questions]
+    return score(answers, references, metric), answers
 
 
 # ---------------------------------------------------------------- the folder
@@ -163,8 +166,8 @@ def write_report(folder, results, *, title="MoExtend adapter", points=(), task=T
         task, text: names of the data sets that questions and the base's text are from, for the model-index.
 
     Returns:
-        {"results": rows, "forgetting": rows, "metrics": for the model-index, "figures": {caption: file in `folder`}},
-        the part of `create_card` that was measured.
+        {"results": records, "forgetting": records, "metrics": for the model-index, "figures": {caption: file in
+        `folder`}}, the part of `create_card` that was measured.
 
     Raises:
         ValueError: a result that is NaN or infinite.
@@ -174,8 +177,8 @@ def write_report(folder, results, *, title="MoExtend adapter", points=(), task=T
     folder.mkdir(parents=True, exist_ok=True)
     own = point(title, results)
     card = {
-        "results": card_rows(results),
-        "forgetting": domain_rows(results["retention"]["domains"]),
+        "results": result_records(results),
+        "forgetting": domain_records(results["retention"]["domains"]),
         "metrics": card_metrics(results, task, text),
         "figures": draw(folder, results, [*([own] if own else []), *points]),
     }
@@ -201,10 +204,10 @@ def read_point(path):
     """
     path = Path(path)
     report = json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8"))
-    found = point(report["title"], report)
-    if found is None:
+    result = point(report["title"], report)
+    if result is None:
         raise ValueError(f"{path} has no accuracy: write it again with questions to compare with it.")
-    return found
+    return result
 
 
 def draw(folder, results, points):
@@ -228,33 +231,33 @@ def draw(folder, results, points):
     return figures
 
 
-# ---------------------------------------------------------------- words
+# ---------------------------------------------------------------- texts
 
 
-def card_rows(results):
-    """Rows of the results table of report and model card: the base alone and with the adapter."""
-    rows, retention = [], results["retention"]
+def result_records(results):
+    """Entries of the results table of report and model card: the base alone and with the adapter."""
+    records, retention = [], results["retention"]
     if results["accuracy"] is not None:
         measure = f"{results['metric'].replace('_', ' ')}, {results['questions']:,} questions"
-        rows.append(row(measure, percent(results["base_accuracy"]), percent(results["accuracy"]), "higher"))
+        records.append(record(measure, percent(results["base_accuracy"]), percent(results["accuracy"]), "higher"))
     measure = f"perplexity of the base's own text, {retention['tokens']:,} tokens"
     values = (f"{retention[name]:.2f}" for name in ("perplexity_before", "perplexity_after"))
-    rows.append(row(measure, *values, "lower"))
-    rows.append(row("the same, after / before", "", f"{retention['perplexity_ratio']:.4f}", "lower"))
-    rows.append(row("KL from the base, nats a token", "", f"{retention['kl']:.3g}", "lower"))
-    rows.append(row("likeliest next token changed", "", percent(retention["top1_changed"]), "lower"))
+    records.append(record(measure, *values, "lower"))
+    records.append(record("the same, after / before", "", f"{retention['perplexity_ratio']:.4f}", "lower"))
+    records.append(record("KL from the base, nats a token", "", f"{retention['kl']:.3g}", "lower"))
+    records.append(record("likeliest next token changed", "", percent(retention["top1_changed"]), "lower"))
     if retention["captured_mean"] is not None:
-        rows.append(row("its tokens that select a new expert", "", percent(retention["captured_mean"]), "lower"))
+        records.append(record("its tokens that select a new expert", "", percent(retention["captured_mean"]), "lower"))
     if results["task_captured"]:
         share = sum(results["task_captured"].values()) / len(results["task_captured"])
-        rows.append(row("the questions' tokens that do", "", percent(share), ""))
+        records.append(record("the questions' tokens that do", "", percent(share), ""))
     return [
-        *rows,
-        row("texts with every logit bit-equal, read in batches", "", percent(results["bit_equal"]), "higher"),
+        *records,
+        record("texts with every logit bit-equal, read in batches", "", percent(results["bit_equal"]), "higher"),
     ]
 
 
-def row(measure, base, adapter, better):
+def record(measure, base, adapter, better):
     return {"measure": measure, "base": base, "with the adapter": adapter, "better": better}
 
 
@@ -266,18 +269,18 @@ def percent(share):
 def card_metrics(results, task, text):
     """What was measured, with the adapter, as `create_card` takes it for the model-index."""
     retention = results["retention"]
-    found = [
+    metrics = [
         ("perplexity", "perplexity", text, retention["perplexity_after"]),
         ("perplexity_ratio", "perplexity, after / before", text, retention["perplexity_ratio"]),
         ("kl_divergence", "KL from the base, nats a token", text, retention["kl"]),
     ]
     if results["accuracy"] is not None:
-        found.insert(0, (results["metric"], results["metric"].replace("_", " "), task, results["accuracy"]))
-    return [{"type": kind, "name": name, "dataset": data, "value": value} for kind, name, data, value in found]
+        metrics.insert(0, (results["metric"], results["metric"].replace("_", " "), task, results["accuracy"]))
+    return [{"type": kind, "name": name, "dataset": data, "value": value} for kind, name, data, value in metrics]
 
 
-def domain_rows(domains):
-    """Rows of the forgetting table: a domain of the base's own text each."""
+def domain_records(domains):
+    """Entries of the forgetting table: a domain of the base's own text each."""
     return [
         {
             "domain": domain,
@@ -299,7 +302,7 @@ def markdown(title, results, card):
     parts = [f"# {title}", table(card["results"]), "## The base's own text, by domain", table(card["forgetting"])]
     parts += [MEANING]
     if results["threshold_curve"]:
-        parts += ["## Threshold of the gate", table([curve_row(part) for part in results["threshold_curve"]])]
+        parts += ["## Threshold of the gate", table([curve_record(point) for point in results["threshold_curve"]])]
     if results["samples"]:
         parts += ["## Some answers", table(results["samples"])]
     parts += [f"![{caption}]({file})" for caption, file in card["figures"].items()]
@@ -312,20 +315,20 @@ far the next-token distribution is from the base's, 0 where nothing changed. Cap
 a new expert, mean over the extended layers."""
 
 
-def curve_row(part):
-    """A row of the threshold table."""
+def curve_record(point):
+    """An entry of the threshold table."""
     return {
-        "threshold": f"{part['threshold']:g}",
-        "accuracy": percent(part["accuracy"]),
-        "perplexity ratio": f"{part['perplexity_ratio']:.4f}",
-        "KL (nats a token)": f"{part['kl']:.3g}",
-        "captured": percent(part["captured_mean"]),
+        "threshold": f"{point['threshold']:g}",
+        "accuracy": percent(point["accuracy"]),
+        "perplexity ratio": f"{point['perplexity_ratio']:.4f}",
+        "KL (nats a token)": f"{point['kl']:.3g}",
+        "captured": percent(point["captured_mean"]),
     }
 
 
-def table(rows):
+def table(records):
     """A Markdown table of dicts with equal keys."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *[list(values.values()) for values in rows]]
+    lines = [list(records[0]), ["---"] * len(records[0]), *[list(values.values()) for values in records]]
     return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
 
 
@@ -354,8 +357,8 @@ class ReportCallback(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if self.every_evaluation:
-            again = self.last_step == state.global_step  # another one of several evaluation sets
-            results = self.last_results if again else self.report(args, state, **kwargs)
+            is_same_step = self.last_step == state.global_step  # another one of several evaluation sets
+            results = self.last_results if is_same_step else self.report(args, state, **kwargs)
             if metrics is not None:
                 metrics["eval_base_perplexity_ratio"] = results["retention"]["perplexity_ratio"]
                 metrics |= {} if results["accuracy"] is None else {"eval_accuracy": results["accuracy"]}

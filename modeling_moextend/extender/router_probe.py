@@ -3,7 +3,7 @@
 Routers alone train on the new data, as a difference from their weights that is thrown away afterwards. What counts is
 how far each layer's choice of experts moved.
 
-Letters: L MoE layers, E experts of a layer, T tokens (rows times sequence), K experts a token selects.
+Letters: L MoE layers, E experts of a layer, T tokens of a batch, K experts a token selects.
 """
 
 import contextlib
@@ -72,8 +72,8 @@ def measure_router_shift(
     if len({layer.num_experts for layer in layers.values()}) > 1:
         raise ValueError("measure_router_shift needs the same number of experts in every MoE layer.")
     with contextlib.ExitStack() as stack:
-        args = quiet(args or probe_config(stack.enter_context(tempfile.TemporaryDirectory())))
-        stack.enter_context(unchanged(model))
+        args = without_saving(args or probe_config(stack.enter_context(tempfile.TemporaryDirectory())))
+        stack.enter_context(restored(model))
         stack.enter_context(new_experts_off(model))
         stack.enter_context(router_deltas(model, layers))
         trainer = trainer_class(
@@ -105,7 +105,7 @@ def probe_config(output_dir, **overrides):
     return SFTConfig(output_dir=output_dir, **{**settings, **overrides})
 
 
-def quiet(args):
+def without_saving(args):
     """A copy of `args` that saves and pushes nothing, and leaves the load-balancing loss out unless asked for it."""
     args = copy.copy(args)
     args.save_strategy = SaveStrategy.NO
@@ -142,12 +142,12 @@ def router_deltas(model, layers):
     with contextlib.ExitStack() as stack:
         for layer in layers.values():
             for module, name in router_tensors(layer):
-                stack.enter_context(one_delta(module, name))
+                stack.enter_context(router_delta(module, name))
         yield
 
 
 @contextlib.contextmanager
-def one_delta(module, name):
+def router_delta(module, name):
     order = list(module._parameters)
     parametrize.register_parametrization(module, name, RouterDelta(module._parameters[name]))
     try:
@@ -176,22 +176,22 @@ def new_experts_off(model):
 
 
 @contextlib.contextmanager
-def unchanged(model):
+def restored(model):
     """Gives `model` back as it came: what trains, modes, configs and forward, all of which trainers write to."""
-    frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, {k: v for k, v in module.__dict__.items() if k in MODES}) for module in model.modules()]
     hooked = bool(getattr(model, "_require_grads_hooks", None))
     holders = [model.config, model.config.get_text_config(), getattr(model, "generation_config", None), model]
-    saved = [(holder.__dict__, dict(holder.__dict__)) for holder in holders if holder is not None]
+    attributes = [(holder.__dict__, dict(holder.__dict__)) for holder in holders if holder is not None]
     try:
         yield
     finally:
         if not hooked:
             model.disable_input_require_grads()  # gradient checkpointing asks for gradients of embeddings
-        for attributes, values in saved:
-            attributes.clear()
-            attributes.update(values)
-        for parameter, requires_grad in frozen:
+        for current, values in attributes:
+            current.clear()
+            current.update(values)
+        for parameter, requires_grad in trained:
             parameter.requires_grad_(requires_grad)
         for module, values in modes:
             for name in MODES:  # where the class has a default, the instance may have had none of its own
@@ -217,11 +217,11 @@ def count_selections(trainer, layers, title):
     counts = torch.zeros(len(layers), num_experts, dtype=torch.int64, device=accelerator.device)
     inputs = {}  # the current batch
 
-    def count(place, _, __, answer):
-        counts[place] += count_answer(answer, inputs.get("attention_mask"), num_experts).to(counts.device)
+    def count(number, _, __, output):
+        counts[number] += count_output(output, inputs.get("attention_mask"), num_experts).to(counts.device)
 
     routers = [layer.router for layer in layers.values()]
-    hooks = [router.register_forward_hook(partial(count, place)) for place, router in enumerate(routers)]
+    hooks = [router.register_forward_hook(partial(count, number)) for number, router in enumerate(routers)]
     try:
         with evaluation_mode(model), torch.no_grad(), accelerator.autocast():
             for batch in tqdm(held_out_batches(trainer), desc=title, disable=not accelerator.is_main_process):
@@ -244,7 +244,7 @@ def held_out_batches(trainer):
     return DataLoader(dataset, batch_size=trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
 
 
-def count_answer(answer, attention_mask, num_experts):
+def count_output(output, attention_mask, num_experts):
     """[E] int64: selections in one router's answer, by the tokens `attention_mask` [B, S] marks (`None`: all)."""
-    index = next(part for part in reversed(answer) if torch.is_tensor(part) and not part.is_floating_point())
+    index = next(part for part in reversed(output) if torch.is_tensor(part) and not part.is_floating_point())
     return count_selected(index, num_experts, attention_mask)

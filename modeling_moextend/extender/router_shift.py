@@ -85,7 +85,7 @@ class RouterShift:
                 f"{1 / len(self.layers):.3g}."
             )
         order = self.per_layer.sort(descending=True, stable=True).indices[:number]
-        return sorted(self.layers[place] for place in order.tolist())
+        return sorted(self.layers[index] for index in order.tolist())
 
     def _named(self, name):
         half = len(self.layers) // 2
@@ -109,7 +109,7 @@ class RouterShift:
     def _sources(self, layer, num_new):
         counts = self.counts_after[self.layers.index(layer)]
         ranked = [e for e in counts.sort(descending=True, stable=True).indices.tolist() if counts[e] > 0]
-        return [ranked[place % len(ranked)] for place in range(num_new)]
+        return [ranked[number % len(ranked)] for number in range(num_new)]
 
     def save(self, path):
         """Writes JSON to `path`; whoever reads meanwhile sees the old file or the new one."""
@@ -172,5 +172,5 @@ class RouterShift:
 
 
 def shares(counts):
-    """[L, E] counts -> [L, E] float64, each row summing to 1 (Eq. 5)."""
+    """[L, E] counts -> [L, E] float64, each layer summing to 1 (Eq. 5)."""
     return counts.double() / counts.sum(dim=1, keepdim=True)

@@ -1,7 +1,7 @@
 """Base retention: an `evaluate.Metric`, loaded without a hub by `evaluate.load(path of this file)`.
 
-Its inputs are measured by `compare_with_base` in `modeling_moextend/evaluation.py` and handed on by `base_retention`
-there.
+Its inputs are measured by `compare_with_base` in `modeling_moextend/evaluation/compare.py` and handed on by
+`base_retention` there.
 """
 
 import math
@@ -104,10 +104,10 @@ def check_layers(layers):
     Raises:
         ValueError: names the first such document and both lists of layers.
     """
-    for number, found in enumerate(layers):
-        if found != layers[0]:
+    for number, own in enumerate(layers):
+        if own != layers[0]:
             raise ValueError(
-                f"Document {number} has captured tokens of layers {found}, document 0 of layers {layers[0]}: measure "
+                f"Document {number} has captured tokens of layers {own}, document 0 of layers {layers[0]}: measure "
                 "all documents with one model."
             )
 

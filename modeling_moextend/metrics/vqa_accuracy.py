@@ -69,7 +69,7 @@ class VQAAccuracy(evaluate.Metric):
     def _compute(self, predictions, references):
         if not len(predictions):
             raise ValueError("vqa_accuracy got no answers: give at least one prediction and its references.")
-        scores = [agreement(answer, given) for answer, given in zip(predictions, references, strict=True)]
+        scores = [agreement(answer, own) for answer, own in zip(predictions, references, strict=True)]
         return {"vqa_accuracy": sum(scores) / len(scores)}
 
 

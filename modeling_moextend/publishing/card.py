@@ -43,8 +43,8 @@ def create_card(
             dtypes are read, so those on the meta device do.
         training (`dict`, *optional*): setting -> value, e.g. of the training arguments; `None` values are left out.
         datasets (`str` or `list[str]`, *optional*): what it was trained on: Hub ids, or files (shown by name only).
-        results (`list[dict]`, *optional*): rows of the results table; columns are the keys, in order of appearance.
-        forgetting (`list[dict]`, *optional*): rows of the forgetting table, what the base lost of what it knew.
+        results (`list[dict]`, *optional*): entries of the results table; columns are the keys, in order of appearance.
+        forgetting (`list[dict]`, *optional*): entries of the forgetting table, what the base lost of what it knew.
         metrics (`list[dict]`, *optional*): measured values for the metadata's model-index, each with `type` (the
             metric's id on the Hub), `value` and `dataset` (its name); if known, `name` and `dataset_type` (a Hub id).
         figures (`dict[str, str]`, *optional*): caption -> image file, relative to the repository.
@@ -98,7 +98,10 @@ def create_card(
             for name, tensor in tensors.items()
         ],
         num_new_experts=_num_new_experts(config),
-        below=[(one["name"], one.get("name_or_path") or f"path/to/{one['name']}") for one in config.trained_on],
+        dependencies=[
+            (adapter["name"], adapter.get("name_or_path") or f"path/to/{adapter['name']}")
+            for adapter in config.trained_on
+        ],
         scope=config.scope,
         selection=config.selection,
         calibration=config.calibration,
@@ -159,12 +162,12 @@ def _model_index(config, title, metrics):
 
 
 def _overview(config, adapter_bytes, num_parameters, tensors):
-    """Rows (name, value) of the first table, without those that have no value."""
+    """Entries (name, value) of the first table, without those that have no value."""
     base = _link(config.base_model_name_or_path)
     if base and config.base_model_revision:
         base += f", revision `{config.base_model_revision}`"
     encoder = _link(config.encoder_name_or_path) or ("of the adapter's config" if _has_encoder(config) else None)
-    rows = {
+    entries = {
         "base": base,
         "encoder": encoder and f"{encoder} (frozen)",
         "on top of the adapters": ", ".join(f"`{cell(entry['name'])}`" for entry in config.trained_on) or None,
@@ -173,7 +176,7 @@ def _overview(config, adapter_bytes, num_parameters, tensors):
         "parameters in the adapter": None if num_parameters is None else f"{num_parameters:,}",
         "size of the adapter": None if adapter_bytes is None else _size(adapter_bytes),
     }
-    return [(name, value) for name, value in rows.items() if value is not None]
+    return [(name, value) for name, value in entries.items() if value is not None]
 
 
 def _has_encoder(config):
@@ -190,8 +193,8 @@ def _parts(tensors):
     for name, tensor in tensors.items():
         first, *rest = name.split(".")
         part = rest[0] if first == "layers" else first
-        old = sums.get(part, (0, 0, 0))
-        sums[part] = (old[0] + 1, old[1] + tensor.numel(), old[2] + tensor.nbytes)
+        count, parameters, size = sums.get(part, (0, 0, 0))
+        sums[part] = count + 1, parameters + tensor.numel(), size + tensor.nbytes
     return {part: [f"{number:,}" for number in numbers] for part, numbers in sums.items()}
 
 
@@ -212,11 +215,11 @@ def _size(num_bytes):
     return f"{num_bytes:,} bytes" if units[0] == "bytes" else f"{value:.1f} {units[0]} ({num_bytes:,} bytes)"
 
 
-def _table(rows):
-    """Columns (keys in order of appearance) and rows of cells; a key that a row lacks is an empty cell."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[cell(row.get(key)) for key in columns] for row in rows]
-    return {"columns": [cell(key) for key in columns], "rows": cells} if columns else None
+def _table(records):
+    """Columns (keys in order of appearance) and lines of cells; a key that a record lacks is an empty cell."""
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    cells = [[cell(record.get(key)) for key in columns] for record in records]
+    return {"columns": [cell(key) for key in columns], "lines": cells} if columns else None
 
 
 def cell(value):

@@ -15,7 +15,7 @@ FACTS = "card.json"  # what a run leaves beside the adapter for its card: argume
 SHIFT = "shift.png"
 
 
-def folder_card(folder, config, repo_id=None, *, report=None, shift=None, **given):
+def folder_card(folder, config, repo_id=None, *, report=None, shift=None, **overrides):
     """`create_card` with all that an adapter's folder tells; its pictures are copied beside it.
 
     Args:
@@ -24,21 +24,21 @@ def folder_card(folder, config, repo_id=None, *, report=None, shift=None, **give
         repo_id: Hub id it is published under.
         report: folder of `write_report`; default: the last one that `ReportCallback` wrote, if any.
         shift: picture of `RouterShift.plot`; default: `shift.png` in the folder, or what stage extend wrote.
-        **given: to `create_card`, in place of what the folder tells.
+        **overrides: to `create_card`, in place of what the folder tells.
 
     Raises:
         ValueError: a report or picture that is not there.
         ImportError: jinja2 is missing.
     """
     folder = Path(folder)
-    known = ({} if "tensors" in given else {"tensors": read_shapes(folder)}) | read_facts(folder)
-    known |= read_report(report or last_report(folder), folder)
+    facts = ({} if "tensors" in overrides else {"tensors": read_shapes(folder)}) | read_facts(folder)
+    facts |= read_report(report or last_report(folder), folder)
     shift = shift or next((path for path in (folder / SHIFT, folder / "extend" / SHIFT) if path.exists()), None)
     if shift is not None:
-        known["router_shift"] = copy_picture(Path(shift), folder / SHIFT)
+        facts["router_shift"] = copy_picture(Path(shift), folder / SHIFT)
     if not any((folder / name).exists() for name in ("tokenizer_config.json", "processor_config.json")):
-        known["tokenizer"] = None if config.encoder_config else config.base_model_name_or_path
-    return create_card(config, repo_id=repo_id, **{**known, **given})
+        facts["tokenizer"] = None if config.encoder_config else config.base_model_name_or_path
+    return create_card(config, repo_id=repo_id, **{**facts, **overrides})
 
 
 def read_shapes(folder):

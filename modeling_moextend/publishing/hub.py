@@ -43,34 +43,34 @@ def check_published(config, api=None):
         api: an `HfApi` that is asked whether they are there; `None`: only their names are looked at.
 
     Raises:
-        ValueError: one of them is a path on this machine, comes from no known place, or is not on the Hub.
+        ValueError: one of them is a path on this machine, has no known location, or is not on the Hub.
     """
-    roles = ["base_model"] + (["encoder"] if config.encoder_name_or_path or config.encoder_config else [])
-    for role in roles:
-        place, word = getattr(config, f"{role}_name_or_path"), role.removesuffix("_model")
-        if not place:
+    entries = ["base_model"] + (["encoder"] if config.encoder_name_or_path or config.encoder_config else [])
+    for entry in entries:
+        location, role = getattr(config, f"{entry}_name_or_path"), entry.removesuffix("_model")
+        if not location:
             problem = "was given as a model, and the adapter does not say where it lies"
-        elif hub_id(place) is None:
-            problem = f"is {place!r}, a path on this machine"
-        elif api is not None and not api.repo_exists(place):
-            problem = f"is {place!r}, which is not on the Hub (or not to be seen with this token)"
+        elif hub_id(location) is None:
+            problem = f"is {location!r}, a path on this machine"
+        elif api is not None and not api.repo_exists(location):
+            problem = f"is {location!r}, which is not on the Hub (or not to be seen with this token)"
         else:
             continue
         raise ValueError(
-            f"The adapter can't be published yet: its {word} {problem}, so nobody else could load it. Publish the "
-            f"{word} first, then say where: model.config.{role}_name_or_path = 'owner/name' (examples/publish.py: "
-            f"--{word} owner/name). Saving to a folder works as it is."
+            f"The adapter can't be published yet: its {role} {problem}, so nobody else could load it. Publish the "
+            f"{role} first, then say where: model.config.{entry}_name_or_path = 'owner/name' (examples/publish.py: "
+            f"--{role} owner/name). Saving to a folder works as it is."
         )
 
 
 def published_files(folder):
     """Names, relative to `folder` (a `Path`), of the files in it that make a published adapter: nothing pickled, no
     checkpoint, no picture that the card does not show."""
-    found = {path for pattern in PUBLISHED for path in folder.glob(pattern) if path.is_file()}
-    names = {path.relative_to(folder).as_posix() for path in found}
+    paths = {path for pattern in PUBLISHED for path in folder.glob(pattern) if path.is_file()}
+    names = {path.relative_to(folder).as_posix() for path in paths}
     if "README.md" in names:
-        shown = PICTURE.findall((folder / "README.md").read_text(encoding="utf-8"))
-        names |= {name for name in shown if (folder / name).is_file()}
+        pictures = PICTURE.findall((folder / "README.md").read_text(encoding="utf-8"))
+        names |= {name for name in pictures if (folder / name).is_file()}
     return sorted(names)
 
 
@@ -174,26 +174,26 @@ def upload(
         ImportError: something was given for the card, and it can't be written.
         HfHubHTTPError: the Hub refused; nothing was committed.
     """
-    given = {name: value for name, value in (("report", report), ("shift", shift), ("tags", tags)) if value}
-    given |= card or {}
-    writes = is_jinja_available()
-    if given and not writes:
-        raise ImportError(f"{', '.join(given)}: a model card needs jinja2: pip install 'moextend[train]'.")
+    card_options = {name: value for name, value in (("report", report), ("shift", shift), ("tags", tags)) if value}
+    card_options |= card or {}
+    can_write_card = is_jinja_available()
+    if card_options and not can_write_card:
+        raise ImportError(f"{', '.join(card_options)}: a model card needs jinja2: pip install 'moextend[train]'.")
     api = HfApi(token=token)
     check_published(config, api)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    known = set(api.list_repo_files(repo_id, revision=revision))
-    if writes and (given or not written_by_hand(folder, known)):
-        license = {} if "license" in given else base_license(config, api)
-        write_text(folder / "README.md", str(folder_card(folder, config, repo_id, **license, **given)))
+    repo_files = set(api.list_repo_files(repo_id, revision=revision))
+    if can_write_card and (card_options or not written_by_hand(folder, repo_files)):
+        license = {} if "license" in card_options else base_license(config, api)
+        write_text(folder / "README.md", str(folder_card(folder, config, repo_id, **license, **card_options)))
     names = published_files(folder)
-    if config.encoder_config is not None and "processor_config.json" not in known.union(names):
+    if config.encoder_config is not None and "processor_config.json" not in repo_files.union(names):
         logger.warning(
             "No processor goes along, so AutoProcessor can't load it from there: push_to_hub(processor=...)."
         )
-    stale = [name for name in sorted(known) if fnmatch(name, "moextend_adapter*") and name not in names]
+    stale = [name for name in sorted(repo_files) if fnmatch(name, "moextend_adapter*") and name not in names]
     operations = [CommitOperationDelete(path_in_repo=name) for name in stale]
     operations += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in names]
     return api.create_commit(
@@ -206,11 +206,11 @@ def upload(
     )
 
 
-def written_by_hand(folder, known):
+def written_by_hand(folder, repo_files):
     """Whether there is a card to leave alone: the folder's without the line `FILLED`, or else any in the repository
-    (`known`: its files), which may tell more than this folder can."""
-    own = folder / "README.md"
-    return FILLED not in own.read_text(encoding="utf-8") if own.exists() else "README.md" in known
+    (`repo_files`: its files), which may tell more than this folder can."""
+    card = folder / "README.md"
+    return FILLED not in card.read_text(encoding="utf-8") if card.exists() else "README.md" in repo_files
 
 
 def base_license(config, api):

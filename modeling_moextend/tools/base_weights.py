@@ -63,7 +63,7 @@ class Checkpoint:
 
     Attributes:
         files: file name -> path, of every file with weights and of the index, if there is one.
-        place: key -> path of the file that holds the tensor.
+        paths: key -> path of the file that holds the tensor.
 
     Raises:
         OSError: no weights in safetensors there.
@@ -74,15 +74,15 @@ class Checkpoint:
         self.name, self.hub_kwargs = str(name_or_path), hub_kwargs
         index = self.find(SAFE_WEIGHTS_INDEX_NAME)
         names = [SAFE_WEIGHTS_NAME] if index is None else shard_names(index)
-        found = {name: self.find(name) for name in names}
-        missing = [name for name, path in found.items() if path is None]
+        files = {name: self.find(name) for name in names}
+        missing = [name for name, path in files.items() if path is None]
         if missing:
             raise OSError(f"{self.name} lacks weights in safetensors: {', '.join(missing[:8])}.")
-        self.place = {}
-        for path in found.values():
+        self.paths = {}
+        for path in files.values():
             with opened(path) as file:
-                self.place |= dict.fromkeys(file.keys(), path)
-        self.files = found | ({} if index is None else {SAFE_WEIGHTS_INDEX_NAME: index})
+                self.paths |= dict.fromkeys(file.keys(), path)
+        self.files = files | ({} if index is None else {SAFE_WEIGHTS_INDEX_NAME: index})
 
     def find(self, name):
         """Path of a file of the checkpoint, or `None`."""
@@ -97,12 +97,12 @@ class Checkpoint:
         Raises:
             Unusable: the checkpoint has no such key, or it is not of the `shape` that the model needs.
         """
-        if key not in self.place:
+        if key not in self.paths:
             raise Unusable(
                 f"{self.name} has no tensor {key}: it is stored otherwise than transformers itself would save it "
                 "(quantised, or of an older layout). Load it, save it with save_pretrained, and give that folder."
             )
-        with opened(self.place[key]) as file:
+        with opened(self.paths[key]) as file:
             tensor = file.get_tensor(key)
         if shape is not None and tensor.shape != shape:
             raise Unusable(f"{self.name} has {key} as {tuple(tensor.shape)}, the model needs {tuple(shape)}.")
@@ -117,50 +117,52 @@ class Checkpoint:
             indices: of the values in the flattened parameter. Of experts that have a key each, those without
                 any are not read: all of a layer can be many times a file.
         """
-        asked = torch.empty(shape, device="meta")
-        parts = self.parts(model, name, asked)
+        parameter = torch.empty(shape, device="meta")
+        parts = self.parts(model, name, parameter)
         key, part = next(iter(parts.items()))
-        if part is asked:  # under another name at most
+        if part is parameter:  # under another name at most
             return self.tensor(key, shape).reshape(-1)[indices]
         by_expert = any(EXPERT.search(key) for key in parts)  # else, say, one matrix of two projections
         size = shape[1:].numel() if by_expert else shape.numel()
-        found = torch.empty(len(indices), dtype=self.tensor(key).dtype)
-        for first in (indices // size).unique().tolist():
-            rows = torch.empty((1, *shape[1:]) if by_expert else shape, dtype=found.dtype)
-            self.fill(rows, partial(stored_parts, model, name, first=first))
-            inside = indices // size == first
-            found[inside] = rows.view(-1)[indices[inside] % size]
-        return found
+        values = torch.empty(len(indices), dtype=self.tensor(key).dtype)
+        for expert in (indices // size).unique().tolist():
+            stack = torch.empty((1, *shape[1:]) if by_expert else shape, dtype=values.dtype)
+            self.fill(stack, partial(stored_parts, model, name, first=expert))
+            inside = indices // size == expert
+            values[inside] = stack.view(-1)[indices[inside] % size]
+        return values
 
-    def parts(self, model, name, asked):
-        """What the checkpoint has in the place of a parameter `asked`, on the meta device: key -> part of it."""
-        return {name: asked} if name in self.place else stored_parts(model, name, asked)
+    def parts(self, model, name, parameter):
+        """What the checkpoint has in the place of a `parameter` on the meta device: key -> part of it."""
+        return {name: parameter} if name in self.paths else stored_parts(model, name, parameter)
 
-    def fill(self, rows, split):
-        """Fills `rows` of a parameter from the tensors that `split` makes of them: key -> part."""
-        parts = split(rows)
-        views = all(part.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr() for part in parts.values())
+    def fill(self, tensor, split):
+        """Fills `tensor`, a parameter or some experts of one, from its parts in the checkpoint.
+
+        Args:
+            split: tensor -> {key: part}, as `stored_parts`.
+        """
+        parts, storage = split(tensor), tensor.untyped_storage().data_ptr()
+        if all(part.untyped_storage().data_ptr() == storage for part in parts.values()):  # views of it
+            for key, part in parts.items():
+                part.copy_(self.tensor(key, part.shape))
+            return
         # Copies can't be written through; of numbered elements each part tells where its own go.
-        places = parts if views else split(torch.arange(rows.numel()).reshape(rows.shape))
-        for key, place in places.items():
-            stored = self.tensor(key, place.shape)
-            if views:
-                place.copy_(stored)
-            else:
-                rows.view(-1)[place.reshape(-1)] = stored.reshape(-1)
+        for key, indices in split(torch.arange(tensor.numel()).reshape(tensor.shape)).items():
+            tensor.view(-1)[indices.reshape(-1)] = self.tensor(key, indices.shape).reshape(-1)
 
 
-def location_of_part(role, given, config, location):
+def location_of_part(role, requested, config, location):
     """Where the "base" or "encoder" of an adapter lies, once a base is known to be no adapter itself.
 
     Args:
-        given: where the user says; `None`: where the adapter's `config` says.
+        requested: where the user says; `None`: where the adapter's `config` says.
         location: (folder or Hub id, keywords for the Hub) of the adapter.
 
     Returns:
         (folder or Hub id, keywords for the Hub), those included that adapter and base share.
     """
-    path, options = location_of(role, given, config, location)
+    path, options = location_of(role, requested, config, location)
     options = {**{key: location[1][key] for key in SHARED_HUB_KWARGS if key in location[1]}, **options}
     if role == "base":
         check_no_adapter(path, options)
@@ -171,22 +173,20 @@ def shard_names(index):
     """Names of the files that an index (its path) speaks of."""
     try:
         names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-        strange = [name for name in names if Path(name).name != name or not name.isprintable()]
+        strange = [shown(name) for name in names if Path(name).name != name or not name.isprintable()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Unusable(f"{index} is damaged ({error!r}). Fetch or save it again.") from error
     if strange:
-        names = ", ".join(map(shown, strange[:8]))
-        raise Unusable(f"{index} names files outside the checkpoint's folder, or that no folder can have: {names}.")
+        raise Unusable(f"{index} names files outside the checkpoint's folder: {', '.join(strange[:8])}.")
     return names
 
 
-def stored_parts(model, name, rows, first=0):
-    """How a checkpoint stores `rows` of a parameter: key -> tensor.
+def stored_parts(model, name, tensor, first=0):
+    """How a checkpoint stores `tensor`, the parameter `name` of a model or some experts of it: key -> part.
 
-    Where each expert has a key of its own, the first of the rows is expert `first`. For a single row the tensors are
-    views of it.
+    Where each expert has a key of its own, `tensor` begins with expert `first`. Parts of a single expert are views.
     """
-    parts = revert_weight_conversion(model, {name: rows})
+    parts = revert_weight_conversion(model, {name: tensor})
     return {EXPERT.sub(lambda number: str(int(number[0]) + first), key): part for key, part in parts.items()}
 
 

@@ -48,8 +48,8 @@ def inspect_adapter(name_or_path, **hub_kwargs):
     """What an adapter holds, as a JSON-ready `dict`; only the headers of its files are read (or fetched).
 
     Keys: adapter, format, base, encoder (`None`: none), scope, selection, calibration, gate_threshold (`None`: no
-    gate), num_tensors, num_parameters, num_bytes (of tensors), files, layers (a row for each extended layer),
-    others (the same for gate and projector), tensors (a row for each).
+    gate), num_tensors, num_parameters, num_bytes (of tensors), files, layers (an entry for each extended
+    layer), others (the same for gate and projector), tensors (an entry for each).
 
     Raises:
         OSError: no adapter there.
@@ -60,18 +60,20 @@ def inspect_adapter(name_or_path, **hub_kwargs):
     return {
         "adapter": str(name_or_path),
         "format": int(stored.metadata["moextend_format"]),
-        "base": part_of(config, "base_model", "base", config.text_config),
-        "encoder": part_of(config, "encoder", "encoder", config.encoder_config) if config.encoder_config else None,
+        "base": describe_part(config, "base", config.text_config),
+        "encoder": describe_part(config, "encoder", config.encoder_config) if config.encoder_config else None,
         **{name: getattr(config, name) for name in ROUTING},
         "gate_threshold": config.gate_threshold if config.scope == "gate" else None,
         **size_of(tensors),
         "files": list(stored.files),
         "layers": [
-            {"layer": layer, "source_experts": sources, **size_of(under(tensors, f"layers.{layer}."))}
+            {"layer": layer, "source_experts": sources, **size_of(with_prefix(tensors, f"layers.{layer}."))}
             for layer, sources in config.extended_layers.items()
         ],
         "others": [
-            {"part": part, **size_of(held)} for part in ("gate", "projector") if (held := under(tensors, f"{part}."))
+            {"part": part, **size_of(own)}
+            for part in ("gate", "projector")
+            if (own := with_prefix(tensors, f"{part}."))
         ],
         "tensors": [
             {"name": name, "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
@@ -80,12 +82,13 @@ def inspect_adapter(name_or_path, **hub_kwargs):
     }
 
 
-def part_of(config, role, word, own_config):
-    """Where base or encoder of an adapter lies, and of what kind it is."""
+def describe_part(config, role, own_config):
+    """Where the "base" or "encoder" of an adapter lies, and of what kind it is."""
+    entry = "base_model" if role == "base" else role
     return {
-        "name_or_path": getattr(config, f"{role}_name_or_path"),
-        "subfolder": getattr(config, f"{word}_subfolder"),
-        "revision": config.base_model_revision if word == "base" else None,
+        "name_or_path": getattr(config, f"{entry}_name_or_path"),
+        "subfolder": getattr(config, f"{role}_subfolder"),
+        "revision": config.base_model_revision if role == "base" else None,
         "model_type": own_config.model_type if own_config is not None else None,
     }
 
@@ -95,7 +98,7 @@ def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def under(tensors, prefix):
+def with_prefix(tensors, prefix):
     return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
@@ -138,16 +141,16 @@ def empty(dtype, shape):
 def remote_headers(repo_id, hub_kwargs):
     """File name -> (tensors without data, header metadata) of every file of an adapter on the Hub."""
     index = cached_file(repo_id, INDEX, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-    api, found = HfApi(token=hub_kwargs.get("token")), {}
+    api, headers = HfApi(token=hub_kwargs.get("token")), {}
     for name in [FILE] if index is None else shards_of(index):
         path = "/".join(filter(None, (hub_kwargs.get("subfolder"), name)))
         try:
             header = api.parse_safetensors_file_metadata(repo_id, path, revision=hub_kwargs.get("revision"))
             tensors = {key: empty(tensor.dtype, tensor.shape) for key, tensor in header.tensors.items()}
-            found[name] = tensors, texts(header.metadata)
+            headers[name] = tensors, texts(header.metadata)
         except BROKEN_HEADER as error:
             raise ValueError(f"{repo_id}/{path} is damaged ({short(str(error))}).") from error
-    return found
+    return headers
 
 
 def texts(metadata):
@@ -164,9 +167,10 @@ def texts(metadata):
 def diff_adapters(one, other, **hub_kwargs):
     """How two adapters differ, as a JSON-ready `dict`.
 
-    Keys: adapters (the two names), equal (nothing differs), config (rows entry, values), only_in (for each of the
-    two, tensors that the other lacks), shapes (rows name, values), tensors (rows of those in both: name, equal (bit by
-    bit), max_abs (largest |a - b|), relative (|a - b| / |a|, Euclidean)); `None` where a number is not finite.
+    Keys: adapters (the two names), equal (nothing differs), config (of each difference: entry, values), only_in (for
+    each of the two, tensors that the other lacks), shapes (of each difference: name, values), tensors (of those in
+    both: name, equal (bit by bit), max_abs (largest |a - b|), relative (|a - b| / |a|, Euclidean)); `None` where a
+    number of a tensor is not finite.
 
     Raises:
         OSError: an adapter is not there.
@@ -180,7 +184,7 @@ def diff_adapters(one, other, **hub_kwargs):
     shared = sorted(tensors.keys() & other_tensors.keys())
     same_shape = [name for name in shared if tensors[name].shape == other_tensors[name].shape]
     entries = sorted(config.keys() | other_config.keys())
-    found = {
+    result = {
         "config": [
             {"entry": ".".join(entry), "values": [config.get(entry), other_config.get(entry)]}
             for entry in entries
@@ -194,17 +198,17 @@ def diff_adapters(one, other, **hub_kwargs):
         ],
         "tensors": [{"name": name, **distance(tensors[name], other_tensors[name])} for name in same_shape],
     }
-    differ = found["config"] or any(found["only_in"]) or found["shapes"]
-    equal = not differ and all(row["equal"] for row in found["tensors"])
-    return {"adapters": [str(one), str(other)], "equal": equal, **found}
+    differ = result["config"] or any(result["only_in"]) or result["shapes"]
+    equal = not differ and all(tensor["equal"] for tensor in result["tensors"])
+    return {"adapters": [str(one), str(other)], "equal": equal, **result}
 
 
 def flat(values, path=()):
     """Nested mappings as one: path of keys -> value, as JSON has it."""
-    found = {}
+    entries = {}
     for key, value in values.items():
-        found |= flat(value, (*path, key)) if isinstance(value, dict) and value else {(*path, key): as_json(value)}
-    return found
+        entries |= flat(value, (*path, key)) if isinstance(value, dict) and value else {(*path, key): as_json(value)}
+    return entries
 
 
 def as_json(value):

@@ -66,7 +66,7 @@ def merge(
         OSError: adapter, base or encoder can't be found.
         Unusable: a damaged adapter, base or encoder, or something that is none; the file is named.
         ValueError: another base, an adapter that was trained on top of others, tensors that do not fit, or no native
-            form: all that stands against it is named.
+            form: every condition that fails is named.
     """
     with new_folder(output) as folder:
         stored = read_whole(adapter, **hub_kwargs)
@@ -84,9 +84,9 @@ def merge(
             write_native(folder, config, base_config, model, checkpoint, stored.tensors, max_shard_size)
             copy_files(checkpoint.find, ABOUT_NATIVE, folder)
         else:
-            sees = config.encoder_config is not None
+            has_encoder = config.encoder_config is not None
             with unusable():
-                encoder = open_part("encoder", encoder, config, adapter, hub_kwargs) if sees else None
+                encoder = open_part("encoder", encoder, config, adapter, hub_kwargs) if has_encoder else None
             write_standalone(folder, config, checkpoint, encoder, stored.tensors, max_shard_size, check_base)
         copy_files(finder(adapter, hub_kwargs), ABOUT_ADAPTER if not native else TOKENIZER, folder)
     files = [path for path in Path(output).rglob("*") if path.is_file()]
@@ -104,18 +104,18 @@ def check_alone(config, name):
     Raises:
         ValueError: names them.
     """
-    below = ", ".join(repr(entry["name"]) for entry in config.trained_on)
-    if below:
+    dependencies = ", ".join(repr(entry["name"]) for entry in config.trained_on)
+    if dependencies:
         raise ValueError(
-            f"{name} was trained on top of {below}, and a merged folder holds one adapter: alone, it would give "
-            "answers that nobody trained. Load them together instead, the lowest with from_pretrained and the others "
-            "with load_adapter; check_trained_on=False merges it alone all the same."
+            f"{name} was trained on top of {dependencies}, and a merged folder holds one adapter: alone, it would "
+            "give answers that nobody trained. Load them together instead, the lowest with from_pretrained and the "
+            "others with load_adapter; check_trained_on=False merges it alone all the same."
         )
 
 
-def open_part(role, given, config, adapter, hub_kwargs):
-    """The `Checkpoint` of an adapter's base or encoder; `given`: where the user says that it lies."""
-    path, options = location_of_part(role, given, config, (adapter, hub_kwargs))
+def open_part(role, requested, config, adapter, hub_kwargs):
+    """The `Checkpoint` of an adapter's base or encoder; `requested`: where the user says that it lies."""
+    path, options = location_of_part(role, requested, config, (adapter, hub_kwargs))
     try:
         return Checkpoint(path, **options)
     except OSError as error:
@@ -144,13 +144,13 @@ def check_fit(config, base_config, checkpoint, stored, check_base):
     Without `check_base` the config is made to say which base it is.
     """
     base = base_skeleton(checkpoint, base_config)
-    found = checkpoint_fingerprint(checkpoint, base)
+    fingerprint_found = checkpoint_fingerprint(checkpoint, base)
     if check_base:
-        check_fingerprint("base", config.base_fingerprint, found)
+        check_fingerprint("base", config.base_fingerprint, fingerprint_found)
     else:
         config.text_config, config.routing_rule = copy.deepcopy(base_config), None
         config.base_model_name_or_path, config.base_model_revision = checkpoint.name, None
-        config.base_fingerprint = found
+        config.base_fingerprint = fingerprint_found
     layers = find_moe_layers(base.get_decoder())
     check_plan(layers, config.extended_layers)
     base_rule(config, layers)
@@ -192,12 +192,12 @@ def write_standalone(folder, config, checkpoint, encoder, tensors, max_shard_siz
     copy_files(checkpoint.find, READER, folder)
 
 
-def copy_checkpoint(checkpoint, about, folder):
-    """Copies weights as they are, file by file, and what else of the names `about` is there."""
+def copy_checkpoint(checkpoint, names, folder):
+    """Copies weights as they are, file by file, and those of the other files `names` that are there."""
     folder.mkdir()
     for name, path in checkpoint.files.items():
         copy_file(path, folder / name)
-    copy_files(checkpoint.find, about, folder)
+    copy_files(checkpoint.find, names, folder)
 
 
 def copy_files(find, names, folder):

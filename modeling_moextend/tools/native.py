@@ -1,6 +1,6 @@
 """The native form of an extended base: its own architecture with E + n experts a layer, no code of ours.
 
-It exists where the base's own router, given n more rows, chooses and weighs as `routing_moextend.route` does. Letters:
+It exists where the base's own router, with n more rows, chooses and weighs as `routing_moextend.route` does. Letters:
 E experts of the base, n new experts a layer.
 """
 
@@ -32,7 +32,7 @@ NUMBER = {  # family -> config entry with its number of experts; measured by tes
 
 
 def obstacles(config, base_config, model, checkpoint, tensors):
-    """What stands against a native form: condition -> what is the case. Empty where there is one.
+    """What speaks against a native form: condition -> what is the case. Empty where there is one.
 
     Args:
         config: the adapter's `MoExtendConfig`.
@@ -43,7 +43,7 @@ def obstacles(config, base_config, model, checkpoint, tensors):
     groups = [getattr(base_config, name) for name in GROUPS if getattr(base_config, name, None)]
     missing = sorted(find_moe_layers(model.get_decoder()).keys() - config.extended_layers.keys())
     rule, family = Rule(**config.routing_rule), base_config.model_type
-    rows = [  # condition, whether it fails, what is the case and what would have to be
+    conditions = [  # condition, whether it fails, what is the case and what would have to be
         ("family", family not in NUMBER, f"{family}; known are {', '.join(NUMBER)}"),
         (
             "groups",
@@ -72,16 +72,16 @@ def obstacles(config, base_config, model, checkpoint, tensors):
             "the base is quantised; the new experts would have to be as well, which changes them",
         ),
     ]
-    found = {name: text for name, fails, text in rows if fails}
-    return found or wider_dtype(model, checkpoint, tensors)
+    failed = {name: text for name, fails, text in conditions if fails}
+    return failed or wider_dtype(model, checkpoint, tensors)
 
 
 def wider_dtype(model, checkpoint, tensors):
     """The condition "dtype": new tensors that the base's dtype does not hold exactly."""
     for key, piece in pieces(model, checkpoint, tensors).items():
-        base_dtype = checkpoint.tensor(piece.like).dtype
-        if piece.rows is not None and torch.promote_types(piece.rows.dtype, base_dtype) != base_dtype:
-            text = f"new tensors are {piece.rows.dtype}, the base's {base_dtype}, which can't hold them exactly"
+        base_dtype = checkpoint.tensor(piece.base_key).dtype
+        if piece.new is not None and torch.promote_types(piece.new.dtype, base_dtype) != base_dtype:
+            text = f"new tensors are {piece.new.dtype}, the base's {base_dtype}, which can't hold them exactly"
             dtype = dtype_name(base_dtype)
             return {"dtype": f"{text} ({shown(key)}); save the adapter with adapter_dtype={dtype!r} first"}
     return {}
@@ -89,9 +89,9 @@ def wider_dtype(model, checkpoint, tensors):
 
 def check_native(*arguments):
     """Raises `ValueError` with all `obstacles`, each by the name of its condition."""
-    found = obstacles(*arguments)
-    if found:
-        lines = "\n  ".join(f"{name}: {text}" for name, text in found.items())
+    failed = obstacles(*arguments)
+    if failed:
+        lines = "\n  ".join(f"{name}: {text}" for name, text in failed.items())
         raise ValueError(
             f"This adapter has no native form; nothing was written.\n  {lines}\nA standalone checkpoint (without "
             "--native) holds any adapter."
@@ -99,56 +99,60 @@ def check_native(*arguments):
 
 
 class Piece(NamedTuple):
-    """One tensor of a native checkpoint: what the base has under this key, then new rows.
+    """One tensor of a native checkpoint: the base's, the base's with new experts' parts appended, or a new expert's.
 
-    like: key of the base's tensor; for a new expert's own key that of the last base expert.
-    rows: the adapter's [n, ...] or one new expert's; `None` where the base's tensor stays as it is.
-    grows: whether the rows go below the base's tensor, rather than stand alone.
+    base_key: of the base's tensor; for a new expert's own key that of the last base expert.
+    new: the adapter's tensor [n, ...] or one new expert's; `None` where the base's tensor stays as it is.
+    appended: whether it is appended to the base's tensor, rather than stands alone.
     """
 
-    like: str
-    rows: torch.Tensor | None = None
-    grows: bool = False
+    base_key: str
+    new: torch.Tensor | None = None
+    appended: bool = False
 
     def tensor(self, checkpoint):
-        if self.rows is None:
-            return checkpoint.tensor(self.like)
-        base = checkpoint.tensor(self.like)
-        rows = self.rows.to(base.dtype)
-        return torch.cat([base, rows]) if self.grows else rows.contiguous()
+        if self.new is None:
+            return checkpoint.tensor(self.base_key)
+        base = checkpoint.tensor(self.base_key)
+        new = self.new.to(base.dtype)
+        return torch.cat([base, new]) if self.appended else new.contiguous()
 
     def num_bytes(self, checkpoint):
-        base = checkpoint.tensor(self.like)
-        if self.rows is None:
+        base = checkpoint.tensor(self.base_key)
+        if self.new is None:
             return base.nbytes
-        return self.rows.numel() * base.itemsize + (base.nbytes if self.grows else 0)
+        return self.new.numel() * base.itemsize + (base.nbytes if self.appended else 0)
 
 
 def pieces(model, checkpoint, tensors):
     """The native checkpoint, tensor by tensor: key -> `Piece`, new experts right after the last base expert."""
-    found = {key: Piece(key) for key in checkpoint.place}
+    pieces_by_key = {key: Piece(key) for key in checkpoint.paths}
     followers = {}
-    for key, rows, num_base in stored_rows(model, checkpoint, tensors):
-        if key in found:
-            found[key] = Piece(key, rows, grows=True)
+    for key, new, num_base in stored_tensors(model, checkpoint, tensors):
+        if key in pieces_by_key:
+            pieces_by_key[key] = Piece(key, new, appended=True)
         else:
             last = EXPERT.sub(str(num_base - 1), key)
-            followers.setdefault(last, {})[key] = Piece(last, rows)
-    return {name: piece for key in found for name, piece in ({key: found[key]} | followers.get(key, {})).items()}
+            followers.setdefault(last, {})[key] = Piece(last, new)
+    return {
+        name: piece
+        for key in pieces_by_key
+        for name, piece in ({key: pieces_by_key[key]} | followers.get(key, {})).items()
+    }
 
 
-def stored_rows(model, checkpoint, tensors):
-    """(key, rows, E) of every tensor of an adapter, as the base's checkpoint would store it."""
+def stored_tensors(model, checkpoint, tensors):
+    """(key, tensor, E) of every tensor of an adapter, as the base's checkpoint would store it."""
     layers = find_moe_layers(model.get_decoder())
     names = {module: name for name, module in model.named_modules()}
-    for name, rows in tensors.items():
+    for name, tensor in tensors.items():
         _, number, part, leaf = name.split(".", 3)
         layer = layers[int(number)]
         owner = layer.experts if part == "experts" else layer.router
         parameter = f"{names[owner]}.{CORRECTION if leaf == 'correction_bias' else leaf}"
-        parts = {parameter: rows}
-        if parameter not in checkpoint.place:
-            parts = stored_parts(model, parameter, rows, layer.num_experts)
+        parts = {parameter: tensor}
+        if parameter not in checkpoint.paths:
+            parts = stored_parts(model, parameter, tensor, layer.num_experts)
         for key, value in parts.items():
             yield key, value, layer.num_experts
 

@@ -40,8 +40,8 @@ def verify_adapter(
         dtype: what base and encoder are loaded in.
 
     Returns:
-        `dict`: adapter, ok (every check passed), checks (rows check, ok, detail), sample (texts with the adapter and
-        without it, or token ids; `None`: not reached).
+        `dict`: adapter, ok (every check passed), checks (of each: check, ok, detail), sample (texts with the adapter
+        and without it, or token ids; `None`: not reached).
 
     Raises:
         OSError: adapter, base or encoder can't be found.
@@ -52,7 +52,7 @@ def verify_adapter(
         stored = read_whole(name_or_path, **hub_kwargs)
         config, tensors = MoExtendConfig.from_dict(stored.values), stored.tensors
     except Unusable as error:
-        checks = [row("file", False, str(error))]
+        checks = [check_result("file", False, str(error))]
     else:
         auto_class = auto_class_for(config.text_config, AutoModelForCausalLM)
         loaded = load_part("base", base, config, location, load_base, auto_class=auto_class, dtype=dtype).eval()
@@ -60,13 +60,13 @@ def verify_adapter(
         if config.encoder_config is not None:
             encoder = load_part("encoder", encoder, config, location, load_encoder, dtype=dtype)
         tokenizer = find_tokenizer(location, location_of("base", base, config, location))
-        more, sample = base_checks(location, config, loaded, encoder, tokenizer, prompt, max_new_tokens)
-        checks = file_checks(tensors) + more
+        base_results, sample = base_checks(location, config, loaded, encoder, tokenizer, prompt, max_new_tokens)
+        checks = file_checks(tensors) + base_results
     ok = all(check["ok"] for check in checks)
     return {"adapter": str(name_or_path), "ok": ok, "checks": checks, "sample": sample}
 
 
-def load_part(role, given, config, location, loader, **kwargs):
+def load_part(role, requested, config, location, loader, **kwargs):
     """Base or encoder of an adapter; see `load_stored`.
 
     Raises:
@@ -75,55 +75,62 @@ def load_part(role, given, config, location, loader, **kwargs):
     """
     shared = {key: location[1][key] for key in SHARED_HUB_KWARGS if key in location[1]}
     with unusable():
-        path, options = location_of_part(role, given, config, location)
+        path, options = location_of_part(role, requested, config, location)
         try:
-            return load_stored(role, given, config, loader, location, **kwargs, **shared)
+            return load_stored(role, requested, config, loader, location, **kwargs, **shared)
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             with contextlib.suppress(OSError):  # no safetensors: not what is wrong here
                 Checkpoint(path, **options)  # names the file, which transformers does not
             raise
 
 
-def row(check, ok, detail):
+def check_result(check, ok, detail):
     return {"check": check, "ok": bool(ok), "detail": detail}
 
 
 def file_checks(tensors):
     """The checks that need no base."""
     size = sum(tensor.nbytes for tensor in tensors.values())
-    wild = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
-    detail = f"NaN or infinity in {', '.join(map(shown, wild))}" if wild else "every value of every tensor"
-    return [row("file", True, f"{len(tensors)} tensors, {size:,} bytes"), row("finite", not wild, detail)]
+    not_finite = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
+    detail = f"NaN or infinity in {', '.join(map(shown, not_finite))}" if not_finite else "every value of every tensor"
+    return [
+        check_result("file", True, f"{len(tensors)} tensors, {size:,} bytes"),
+        check_result("finite", not not_finite, detail),
+    ]
 
 
 def base_checks(location, config, base, encoder, tokenizer, prompt, max_new_tokens):
     """The checks on `base`, a loaded model, and the sample."""
-    same, detail = compare_base(config.base_fingerprint, base)
-    checks = [row("base", same, f"{base.config._name_or_path}: {detail}")]
+    is_same_base, detail = compare_base(config.base_fingerprint, base)
+    checks = [check_result("base", is_same_base, f"{base.config._name_or_path}: {detail}")]
     ids = prompt_ids(prompt, tokenizer).to(base.get_input_embeddings().weight.device)
     before, (without, _) = logits_of(base, ids), answer(base, ids, max_new_tokens)
     try:
         model = MoExtendForCausalLM.from_pretrained(
-            location[0], base=base, encoder=encoder, check_base=same, check_trained_on=False, **location[1]
+            location[0], base=base, encoder=encoder, check_base=is_same_base, check_trained_on=False, **location[1]
         )
     except ValueError as error:
-        return [*checks, row("fit", False, str(error))], None
+        return [*checks, check_result("fit", False, str(error))], None
     layers = ", ".join(map(str, config.extended_layers)) or "none"
-    below = ", ".join(repr(entry["name"]) for entry in config.trained_on)
-    layers += f"; trained on top of {below}, left out here" if below else ""
+    dependencies = ", ".join(repr(entry["name"]) for entry in config.trained_on)
+    layers += f"; trained on top of {dependencies}, left out here" if dependencies else ""
     with model.disable_adapter():
-        equal = torch.equal(logits_of(model, ids), before)
-    with_adapter, healthy = answer(model, ids, max_new_tokens)
+        bit_equal = torch.equal(logits_of(model, ids), before)
+    with_adapter, finite = answer(model, ids, max_new_tokens)
     checks += [
-        row("fit", True, f"extended layers: {layers}"),
-        row(
-            "off", equal, f"{before.numel():,} logits with the adapter off {'are' if equal else 'are not'} the base's"
+        check_result("fit", True, f"extended layers: {layers}"),
+        check_result(
+            "off",
+            bit_equal,
+            f"{before.numel():,} logits with the adapter off {'are' if bit_equal else 'are not'} the base's",
         ),
-        row("sample", healthy, f"logits of {len(with_adapter)} new tokens are {'' if healthy else 'not all '}finite"),
+        check_result(
+            "sample", finite, f"logits of {len(with_adapter)} new tokens are {'' if finite else 'not all '}finite"
+        ),
     ]
-    read = list if tokenizer is None else tokenizer.decode
-    asked = ids[0].tolist() if tokenizer is None else prompt
-    return checks, {"prompt": asked, "base": read(without), "adapter": read(with_adapter)}
+    decode = list if tokenizer is None else tokenizer.decode
+    shown_prompt = ids[0].tolist() if tokenizer is None else prompt
+    return checks, {"prompt": shown_prompt, "base": decode(without), "adapter": decode(with_adapter)}
 
 
 def prompt_ids(prompt, tokenizer):
@@ -142,17 +149,18 @@ def compare_base(stored, base):
     """Whether `base` is the one of a fingerprint, and what to say about it."""
     if not stored:
         return False, "the adapter has no base fingerprint, so nothing says that this is its base"
-    same = same_fingerprint(stored, fingerprint(base.get_decoder()))
-    return same, "the adapter's fingerprint" if same else "its weights do not match the adapter's base fingerprint"
+    if same_fingerprint(stored, fingerprint(base.get_decoder())):
+        return True, "the adapter's fingerprint"
+    return False, "its weights do not match the adapter's base fingerprint"
 
 
 def find_tokenizer(location, base_location):
-    """The adapter's tokenizer, else its base's, or `None`; a place is (folder or Hub id, keywords for the Hub)."""
+    """The adapter's tokenizer, else its base's, or `None`. A location is (folder or Hub id, keywords for the Hub)."""
     for name_or_path, hub_kwargs in (location, base_location):
-        known = cached_file(
+        path = cached_file(
             name_or_path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs
         )
-        if known is not None:
+        if path is not None:
             return AutoTokenizer.from_pretrained(name_or_path, **hub_kwargs)
     return None
 
@@ -173,5 +181,5 @@ def answer(model, ids, max_new_tokens):
         output_logits=True,
         return_dict_in_generate=True,
     )
-    healthy = all(bool(logits.isfinite().all()) for logits in output.logits)
-    return output.sequences[0, ids.shape[1] :].tolist(), healthy
+    finite = all(bool(logits.isfinite().all()) for logits in output.logits)
+    return output.sequences[0, ids.shape[1] :].tolist(), finite

@@ -1,1 +1,1 @@
-"""Training: the trainer, what it checks, the gate and its retention text, the stages in a row."""
+"""Training: the trainer, what it checks, the gate and its retention text, the three stages."""

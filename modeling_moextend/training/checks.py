@@ -1,4 +1,4 @@
-"""What the trainer refuses before it trains, and the processor it takes where none is given."""
+"""What the trainer refuses before it trains, and the processor it takes where it gets none."""
 
 from datasets import Dataset, IterableDataset
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
@@ -19,9 +19,9 @@ def check_model(model):
         ValueError: says what was given and how to make or load one that trains.
     """
     if not is_moextend(model):
-        given = repr(model) if isinstance(model, str) else type(model).__name__
+        description = repr(model) if isinstance(model, str) else type(model).__name__
         raise ValueError(
-            f"MoExtendSFTTrainer trains the adapter of a MoExtend model, but got {given}. Make one with "
+            f"MoExtendSFTTrainer trains the adapter of a MoExtend model, but got {description}. Make one with "
             "MoExtendForCausalLM.from_base(base, extended_layers=...), or load one with "
             "MoExtendForCausalLM.from_pretrained(folder)."
         )
@@ -34,32 +34,32 @@ def check_retention(model, args, retention_dataset):
     Raises:
         ValueError: says which scope has a gate, and what the others need instead.
     """
-    given = retention_dataset is not None or args.retention is not None
-    if given and model.config.scope != "gate":
+    has_text = retention_dataset is not None or args.retention is not None
+    if has_text and model.config.scope != "gate":
         why = {
             "modality": "scope='modality' needs none: text without images is bit-equal to the base by construction",
             "all": "scope='all' has no gate that could learn from it; use scope='gate'",
         }[model.config.scope]
         raise ValueError(f"Retention text trains the gate of scope='gate'. {why}. Leave retention out.")
-    if given and (args.stage != "finetune" or args.gate_steps == 0):
+    if has_text and (args.stage != "finetune" or args.gate_steps == 0):
         raise ValueError(
             f"Retention text trains the gate, but with stage={args.stage!r} and gate_steps={args.gate_steps} nothing "
             "does. Leave retention out, or set stage='finetune' and gate_steps above 0."
         )
     if retention_dataset is not None and not isinstance(retention_dataset, Dataset | IterableDataset):
-        given = type(retention_dataset).__name__
+        kind = type(retention_dataset).__name__
         raise ValueError(
-            f"retention_dataset must be a datasets.Dataset or IterableDataset, not {given}. Of a DatasetDict take one "
+            f"retention_dataset must be a datasets.Dataset or IterableDataset, not {kind}. Of a DatasetDict take one "
             "split; make a list one with Dataset.from_list([{'text': ...}, ...])."
         )
     columns = getattr(retention_dataset, "column_names", None)
-    wanted = (args.dataset_text_field, *RETENTION_COLUMNS)
-    if columns and not set(columns) & set(wanted):
-        raise ValueError(f"retention_dataset has the columns {columns}; one of them must be {', '.join(wanted)}.")
+    allowed = (args.dataset_text_field, *RETENTION_COLUMNS)
+    if columns and not set(columns) & set(allowed):
+        raise ValueError(f"retention_dataset has the columns {columns}; one of them must be {', '.join(allowed)}.")
     if columns and {"image", "images"} & set(columns):
         raise ValueError(
             f"retention_dataset has the columns {columns}, but retention data is text: what the base knew without "
-            "images. Leave out the rows with images and the column."
+            "images. Leave out the samples with images and the column."
         )
     if hasattr(retention_dataset, "__len__") and len(retention_dataset) == 0:
         raise ValueError("retention_dataset is empty: give text, or leave it out to have text sampled from the base.")
@@ -67,7 +67,7 @@ def check_retention(model, args, retention_dataset):
         raise ValueError("Give retention_dataset=... or retention='self', not both.")
 
 
-def check_trained(gate):
+def check_gate_trained(gate):
     """Refuses to finetune behind a gate that nobody has trained: not one token would reach a new expert.
 
     Raises:
@@ -80,8 +80,8 @@ def check_trained(gate):
         )
 
 
-def check_open(report):
-    """Refuses to finetune behind a gate that stays shut on the task.
+def check_gate_open(report):
+    """Refuses to finetune behind a gate that stays closed on the task.
 
     Raises:
         ValueError: says what to change.
@@ -114,10 +114,10 @@ def check_image_token(model, processing_class):
     Raises:
         ValueError: names both ids.
     """
-    given, wanted = getattr(processing_class, "image_token_id", None), model.image_token_id
-    if model.encoder is not None and given is not None and given != wanted:
+    processor_id, model_id = getattr(processing_class, "image_token_id", None), model.image_token_id
+    if model.encoder is not None and processor_id is not None and processor_id != model_id:
         raise ValueError(
-            f"The processor's image token has id {given}, the model looks for {wanted}: build the model with "
+            f"The processor's image token has id {processor_id}, the model looks for {model_id}: build the model with "
             "from_base(..., image_token_id=processor.image_token_id)."
         )
 

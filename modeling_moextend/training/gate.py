@@ -1,4 +1,4 @@
-"""Training the token gate, once, before stage finetune: on hidden states of the base, computed once and kept.
+"""Training the token gate, once, before stage finetune: on hidden states of the base, computed once.
 
 The gate reads what the lowest extended layer gets, and no new expert has touched that: so neither the task's nor the
 retention text's hidden states change while new experts train, and what the gate has learned stays true.
@@ -22,7 +22,7 @@ from ..tools.modes import evaluation_mode
 from .retention import FORWARD_KEYS, common_prefix, sample_retention
 
 TOKENS_A_STEP = 2048  # of the task, and as many of retention text
-HELD_OUT = 20  # every so many-th sequence is kept aside to measure on
+HELD_OUT = 20  # every so many-th sequence is held out to measure on
 
 
 class GateReport(NamedTuple):
@@ -52,34 +52,36 @@ def states_bytes(model, tokens):
 def gate_inputs(model, batches):
     """Hidden states that the gate will see: a list of (token ids [T], hidden states [T, H] in the base's dtype, CPU).
 
-    Runs the base up to the lowest extended layer only. Padding is dropped, packed rows come apart.
+    Runs the base up to the lowest extended layer only. Padding is dropped, packed sequences come apart.
 
     Args:
         model: a MoExtend model with `scope="gate"`.
         batches: iterable of what its forward takes; `attention_mask`, `position_ids`, `pixel_values` where given.
     """
     router = model.moe_layers[min(model.config.extended_layers)].router
-    device, seen, sequences = input_device(model.base), [], []
+    device, inputs, sequences = input_device(model.base), [], []
 
-    def keep(module, args):
-        seen.append((args[0].detach(), model.passes.plan.gates[model.leading]))
+    def record(module, args):
+        inputs.append((args[0].detach(), model.passes.plan.gates[model.leading]))
         raise StopPass
 
-    handle = router.register_forward_pre_hook(keep)
+    handle = router.register_forward_pre_hook(record)
     try:
         with evaluation_mode(model), model.passes.using(enabled=True):
             for batch in batches:
                 try:
                     model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
                 except StopPass:
-                    hidden, gated = seen.pop()
-                    sequences += split(batch["input_ids"], hidden.reshape(*batch["input_ids"].shape, -1), gated)
+                    hidden, gated = inputs.pop()
+                    sequences += split_sequences(
+                        batch["input_ids"], hidden.reshape(*batch["input_ids"].shape, -1), gated
+                    )
     finally:
         handle.remove()
     return sequences
 
 
-def split(input_ids, hidden, gated):
+def split_sequences(input_ids, hidden, gated):
     """[B, S] and [B, S, H] -> a (ids, hidden states) pair a sequence, on the CPU."""
     pairs = []
     for ids, states, real, starts in zip(input_ids, hidden, gated.is_real, gated.starts, strict=True):
@@ -97,11 +99,11 @@ def shared_prefix(sequences, image_token_id=None):
     Raises:
         ValueError: all samples are the same text, so nothing tells the task.
     """
-    rows = [ids.tolist() for ids, _ in sequences]
-    prefix = common_prefix(rows)
-    if image_token_id in rows[0][:prefix]:
-        prefix = rows[0].index(image_token_id)
-    if prefix == max(map(len, rows)):
+    sequence_ids = [ids.tolist() for ids, _ in sequences]
+    prefix = common_prefix(sequence_ids)
+    if image_token_id in sequence_ids[0][:prefix]:
+        prefix = sequence_ids[0].index(image_token_id)
+    if prefix == max(map(len, sequence_ids)):
         raise ValueError("The gate can't learn from this training data: all its samples are the same.")
     return prefix
 
@@ -126,7 +128,7 @@ def fit_gate(
     AdamW, one-cycle learning rate. Where text of both kinds can't be told apart, the larger weight decides.
 
     Args:
-        task, retention: lists of (ids [T], hidden states [T, H]); every 20th is kept aside for the report.
+        task, retention: lists of (ids [T], hidden states [T, H]); every 20th is held out for the report.
         prefix: leading task tokens that count for neither, see `shared_prefix`.
 
     Returns:
@@ -140,12 +142,12 @@ def fit_gate(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 2))
     parts = [(task, prefix, 1.0, task_weight), (retention, 0, -1.0, retention_weight)]
-    kept, losses = [[row for place, row in enumerate(part[0]) if place % HELD_OUT] or part[0] for part in parts], []
+    training_parts, losses = [without_held_out(part[0]) for part in parts], []
     with torch.enable_grad():
         for _ in trange(steps, desc="training the gate", disable=not progress):
             loss = 0.0
-            for rows, (_, skipped, sign, weight) in zip(kept, parts, strict=True):
-                margins, counts = run_gate(gate, some(rows, generator), skipped)
+            for sequences, (_, skipped, sign, weight) in zip(training_parts, parts, strict=True):
+                margins, counts = run_gate(gate, sample_batch(sequences, generator), skipped)
                 hinge = F.relu(1 - sign * margins[counts]).sum() / counts.sum().clamp(min=1)
                 loss = loss + weight * hinge
             optimizer.zero_grad()
@@ -161,40 +163,45 @@ def fit_gate(
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
-    shares = [share_through(gate, part[0][::HELD_OUT], part[1], threshold) for part in parts]
-    last = losses[-max(1, steps // 10) :]
-    return GateReport(sum(last) / max(len(last), 1), shares[0], shares[1], prefix)
+    shares = [share_routed(gate, part[0][::HELD_OUT], part[1], threshold) for part in parts]
+    last_losses = losses[-max(1, steps // 10) :]
+    return GateReport(sum(last_losses) / max(len(last_losses), 1), shares[0], shares[1], prefix)
 
 
-def some(rows, generator):
-    """Random rows of together about `TOKENS_A_STEP` tokens, at least one."""
+def without_held_out(sequences):
+    """The sequences to train on: all but every 20th, or all where these are too few."""
+    return [sequence for index, sequence in enumerate(sequences) if index % HELD_OUT] or sequences
+
+
+def sample_batch(sequences, generator):
+    """Random sequences of together about `TOKENS_A_STEP` tokens, at least one."""
     chosen, tokens = [], 0
-    for place in torch.randint(len(rows), (TOKENS_A_STEP,), generator=generator).tolist():
-        if chosen and tokens + len(rows[place][0]) > TOKENS_A_STEP:
+    for index in torch.randint(len(sequences), (TOKENS_A_STEP,), generator=generator).tolist():
+        if chosen and tokens + len(sequences[index][0]) > TOKENS_A_STEP:
             break
-        chosen.append(rows[place])
-        tokens += len(rows[place][0])
+        chosen.append(sequences[index])
+        tokens += len(sequences[index][0])
     return chosen
 
 
-def run_gate(gate, rows, skipped):
-    """Margins [B, S] of padded rows, and [B, S] bool: the tokens that count."""
+def run_gate(gate, sequences, skipped):
+    """Margins [B, S] of padded sequences, and [B, S] bool: the tokens that count."""
     device = gate.fc1.weight.device
-    hidden = torch.nn.utils.rnn.pad_sequence([states for _, states in rows], batch_first=True).to(device)
-    places = torch.arange(hidden.shape[1], device=device).unsqueeze(0)
-    real = places < torch.tensor([len(ids) for ids, _ in rows], device=device).unsqueeze(1)
+    hidden = torch.nn.utils.rnn.pad_sequence([states for _, states in sequences], batch_first=True).to(device)
+    positions = torch.arange(hidden.shape[1], device=device).unsqueeze(0)
+    real = positions < torch.tensor([len(ids) for ids, _ in sequences], device=device).unsqueeze(1)
     margins = gate(hidden, GatedPass(real, torch.full_like(real, -1, dtype=torch.long)))
-    return margins, real & (places >= skipped)
+    return margins, real & (positions >= skipped)
 
 
 @torch.no_grad()
-def share_through(gate, rows, skipped, threshold):
-    """Share of the tokens of `rows` that the gate lets through; NaN where none counts."""
-    passed = total = 0
-    for row in rows:
-        margins, counts = run_gate(gate, [row], skipped)
-        passed, total = passed + int((margins[counts] > threshold).sum()), total + int(counts.sum())
-    return passed / total if total else float("nan")
+def share_routed(gate, sequences, skipped, threshold):
+    """Share of the tokens of `sequences` that the gate lets through; NaN where none counts."""
+    routed = total = 0
+    for sequence in sequences:
+        margins, counts = run_gate(gate, [sequence], skipped)
+        routed, total = routed + int((margins[counts] > threshold).sum()), total + int(counts.sum())
+    return routed / total if total else float("nan")
 
 
 # ---------------------------------------------------------------- in the trainer
@@ -207,7 +214,7 @@ def train_gate(trainer):
     text from a large base may need a higher `ddp_timeout`.
     """
     model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
-    given, report = given_retention(trainer), None  # on every process: TRL's preparation waits for all of them
+    texts, report = retention_from_dataset(trainer), None  # on every process: TRL's preparation waits for all of them
     for parameter in model.gate.parameters():
         parameter.data = parameter.data.float()
     if trainer.accelerator.is_main_process:
@@ -216,9 +223,9 @@ def train_gate(trainer):
             f"MoExtend, gate: keeps hidden states of about {args.retention_tokens:,} task tokens and as many of "
             f"retention text, {size:,.0f} MiB of memory and at most a batch more"
         )
-        task = gate_inputs(model, read("the task", task_rows(trainer), trainer.data_collator, args))
-        text = sampled_retention(trainer) if given is None else given
-        retention = gate_inputs(model, read("retention text", text, pad_texts, args))
+        task = gate_inputs(model, read_batches("the task", task_samples(trainer), trainer.data_collator, args))
+        texts = retention_from_base(trainer) if texts is None else texts
+        retention = gate_inputs(model, read_batches("retention text", texts, pad_texts, args))
         report = fit_gate(
             model.gate,
             task,
@@ -237,7 +244,7 @@ def train_gate(trainer):
     return broadcast_object_list([report])[0]
 
 
-def task_rows(trainer):
+def task_samples(trainer):
     """Training samples, in an order of their own; a streamed dataset's in its own order."""
     data = trainer.train_dataset
     if not hasattr(data, "__len__"):
@@ -246,7 +253,7 @@ def task_rows(trainer):
     return (data[index] for index in order.tolist())
 
 
-def given_retention(trainer):
+def retention_from_dataset(trainer):
     """The retention dataset as [{"input_ids"}], as TRL tokenises it; `None` where none was given."""
     if trainer.retention_dataset is None:
         return None
@@ -256,15 +263,15 @@ def given_retention(trainer):
     tokenizer = text_tokenizer(trainer.processing_class)
     data = reader._prepare_dataset(trainer.retention_dataset, tokenizer, reader.args, False, None, "retention")
     length = trainer.args.retention_length
-    return ({"input_ids": row["input_ids"][:length]} for row in data.shuffle(seed=reader.args.seed))
+    return ({"input_ids": text["input_ids"][:length]} for text in data.shuffle(seed=reader.args.seed))
 
 
-def sampled_retention(trainer):
+def retention_from_base(trainer):
     """Text sampled from the base as [{"input_ids"}]."""
     args = trainer.args
     if args.retention is None:
         print("MoExtend, gate: no retention_dataset was given, so text is sampled from the base itself")
-    rows = sample_retention(
+    sequences = sample_retention(
         trainer.accelerator.unwrap_model(trainer.model),
         text_tokenizer(trainer.processing_class),
         tokens=args.retention_tokens,
@@ -273,17 +280,17 @@ def sampled_retention(trainer):
         cache_dir=args.retention_cache_dir,
         progress=not args.disable_tqdm,
     )
-    return [{"input_ids": row} for row in rows]
+    return [{"input_ids": ids} for ids in sequences]
 
 
-def read(name, rows, collate, args):
-    """Batches of `rows` as a forward pass takes them, until they hold `args.retention_tokens` tokens."""
-    rows, left = iter(rows), args.retention_tokens
-    with tqdm(total=left, desc=f"reading {name}", unit="token", disable=args.disable_tqdm) as bar:
-        while left > 0 and (part := list(islice(rows, args.per_device_train_batch_size))):
-            batch = {key: value for key, value in collate(part).items() if key in FORWARD_KEYS}
+def read_batches(name, samples, collate, args):
+    """Batches of `samples` as a forward pass takes them, until they hold `args.retention_tokens` tokens."""
+    samples, tokens_left = iter(samples), args.retention_tokens
+    with tqdm(total=tokens_left, desc=f"reading {name}", unit="token", disable=args.disable_tqdm) as bar:
+        while tokens_left > 0 and (chunk := list(islice(samples, args.per_device_train_batch_size))):
+            batch = {key: value for key, value in collate(chunk).items() if key in FORWARD_KEYS}
             tokens = int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum())
-            left -= tokens
+            tokens_left -= tokens
             bar.update(tokens)
             yield batch
 

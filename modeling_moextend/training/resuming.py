@@ -3,7 +3,7 @@
 import torch
 
 from ..adapter_file_moextend import check_tensors, read_adapter
-from ..attaching.extending import check_nothing_above
+from ..attaching.extending import check_no_dependents
 from ..tensors_moextend import DTensor, same_fingerprint
 
 HOW_TO_READ = (  # entries of the config without which the tensors of an adapter mean something else
@@ -25,7 +25,7 @@ def load_adapter_tensors(model, name_or_path, *, check_base=True, **hub_kwargs):
             base or encoder.
     """
     stored, name = read_adapter(name_or_path, **hub_kwargs), model.resolve_name()
-    check_nothing_above(model.adapters, name)
+    check_no_dependents(model.adapters, name)
     config, other = model.adapters[name].config, stored.config_for_loading()
     check_same_kind(config, other, name_or_path, check_base)
     live = model.adapter_tensors()
@@ -47,9 +47,9 @@ def check_same_kind(config, other, name, check_base):
         for entry in HOW_TO_READ
         if getattr(other, entry) != getattr(config, entry)
     ]
-    below = [[entry["fingerprint"] for entry in owner.trained_on] for owner in (other, config)]
-    if len(below[0]) != len(below[1]) or not all(
-        None in pair or same_fingerprint(*pair) for pair in zip(*below, strict=True)
+    fingerprints = [[entry["fingerprint"] for entry in owner.trained_on] for owner in (other, config)]
+    if len(fingerprints[0]) != len(fingerprints[1]) or not all(
+        None in pair or same_fingerprint(*pair) for pair in zip(*fingerprints, strict=True)
     ):
         names = [[entry["name"] for entry in owner.trained_on] for owner in (other, config)]
         problems.append(f"trained_on: the adapter stands on {names[0]}, the model's on {names[1]} as they are now")

@@ -1,7 +1,8 @@
 """Retention text: what the base must go on treating as it does, from a dataset or sampled from the base itself.
 
 Sampling needs no data of the user's, for a base draws from what it was trained on. Where a sample starts decides what
-is drawn: from the start of a document alone, whole domains never come up (issue 3: a third of all code was captured).
+is drawn: from the start of a document alone, whole domains never come up. A gate trained on such text let a third of
+all code through.
 """
 
 import contextlib
@@ -61,9 +62,9 @@ def sample_retention(model, tokenizer, *, tokens, length, seed=0, batch_size=32,
     path.parent.mkdir(parents=True, exist_ok=True)  # before hours of sampling, not after
     generator = torch.Generator().manual_seed(seed)
     starts = [start_of(kind, tokenizer, model, generator) for kind in cycle(STARTS, -(-tokens // length), tokenizer)]
-    rows = draw(model, starts, length, batch_size, seed, progress)
-    replace_file(path, lambda unfinished: Dataset.from_dict({"input_ids": rows}).to_parquet(str(unfinished)))
-    return rows
+    sequences = draw(model, starts, length, batch_size, seed, progress)
+    replace_file(path, lambda unfinished: Dataset.from_dict({"input_ids": sequences}).to_parquet(str(unfinished)))
+    return sequences
 
 
 def cycle(kinds, number, tokenizer):
@@ -81,11 +82,11 @@ def chat_start(tokenizer):
     return list(one[: common_prefix([one, other])])
 
 
-def common_prefix(rows):
-    """Number of leading entries that all rows share."""
-    length = min(map(len, rows))
-    same = (all(row[place] == rows[0][place] for row in rows) for place in range(length))
-    return next((place for place, equal in enumerate(same) if not equal), length)
+def common_prefix(sequences):
+    """Number of leading entries that all sequences share."""
+    length = min(map(len, sequences))
+    equal_at = (all(sequence[index] == sequences[0][index] for sequence in sequences) for index in range(length))
+    return next((index for index, equal in enumerate(equal_at) if not equal), length)
 
 
 def first_token(tokenizer):
@@ -125,8 +126,8 @@ def draw(model, starts, length, batch_size, seed, progress):
         eos_token_id=model.config.get_text_config().vocab_size,  # never drawn: a chat goes on with its next turn
         suppress_tokens=None if image is None else [image],
     )
-    device, rows = model.get_input_embeddings().weight.device, []
-    own = model.generation_config
+    device, sequences = model.get_input_embeddings().weight.device, []
+    own_config = model.generation_config
     devices = [device] if device.type == "cuda" else []
     model.generation_config = GenerationConfig()  # generate fills in from it what `settings` leaves open
     try:
@@ -135,10 +136,10 @@ def draw(model, starts, length, batch_size, seed, progress):
             for batch in tqdm(batches(starts, batch_size), desc="sampling retention text", disable=not progress):
                 ids = torch.tensor(batch, device=device)
                 output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-                rows += output.tolist()
+                sequences += output.tolist()
     finally:
-        model.generation_config = own
-    return rows
+        model.generation_config = own_config
+    return sequences
 
 
 def batches(starts, size):
@@ -155,10 +156,10 @@ def batches(starts, size):
 @contextlib.contextmanager
 def last_hidden_states(model):
     """Yields a list to which every forward pass of the base's decoder inside adds its last hidden states [B, S, H]."""
-    found = []
-    hook = model.get_decoder().register_forward_hook(lambda module, args, output: found.append(output[0]))
+    states = []
+    hook = model.get_decoder().register_forward_hook(lambda module, args, output: states.append(output[0]))
     try:
-        yield found
+        yield states
     finally:
         hook.remove()
 

@@ -1,4 +1,4 @@
-"""The three stages in a row: align, extend, finetune. What `examples/train.py` and the quickstart run."""
+"""The three stages one after the other: align, extend, finetune. What `examples/train.py` and the quickstart run."""
 
 import json
 import os
@@ -117,8 +117,8 @@ class StagesConfig:
     device_map: str | None = field(default=None, metadata={"help": "The base's device map, e.g. 'auto'."})
 
     def __post_init__(self):
-        wrong = [stage for stage in self.stages if stage not in STAGES]
-        if wrong or self.stages != sorted(set(self.stages), key=STAGES.index) or not self.stages:
+        unknown = [stage for stage in self.stages if stage not in STAGES]
+        if unknown or self.stages != sorted(set(self.stages), key=STAGES.index) or not self.stages:
             raise ValueError(f"stages={self.stages} must be some of {list(STAGES)}, in this order.")
         if "align" in self.stages and (self.encoder is None or self.align_data is None):
             raise ValueError("Stage align needs --encoder and --align_data (image-caption pairs); or leave it out.")
@@ -135,15 +135,15 @@ class StagesConfig:
             self.new_experts = 1 if self.paper else 4
 
     def chosen_routing(self):
-        """The choices that were made, {name: value}: those given, or all three of `paper`.
+        """The routing choices that were made, {name: value}: those of the options, or all three of `paper`.
 
         Raises:
             ValueError: `paper` beside a choice that is not the paper's.
         """
-        given = {name: getattr(self, name) for name in ROUTING}
+        choices = {name: getattr(self, name) for name in ROUTING}
         if self.paper:
-            return routing_choices(**given, paper=True)
-        return {name: value for name, value in given.items() if value is not None}
+            return routing_choices(**choices, paper=True)
+        return {name: value for name, value in choices.items() if value is not None}
 
     def chosen_layers(self):
         """What `RouterShift.select` takes: (fraction, layers).
@@ -198,7 +198,7 @@ def plain_text(sample):
     return {"messages": [{**message, "content": as_text(message["content"])} for message in messages]}
 
 
-def split(data, config):
+def split_held_out(data, config):
     """(S_t, S_e): samples to train on, and those held out for counting; the same ones in every stage and run."""
     if config.streaming:
         return data.skip(config.probe_samples), data.take(config.probe_samples)
@@ -210,7 +210,7 @@ def split(data, config):
 
 
 def build_model(config, processor):
-    """The adapter to go on with; or the base with eyes; or, for a text-only extension, the base as it is."""
+    """The adapter to go on with; or the base with an encoder; or, for a text-only extension, the base as it is."""
     options = {"dtype": config.dtype, "device_map": config.device_map}
     if config.adapter is not None:
         model = MoExtendForCausalLM.from_pretrained(
@@ -220,8 +220,8 @@ def build_model(config, processor):
     elif config.encoder is None:
         model = AutoModelForCausalLM.from_pretrained(config.base, **options)
     else:
-        eyes = {"encoder": config.encoder, "image_token_id": processor.image_token_id}
-        model = MoExtendForCausalLM.from_base(config.base, **eyes, **config.chosen_routing(), **options)
+        vision = {"encoder": config.encoder, "image_token_id": processor.image_token_id}
+        model = MoExtendForCausalLM.from_base(config.base, **vision, **config.chosen_routing(), **options)
     return model
 
 
@@ -233,8 +233,10 @@ def change_routing(model, routing):
     """
     changed = {name: value for name, value in routing.items() if value != getattr(model.config, name)}
     if changed and model.config.extended_layers:
-        has = {name: getattr(model.config, name) for name in changed}
-        raise ValueError(f"The adapter's new experts were made for {has}, not for {changed}: leave these options out.")
+        current = {name: getattr(model.config, name) for name in changed}
+        raise ValueError(
+            f"The adapter's new experts were made for {current}, not for {changed}: leave these options out."
+        )
     for name, value in changed.items():
         setattr(model.config, name, value)
     check_routing_choices(model.config)
@@ -307,15 +309,15 @@ def find_checkpoint(args):
     Raises:
         ValueError: there is no checkpoint.
     """
-    given, aligned = args.resume_from_checkpoint, os.path.join(args.output_dir, "align")
-    if not given:
+    checkpoint, aligned = args.resume_from_checkpoint, os.path.join(args.output_dir, "align")
+    if not checkpoint:
         return None, None
-    if str(given).lower() == "true":
+    if str(checkpoint).lower() == "true":
         folders = [folder for folder in (args.output_dir, aligned) if os.path.isdir(folder)]
-        given = next((found for folder in folders if (found := get_last_checkpoint(folder))), None)
-    if given is None or not os.path.isdir(given):
+        checkpoint = next((last for folder in folders if (last := get_last_checkpoint(folder))), None)
+    if checkpoint is None or not os.path.isdir(checkpoint):
         raise ValueError(f"resume_from_checkpoint={args.resume_from_checkpoint!r}: no checkpoint there.")
-    return ("align" if Path(given).resolve().parent == Path(aligned).resolve() else "finetune"), given
+    return ("align" if Path(checkpoint).resolve().parent == Path(aligned).resolve() else "finetune"), checkpoint
 
 
 def check_before(model, config, args, held_out):
@@ -364,7 +366,9 @@ def run_stages(config, args):
     processor = load_processor(config.adapter or config.base, config.encoder, args.assistant_only_loss)
     model = build_model(config, processor)
     captions = load_data(config.align_data, config) if "align" in config.stages else None
-    data, held_out = split(load_data(config.data, config), config) if config.stages != ["align"] else (None, None)
+    data = held_out = None
+    if config.stages != ["align"]:
+        data, held_out = split_held_out(load_data(config.data, config), config)
     eval_data = load_data(config.eval_data, config) if config.eval_data else None
     check_before(model, config, args, held_out)
     if "align" in config.stages:

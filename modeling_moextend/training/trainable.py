@@ -1,6 +1,6 @@
 """What trains in which stage."""
 
-from ..attaching.extending import check_nothing_above, described
+from ..attaching.extending import check_no_dependents, describe_adapters
 
 STAGES = ("align", "finetune")  # that train an adapter
 
@@ -20,12 +20,12 @@ def set_trainable(model, stage="finetune", train_projector=None, adapter_name=No
     adapter_name = model.resolve_name(adapter_name)
     if adapter_name not in model.passes.current.active:
         raise ValueError(f"Adapter {adapter_name!r} is not active, so it can't train: set_adapter first.")
-    check_nothing_above(model.adapters, adapter_name)
+    check_no_dependents(model.adapters, adapter_name)
     with_projector = stage == "align" or (True if train_projector is None else train_projector)
     trained = {}
     for name, tensor in model.adapter_tensors(adapter_name).items():
-        train_it = stage == "finetune" and model.learns(name, adapter_name)
-        if with_projector if name.startswith("projector.") else train_it:
+        trains = stage == "finetune" and model.learns(name, adapter_name)
+        if with_projector if name.startswith("projector.") else trains:
             trained[name] = tensor
     if not trained:
         raise ValueError(
@@ -36,15 +36,15 @@ def set_trainable(model, stage="finetune", train_projector=None, adapter_name=No
     for tensor in trained.values():
         tensor.requires_grad_(True)
         tensor.data = tensor.data.float()
-    stand_on_active(model, adapter_name)
+    record_dependencies(model, adapter_name)
     return trained
 
 
-def stand_on_active(model, adapter_name):
+def record_dependencies(model, adapter_name):
     """Notes that an adapter trains on top of the other active ones."""
     adapter = model.adapters[adapter_name]
-    beside = [name for name in model.passes.current.active if name != adapter_name]
-    earlier = [entry for entry in adapter.config.trained_on if entry["name"] not in beside]
-    adapter.config.trained_on = earlier + described(model, beside)
-    adapter.depends_on.update(beside)
+    others = [name for name in model.passes.current.active if name != adapter_name]
+    earlier = [entry for entry in adapter.config.trained_on if entry["name"] not in others]
+    adapter.config.trained_on = earlier + describe_adapters(model, others)
+    adapter.depends_on.update(others)
     model.activate(model.passes.current.active)  # which has it on top now

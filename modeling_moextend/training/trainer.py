@@ -25,13 +25,13 @@ from ..tools.files import write_text
 from ..tools.hashes import base_tensors_hash
 from .checks import (
     allow_missing_base,
+    check_gate_open,
+    check_gate_trained,
     check_image_token,
     check_model,
-    check_open,
     check_options,
     check_retention,
     check_sharding,
-    check_trained,
     default_processor,
 )
 from .config import MoExtendSFTConfig
@@ -100,11 +100,11 @@ class MoExtendSFTTrainer(SFTTrainer):
         check_retention(model, args, retention_dataset)
         if kwargs.get("processing_class") is None:
             kwargs["processing_class"] = default_processor(model, args.assistant_only_loss)
-        given, args.router_aux_loss_coef = args.router_aux_loss_coef, 0.0
+        original, args.router_aux_loss_coef = args.router_aux_loss_coef, 0.0
         try:
             super().__init__(model, args, **kwargs)
         finally:
-            args.router_aux_loss_coef = given
+            args.router_aux_loss_coef = original
         check_sharding(self.accelerator, self.model)
         check_image_token(self.model, self.processing_class)
         self.router_aux_loss_coef = coefficient
@@ -142,7 +142,7 @@ class MoExtendSFTTrainer(SFTTrainer):
         return core
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """As in Trainer; with `scope="gate"`, stage finetune begins with the gate's own training (`gate_training`).
+        """As in Trainer; with `scope="gate"`, stage finetune begins with the gate's own training (`train_gate`).
 
         A resumed run has its gate in the checkpoint; a trainer that trains a second time keeps the gate it has.
         """
@@ -152,16 +152,16 @@ class MoExtendSFTTrainer(SFTTrainer):
                 "make a new trainer."
             )
         gate = self.core.gate
-        begins = gate is not None and self.args.stage == "finetune" and not resume_from_checkpoint
-        begins = (
-            begins and self.gate_report is None
+        trains_gate = gate is not None and self.args.stage == "finetune" and not resume_from_checkpoint
+        trains_gate = (
+            trains_gate and self.gate_report is None
         )  # trained again, it would leave experts trained behind the old one
-        if begins and not self.args.gate_steps:
-            check_trained(gate)
-        elif begins:
+        if trains_gate and not self.args.gate_steps:
+            check_gate_trained(gate)
+        elif trains_gate:
             before = base_tensors_hash(self.model) if self.args.verify_base else None
             self.gate_report = train_gate(self)
-            check_open(self.gate_report)
+            check_gate_open(self.gate_report)
             if before is not None:
                 check_unchanged(before, base_tensors_hash(self.model))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
