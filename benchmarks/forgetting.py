@@ -20,12 +20,14 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
-from methods import ABLATIONS, METHODS, changed
+from methods import ABLATIONS, METHODS, Method, changed
 from runs import append_run, key, latest, missing, read_runs, settings_hash, winner
-from tasks import ROOT, TASKS, data_folder
+from tasks import ROOT, TASKS, Task, data_folder
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -41,7 +43,7 @@ ENVIRONMENT = {  # one thread a run: small expert loops gain nothing from two; g
 }
 
 
-def parse(arguments=None):
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, help=f"default: {' '.join(TABLE_TASKS)}")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="default: all; of those, what fits the task")
@@ -66,32 +68,32 @@ def parse(arguments=None):
 # ---------------------------------------------------------------- which runs
 
 
-def describe(task, method, rate, seed, **more):
+def describe(task: Task, method: Method, rate: float, seed: int, **more: Any) -> dict[str, Any]:
     """One run as `run.py` takes it, with its key."""
     run = {"task": task.name, "method": method.name, "rate": rate, "seed": seed}
     return {**run, "settings": settings_hash(task, method), **more}
 
 
-def pairs(args):
+def pairs(args: argparse.Namespace) -> list[tuple[Task, Method]]:
     """The (task, method) pairs that were asked for."""
     chosen = [(TASKS[task], METHODS[method]) for task in args.tasks for method in args.methods]
     return [(task, method) for task, method in chosen if method.fits(task)]
 
 
-def rates(args, method):
+def rates(args: argparse.Namespace, method: Method) -> Sequence[float]:
     """The sweep's rates: the options', or the method's own; the second of them for `--quick` and `--ablations`."""
     grid = args.rates or method.rates
     return [grid[min(1, len(grid) - 1)]] if args.quick or args.ablations else grid
 
 
-def sweep(args):
+def sweep(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The runs on the first seed."""
     return [
         describe(task, method, rate, args.seeds[0]) for task, method in pairs(args) for rate in rates(args, method)
     ]
 
 
-def finals(args, runs):
+def finals(args: argparse.Namespace, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The runs on the other seeds, at the rates that won; pairs whose sweep failed have none."""
     chosen = []
     for task, method in pairs(args):
@@ -101,7 +103,7 @@ def finals(args, runs):
     return chosen
 
 
-def ablations(args):
+def ablations(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One run for each entry of `ABLATIONS`, named "gate: entry"."""
     chosen = []
     for task in (TASKS[name] for name in args.tasks):
@@ -116,7 +118,7 @@ def ablations(args):
 # ---------------------------------------------------------------- running them
 
 
-def in_own_process(job):
+def in_own_process(job: dict[str, Any]) -> dict[str, Any]:
     """What `run.py` measures for `job`, with `error` set where it failed."""
     command_job = {**job, "method": job.get("of", job.get("method"))}
     command = [sys.executable, str(HERE / "run.py"), json.dumps(command_job)]
@@ -131,7 +133,7 @@ def in_own_process(job):
     return {"error": f"{problem}\n{errors}"}
 
 
-def prepare(args):
+def prepare(args: argparse.Namespace) -> None:
     """Data, and for tasks with images the shared projector of each seed.
 
     Raises:
@@ -148,7 +150,7 @@ def prepare(args):
             raise RuntimeError(f"Preparing {job} failed: {error}")
 
 
-def run_all(args, chosen):
+def run_all(args: argparse.Namespace, chosen: list[dict[str, Any]]) -> None:
     """Runs those of `chosen` that the results file lacks, `args.workers` at once."""
     todo = missing(chosen, read_runs(args.output), args.retry)
     print(f"{len(chosen)} runs, {len(chosen) - len(todo)} of them in {args.output} already", flush=True)
@@ -165,7 +167,7 @@ def run_all(args, chosen):
         pool.shutdown(cancel_futures=True)  # on Ctrl-C too: what has not begun never begins
 
 
-def summary_line(run):
+def summary_line(run: dict[str, Any]) -> str:
     """One line about one run."""
     name = f"{run['task']} {run['method']} {run['rate']:g} seed {run['seed']}"
     if run["error"]:
@@ -173,7 +175,7 @@ def summary_line(run):
     return f"{name}: validation {run['validation']:.3f}, {sum(run['seconds'].values()):.0f} s"
 
 
-def main():
+def main() -> None:
     args = parse()
     prepare(args)
     if args.ablations:

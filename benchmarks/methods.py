@@ -4,6 +4,9 @@ Each method has a grid of learning rates of its own, all equally long.
 """
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tasks import Task
 
 from modeling_moextend.attaching.choices import PAPER
 
@@ -38,12 +41,12 @@ class Method:
     variant: str | None = None
     vision: bool | None = None
 
-    def settings(self):
+    def settings(self) -> dict[str, Any]:
         """Everything that a run depends on but its rate."""
         values = {name: value for name, value in asdict(self).items() if name not in ("name", "rates", "vision")}
         return {name: value for name, value in values.items() if name != "variant" or value is not None}
 
-    def fits(self, task):
+    def fits(self, task: Task) -> bool:
         """Whether the method is for `task`."""
         return self.vision is None or self.vision == task.vision
 
@@ -90,7 +93,7 @@ ABLATIONS = (
 )
 
 
-def changed(method, changes):
+def changed(method: Method, changes: dict[str, Any]) -> Method:
     """A method with other settings; dicts are merged, so that a change names only what differs."""
     values = {
         "variant": None,

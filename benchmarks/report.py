@@ -9,8 +9,10 @@ from its own start (documents, chats, questions), in domains of the retention da
 """
 
 import argparse
+import os
 from pathlib import Path
 from statistics import mean, pstdev
+from typing import Any
 
 from runs import GROUPS, latest, read_runs, rise, spread, winner
 
@@ -19,7 +21,7 @@ from modeling_moextend.evaluation.figures import draw_frontier, new_figure
 COLUMNS = ("method", "rate", "seeds", "accuracy", *GROUPS, "captured", "seconds")
 
 
-def by_pair(runs):
+def by_pair(runs: list[dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """{task: {method: [run]}} in the order of the file, each run as it ended last."""
     pairs = {}
     for run in latest(runs):
@@ -27,7 +29,7 @@ def by_pair(runs):
     return pairs
 
 
-def chosen(runs):
+def chosen(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A method's runs at the rate that won on the seed it was swept on; none where all failed.
 
     Only those with the settings of its last line: what was run before a setting changed is history.
@@ -39,13 +41,13 @@ def chosen(runs):
     return sorted((run for run in worked if run["rate"] == best["rate"]), key=lambda run: run["seed"])
 
 
-def swept_seed(runs):
+def swept_seed(runs: list[dict[str, Any]]) -> int:
     """The seed with most runs: of these one has all rates, the others the winner's only. Ties: the lowest."""
     seeds = [run["seed"] for run in runs]
     return max(sorted(set(seeds)), key=seeds.count)
 
 
-def figures(runs):
+def figures(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """A table's entry from the chosen runs of a method: {column: value}; numbers are (mean, lowest, highest)."""
     captured = [part["captured"] for run in runs for part in run["text"].values() if part["captured"] is not None]
     return {
@@ -59,7 +61,7 @@ def figures(runs):
     }
 
 
-def markdown(runs):
+def markdown(runs: list[dict[str, Any]]) -> str:
     """One table a task, best accuracy first; methods whose runs all failed are named below."""
     parts = []
     for task, methods in by_pair(runs).items():
@@ -75,7 +77,7 @@ def markdown(runs):
     return "\n\n".join(parts) + "\n"
 
 
-def shares(parts, of="full_replay"):
+def shares(parts: dict[str, list[dict[str, Any]]], of: str = "full_replay") -> list[str]:
     """Lines below a table: each method's accuracy as a share of another's, on both splits, where that was run.
 
     The validation split chose the rates, which favours whoever had luck there; the test split was seen by no choice.
@@ -93,7 +95,7 @@ def shares(parts, of="full_replay"):
     return ["", f"Accuracy as a share of {of}'s, test / validation split: {', '.join(named)}."]
 
 
-def cells(method, record):
+def cells(method: str, record: dict[str, Any]) -> list[str]:
     average, lowest, highest = (100 * value for value in record["accuracy"])
     accuracy = f"{average:.1f}%" + (f" ({lowest:.1f} to {highest:.1f})" if record["seeds"] > 1 else "")
     rises = ["bit-equal" if record["bit_equal"] else rises_in(record[group], record["seeds"]) for group in GROUPS]
@@ -109,20 +111,20 @@ def cells(method, record):
     ]
 
 
-def rises_in(values, seeds):
+def rises_in(values: tuple[float, float, float], seeds: int) -> str:
     """Mean over seeds, and the highest where there are several."""
     average, _, highest = map(percent, values)
     return average if seeds == 1 or highest == average else f"{average} (to {highest})"
 
 
-def percent(value):
+def percent(value: float) -> str:
     """+0.04%, +12.3%, x41: as many digits as matter."""
     if value >= 900:
         return f"x{value / 100 + 1:.3g}"
     return f"{value:+.2f}%" if abs(value) < 10 else f"{value:+.1f}%"
 
 
-def plot(runs, path):
+def plot(runs: list[dict[str, Any]], path: str | os.PathLike) -> None:
     """The frontier, a panel a task: what the base lost against accuracy; up and left is better.
 
     Large: the test split at the winning rate, mean and standard deviation over seeds. Small: the validation split at
@@ -145,7 +147,7 @@ def plot(runs, path):
     figure.savefig(path, dpi=150)
 
 
-def point(name, runs):
+def point(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """A method's point in `figures.plot_frontier`'s terms."""
     lost, gained = [rise(run) for run in runs], [run["test"] for run in runs]
     return {
@@ -157,7 +159,7 @@ def point(name, runs):
     }
 
 
-def show(path):
+def show(path: str | os.PathLike) -> None:
     """Prints the tables of a results file and draws the picture beside it."""
     runs = read_runs(path)
     if not runs:

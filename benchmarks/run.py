@@ -10,11 +10,12 @@ import json
 import sys
 import time
 from importlib.metadata import version
+from typing import Any
 
-from methods import METHODS, changed
-from tasks import TASKS, held_out_records, messages, prepare, read
+from methods import METHODS, Method, changed
+from tasks import TASKS, Task, held_out_records, messages, prepare, read
 from training import align, load_base, load_processing, train
-from transformers import logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, logging
 
 from modeling_moextend.data.processors import text_tokenizer
 from modeling_moextend.evaluation.compare import answer, base_retention, compare_with_base, score
@@ -25,7 +26,9 @@ SPLITS = ("validation", "test")
 READ = {"max_length": 256, "batch_size": 16, "progress": False}  # how the base's text is read
 
 
-def run(task, method, rate, seed, steps=None, limit=None):
+def run(
+    task: Task, method: Method, rate: float, seed: int, steps: int | None = None, limit: int | None = None
+) -> dict[str, Any]:
     """Trains and measures one run.
 
     Args:
@@ -48,7 +51,12 @@ def run(task, method, rate, seed, steps=None, limit=None):
     return {**result, "trainable": trainable, "seconds": seconds, "versions": {name: version(name) for name in STACK}}
 
 
-def exact_match(model, processing, task, records):
+def exact_match(
+    model: PreTrainedModel,
+    processing: PreTrainedTokenizerBase | ProcessorMixin,
+    task: Task,
+    records: list[dict[str, Any]],
+) -> float:
     """Share of records whose greedy answer is the right one: the metric exact_match."""
     prompts = [messages(record, answer=False) for record in records]
     images = [[record["image"]] for record in records] if task.vision else None
@@ -57,7 +65,9 @@ def exact_match(model, processing, task, records):
     return score(answers, [record["answer"] for record in records])
 
 
-def read_text(model, tokenizer, method, documents):
+def read_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, method: Method, documents: list[dict[str, Any]]
+) -> dict[str, Any]:
     """What became of the base's own text.
 
     Returns:
@@ -72,13 +82,13 @@ def read_text(model, tokenizer, method, documents):
     return {"text": text, "bit_equal": all(document["bit_equal"] for document in compared)}
 
 
-def summary(values):
+def summary(values: dict[str, Any]) -> dict[str, float | None]:
     """One domain's values of the metric base_retention, as a line of results names them."""
     names = {"base": "perplexity_before", "after": "perplexity_after", "kl": "kl", "changed": "top1_changed"}
     return {name: values[value] for name, value in {**names, "captured": "captured_mean"}.items()}
 
 
-def main():
+def main() -> None:
     job = json.loads(sys.argv[1])
     logging.set_verbosity_error()
     if job.get("prepare"):

@@ -9,8 +9,13 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+from methods import Method
+from tasks import Task
 
 KEY = ("task", "method", "rate", "seed", "settings")
 VERSION = 1  # of the protocol: raise it when records, training or measures change, and old results no longer count
@@ -23,20 +28,20 @@ GROUPS = {  # columns of the table: how the text starts, and whether it is in th
 EVERYWHERE = tuple(domain for domains in GROUPS.values() for domain in domains)
 
 
-def settings_hash(task, method):
+def settings_hash(task: Task, method: Method) -> str:
     """Ten characters that change with anything that a run depends on beside task, method, rate and seed."""
     settings = {"version": VERSION, "task": asdict(task), "method": method.settings()}
     return hashlib.sha1(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def key(run):
+def key(run: dict[str, Any]) -> tuple:
     return tuple(run[name] for name in KEY)
 
 
 # ---------------------------------------------------------------- the file
 
 
-def read_runs(path):
+def read_runs(path: str | os.PathLike) -> list[dict[str, Any]]:
     """[run] of a results file; none where there is no file yet. The last line of a run that was cut off is dropped.
 
     Raises:
@@ -60,7 +65,7 @@ def read_runs(path):
     return runs
 
 
-def append_run(path, run):
+def append_run(path: str | os.PathLike, run: dict[str, Any]) -> None:
     """Adds one line, on the disk when this returns."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,13 +75,13 @@ def append_run(path, run):
         os.fsync(file.fileno())
 
 
-def missing(chosen, runs, retry=False):
+def missing(chosen: list[dict[str, Any]], runs: list[dict[str, Any]], retry: bool = False) -> list[dict[str, Any]]:
     """Those of the `chosen` runs that no line has; with `retry` also those that failed."""
     done = {key(run) for run in runs if not (retry and run["error"])}
     return [run for run in chosen if key(run) not in done]
 
 
-def latest(runs):
+def latest(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The last line of each key: one that was retried counts as it ended."""
     return list({key(run): run for run in runs}.values())
 
@@ -84,18 +89,18 @@ def latest(runs):
 # ---------------------------------------------------------------- what the lines say
 
 
-def perplexity(run, domains=EVERYWHERE, which="after"):
+def perplexity(run: dict[str, Any], domains: Sequence[str] = EVERYWHERE, which: str = "after") -> float:
     """Geometric mean over domains of the text read, 1 or more, lower is better; `which`: "base" or "after"."""
     logs = [math.log(run["text"][domain][which]) for domain in domains]
     return math.exp(min(sum(logs) / len(logs), 700.0))
 
 
-def rise(run, domains=EVERYWHERE):
+def rise(run: dict[str, Any], domains: Sequence[str] = EVERYWHERE) -> float:
     """Rise of the base's perplexity in percent, 0 is nothing forgotten."""
     return 100 * (perplexity(run, domains) / perplexity(run, domains, "base") - 1)
 
 
-def winner(runs):
+def winner(runs: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The run of a sweep whose rate the other seeds take, or `None` where all failed.
 
     The highest validation accuracy wins; then the lowest base perplexity afterwards; then the lowest rate.
@@ -104,6 +109,6 @@ def winner(runs):
     return min(worked, key=lambda run: (-run["validation"], perplexity(run), run["rate"]), default=None)
 
 
-def spread(values):
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
     """(mean, lowest, highest)."""
     return sum(values) / len(values), min(values), max(values)

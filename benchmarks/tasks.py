@@ -13,12 +13,17 @@ numbers, easy-VQA. The same packages give the same records on every machine; a r
 
 import ast
 import json
+import os
 import random
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / "assets"), str(ROOT / "examples")]
@@ -67,7 +72,7 @@ TASKS = {
 }
 
 
-def side(key):
+def side(key: object) -> str:
     """Which split a key (a module, a number, an image) is in: 80% train, 10% validation, 10% test."""
     bucket = text_data.digest(f"split of {key}") % 10
     return SPLITS[max(0, bucket - 7)]
@@ -76,11 +81,11 @@ def side(key):
 # ---------------------------------------------------------------- records: {"question", "answer", "image"}
 
 
-def record(question, answer, image=None):
+def record(question: str, answer: str, image: str | None = None) -> dict[str, str | None]:
     return {"question": question, "answer": answer, "image": image}
 
 
-def library_records(sources):
+def library_records(sources: dict[str, list[text_data.Source]]) -> dict[str, list[dict[str, Any]]]:
     """{split: records} from {package: sources}, as many records of each library; no sentence comes twice.
 
     Only modules of the base's training text are used, so that all records are equally known to the base. A sentence
@@ -97,13 +102,13 @@ def library_records(sources):
     return {split: balanced(list(groups.values()), split) for split, groups in records.items()}
 
 
-def sentences(source):
+def sentences(source: text_data.Source) -> list[str]:
     """First sentences of a file's docstrings, 25 to 140 characters long."""
     first_sentences = {text_data.first_sentence(definition.doc) for definition in source.definitions}
     return sorted(sentence for sentence in first_sentences if 25 <= len(sentence) <= 140)
 
 
-def type_records(sources):
+def type_records(sources: dict[str, list[text_data.Source]]) -> dict[str, list[dict[str, Any]]]:
     """{split: records} from {package: sources}: as many parameters of each kind; no description comes twice."""
     records = {split: {answer: [] for answer in KINDS.values()} for split in SPLITS}
     seen = set()
@@ -119,7 +124,7 @@ def type_records(sources):
     return {split: balanced(list(groups.values()), split) for split, groups in records.items()}
 
 
-def parameters(doc):
+def parameters(doc: str) -> Iterator[tuple[str, str]]:
     """(first line of a description, kind) of the parameters of a docstring in numpy's style."""
     for kind, description in re.findall(r"^\w+ ?: (.+)\n +(\S.+)$", doc, re.MULTILINE):
         answer = next((answer for start, answer in KINDS.items() if kind.lower().startswith(start)), None)
@@ -127,7 +132,7 @@ def parameters(doc):
             yield description.strip(), answer
 
 
-def balanced(groups, seed):
+def balanced(groups: list[list], seed: int | str) -> list:
     """As many members of each group, shuffled."""
     generator = random.Random(seed)
     number = min(map(len, groups))
@@ -143,7 +148,7 @@ UNITS = (
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
-def in_words(number):
+def in_words(number: int) -> str:
     """4207 -> "four thousand two hundred seven" (0 to 999,999)."""
     if number < 20:
         return UNITS[number]
@@ -154,12 +159,12 @@ def in_words(number):
     return f"{in_words(number // size)} {name}{rest}"
 
 
-def in_digits(number, generator):
+def in_digits(number: int, generator: random.Random) -> str:
     """4207 -> "4207", "4,207", "4 207" or "04207"."""
     return generator.choice((f"{number}", f"{number:,}", f"{number:,}".replace(",", " "), f"0{number}"))
 
 
-def number_records(highest=9999):
+def number_records(highest: int = 9999) -> dict[str, list[dict[str, Any]]]:
     """{split: records}: every number from 0 to `highest` once, written in one way."""
     records = {split: [] for split in SPLITS}
     for number in range(highest + 1):
@@ -169,7 +174,7 @@ def number_records(highest=9999):
     return records
 
 
-def easy_vqa_records():
+def easy_vqa_records() -> dict[str, list[dict[str, Any]]]:
     """{split: records}: training questions on 90% of the training images, open ones on the rest and on the test's."""
     from easy_vqa_data import balanced as half_open
     from easy_vqa_data import questions
@@ -183,7 +188,7 @@ def easy_vqa_records():
     }
 
 
-def caption_records():
+def caption_records() -> list[dict[str, Any]]:
     """Records of stage align: captions of training images that no question of `validation` is about."""
     from easy_vqa_data import captions, questions
 
@@ -191,13 +196,13 @@ def caption_records():
     return [record("<image>\nWhat is in the image?", caption, str(image)) for image, caption in captions(known)]
 
 
-def open_ones(entries):
+def open_ones(entries: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
     chosen = [entry for entry in entries if entry[2] not in ("yes", "no")]
     random.Random(0).shuffle(chosen)
     return chosen
 
 
-def training_records(records, number, seed):
+def training_records(records: list, number: int, seed: int | str) -> list:
     """`number` records in the order that every method sees: shuffled anew for every pass."""
     generator, order = random.Random(seed), []
     while len(order) < number:
@@ -205,12 +210,12 @@ def training_records(records, number, seed):
     return order[:number]
 
 
-def majority(records):
+def majority(records: list[dict[str, Any]]) -> float:
     """Accuracy of the commonest answer."""
     return Counter(entry["answer"] for entry in records).most_common(1)[0][1] / len(records)
 
 
-def messages(entry, answer=True):
+def messages(entry: dict[str, Any], answer: bool = True) -> list[dict[str, str]]:
     """A record as chat messages, with the assistant's answer or without."""
     turns = [{"role": "user", "content": entry["question"]}, {"role": "assistant", "content": entry["answer"]}]
     return turns if answer else turns[:1]
@@ -219,7 +224,12 @@ def messages(entry, answer=True):
 # ---------------------------------------------------------------- the base's own text
 
 
-def retention_texts(sources, render_chat, number=900, max_chars=500):
+def retention_texts(
+    sources: list[text_data.Source],
+    render_chat: Callable[[list[dict[str, str]]], str],
+    number: int = 900,
+    max_chars: int = 500,
+) -> list[dict[str, str]]:
     """Text for replay and for the gate: [{"domain", "text"}], at most `number` a domain, of the standard library.
 
     Only training-side modules, and none that the task `library` validates or tests on. Half of the texts begin where
@@ -249,19 +259,21 @@ def retention_texts(sources, render_chat, number=900, max_chars=500):
     return texts
 
 
-def from_a_question(talk, generator):
+def from_a_question(talk: list[dict[str, str]], generator: random.Random) -> list[dict[str, str]]:
     """Half of the time the dialogue as it is, else from one of its questions on."""
     starts = [index for index, message in enumerate(talk) if message["role"] == "user"]
     return talk if generator.random() < 0.5 else talk[generator.choice(starts) :]
 
 
-def cut_anywhere(text, generator, shortest=200):
+def cut_anywhere(text: str, generator: random.Random, shortest: int = 200) -> str:
     """`text` from a random word on, at least `shortest` characters of it where it has them."""
     start = generator.randrange(max(1, len(text) - shortest))
     return text[start:].split(" ", 1)[-1] if start else text
 
 
-def evaluation_documents(tokenizer, lengths=(128, 256), windows=16, documents=24):
+def evaluation_documents(
+    tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int] = (128, 256), windows: int = 16, documents: int = 24
+) -> list[dict[str, str]]:
     """What forgetting is read from, all of it held out from the base's training: [{"domain", "text"}].
 
     Domains are named `kind/domain`. `windows`: windows of the concatenated text of a domain, anywhere, of so many
@@ -285,7 +297,7 @@ def evaluation_documents(tokenizer, lengths=(128, 256), windows=16, documents=24
     return result
 
 
-def questions_in(text, mark="<|user|>"):
+def questions_in(text: str, mark: str = "<|user|>") -> list[int]:
     """Where in a rendered chat a user's turn starts, with at least 100 characters to come."""
     starts, start = [], text.find(mark)
     while start >= 0:
@@ -294,20 +306,20 @@ def questions_in(text, mark="<|user|>"):
     return starts
 
 
-def shorten(text, tokenizer, length):
+def shorten(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> str:
     return tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids[:length])
 
 
 # ---------------------------------------------------------------- files
 
 
-def data_folder():
+def data_folder() -> Path:
     """Where the data lie; another folder for every version of the code that makes them, however it is laid out."""
     code = "".join(ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in MADE_BY)
     return ROOT / f"outputs/benchmarks/data-{text_data.digest(code):016x}"
 
 
-def prepare(tokenizer, folder=None):
+def prepare(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike | None = None) -> Path:
     """Writes records of all tasks, retention texts and evaluation documents to `folder`, unless it has them."""
     folder = Path(folder or data_folder())
     done = folder / "done"
@@ -334,12 +346,12 @@ def prepare(tokenizer, folder=None):
     return folder
 
 
-def read(name, folder=None):
+def read(name: str, folder: str | os.PathLike | None = None) -> Any:
     """What `prepare` wrote: records of a task by split, or the list of `captions`, `retention` or `documents`."""
     folder = Path(folder or data_folder())
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def held_out_records(task, split):
+def held_out_records(task: Task, split: str) -> list[dict[str, Any]]:
     """The records of `split` that are asked: the first ones of its fixed order."""
     return read(task.name)[split][: getattr(task, split)]

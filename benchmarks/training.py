@@ -6,12 +6,17 @@ then the sum of the two means over tokens, so that long texts don't drown short 
 experts takes a load-balancing loss.
 """
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import datasets
 import torch
+from methods import Method
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
-from tasks import BASE, ENCODER, ROOT, data_folder, messages, read, training_records
-from transformers import AutoModelForCausalLM, set_seed
+from tasks import BASE, ENCODER, ROOT, Task, data_folder, messages, read, training_records
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 from trl import SFTConfig, SFTTrainer
 from variants import VARIANTS
 
@@ -33,7 +38,9 @@ LORA = LoraConfig(
 )
 
 
-def train(task, method, rate, seed, steps=None):
+def train(
+    task: Task, method: Method, rate: float, seed: int, steps: int | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
     """Trains one run: (model, tokenizer or processor).
 
     Args:
@@ -56,7 +63,14 @@ def train(task, method, rate, seed, steps=None):
     ), processing
 
 
-def train_experts(model, processing, task, method, records, options):
+def train_experts(
+    model: PreTrainedModel,
+    processing: PreTrainedTokenizerBase | ProcessorMixin,
+    task: Task,
+    method: Method,
+    records: list[dict[str, Any]],
+    options: dict[str, Any],
+) -> MoExtendForCausalLM:
     """New experts, by the library's own trainer."""
     if method.variant is not None:
         VARIANTS[method.variant](model)
@@ -73,7 +87,14 @@ def train_experts(model, processing, task, method, records, options):
     return model
 
 
-def train_base(model, processing, task, method, records, options):
+def train_base(
+    model: PreTrainedModel,
+    processing: PreTrainedTokenizerBase | ProcessorMixin,
+    task: Task,
+    method: Method,
+    records: list[dict[str, Any]],
+    options: dict[str, Any],
+) -> PreTrainedModel:
     """The plain base (and the projector), by TRL's trainer on records that are tokenised here."""
     choose_trainable(model, method.trains)
     samples = tokenize(task, processing, records)
@@ -103,11 +124,17 @@ def train_base(model, processing, task, method, records, options):
 class MeanPerMicroBatch(SFTTrainer):
     """The loss of a step is the sum of its micro-batches' means over tokens, not the mean over all their tokens."""
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: PreTrainedModel,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=None)
 
 
-def arguments(config, task, learning_rate, seed, **options):
+def arguments(config: type[SFTConfig], task: Task, learning_rate: float, seed: int, **options: Any) -> SFTConfig:
     """A trainer's arguments: what all runs share, and what this one has of its own."""
     shared = {
         "output_dir": str(CACHE / "trainer"),
@@ -130,23 +157,23 @@ def arguments(config, task, learning_rate, seed, **options):
 # ---------------------------------------------------------------- models
 
 
-def load_base():
+def load_base() -> PreTrainedModel:
     """The plain base in float32."""
     return AutoModelForCausalLM.from_pretrained(str(ROOT / BASE), dtype=torch.float32)
 
 
-def load_processing(task):
+def load_processing(task: Task) -> PreTrainedTokenizerBase | ProcessorMixin:
     """Tokenizer of a text task, processor of a task with images."""
     encoder = str(ROOT / ENCODER) if task.vision else None
     return load_processor(str(ROOT / BASE), encoder, assistant_only_loss=True)
 
 
-def aligned_folder(seed):
+def aligned_folder(seed: int) -> Path:
     """Where stage align of a seed leaves its projector."""
     return data_folder() / f"aligned-{seed}"
 
 
-def align(task, seed):
+def align(task: Task, seed: int) -> None:
     """Stage align, once a seed: the projector that all methods start from on a task with images."""
     processor = load_processing(task)
     set_seed(seed)
@@ -160,7 +187,7 @@ def align(task, seed):
     model.save_pretrained(str(aligned_folder(seed)), adapter_dtype=torch.float32)
 
 
-def start_model(task, seed):
+def start_model(task: Task, seed: int) -> PreTrainedModel:
     """What training starts from: the plain base; with images, the base behind the aligned projector."""
     if not task.vision:
         return load_base()
@@ -168,7 +195,7 @@ def start_model(task, seed):
     return MoExtendForCausalLM.from_pretrained(str(aligned_folder(seed)), dtype=torch.float32, **locations)
 
 
-def with_experts(model, plan, routing):
+def with_experts(model: PreTrainedModel, plan: dict[int, list[int]], routing: dict[str, str]) -> MoExtendForCausalLM:
     """`model` with the plan's new experts, under a routing."""
     if not is_moextend(model):
         return MoExtendForCausalLM.from_base(model, plan, **routing)
@@ -178,7 +205,7 @@ def with_experts(model, plan, routing):
 
 
 @torch.inference_mode()
-def busiest_experts(model, batch, num_new):
+def busiest_experts(model: PreTrainedModel, batch: dict[str, torch.Tensor], num_new: int) -> dict[int, list[int]]:
     """{layer: the `num_new` base experts that the tokens of `batch` select most, busiest first}; wraps around."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     all_logits = model.eval()(**inputs, output_router_logits=True).router_logits
@@ -191,7 +218,7 @@ def busiest_experts(model, batch, num_new):
     return plan
 
 
-def choose_trainable(model, trains):
+def choose_trainable(model: PreTrainedModel, trains: str) -> None:
     """Sets what trains: "all" of the base, its "routers", "lora" (attention and experts); and the projector."""
     base = getattr(model, "base", model)
     if trains == "lora":
@@ -207,7 +234,7 @@ def choose_trainable(model, trains):
 # ---------------------------------------------------------------- data
 
 
-def conversations(task, records):
+def conversations(task: Task, records: list[dict[str, Any]]) -> datasets.Dataset:
     """Records as a dataset in TRL's conversational format; images are opened when a sample is taken."""
     if not task.vision:
         return datasets.Dataset.from_list([{"messages": messages(record)} for record in records])
@@ -215,7 +242,7 @@ def conversations(task, records):
     return datasets.Dataset.from_list(samples).cast_column("images", datasets.List(datasets.Image()))
 
 
-def in_parts(turns):
+def in_parts(turns: list[dict[str, str]]) -> list[dict[str, Any]]:
     """Messages whose content is a list of parts, an image part where `<image>` stands first."""
     image = {"type": "image", "text": None}
     return [
@@ -228,7 +255,9 @@ def in_parts(turns):
     ]
 
 
-def tokenize(task, processing, records):
+def tokenize(
+    task: Task, processing: PreTrainedTokenizerBase | ProcessorMixin, records: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """Records as [{"input_ids", "labels", "picture"}]: labels are the assistant's tokens, as with TRL's own masks."""
     tokenizer, image = text_tokenizer(processing), ""
     if task.vision:
@@ -244,7 +273,9 @@ def tokenize(task, processing, records):
     return samples
 
 
-def tokenize_texts(processing, number, seed, group=128):
+def tokenize_texts(
+    processing: PreTrainedTokenizerBase | ProcessorMixin, number: int, seed: int, group: int = 128
+) -> list[dict[str, Any]]:
     """`number` retention texts in the seed's order as samples; every token is a label.
 
     Within each `group` of them shorter ones come first: a batch of like lengths has little padding.
@@ -256,7 +287,7 @@ def tokenize_texts(processing, number, seed, group=128):
     return [{"input_ids": ids, "labels": ids, "picture": None} for ids in ordered]
 
 
-def with_replay(samples, replayed, batch):
+def with_replay(samples: list, replayed: list, batch: int) -> list:
     """Micro-batches of the task and of replayed text in turn."""
     mixed = []
     for start in range(0, len(samples), batch):
@@ -264,7 +295,9 @@ def with_replay(samples, replayed, batch):
     return mixed
 
 
-def collator(processing):
+def collator(
+    processing: PreTrainedTokenizerBase | ProcessorMixin,
+) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
     """Samples -> right-padded batch; `pixel_values` where they have pictures."""
     tokenizer = text_tokenizer(processing)
 

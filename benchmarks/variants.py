@@ -6,6 +6,7 @@ A run is a process of its own, so nothing is changed back.
 import torch
 from torch import nn
 
+from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.families_moextend import find_moe_layers
 from modeling_moextend.gate_moextend import TokenGate
 from modeling_moextend.training import gate as gate_training
@@ -13,27 +14,27 @@ from modeling_moextend.training import gate as gate_training
 RANK = 16
 
 
-def hidden_state_only(model):
+def hidden_state_only(model: MoExtendForCausalLM) -> None:
     """The gate judges a token by itself: its columns for the context stay zero."""
     weight = model.gate.fc1.weight
     width = model.gate.value.weight.shape[0]
     keep_zero(weight, torch.arange(weight.shape[1]) >= weight.shape[1] - width)
 
 
-def plain_mean(model):
+def plain_mean(model: MoExtendForCausalLM) -> None:
     """All tokens before weigh the same: the gate's scores stay zero."""
     for parameter in (model.gate.key.weight, model.gate.key.bias):
         keep_zero(parameter, torch.ones_like(parameter, dtype=torch.bool))
 
 
-def keep_zero(parameter, mask):
+def keep_zero(parameter: nn.Parameter, mask: torch.Tensor) -> None:
     """Entries that are zero and get no gradient."""
     parameter.requires_grad_(True)
     parameter.data.masked_fill_(mask, 0.0)
     parameter.register_hook(lambda gradient: gradient.masked_fill(mask, 0.0))
 
 
-def gate_a_layer(model):
+def gate_a_layer(model: MoExtendForCausalLM) -> None:
     """Every extended layer has a gate of its own, trained as the first is, on what the base gives that layer.
 
     Answers are generated without a cache: it has room for one gate's sums.
@@ -61,7 +62,7 @@ def gate_a_layer(model):
     gate_training.gate_inputs, gate_training.fit_gate = gate_inputs, fit_gate
 
 
-def gated_lora(model):
+def gated_lora(model: MoExtendForCausalLM) -> None:
     """Attention LoRA for the tokens that the gate lets through, in every layer above the gate."""
     for layer in list(model.config.extended_layers)[1:]:
         attention = model.get_decoder().layers[layer].self_attn
@@ -74,7 +75,9 @@ def gated_lora(model):
             linear.register_forward_hook(lambda module, args, output: add_lora(model, module, args[0], output))
 
 
-def add_lora(model, linear, hidden, output):
+def add_lora(
+    model: MoExtendForCausalLM, linear: nn.Linear, hidden: torch.Tensor, output: torch.Tensor
+) -> torch.Tensor:
     """What a linear layer gives [B, S, out], with its LoRA for the tokens of `hidden` [B, S, in] in scope."""
     gated = model.passes.plan.gates.get("default")
     if gated is None or gated.in_scope is None:  # the adapter is off, or its gate has not decided yet

@@ -7,8 +7,10 @@ Prints the answers to the first questions of a LLaVA JSON file as one JSON list,
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.modules["modeling_moextend"] = None  # an installed package can't help: the folders and transformers must do
@@ -16,10 +18,10 @@ if __name__ == "__main__":
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 
-def parse():
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", required=True, help="folder or Hub id of the adapter")
     parser.add_argument("--base", help="where the base lies, if elsewhere than the adapter says")
@@ -34,7 +36,13 @@ def parse():
 
 
 @torch.inference_mode()
-def answer(model, processor, entries, image_folder, zero_images):
+def answer(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    entries: list[dict[str, Any]],
+    image_folder: str | os.PathLike,
+    zero_images: bool,
+) -> list[str]:
     """The model's answers (greedy, at most 8 tokens) to one batch of LLaVA entries."""
     questions = [entry["conversations"][0]["value"].replace("<image>", processor.image_token) for entry in entries]
     prompts = [
@@ -50,7 +58,7 @@ def answer(model, processor, entries, image_folder, zero_images):
     return processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def main():
+def main() -> None:
     args = parse()
     locations = {key: value for key in ("base", "encoder") if (value := getattr(args, key)) is not None}
     model = AutoModelForCausalLM.from_pretrained(args.adapter, trust_remote_code=True, **locations)

@@ -8,26 +8,28 @@ split, as many yes/no questions as open ones. test.json: the test split, on othe
 
 import argparse
 import json
+import os
 import random
 from pathlib import Path
+from typing import Any
 
 import easy_vqa
 
 
-def questions(split):
+def questions(split: str) -> list[tuple[str, str, str]]:
     """[(image path, question, answer)] of `split` ("train" or "test")."""
     texts, answers, images = getattr(easy_vqa, f"get_{split}_questions")()
     paths = getattr(easy_vqa, f"get_{split}_image_paths")()
     return [(paths[image], text, answer) for text, answer, image in zip(texts, answers, images, strict=True)]
 
 
-def entry(number, image, question, answer):
+def entry(number: int, image: str, question: str, answer: str) -> dict[str, Any]:
     """One LLaVA entry."""
     turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
     return {"id": str(number), "image": image, "conversations": turns}
 
 
-def captions(items):
+def captions(items: list[tuple[str, str, str]]) -> list[tuple[str, str]]:
     """[(image, "a red circle")] of the images whose colour and shape their own questions tell."""
     facts = {}
     for image, question, answer in items:
@@ -36,7 +38,7 @@ def captions(items):
     return [(image, f"a {f['colour']} {f['shape']}") for image, f in sorted(facts.items()) if len(f) == 2]
 
 
-def balanced(items, seed=0):
+def balanced(items: list[tuple[str, str, str]], seed: int = 0) -> list[tuple[str, str, str]]:
     """All open questions and as many yes/no ones, shuffled."""
     kinds = [[question for question in items if (question[2] in ("yes", "no")) == closed] for closed in (False, True)]
     generator = random.Random(seed)
@@ -45,7 +47,7 @@ def balanced(items, seed=0):
     return chosen
 
 
-def write(folder):
+def write(folder: str | os.PathLike) -> Path:
     """Writes the three files into `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

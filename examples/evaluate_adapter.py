@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from modeling_moextend import MoExtendForCausalLM, load_processor
 from modeling_moextend.data.files import read_documents, read_questions
@@ -23,7 +23,7 @@ from modeling_moextend.publishing.card import create_card
 THRESHOLDS = [-1.0, -0.5, 0.0, 0.5, 1.0]
 
 
-def parse():
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", required=True, help="folder or Hub id of the adapter")
     parser.add_argument("--base", help="where the base lies, if elsewhere than the adapter says")
@@ -46,7 +46,7 @@ def parse():
     return parser.parse_args()
 
 
-def load(args):
+def load(args: argparse.Namespace) -> tuple[MoExtendForCausalLM, PreTrainedTokenizerBase | ProcessorMixin]:
     """The model, and the processor saved with it or, where none was, its base's."""
     locations = {key: value for key in ("base", "encoder") if (value := getattr(args, key)) is not None}
     device_map = "auto" if torch.accelerator.is_available() else None
@@ -60,7 +60,7 @@ def load(args):
     )
 
 
-def main():
+def main() -> None:
     args = parse()
     documents = read_documents(args.text)
     questions = read_questions(args.questions, args.image_folder, args.max_questions) if args.questions else []

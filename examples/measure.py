@@ -7,10 +7,15 @@ As a script it prints what readers that can't see get on the questions.
 
 import argparse
 import json
+import os
 import random
 from collections import Counter
+from collections.abc import Iterator
+from typing import Any
 
 import datasets
+from PIL.Image import Image
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_moextend.data import files
 from modeling_moextend.data.llava import JSON_FILES
@@ -20,7 +25,12 @@ from modeling_moextend.processing_moextend import IMAGE_TOKEN
 KINDS = ("open", "yes/no")
 
 
-def read_questions(name, image_folder=None, number=None, split="test"):
+def read_questions(
+    name: str | os.PathLike,
+    image_folder: str | os.PathLike | None = None,
+    number: int | None = None,
+    split: str = "test",
+) -> list[dict[str, Any]]:
     """[{image, question, answer, kind}]: first turns about one image, `<image>` where it stands.
 
     Args:
@@ -47,13 +57,15 @@ def read_questions(name, image_folder=None, number=None, split="test"):
     return [question for kind in kinds for question in generator.sample(kind, min(number // 2, len(kind)))]
 
 
-def file_conversations(path, image_folder):
+def file_conversations(
+    path: str | os.PathLike, image_folder: str | os.PathLike | None
+) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
     """(messages, paths of images) of every entry of a LLaVA file."""
     for question in files.read_questions(path, image_folder):
         yield [*question["prompt"], {"role": "assistant", "content": question["answer"]}], question["images"]
 
 
-def first_turns(messages, image):
+def first_turns(messages: list[dict[str, Any]], image: str | Image) -> dict[str, Any]:
     """The first question about `image` and its answer."""
     turns = [files.as_text(message["content"], IMAGE_TOKEN) for message in messages if message["role"] != "system"]
     question = turns[0] if IMAGE_TOKEN in turns[0] else f"{IMAGE_TOKEN}{turns[0]}"  # where TRL would put it
@@ -61,7 +73,7 @@ def first_turns(messages, image):
     return {"image": image, "question": question, "answer": turns[1], "kind": kind}
 
 
-def accuracy(questions, answers):
+def accuracy(questions: list[dict[str, Any]], answers: list[str]) -> dict[str, float | None]:
     """Exact match by kind, in [0, 1]; `None` for a kind that was not asked. `answers`: one a question."""
     pairs = {kind: [] for kind in KINDS}
     for question, answer in zip(questions, answers, strict=True):
@@ -69,7 +81,7 @@ def accuracy(questions, answers):
     return {kind: score(*zip(*part, strict=True)) if part else None for kind, part in pairs.items()}
 
 
-def blind_readers(known, asked):
+def blind_readers(known: list[dict[str, Any]], asked: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
     """Accuracies without seeing: always the commonest answer of a kind, and the commonest answer to each question."""
     by_kind, by_question = {kind: Counter() for kind in KINDS}, {}
     for question in known:
@@ -84,7 +96,9 @@ def blind_readers(known, asked):
     return {"majority answer": accuracy(asked, majority), "question-only reader": accuracy(asked, question_only)}
 
 
-def base_on_text(model, tokenizer, path):
+def base_on_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | os.PathLike
+) -> dict[str, Any]:
     """The base on held-out text, alone and under the adapter: is every logit the same, bit for bit?
 
     Args:

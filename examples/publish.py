@@ -18,7 +18,7 @@ from modeling_moextend.publishing.hub import publish_folder
 CARD = ("license", "language", "datasets")
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", required=True, help="folder that save_pretrained or the trainer wrote")
     parser.add_argument("--repo_id", required=True, help="e.g. me/my-adapter")

@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import easy_vqa_data
 from measure import accuracy, base_on_text, blind_readers, read_questions
@@ -47,7 +48,7 @@ class QuickstartConfig:
     max_questions: int = field(default=4000, metadata={"help": "Held-out questions to answer, half of them open."})
 
 
-def parse():
+def parse() -> tuple[QuickstartConfig, StagesConfig, MoExtendSFTConfig]:
     """(quick, config, args) from recipe and command line, checked before anything is trained."""
     arguments = (
         sys.argv[1:] if any(a.startswith("--config") for a in sys.argv) else ["--config", recipe(), *sys.argv[1:]]
@@ -69,17 +70,17 @@ def parse():
     return quick, replace(config, base=repository_path(config.base), encoder=repository_path(config.encoder)), args
 
 
-def recipe():
+def recipe() -> str:
     return str(HERE.parent / "configuration/recipes/easy_vqa.yaml")
 
 
-def repository_path(name):
+def repository_path(name: str) -> str:
     """A folder of this repository, from wherever the script is run; anything else as it is."""
     inside = HERE.parent / name
     return str(inside) if name.startswith("assets/") and not Path(name).exists() and inside.exists() else name
 
 
-def write_questions(questions, folder):
+def write_questions(questions: list[dict[str, Any]], folder: Path) -> Path:
     """Writes the LLaVA file that `answer.py` reads to `folder`, and images of datasets beside it; returns its path."""
     folder, entries = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,14 +95,14 @@ def write_questions(questions, folder):
     return folder / "questions.json"
 
 
-def answers(folder, config, questions, *flags):
+def answers(folder: str, config: StagesConfig, questions: Path, *flags: str) -> list[str]:
     """Answers of a saved adapter, by `answer.py` in a process that has only the three folders and transformers."""
     options = {"adapter": folder, "questions": questions, "base": config.base, "encoder": config.encoder}
     command = [sys.executable, str(HERE / "answer.py"), *flags, *(f"--{name}={options[name]}" for name in options)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
-def save_untrained(model, config, args):
+def save_untrained(model: MoExtendForCausalLM, config: StagesConfig, args: MoExtendSFTConfig) -> str:
     """The adapter as it was before stage finetune: aligned, new experts still copies of their sources."""
     folder = f"{args.output_dir}/untrained"
     untrained = MoExtendForCausalLM.from_pretrained(
@@ -113,7 +114,7 @@ def save_untrained(model, config, args):
     return folder
 
 
-def main():
+def main() -> None:
     quick, config, args = parse()
     start = time.time()
     logging.set_verbosity_error()
@@ -145,11 +146,11 @@ def main():
     show(results, text)
 
 
-def percent(value):
+def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}%"
 
 
-def show(results, text):
+def show(results: dict[str, Any], text: Path) -> None:
     """The table on the terminal."""
     table = Table(title="Held-out questions about held-out images (exact match)")
     for heading in ("", "open questions", "yes/no"):

@@ -17,7 +17,7 @@ from modeling_moextend.training.config import MoExtendSFTConfig
 from modeling_moextend.training.stages import StagesConfig, run_stages
 
 
-def main():
+def main() -> None:
     config, args = TrlParser((StagesConfig, MoExtendSFTConfig)).parse_args_and_config()
     model = run_stages(config, args)
     model.print_trainable_parameters()

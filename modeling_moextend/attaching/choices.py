@@ -3,7 +3,13 @@
 PAPER = {"scope": "all", "selection": "compete", "calibration": "all"}
 
 
-def routing_choices(scope=None, selection=None, calibration=None, paper=False, has_encoder=False):
+def routing_choices(
+    scope: str | None = None,
+    selection: str | None = None,
+    calibration: str | None = None,
+    paper: bool = False,
+    has_encoder: bool = False,
+) -> dict[str, str]:
     """The three choices of a new adapter as a `dict`, those left at `None` filled in.
 
     | | `None` means | with `paper` |

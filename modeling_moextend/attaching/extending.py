@@ -1,7 +1,13 @@
 """Adding new experts to a model that has an adapter: on top of it (`add_adapter`), or to it (`extend`)."""
 
+from __future__ import annotations
+
 import copy
 import os
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
 
 from ..base_checks_moextend import base_rule, check_plan
 from ..compatibility_moextend import check_new_name, check_together
@@ -13,19 +19,23 @@ from .parts import identity, load_new_encoder
 from .selfcheck import self_checked
 from .start_values import start_tensors
 
+if TYPE_CHECKING:
+    from ..adapters_moextend import Adapter
+    from ..modeling_moextend import MoExtendPreTrainedModel
+
 
 def add_adapter(
-    model,
-    adapter_name,
-    extended_layers=None,
+    model: MoExtendPreTrainedModel,
+    adapter_name: str,
+    extended_layers: dict[int, list[int]] | None = None,
     *,
-    scope=None,
-    selection=None,
-    calibration=None,
-    encoder=None,
-    image_token_id=None,
-    **entries,
-):
+    scope: str | None = None,
+    selection: str | None = None,
+    calibration: str | None = None,
+    encoder: str | os.PathLike | PreTrainedModel | None = None,
+    image_token_id: int | None = None,
+    **entries: Any,
+) -> None:
     """Adds a new adapter on top of the active ones: continual extension.
 
     Those that are there are frozen; the new one is active with those that were, and is what trains, and what
@@ -75,7 +85,7 @@ def add_adapter(
         model.require_gradients([adapter_name])
 
 
-def describe_adapters(model, adapter_names):
+def describe_adapters(model: MoExtendPreTrainedModel, adapter_names: Iterable[str]) -> list[dict[str, str | None]]:
     """The entries of `trained_on` for adapters; where one lies only if it is no folder of this machine."""
     sources = {name: model.adapters[name].config.name_or_path for name in adapter_names}
     return [
@@ -88,7 +98,7 @@ def describe_adapters(model, adapter_names):
     ]
 
 
-def extend(model, plan):
+def extend(model: MoExtendPreTrainedModel, plan: dict[int, list[int]]) -> None:
     """Adds new experts in place, {decoder layer: [source experts]}, and keeps the projector: stage finetune.
 
     With several adapters, to the one that trains.
@@ -132,7 +142,7 @@ def extend(model, plan):
         model.passes.change(adapters={**model.passes.current.adapters, name: adapter})
 
 
-def check_no_dependents(adapters, name):
+def check_no_dependents(adapters: Mapping[str, Adapter], name: str) -> None:
     """Refuses to change an adapter that a loaded one, active or not, was trained on top of."""
     dependents = [other for other in adapters if name in adapters[other].depends_on]
     if dependents:

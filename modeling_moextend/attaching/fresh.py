@@ -1,5 +1,10 @@
 """Attaching the first adapter to a base that was never extended."""
 
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..base_checks_moextend import base_rule, check_loaded, check_plan
@@ -12,27 +17,30 @@ from .parts import identity, load_new_encoder
 from .rules import check_family
 from .selfcheck import self_checked
 
+if TYPE_CHECKING:
+    from ..modeling_moextend import MoExtendPreTrainedModel
+
 
 def from_base(
-    cls,
-    base,
-    extended_layers=None,
+    cls: type[MoExtendPreTrainedModel],
+    base: str | os.PathLike | PreTrainedModel,
+    extended_layers: dict[int, list[int]] | None = None,
     *,
-    scope=None,
-    selection=None,
-    calibration=None,
-    paper=False,
-    encoder=None,
-    image_token_id=None,
-    encoder_select_layer=-2,
-    encoder_select_feature="patch",
-    projector_hidden_act="gelu",
-    calibration_hidden_size=16,
-    gate_hidden_size=64,
-    gate_threshold=0.0,
-    adapter_name="default",
-    **kwargs,
-):
+    scope: str | None = None,
+    selection: str | None = None,
+    calibration: str | None = None,
+    paper: bool = False,
+    encoder: str | os.PathLike | PreTrainedModel | None = None,
+    image_token_id: int | None = None,
+    encoder_select_layer: int = -2,
+    encoder_select_feature: str = "patch",
+    projector_hidden_act: str = "gelu",
+    calibration_hidden_size: int = 16,
+    gate_hidden_size: int = 64,
+    gate_threshold: float = 0.0,
+    adapter_name: str = "default",
+    **kwargs: Any,
+) -> MoExtendPreTrainedModel:
     """Attaches new experts, and an encoder, to a pretrained MoE causal LM.
 
     Args:
@@ -89,7 +97,7 @@ def from_base(
         return cls(config, base, encoder, adapter_name=adapter_name)
 
 
-def check_causal_lm(base, auto_class):
+def check_causal_lm(base: PreTrainedModel, auto_class: type) -> None:
     """Refuses what is no causal LM."""
     if auto_class is AutoModelForCausalLM and (
         base.config.is_encoder_decoder or base.get_output_embeddings() is None or not base.can_generate()

@@ -1,8 +1,11 @@
 """Refusing a base by its config alone, before gigabytes are read: see base_checks_moextend.py and docs/layouts.md."""
 
 import copy
+import os
+from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
+from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import get_hf_quantizer
 
 from ..base_checks_moextend import check_method, check_not_distributed, quantisation_of
@@ -11,7 +14,7 @@ from ..loading_moextend import HUB_KWARGS
 CONFIG_KWARGS = (*HUB_KWARGS, "trust_remote_code", "code_revision")
 
 
-def check_request(name_or_path, options):
+def check_request(name_or_path: str | os.PathLike, options: dict[str, Any]) -> None:
     """Refuses, from its config alone, a base whose layout can't be extended: before gigabytes are read.
 
     Args:
@@ -28,7 +31,7 @@ def check_request(name_or_path, options):
             check_method(quantiser.quantization_config)
 
 
-def planned_quantiser(name_or_path, options):
+def planned_quantiser(name_or_path: str | os.PathLike, options: dict[str, Any]) -> HfQuantizer | None:
     """The `HfQuantizer` that transformers will load this base with, or `None`.
 
     transformers decides by the machine: without a GPU it dequantises MXFP4 and FP8 checkpoints of its own accord.

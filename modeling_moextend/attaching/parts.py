@@ -1,6 +1,8 @@
 """Base and encoder of a new adapter."""
 
 import copy
+import os
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -10,7 +12,9 @@ from ..tensors_moextend import fingerprint
 from ..vision_moextend import load_encoder, vision_tower
 
 
-def load_new_encoder(encoder, base, options=None):
+def load_new_encoder(
+    encoder: str | os.PathLike | PreTrainedModel | None, base: PreTrainedModel, options: dict[str, Any] | None = None
+) -> PreTrainedModel | None:
     """The vision tower of `encoder`, a model or where it lies, beside `base`; `None` for `None`."""
     if encoder is None:
         return None
@@ -25,7 +29,7 @@ def load_new_encoder(encoder, base, options=None):
     return vision_tower(encoder).to(input_device(base))
 
 
-def identity(base, encoder):
+def identity(base: PreTrainedModel, encoder: PreTrainedModel | None) -> dict[str, Any]:
     """The entries of a config that say which base and encoder these are."""
     entries = {
         "base_model_name_or_path": base.config._name_or_path or None,

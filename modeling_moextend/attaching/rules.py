@@ -10,7 +10,8 @@ Letters: T tokens, E base experts, K experts a token selects, H hidden size.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from ..families_moextend import (
     CORRECTION,
+    MoELayer,
     NoRule,
     asked_for,
     bias_path,
@@ -65,7 +67,7 @@ REASONS = {  # families that no rule can carry, and why
 }
 
 
-def check_family(decoder):
+def check_family(decoder: nn.Module) -> None:
     """Refuses a base of one of the families that no rule can carry, with the reason."""
     family = family_of(decoder)
     if family in REASONS:
@@ -84,7 +86,7 @@ class Probe(NamedTuple):
     correction_bias: torch.Tensor | None
 
 
-def probe_router(layer, rows, correction, seed=0):
+def probe_router(layer: MoELayer, rows: str, correction: str, seed: int = 0) -> Probe:
     """The `Probe` of a layer's router; what is random goes by `seed` and leaves the global random state alone.
 
     Args:
@@ -108,7 +110,7 @@ def probe_router(layer, rows, correction, seed=0):
         return Probe(twin, tokens, router_output(layer, twin, tokens, args), bias)
 
 
-def router_output(layer, router, tokens, args=()):
+def router_output(layer: MoELayer, router: nn.Module, tokens: torch.Tensor, args: tuple = ()) -> RouterOutput:
     """What `router`, a copy of a layer's, answers for tokens [T, H]: a `RouterOutput`, or `NoRule`.
 
     `args`: what it is called with beside hidden states.
@@ -131,7 +133,7 @@ def router_output(layer, router, tokens, args=()):
     return RouterOutput(logits.float(), weights.float(), *output[2:])
 
 
-def random_twin(module, generator, **attributes):
+def random_twin(module: nn.Module, generator: torch.Generator, **attributes: Any) -> nn.Module:
     """A float32 twin of `module` and its children on the CPU: every number random, every whole one 0 or 1."""
 
     def randn(shape):
@@ -150,7 +152,7 @@ def random_twin(module, generator, **attributes):
     return twin
 
 
-def random_tokens(weight, generator):
+def random_tokens(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Tokens [T, H] whose logits are near zero, cold (all far below it), flat (nearly equal) and sharp, by turns.
 
     What a rule does to small sums shows where scores are small: an epsilon with sigmoid scores of cold tokens, a floor
@@ -168,7 +170,7 @@ def random_tokens(weight, generator):
 # ---------------------------------------------------------------- its rule
 
 
-def complete_rule(recorded, layers, plan):
+def complete_rule(recorded: dict[str, Any], layers: dict[int, MoELayer], plan: dict[int, list[int]]) -> Rule:
     """The `Rule` of a base, with the entries that an adapter has `recorded` (a `dict`) as they are there.
 
     All layers of the plan follow it. Without a plan (stage align) it is that of the first layer with a known rule.
@@ -189,7 +191,7 @@ def complete_rule(recorded, layers, plan):
     return Rule(**{**rule._asdict(), **recorded})
 
 
-def find_rules(layers, indices):
+def find_rules(layers: dict[int, MoELayer], indices: Iterable[int]) -> Iterator[tuple[int, Rule]]:
     """The rule of each of the layers `indices`, as `find_rule`; routers of one kind and setting are asked once."""
     rules = {}
     for index in indices:
@@ -199,7 +201,7 @@ def find_rules(layers, indices):
         yield index, rules[kind]
 
 
-def settings(module):
+def settings(module: nn.Module) -> tuple:
     """What makes the twin of a module, hashable: class, attributes, shapes, and the same of its children."""
     tensors = (*module._parameters.items(), *module._buffers.items())
     return (
@@ -214,7 +216,7 @@ def settings(module):
     )
 
 
-def first_rule(layers):
+def first_rule(layers: dict[int, MoELayer]) -> Rule:
     """The rule of the first layer that follows a known one."""
     errors = []
     for index, layer in layers.items():
@@ -225,7 +227,7 @@ def first_rule(layers):
     raise errors[0]
 
 
-def find_rule(index, layer):
+def find_rule(index: int, layer: MoELayer) -> Rule:
     """The routing rule of decoder layer `index`, by what its router really does.
 
     Raises:
@@ -244,7 +246,7 @@ def find_rule(index, layer):
         ) from error
 
 
-def same_rule(one, other):
+def same_rule(one: Rule, other: Rule) -> bool:
     """Whether rules found with other random tensors are one; their numbers are fitted, so the last digits differ."""
     return all(
         math.isclose(*pair, rel_tol=1e-4) if all(isinstance(entry, float) for entry in pair) else pair[0] == pair[1]
@@ -252,7 +254,7 @@ def same_rule(one, other):
     )
 
 
-def rows_of(router, num_experts):
+def rows_of(router: nn.Module, num_experts: int) -> str:
     """The path of the router's rows: its only parameter [E, H], or [E + S, H] with S shared experts."""
     lengths = num_experts, num_experts + router.__dict__.get(SHARED, 0)
     paths = [name for name, p in router.named_parameters() if p.dim() == 2 and len(p) in lengths]
@@ -262,7 +264,7 @@ def rows_of(router, num_experts):
     return paths[0]
 
 
-def correction_path(layer):
+def correction_path(layer: MoELayer) -> str:
     """Where a layer keeps its correction bias, as in `Rule.correction`."""
     router, num_experts, block = layer.router, layer.num_experts, layer.block
     tensors = dict(router.named_parameters()) | dict(router.named_buffers())
@@ -276,7 +278,7 @@ def correction_path(layer):
     return ""
 
 
-def fit_rule(layer, seed):
+def fit_rule(layer: MoELayer, seed: int) -> Rule:
     """The `Rule` that explains what a layer's router answers, or `NoRule`; what is random goes by `seed`."""
     rows, correction = rows_of(layer.router, layer.num_experts), correction_path(layer)
     probe = probe_router(layer, rows, correction, seed)
@@ -286,7 +288,7 @@ def fit_rule(layer, seed):
     return find_weights(probe, *find_logits(probe, rule))
 
 
-def find_logits(probe, partial_rule):
+def find_logits(probe: Probe, partial_rule: Rule) -> tuple[Rule, torch.Tensor]:
     """How rows make what the router returns first.
 
     Returns:
@@ -313,7 +315,7 @@ def find_logits(probe, partial_rule):
     raise NoRule("its logits are not weight @ hidden state (+ bias)")
 
 
-def find_weights(probe, rule, logits):
+def find_weights(probe: Probe, rule: Rule, logits: torch.Tensor) -> Rule:
     """`rule` with what makes choice and weights filled in, or `NoRule`."""
     twin, weights, index = probe.twin, probe.output.top_k_weights, probe.output.top_k_index
     if rule.expert_scale:
@@ -341,7 +343,7 @@ def find_weights(probe, rule, logits):
     )
 
 
-def shares_sum(probe, rule, logits):
+def shares_sum(probe: Probe, rule: Rule, logits: torch.Tensor) -> bool:
     """Whether chosen and shared experts share one sum: all weights over all scores are one number for all tokens."""
     rows = probe.twin.get_parameter(rule.rows)[-rule.shared :]
     scores = [SCORES[rule.score](part) for part in (logits, scale_logits(F.linear(probe.tokens, rows), rule))]
@@ -351,7 +353,7 @@ def shares_sum(probe, rule, logits):
     return close(shares * factor(shares, weights), weights)
 
 
-def fit_numbers(rule, scores, index, weights):
+def fit_numbers(rule: Rule, scores: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Rule:
     """`rule` with the epsilon and scale that come nearest to the answered weights.
 
     Per token, the ratio of the answered sum and that of `rule` is scale * sum / (sum + epsilon); its inverse is a
@@ -367,7 +369,7 @@ def fit_numbers(rule, scores, index, weights):
     return rule._replace(scale=factor(rule_weights(scores, index, rule), weights))
 
 
-def factor(values, target):
+def factor(values: torch.Tensor, target: torch.Tensor) -> float:
     """The number that `values` has to be multiplied with to come nearest to `target`."""
     values, target = values.double(), target.double()
     return float(f"{((values * target).sum() / values.square().sum()).item():.7g}")

@@ -7,12 +7,24 @@ refused by name, never silently wrong.
 """
 
 import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 
 import torch
+from torch import nn
 
-from ..families_moextend import call_router, correction_of, family_of, is_top_k, num_groups, onloaded, tensor_at
+from ..families_moextend import (
+    MoELayer,
+    call_router,
+    correction_of,
+    family_of,
+    is_top_k,
+    num_groups,
+    onloaded,
+    tensor_at,
+)
 from ..layers_moextend import is_extended, run_pairs
-from ..routing_moextend import SCORES, RouterOutput, choice_keys, expert_weights, rule_with_shared_experts
+from ..routing_moextend import SCORES, RouterOutput, Rule, choice_keys, expert_weights, rule_with_shared_experts
 from ..tools.modes import evaluation_mode
 
 NUM_TOKENS = 8
@@ -21,7 +33,7 @@ HALF = 0.03
 
 
 @contextlib.contextmanager
-def self_checked(layers, plan, rule, name):
+def self_checked(layers: dict[int, MoELayer], plan: dict[int, list[int]], rule: Rule, name: str) -> Iterator[None]:
     """Tries the layers of `plan` around the block, which puts new experts of the adapter `name` into them.
 
     Raises:
@@ -45,13 +57,13 @@ def self_checked(layers, plan, rule, name):
             ) from error
 
 
-def without_new_experts(layers):
+def without_new_experts(layers: dict[int, MoELayer]) -> AbstractContextManager:
     """Context in which layers that are extended already run without new experts."""
     router = next(iter(layers.values())).router
     return router.moextend.passes.using(enabled=False) if is_extended(router) else contextlib.nullcontext()
 
 
-def sample_tokens(layer, rule):
+def sample_tokens(layer: MoELayer, rule: Rule) -> list[torch.Tensor] | None:
     """Random tokens (router's input [T, H], experts' input [T, H or a latent size]); `None` where there are no weights
     to compute with (meta device)."""
     experts = layer.experts
@@ -68,7 +80,7 @@ def sample_tokens(layer, rule):
 
 
 @torch.no_grad()
-def run_layer(layer, rule, tokens):
+def run_layer(layer: MoELayer, rule: Rule, tokens: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """What the router answers and then the experts' output, for sampled tokens; forward hooks don't see it."""
     correction = (correction_of(layer, rule),) if ":" in rule.correction else ()
     with evaluation_mode(layer.router, layer.experts):
@@ -77,7 +89,7 @@ def run_layer(layer, rule, tokens):
         return *output, layer.experts.forward(tokens[1].clone(), index, weights)
 
 
-def check_disabled(run_again, expected):
+def check_disabled(run_again: Callable[[], tuple[torch.Tensor, ...]], expected: tuple[torch.Tensor, ...]) -> None:
     """Asserts that a layer with its new experts off answers as before."""
     outputs = run_again()
     if bit_equal(outputs, expected):
@@ -88,7 +100,7 @@ def check_disabled(run_again, expected):
     ), "with the new experts off it does not answer as before"
 
 
-def bit_equal(ones, others):
+def bit_equal(ones: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> bool:
     """Whether tensors are equal bit for bit, NaN counted as equal to NaN."""
     return all(
         one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
@@ -96,7 +108,9 @@ def bit_equal(ones, others):
     )
 
 
-def assert_near(actual, expected, tolerance, what, at_least=0.0):
+def assert_near(
+    actual: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str, at_least: float = 0.0
+) -> None:
     """Asserts that tensors differ by no more than `tolerance` of the largest value expected (or `at_least`)."""
     actual, expected = actual.float(), expected.float()
     error = (actual - expected).abs().amax().item()
@@ -105,7 +119,14 @@ def assert_near(actual, expected, tolerance, what, at_least=0.0):
 
 
 @torch.no_grad()
-def check_layer(layer, name, rule, tokens, sources, expected):
+def check_layer(
+    layer: MoELayer,
+    name: str,
+    rule: Rule,
+    tokens: list[torch.Tensor],
+    sources: list[int],
+    expected: tuple[torch.Tensor, ...],
+) -> None:
     """Asserts that rule, rows and experts of an extended layer are what they were taken for.
 
     `expected`: what `run_layer` gave before: parts of a `RouterOutput`, and the experts' output.
@@ -118,7 +139,15 @@ def check_layer(layer, name, rule, tokens, sources, expected):
         check_copies(layer.experts, name, tokens[1][:2], sources, tolerance)
 
 
-def check_rows(layer, name, rule, tokens, sources, router_logits, tolerance):
+def check_rows(
+    layer: MoELayer,
+    name: str,
+    rule: Rule,
+    tokens: torch.Tensor,
+    sources: list[int],
+    router_logits: torch.Tensor,
+    tolerance: float,
+) -> torch.Tensor:
     """Asserts that copied rows give their sources' logits, and that logits are what the router goes by; returns the
     base's logits [T, E]."""
     extension = layer.router.moextend
@@ -133,7 +162,7 @@ def check_rows(layer, name, rule, tokens, sources, router_logits, tolerance):
     return base_logits.float()
 
 
-def check_rule(layer, rule, logits, output, tolerance):
+def check_rule(layer: MoELayer, rule: Rule, logits: torch.Tensor, output: RouterOutput, tolerance: float) -> None:
     """Asserts that the layer's own numbers choose and weigh as the rule says: it was found with numbers made up."""
     correction = correction_of(layer, rule)
     keys = choice_keys(logits, rule, None if correction is None else correction.float())
@@ -149,7 +178,9 @@ def check_rule(layer, rule, logits, output, tolerance):
     assert_near(weights, output.top_k_weights, tolerance, "its weights are not those of its rule")
 
 
-def check_pairs(experts, tokens, output, expected, tolerance):
+def check_pairs(
+    experts: nn.Module, tokens: torch.Tensor, output: RouterOutput, expected: torch.Tensor, tolerance: float
+) -> None:
     """Asserts that the output is the sum of what each chosen expert gives alone: so new experts are run and added."""
     weights, index = output.top_k_weights, output.top_k_index
     pairs = run_pairs(experts.forward, tokens, index, weights, torch.arange(index.numel(), device=index.device), 0)
@@ -157,7 +188,7 @@ def check_pairs(experts, tokens, output, expected, tolerance):
     assert_near(summed, expected, tolerance, "the output of its experts is not the sum of what each of them gives")
 
 
-def check_copies(experts, name, tokens, sources, tolerance):
+def check_copies(experts: nn.Module, name: str, tokens: torch.Tensor, sources: list[int], tolerance: float) -> None:
     """Asserts that new experts are copies: what tells experts apart may lie elsewhere than in their parameters."""
     new, weights = experts.moextend.adapters[name], tokens.new_ones(len(tokens), 1)
     for number, source in enumerate(sources):

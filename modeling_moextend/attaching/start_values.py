@@ -2,8 +2,10 @@
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from ..families_moextend import correction_of, onloaded, tensor_at
+from ..configuration_moextend import MoExtendConfig
+from ..families_moextend import MoELayer, correction_of, onloaded, tensor_at
 from ..gate_moextend import TokenGate
 from ..layers_moextend import input_device
 from ..routing_moextend import Calibration, Rule
@@ -11,7 +13,15 @@ from ..tensors_moextend import row_paths
 from ..vision_moextend import Projector
 
 
-def start_tensors(config, layers, base, plan=None, *, with_gate=True, with_projector=True):
+def start_tensors(
+    config: MoExtendConfig,
+    layers: dict[int, MoELayer],
+    base: PreTrainedModel,
+    plan: dict[int, list[int]] | None = None,
+    *,
+    with_gate: bool = True,
+    with_projector: bool = True,
+) -> dict[str, torch.Tensor]:
     """Every tensor of a new adapter by role, in float32; of one that is extended, those of the layers of `plan`.
 
     | tensor | start | why |
@@ -50,12 +60,12 @@ def start_tensors(config, layers, base, plan=None, *, with_gate=True, with_proje
     return tensors
 
 
-def named_tensors(part, module):
+def named_tensors(part: str, module: nn.Module) -> dict[str, torch.Tensor]:
     """A module's parameters by role."""
     return {f"{part}.{name}": tensor.detach() for name, tensor in module.named_parameters()}
 
 
-def copy_sources(layer, sources, config):
+def copy_sources(layer: MoELayer, sources: list[int], config: MoExtendConfig) -> dict[str, torch.Tensor]:
     """What new experts of one layer copy from their sources: role -> value."""
     rule = Rule(**config.routing_rule)
     with onloaded(layer.experts), onloaded(layer.router) as router:
@@ -67,7 +77,7 @@ def copy_sources(layer, sources, config):
         return {role: tensor.detach()[sources].to(torch.float32, copy=True) for role, tensor in stacks.items()}
 
 
-def check_stacked(layer):
+def check_stacked(layer: MoELayer) -> None:
     """Refuses experts with a parameter that does not hold one part for each expert, and names it."""
     for name, p in layer.experts.named_parameters(recurse=False):
         if p.dim() == 0 or len(p) != layer.num_experts:

@@ -5,8 +5,10 @@ import json
 import re
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 from inspect import getdoc
 from pathlib import Path
+from typing import Any, NoReturn
 
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
@@ -33,7 +35,7 @@ ADAPTER = "folder or Hub id of an adapter"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command (default: that of `sys.argv`); returns its exit code."""
     args = parsed(sys.argv[1:] if argv is None else argv)
     try:
@@ -55,11 +57,11 @@ class WrongUsage(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise WrongUsage(self, message)
 
 
-def parsed(argv):
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments; wrong ones end the process, with JSON if they ask for it, and else as argparse does."""
     try:
         return build_parser().parse_args(argv)
@@ -70,7 +72,7 @@ def parsed(argv):
         raise SystemExit(failed(message, UNREADABLE, as_json=True)) from None
 
 
-def failed(error, code, as_json, parser=None):
+def failed(error: Exception | str, code: int, as_json: bool, parser: argparse.ArgumentParser | None = None) -> int:
     """Says what is wrong, and what the keywords in it are called as options of `parser`; returns the exit code."""
     text = str(error) if isinstance(error, (str, *EXPECTED)) else f"{type(error).__name__}: {error}"
     options = {} if parser is None else options_named(text, parser)
@@ -83,7 +85,7 @@ def failed(error, code, as_json, parser=None):
     return code
 
 
-def options_named(text, parser):
+def options_named(text: str, parser: argparse.ArgumentParser) -> dict[str, str]:
     """Keywords of Python in an error's text ("base=", "check_base=False") -> the options of `parser` that set them."""
     keywords = {
         f"{action.dest}={action.const if action.nargs == 0 else ''}": action.option_strings[-1]
@@ -93,7 +95,7 @@ def options_named(text, parser):
     return {name: option for name, option in keywords.items() if re.search(rf"\b{re.escape(name)}", text)}
 
 
-def escaped(text, allowed="", encoding="utf-8"):
+def escaped(text: str, allowed: str = "", encoding: str = "utf-8") -> str:
     """`text` with an escape like `\\x1b` for every character that is not printable (except those `allowed`) or not in
     `encoding`: what adapters, bases and the Hub say comes from strangers, and terminals act on control characters."""
     characters = (c if c.isprintable() or c in allowed else ascii(c)[1:-1] for c in text)
@@ -104,13 +106,13 @@ class Terminal(Console):
     """A console for texts of any origin: printed as they are (names may hold brackets, and long lines are for the
     reader to wrap), but escaped."""
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any):
         super().__init__(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
 
-    def say(self, text, allowed=""):
+    def say(self, text: str, allowed: str = "") -> None:
         self.print(escaped(text, allowed, self.encoding))
 
-    def table(self, columns, lines, allowed=""):
+    def table(self, columns: Sequence[str], lines: Sequence[Sequence[object]], allowed: str = "") -> None:
         """A table, unless there is nothing in it."""
         table = Table()
         for column in columns:
@@ -124,7 +126,7 @@ class Terminal(Console):
 # ---------------------------------------------------------------- commands: arguments -> result; texts of --help
 
 
-def inspect_command(args):
+def inspect_command(args: argparse.Namespace) -> dict[str, Any]:
     """Say what is in an adapter.
 
     For which base it is, how tokens reach its experts, and what it holds, layer by
@@ -139,7 +141,7 @@ def inspect_command(args):
     return inspect_adapter(args.adapter, **hub_options(args))
 
 
-def verify_command(args):
+def verify_command(args: argparse.Namespace) -> dict[str, Any]:
     """Check an adapter against its base.
 
     Loads the base, and checks
@@ -159,13 +161,13 @@ def verify_command(args):
     return verify_adapter(args.adapter, **{name: getattr(args, name) for name in names}, **hub_options(args))
 
 
-def verify_exit_code(result):
+def verify_exit_code(result: dict[str, Any]) -> int:
     """A file that can't be read is no different here than in other commands."""
     unreadable = any(check["check"] == "file" and not check["ok"] for check in result["checks"])
     return OK if result["ok"] else UNREADABLE if unreadable else PROBLEM
 
 
-def diff_command(args):
+def diff_command(args: argparse.Namespace) -> dict[str, Any]:
     """Compare two adapters.
 
     Entries of the config, tensors that one of them lacks, and for tensors in both the
@@ -179,7 +181,7 @@ def diff_command(args):
     return diff_adapters(args.adapter, args.other)
 
 
-def merge_command(args):
+def merge_command(args: argparse.Namespace) -> dict[str, Any]:
     """Write base and adapter into one new folder.
 
     A standalone checkpoint: the adapter's folder, with base and encoder in subfolders.
@@ -205,7 +207,7 @@ def merge_command(args):
     return merge(args.adapter, args.output, **{name: getattr(args, name) for name in names}, **hub_options(args))
 
 
-def push_command(args):
+def push_command(args: argparse.Namespace) -> dict[str, Any]:
     """Publish an adapter's folder on the Hub.
 
     One commit of exactly the files that make an adapter: weights, config, code,
@@ -226,7 +228,7 @@ def push_command(args):
     return {"repo_id": args.repo_id, "commit": commit.oid, "url": commit.commit_url}
 
 
-def adapter_location(text):
+def adapter_location(text: str) -> str:
     """An adapter's argument, refused as wrong usage where it can be neither a folder nor a Hub id."""
     if not Path(text).is_dir():
         try:
@@ -236,7 +238,7 @@ def adapter_location(text):
     return text
 
 
-def hub_name(text):
+def hub_name(text: str) -> str:
     """A Hub id; anything else is wrong usage."""
     try:
         validate_repo_id(text)
@@ -245,7 +247,7 @@ def hub_name(text):
     return text
 
 
-def shard_size(text):
+def shard_size(text: str) -> str:
     """A size as huggingface_hub reads it; anything else is wrong usage."""
     number = re.fullmatch(r"(\d+(?:\.\d+)?) ?[KMGT]B", text.upper())
     if number is None or not float(number[1]):
@@ -253,14 +255,14 @@ def shard_size(text):
     return text
 
 
-def positive(text):
+def positive(text: str) -> int:
     """A whole number from 1 on; anything else is wrong usage."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
     return int(text)
 
 
-def hub_options(args):
+def hub_options(args: argparse.Namespace) -> dict[str, str]:
     """The keywords for the Hub that the arguments name."""
     options = {name: getattr(args, name) for name in ("revision", "subfolder", "cache_dir")}
     return {name: value for name, value in options.items() if value is not None}
@@ -269,7 +271,7 @@ def hub_options(args):
 # ---------------------------------------------------------------- printing results
 
 
-def show_inspect(console, result):
+def show_inspect(console: Terminal, result: dict[str, Any]) -> None:
     console.say(f"{result['adapter']} (format {result['format']}, {', '.join(result['files'])})")
     for role in ("base", "encoder"):
         if result[role] is not None:
@@ -287,24 +289,24 @@ def show_inspect(console, result):
     console.table(["layer", "source experts", "tensors", "parameters", "bytes"], lines)
 
 
-def show_inspect_all(console, result):
+def show_inspect_all(console: Terminal, result: dict[str, Any]) -> None:
     show_inspect(console, result)
     lines = [[entry["name"], entry["dtype"], " x ".join(map(str, entry["shape"]))] for entry in result["tensors"]]
     console.table(["tensor", "dtype", "shape"], lines)
 
 
-def sizes(entry):
+def sizes(entry: dict[str, Any]) -> list[str]:
     return [f"{entry[name]:,}" for name in ("num_tensors", "num_parameters", "num_bytes")]
 
 
-def show_verify(console, result):
+def show_verify(console: Terminal, result: dict[str, Any]) -> None:
     lines = [["ok" if check["ok"] else "FAILED", check["check"], check["detail"]] for check in result["checks"]]
     console.table(["", "check", result["adapter"]], lines, allowed="\n")
     for name, text in (result["sample"] or {}).items():
         console.say(f"{name}: {text}", allowed="\n\t")
 
 
-def show_diff(console, result):
+def show_diff(console: Terminal, result: dict[str, Any]) -> None:
     if result["equal"]:
         console.say("equal: config and every tensor, bit by bit")
         return
@@ -325,29 +327,29 @@ def show_diff(console, result):
     )
 
 
-def short(value, length=60):
+def short(value: object, length: int = 60) -> str:
     text = json.dumps(value)
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def number(value):
+def number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.3g}"
 
 
-def show_merge(console, result):
+def show_merge(console: Terminal, result: dict[str, Any]) -> None:
     console.say(
         f"{result['folder']}: a {result['kind']} checkpoint, {result['files']} files, {result['bytes']:,} bytes"
     )
 
 
-def show_push(console, result):
+def show_push(console: Terminal, result: dict[str, Any]) -> None:
     console.say(f"published: {result['url']}")
 
 
 # ---------------------------------------------------------------- arguments
 
 
-def build_parser():
+def build_parser() -> Parser:
     """The parser of all commands."""
     text = "Look into MoExtend adapters; check, compare, export and publish them."
     parser = Parser("moextend", description=text, epilog=EXIT_CODES, formatter_class=AS_WRITTEN)
@@ -427,7 +429,15 @@ def build_parser():
     return parser
 
 
-def add_command(commands, name, run, show, *, code=lambda result: OK, refused=PROBLEM):
+def add_command(
+    commands: argparse._SubParsersAction,
+    name: str,
+    run: Callable[[argparse.Namespace], dict[str, Any]],
+    show: Callable[[Terminal, dict[str, Any]], None],
+    *,
+    code: Callable[[dict[str, Any]], int] = lambda result: OK,
+    refused: int = PROBLEM,
+) -> argparse.ArgumentParser:
     """A command's parser.
 
     Args:
@@ -446,12 +456,12 @@ def add_command(commands, name, run, show, *, code=lambda result: OK, refused=PR
     return parser
 
 
-def add_parts(parser):
+def add_parts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="folder or Hub id of the base, if it lies elsewhere than the adapter says")
     parser.add_argument("--encoder", help="the same for its encoder")
 
 
-def add_hub_options(parser):
+def add_hub_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of the adapter's repository")
     parser.add_argument("--subfolder", help="of the adapter in its repository")
     parser.add_argument("--cache-dir", metavar="DIR", help="of downloads (default: the usual one)")

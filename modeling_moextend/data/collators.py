@@ -1,6 +1,6 @@
 """Collators: what makes a batch of samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ class MaskImageLabels:
     image_token_id: int | None
     vocab_size: int
 
-    def __call__(self, examples):
+    def __call__(self, examples: list[dict]) -> dict[str, Any]:
         batch = self.collator(examples)
         labels = batch["labels"]
         no_label = labels >= self.vocab_size
@@ -33,7 +33,7 @@ class MaskImageLabels:
         return batch
 
 
-def pad_ids(ids, pad, side):
+def pad_ids(ids: Sequence[Sequence[int] | torch.Tensor], pad: int, side: str) -> dict[str, torch.Tensor]:
     """Lists (or tensors) of ids as `input_ids` and `attention_mask`, [B, longest], filled with `pad` on the `side`."""
     tensors = [torch.as_tensor(one) for one in ids]
     fill = {"batch_first": True, "padding_side": side}

@@ -1,13 +1,15 @@
 """Files with what an adapter is measured on: texts that the base knew, and questions of the new task."""
 
 import json
+import os
 import random
 from pathlib import Path
+from typing import Any
 
 from .llava import load_llava, read_entries
 
 
-def read_documents(path):
+def read_documents(path: str | os.PathLike) -> list[dict[str, Any]]:
     """[{"domain", "text"}] of JSON lines; a document may hold "messages" (a chat) in place of "text".
 
     Raises:
@@ -25,7 +27,9 @@ def read_documents(path):
     return documents
 
 
-def read_questions(path, image_folder=None, number=None):
+def read_questions(
+    path: str | os.PathLike, image_folder: str | os.PathLike | None = None, number: int | None = None
+) -> list[dict[str, Any]]:
     """[{"prompt": messages, "answer": str, "images": [paths]}]: the last message is the answer, the others ask.
 
     Args:
@@ -48,7 +52,7 @@ def read_questions(path, image_folder=None, number=None):
     return questions if number is None else random.Random(0).sample(questions, min(number, len(questions)))
 
 
-def question(index, record, path, folder):
+def question(index: int, record: dict[str, Any], path: str | os.PathLike, folder: str | os.PathLike) -> dict[str, Any]:
     """One record with `messages` as {"prompt", "answer", "images"} and, where it has them, "answers".
 
     Raises:
@@ -66,7 +70,7 @@ def question(index, record, path, folder):
     return result | ({"answers": record["answers"]} if record.get("answers") else {})
 
 
-def as_text(content, image_token=""):
+def as_text(content: str | list[dict[str, Any]], image_token: str = "") -> str:
     """A message's content as text, whether it is a string or a list of parts; `image_token` where an image stands."""
     if isinstance(content, str):
         return content

@@ -5,15 +5,22 @@ One entry of a file: {"id": ..., "image": path, list of paths or absent, "conver
 list of parts, an image part where `<image>` stood, and `images` in the same order.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import os
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..processing_moextend import IMAGE_TOKEN, to_rgb
+
+if TYPE_CHECKING:
+    import datasets
 
 logger = logging.getLogger(__name__)
 
@@ -26,21 +33,27 @@ SHOWN = 5  # skipped samples named in the report
 SEPARATORS = re.compile(r"[\s,]*")
 
 
-def load_llava(json_path, image_folder=None, streaming=False, on_error="raise", prompt_completion=False):
+def load_llava(
+    json_path: str | os.PathLike,
+    image_folder: str | os.PathLike | None = None,
+    streaming: bool = False,
+    on_error: str = "raise",
+    prompt_completion: bool = False,
+) -> datasets.Dataset | datasets.IterableDataset:
     """A LLaVA-1.5 JSON (or .jsonl) file as a dataset for `MoExtendSFTTrainer` and TRL's `SFTTrainer`.
 
     Images are opened when a sample is taken, not before, and come as RGB. With `streaming` neither the file nor its
     images are held in memory; a shuffle buffer on top of it does hold decoded images.
 
     Args:
-        json_path (`str` or `Path`): a list of entries, or one entry a line.
-        image_folder (`str` or `Path`, *optional*): what image paths are relative to; default: the file's own folder.
-        streaming (`bool`): an `IterableDataset` that reads the file as it goes.
-        on_error (`str`): `"raise"`: the first bad sample is an error (without `streaming`: bad entries and missing
+        json_path: a list of entries, or one entry a line.
+        image_folder: what image paths are relative to; default: the file's own folder.
+        streaming: an `IterableDataset` that reads the file as it goes.
+        on_error: `"raise"`: the first bad sample is an error (without `streaming`: bad entries and missing
             images at once, broken images when they are taken). `"skip"`: bad samples are left out, counted, and the
             first few named in a warning at the end. Without `streaming` every image is decoded once for that, in
             threads, and let go again.
-        prompt_completion (`bool`): columns `prompt` and `completion`, the last turn; earlier turns of the assistant
+        prompt_completion: columns `prompt` and `completion`, the last turn; earlier turns of the assistant
             are then part of the prompt and not trained on. For chat templates without generation markers.
 
     Returns:
@@ -74,7 +87,7 @@ def load_llava(json_path, image_folder=None, streaming=False, on_error="raise", 
 # Reading
 
 
-def read_entries(json_path):
+def read_entries(json_path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
     """Yields (index, entry) of a JSON list, or of a .jsonl file, holding one chunk of it in memory.
 
     Raises:
@@ -293,7 +306,7 @@ class _Skips:
         self.first += [str(error)] if self.skipped <= SHOWN else []
         return True
 
-    def report(self):
+    def report(self) -> None:
         if self.skipped:
             more = f"\n... and {self.skipped - SHOWN} more" if self.skipped > SHOWN else ""
             logger.warning(

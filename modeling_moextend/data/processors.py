@@ -2,8 +2,17 @@
 
 import os
 import re
+from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -54,12 +63,12 @@ JOIN_PARTS = (
 )
 
 
-def default_chat_template(image_token=IMAGE_TOKEN):
+def default_chat_template(image_token: str = IMAGE_TOKEN) -> str:
     """LLaVA's format, "USER: ... ASSISTANT: ...", with generation markers around the assistant's text and its EOS."""
     return CHAT_TEMPLATE.replace("'<image>'", repr(image_token))
 
 
-def with_image_parts(chat_template, image_token=IMAGE_TOKEN):
+def with_image_parts(chat_template: str, image_token: str = IMAGE_TOKEN) -> str:
     """A base's own chat template, which knows text only, made to take content parts.
 
     Each message's parts are joined to one string, with `image_token` where an image stands, before `chat_template` is
@@ -68,7 +77,9 @@ def with_image_parts(chat_template, image_token=IMAGE_TOKEN):
     return JOIN_PARTS.replace("'<image>'", repr(image_token)) + chat_template
 
 
-def load_processor(name_or_path, encoder=None, assistant_only_loss=False):
+def load_processor(
+    name_or_path: str | os.PathLike, encoder: str | os.PathLike | None = None, assistant_only_loss: bool = False
+) -> MoExtendProcessor | PreTrainedTokenizerBase:
     """What a trainer needs for a base, with or without an encoder; or what an adapter's folder holds.
 
     Args:
@@ -98,20 +109,20 @@ def load_processor(name_or_path, encoder=None, assistant_only_loss=False):
     return MoExtendProcessor.from_encoder(tokenizer, image_processor, encoder_config, chat_template=template)
 
 
-def text_tokenizer(tokenizer):
+def text_tokenizer(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
     """The tokenizer, of a processor as well."""
     return getattr(tokenizer, "tokenizer", tokenizer)
 
 
 def processor_for(
-    cls,
-    tokenizer,
-    image_processor,
-    encoder_config,
-    select_feature="patch",
-    image_token=IMAGE_TOKEN,
-    chat_template=None,
-):
+    cls: type[MoExtendProcessor],
+    tokenizer: PreTrainedTokenizerBase,
+    image_processor: BaseImageProcessor,
+    encoder_config: PreTrainedConfig | dict[str, Any],
+    select_feature: str = "patch",
+    image_token: str = IMAGE_TOKEN,
+    chat_template: str | None = None,
+) -> MoExtendProcessor:
     """The processor for an encoder, an instance of `cls`.
 
     Args:
@@ -142,7 +153,9 @@ def processor_for(
     return processor
 
 
-def check_chat_template(chat_template, tokenizer, image_token):
+def check_chat_template(
+    chat_template: str | dict[str, str] | None, tokenizer: PreTrainedTokenizerBase, image_token: str
+) -> None:
     """Renders one message with an image: the image token must come out exactly once, and the text beside it."""
     if isinstance(chat_template, dict):
         chat_template = chat_template.get("default")
@@ -167,7 +180,7 @@ def check_chat_template(chat_template, tokenizer, image_token):
         )
 
 
-def pixel_size(image_processor):
+def pixel_size(image_processor: BaseImageProcessor) -> tuple[int, int] | None:
     """(height, width) of what an image processor makes, or `None` where its settings do not fix it."""
     size = getattr(image_processor, "crop_size" if getattr(image_processor, "do_center_crop", False) else "size", None)
     if size is None or not {"height", "width"} <= set(dict(size)):

@@ -9,13 +9,17 @@ Any causal LM can be measured against another one (`base=`); a MoExtend model is
 
 import contextlib
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..data.collators import pad_ids
 from ..data.processors import text_tokenizer
 from ..metrics import load_metric
+from ..routing_moextend import RoutingRecord
 from ..tools.modes import evaluation_mode, is_moextend
 
 CHUNK = 256  # tokens whose distributions over the vocabulary are compared at once, in float32
@@ -24,7 +28,7 @@ CHUNK = 256  # tokens whose distributions over the vocabulary are compared at on
 # ---------------------------------------------------------------- metrics
 
 
-def base_retention(records):
+def base_retention(records: list[dict[str, Any]]) -> dict[str, Any]:
     """The metric `base_retention` of the records of `compare_with_base`; its values: see metrics/base_retention.py."""
     predictions = [
         {
@@ -39,7 +43,7 @@ def base_retention(records):
     return load_metric("base_retention").compute(predictions=predictions, references=references)
 
 
-def score(answers, references, metric="exact_match"):
+def score(answers: Sequence[str], references: Sequence[str | list[str]], metric: str = "exact_match") -> float:
     """Share of right answers in [0, 1], by "exact_match" or "vqa_accuracy".
 
     A reference is a text, or a list of them: what several people answered, for the latter.
@@ -53,7 +57,16 @@ def score(answers, references, metric="exact_match"):
 
 
 @torch.no_grad()
-def compare_with_base(model, tokenizer, documents, *, base=None, max_length=256, batch_size=16, progress=True):
+def compare_with_base(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    documents: list[dict[str, Any]],
+    *,
+    base: PreTrainedModel | None = None,
+    max_length: int = 256,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
     """The adapted model beside its base, token by token.
 
     Args:
@@ -91,7 +104,9 @@ def compare_with_base(model, tokenizer, documents, *, base=None, max_length=256,
     return records
 
 
-def document_ids(tokenizer, documents, max_length):
+def document_ids(
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin, documents: list[dict[str, Any]], max_length: int
+) -> list[list[int]]:
     """Token ids of each document, at most `max_length`.
 
     Raises:
@@ -115,7 +130,9 @@ def document_ids(tokenizer, documents, max_length):
     return ids
 
 
-def compare_batch(model, base, ids, pad):
+def compare_batch(
+    model: PreTrainedModel, base: PreTrainedModel | None, ids: list[list[int]], pad: int
+) -> list[dict[str, Any]]:
     """A record a document, see `compare_with_base`, without its domain. `ids`: lists of token ids."""
     inputs = pad_ids(ids, pad, "right")
     recording = model.record_routing() if is_moextend(model) else contextlib.nullcontext({})
@@ -137,18 +154,18 @@ def compare_batch(model, base, ids, pad):
 
 
 @contextlib.contextmanager
-def base_of(model, base=None):
+def base_of(model: PreTrainedModel, base: PreTrainedModel | None = None) -> Iterator[PreTrainedModel]:
     """Yields the causal LM to compare with: `base`, or `model`, which is its base inside the block."""
     with model.disable_adapter() if base is None else contextlib.nullcontext():
         yield model if base is None else base
 
 
-def logits_of(model, inputs):
+def logits_of(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """[B, S, vocabulary] of right-padded `inputs`."""
     return model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}, use_cache=False).logits
 
 
-def compare_tokens(logits, base_logits, targets):
+def compare_tokens(logits: torch.Tensor, base_logits: torch.Tensor, targets: torch.Tensor) -> dict[str, list]:
     """Lists of S - 1 values from two [S, vocabulary] and the [S - 1] next tokens; see `compare_with_base`."""
     values = {name: [] for name in ("nll", "base_nll", "kl", "top1", "base_top1")}
     chunks = (each[: len(targets)].split(CHUNK) for each in (logits, base_logits))
@@ -162,7 +179,7 @@ def compare_tokens(logits, base_logits, targets):
     return values
 
 
-def routing_of(records, item, length, width):
+def routing_of(records: dict[int, RoutingRecord], item: int, length: int, width: int) -> dict[str, dict[int, list]]:
     """`captured`, `experts` and `gate` by layer, of the first `length` tokens of one item of a [B, width] batch."""
     if not records:
         return {}
@@ -178,7 +195,7 @@ def routing_of(records, item, length, width):
     return routing
 
 
-def count_selected(index, num_experts, attention_mask=None):
+def count_selected(index: torch.Tensor, num_experts: int, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
     """[E] int64: how often each expert is in `index` [T, K], for tokens that `attention_mask` [B, S] marks (`None`:
     all). Empty slots count for none."""
     if attention_mask is not None:
@@ -186,7 +203,7 @@ def count_selected(index, num_experts, attention_mask=None):
     return torch.bincount(index[index >= 0], minlength=num_experts)
 
 
-def expert_use(records):
+def expert_use(records: list[dict[str, Any]]) -> dict[str, dict[int, list[float]]]:
     """{domain: {layer: [share of the domain's selections that each of E + N experts gets]}}; each list sums to 1."""
     counts = {}
     for record in records:
@@ -205,7 +222,16 @@ def expert_use(records):
 
 
 @torch.no_grad()
-def answer(model, tokenizer, prompts, *, images=None, max_new_tokens=12, batch_size=64, progress=True):
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    prompts: list[list[dict[str, Any]]],
+    *,
+    images: list[list] | None = None,
+    max_new_tokens: int = 12,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> list[str]:
     """The model's greedy answers.
 
     Args:
@@ -218,7 +244,7 @@ def answer(model, tokenizer, prompts, *, images=None, max_new_tokens=12, batch_s
         progress: show a bar.
 
     Returns:
-        `list[str]`: an answer a prompt, without special tokens and white space around.
+        an answer a prompt, without special tokens and white space around.
 
     Raises:
         ValueError: images for an adapter without an encoder.
@@ -243,7 +269,9 @@ def answer(model, tokenizer, prompts, *, images=None, max_new_tokens=12, batch_s
     return answers
 
 
-def encode(tokenizer, texts, images):
+def encode(
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin, texts: list[str], images: list[list]
+) -> dict[str, torch.Tensor]:
     """Left-padded inputs of one batch; images go to the processor."""
     if not any(images):
         return pad_ids(text_tokenizer(tokenizer)(texts, add_special_tokens=False).input_ids, pad_id(tokenizer), "left")
@@ -254,7 +282,7 @@ def encode(tokenizer, texts, images):
     return dict(tokenizer(images=images, text=texts, **options))
 
 
-def generation_ends(model, tokenizer):
+def generation_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> dict[str, Any]:
     """Where `generate` stops: at the model's own end tokens and at the tokenizer's."""
     own = model.generation_config.eos_token_id
     own = {own} if isinstance(own, int) else set(own or ())
@@ -265,7 +293,13 @@ def generation_ends(model, tokenizer):
 # ---------------------------------------------------------------- thresholds
 
 
-def threshold_curve(model, measure, thresholds, *, progress=True):
+def threshold_curve(
+    model: PreTrainedModel,
+    measure: Callable[[], dict[str, Any]],
+    thresholds: Sequence[float],
+    *,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
     """What `measure()` finds at every threshold of the gate; the model's own threshold is given back, also on errors.
 
     Every threshold is measured by passes of its own: what a token that is let through becomes, and with it every later
@@ -295,7 +329,7 @@ def threshold_curve(model, measure, thresholds, *, progress=True):
     return curve
 
 
-def check_gate(model):
+def check_gate(model: PreTrainedModel) -> None:
     """Refuses a model whose tokens no gate chooses.
 
     Raises:
@@ -312,17 +346,17 @@ def check_gate(model):
 # ---------------------------------------------------------------- tools
 
 
-def pad_id(tokenizer):
+def pad_id(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> int:
     """An id to fill sequences with; the attention mask says that it is none of the text."""
     tokenizer = text_tokenizer(tokenizer)
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
-def batches(lengths, size):
+def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Lists of indices, longest first: what is too long for the memory shows at once, and little is padding."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def bar(total, title, progress):
+def bar(total: int, title: str, progress: bool) -> tqdm:
     return tqdm(total=total, desc=title, disable=not progress, file=sys.stderr)

@@ -1,11 +1,21 @@
 """The pictures of a report. Every one can be read without colour."""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 MARKERS = "osD^vPX*<>hp"
 GREYS = ("0.1", "0.5", "0.75")
 TICKS = (-10, -1, 0, 0.1, 1, 10, 100, 1000, 10_000, 100_000)  # percent
 
 
-def new_figure(width, height):
+def new_figure(width: float, height: float) -> Figure:
     """A matplotlib figure of its own, in inches: pyplot's backend is global and may want a display.
 
     Raises:
@@ -18,7 +28,7 @@ def new_figure(width, height):
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def plot_frontier(points, path):
+def plot_frontier(points: Sequence[dict[str, Any]], path: str | os.PathLike) -> None:
     """Accuracy on the new task against what the base lost; the best corner is the upper left one.
 
     The axis of what was lost is linear up to 0.1% and logarithmic beyond.
@@ -34,7 +44,7 @@ def plot_frontier(points, path):
     figure.savefig(path, dpi=150)
 
 
-def draw_frontier(axes, points, marker_numbers=None):
+def draw_frontier(axes: Axes, points: Sequence[dict[str, Any]], marker_numbers: dict[str, int] | None = None) -> None:
     """One panel of `plot_frontier`.
 
     Args:
@@ -71,7 +81,9 @@ def draw_frontier(axes, points, marker_numbers=None):
     axes.set_axisbelow(True)
 
 
-def plot_expert_use(use, new_experts, path):
+def plot_expert_use(
+    use: dict[str, dict[int, list[float]]], new_experts: dict[int, int], path: str | os.PathLike
+) -> None:
     """One heat map a domain: share of a layer's selections that each expert gets, new experts right of the line.
 
     Args:
@@ -112,7 +124,9 @@ def plot_expert_use(use, new_experts, path):
     figure.savefig(path, dpi=150)
 
 
-def plot_captured(captured, path, task=None):
+def plot_captured(
+    captured: dict[str, dict[int, float]], path: str | os.PathLike, task: dict[int, float] | None = None
+) -> None:
     """Bars: share of the tokens of each domain that select a new expert, mean over layers, with lowest and highest.
 
     Args:
@@ -154,7 +168,9 @@ def plot_captured(captured, path, task=None):
     figure.savefig(path, dpi=150)
 
 
-def plot_threshold_curve(curve, path, current=None):
+def plot_threshold_curve(
+    curve: Sequence[dict[str, Any]], path: str | os.PathLike, current: float | None = None
+) -> None:
     """What the gate's threshold trades: accuracy above, the base's perplexity below.
 
     Args:

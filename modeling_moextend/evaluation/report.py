@@ -8,9 +8,20 @@ In training: `MoExtendSFTTrainer(..., callbacks=[ReportCallback(documents, quest
 """
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from transformers import TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from ..data.files import as_text, read_documents, read_questions
 from ..publishing.card import cell
@@ -34,19 +45,19 @@ SAMPLES = 10  # questions shown with their answers
 
 
 def evaluate_adapter(
-    model,
-    tokenizer,
-    documents,
-    questions=(),
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    documents: list[dict[str, Any]],
+    questions: Sequence[dict[str, Any]] = (),
     *,
-    base=None,
-    thresholds=(),
-    metric="exact_match",
-    max_length=256,
-    batch_size=16,
-    max_new_tokens=12,
-    progress=True,
-):
+    base: PreTrainedModel | None = None,
+    thresholds: Sequence[float] = (),
+    metric: str = "exact_match",
+    max_length: int = 256,
+    batch_size: int = 16,
+    max_new_tokens: int = 12,
+    progress: bool = True,
+) -> dict[str, Any]:
     """Everything a report holds.
 
     Args:
@@ -92,7 +103,7 @@ def evaluate_adapter(
     return results
 
 
-def new_experts(model):
+def new_experts(model: PreTrainedModel) -> dict[int, int]:
     """{layer: N} of all active adapters together; `{}` of a plain model."""
     active = (
         [model.adapters[name].config.extended_layers for name in model.active_adapters()] if is_moextend(model) else []
@@ -101,7 +112,7 @@ def new_experts(model):
     return {layer: sum(len(plan.get(layer, ())) for plan in active) for layer in layers}
 
 
-def check_enabled(model):
+def check_enabled(model: PreTrainedModel) -> None:
     """Refuses to report on an adapter that takes no part: everything would look unchanged.
 
     Raises:
@@ -111,7 +122,7 @@ def check_enabled(model):
         raise ValueError("The adapter is switched off, so there is nothing to report on: model.enable_adapters().")
 
 
-def task_documents(questions):
+def task_documents(questions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Questions with their answers as documents of the domain "new task"."""
     return [
         {"domain": TASK, "messages": [*question["prompt"], {"role": "assistant", "content": question["answer"]}]}
@@ -119,12 +130,19 @@ def task_documents(questions):
     ]
 
 
-def text_only(questions):
+def text_only(questions: Sequence[dict[str, Any]]) -> bool:
     """Whether there are questions, and none about images."""
     return bool(questions) and not any(question.get("images") for question in questions)
 
 
-def evaluate_questions(model, tokenizer, questions, base, metric, **answer_options):
+def evaluate_questions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    questions: Sequence[dict[str, Any]],
+    base: PreTrainedModel | None,
+    metric: str,
+    **answer_options: Any,
+) -> dict[str, Any]:
     """The part of `evaluate_adapter` that questions bring: of the model, and of the base where there are no images."""
     share, answers = accuracy(model, tokenizer, questions, metric, **answer_options)
     results = {"accuracy": share, "base_accuracy": None, "metric": metric, "questions": len(questions)}
@@ -138,7 +156,13 @@ def evaluate_questions(model, tokenizer, questions, base, metric, **answer_optio
     return results
 
 
-def accuracy(model, tokenizer, questions, metric, **answer_options):
+def accuracy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    questions: Sequence[dict[str, Any]],
+    metric: str,
+    **answer_options: Any,
+) -> tuple[float | None, list[str]]:
     """(share of right answers, the answers); (`None`, []) without questions."""
     if not questions:
         return None, []
@@ -155,7 +179,15 @@ def accuracy(model, tokenizer, questions, metric, **answer_options):
 # ---------------------------------------------------------------- the folder
 
 
-def write_report(folder, results, *, title="MoExtend adapter", points=(), task=TASK, text=TEXT):
+def write_report(
+    folder: str | os.PathLike,
+    results: dict[str, Any],
+    *,
+    title: str = "MoExtend adapter",
+    points: Sequence[dict[str, Any]] = (),
+    task: str = TASK,
+    text: str = TEXT,
+) -> dict[str, Any]:
     """Writes report.json, report.md and the pictures.
 
     Args:
@@ -188,7 +220,7 @@ def write_report(folder, results, *, title="MoExtend adapter", points=(), task=T
     return card
 
 
-def point(name, results):
+def point(name: str, results: dict[str, Any]) -> dict[str, Any] | None:
     """A point of the frontier, or `None` where no questions were asked."""
     if results["accuracy"] is None:
         return None
@@ -196,7 +228,7 @@ def point(name, results):
     return {"name": name, "accuracy": results["accuracy"], "perplexity_ratio": ratio}
 
 
-def read_point(path):
+def read_point(path: str | os.PathLike) -> dict[str, Any]:
     """The point of the frontier in a report folder, or in a report.json, of another adapter or method.
 
     Raises:
@@ -210,7 +242,7 @@ def read_point(path):
     return result
 
 
-def draw(folder, results, points):
+def draw(folder: Path, results: dict[str, Any], points: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Draws the pictures that the results allow; returns {caption: file name}."""
     figures = {}
     if points:
@@ -234,7 +266,7 @@ def draw(folder, results, points):
 # ---------------------------------------------------------------- texts
 
 
-def result_records(results):
+def result_records(results: dict[str, Any]) -> list[dict[str, str]]:
     """Entries of the results table of report and model card: the base alone and with the adapter."""
     records, retention = [], results["retention"]
     if results["accuracy"] is not None:
@@ -257,16 +289,16 @@ def result_records(results):
     ]
 
 
-def record(measure, base, adapter, better):
+def record(measure: str, base: str, adapter: str, better: str) -> dict[str, str]:
     return {"measure": measure, "base": base, "with the adapter": adapter, "better": better}
 
 
-def percent(share):
+def percent(share: float | None) -> str:
     """0.00034 -> "0.034%"; `None` -> ""."""
     return "" if share is None else f"{100 * share:.3g}%"
 
 
-def card_metrics(results, task, text):
+def card_metrics(results: dict[str, Any], task: str, text: str) -> list[dict[str, Any]]:
     """What was measured, with the adapter, as `create_card` takes it for the model-index."""
     retention = results["retention"]
     metrics = [
@@ -279,7 +311,7 @@ def card_metrics(results, task, text):
     return [{"type": kind, "name": name, "dataset": data, "value": value} for kind, name, data, value in metrics]
 
 
-def domain_records(domains):
+def domain_records(domains: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Entries of the forgetting table: a domain of the base's own text each."""
     return [
         {
@@ -297,7 +329,7 @@ def domain_records(domains):
     ]
 
 
-def markdown(title, results, card):
+def markdown(title: str, results: dict[str, Any], card: dict[str, Any]) -> str:
     """The text of report.md."""
     parts = [f"# {title}", table(card["results"]), "## The base's own text, by domain", table(card["forgetting"])]
     parts += [MEANING]
@@ -315,7 +347,7 @@ far the next-token distribution is from the base's, 0 where nothing changed. Cap
 a new expert, mean over the extended layers."""
 
 
-def curve_record(point):
+def curve_record(point: dict[str, Any]) -> dict[str, str]:
     """An entry of the threshold table."""
     return {
         "threshold": f"{point['threshold']:g}",
@@ -326,7 +358,7 @@ def curve_record(point):
     }
 
 
-def table(records):
+def table(records: Sequence[dict[str, Any]]) -> str:
     """A Markdown table of dicts with equal keys."""
     lines = [list(records[0]), ["---"] * len(records[0]), *[list(values.values()) for values in records]]
     return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
@@ -349,13 +381,28 @@ class ReportCallback(TrainerCallback):
         **options: to `evaluate_adapter`: `thresholds`, `metric`, `max_length`, `batch_size`, ...
     """
 
-    def __init__(self, documents, questions=(), *, folder=None, every_evaluation=True, **options):
+    def __init__(
+        self,
+        documents: str | os.PathLike | Sequence[dict[str, Any]],
+        questions: str | os.PathLike | Sequence[dict[str, Any]] = (),
+        *,
+        folder: str | os.PathLike | None = None,
+        every_evaluation: bool = True,
+        **options: Any,
+    ):
         self.documents = read_documents(documents) if isinstance(documents, str | Path) else list(documents)
         self.questions = read_questions(questions) if isinstance(questions, str | Path) else list(questions)
         self.folder, self.every_evaluation, self.options = folder, every_evaluation, options
         self.last_step = self.last_results = None
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if self.every_evaluation:
             is_same_step = self.last_step == state.global_step  # another one of several evaluation sets
             results = self.last_results if is_same_step else self.report(args, state, **kwargs)
@@ -363,11 +410,20 @@ class ReportCallback(TrainerCallback):
                 metrics["eval_base_perplexity_ratio"] = results["retention"]["perplexity_ratio"]
                 metrics |= {} if results["accuracy"] is None else {"eval_accuracy": results["accuracy"]}
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.last_step != state.global_step:
             self.report(args, state, **kwargs)
 
-    def report(self, args, state, model, processing_class, **kwargs):
+    def report(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: PreTrainedModel,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         """Measures and writes; returns the results."""
         options = {"progress": not args.disable_tqdm and state.is_world_process_zero, **self.options}
         results = evaluate_adapter(model, processing_class, self.documents, self.questions, **options)

@@ -8,23 +8,27 @@ Letters: L MoE layers, E experts of a layer, T tokens of a batch, K experts a to
 
 import contextlib
 import copy
+import os
 import tempfile
 import warnings
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig, SFTTrainer
 
 from ..data.collators import MaskImageLabels
 from ..evaluation.compare import count_selected
-from ..families_moextend import find_moe_layers
+from ..families_moextend import MoELayer, find_moe_layers
 from ..tools.modes import evaluation_mode, is_moextend
 from .router_shift import RouterShift
 
@@ -34,17 +38,23 @@ MODES = ("training", "gradient_checkpointing")  # what trainers switch on every 
 class RouterDelta(nn.Module):
     """`weight + delta` for one router tensor; delta [as weight] starts at zero, in float32: bf16 swallows steps."""
 
-    def __init__(self, weight):
+    def __init__(self, weight: torch.Tensor):
         super().__init__()
         self.delta = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
 
-    def forward(self, weight):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return (weight.detach().float() + self.delta).to(weight.dtype)
 
 
 def measure_router_shift(
-    model, train_dataset, eval_dataset, args=None, processing_class=None, trainer_class=SFTTrainer, **trainer_kwargs
-):
+    model: PreTrainedModel,
+    train_dataset: Dataset | IterableDataset,
+    eval_dataset: Dataset | IterableDataset,
+    args: SFTConfig | None = None,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+    trainer_class: type[SFTTrainer] = SFTTrainer,
+    **trainer_kwargs: Any,
+) -> RouterShift:
     """
     Measures how far training only the routers on new data moves each layer's choice of experts (section 3.2).
 
@@ -55,7 +65,7 @@ def measure_router_shift(
             images); new experts it already has sit out.
         train_dataset: samples the routers train on (S_t), in any form TRL's `SFTTrainer` takes.
         eval_dataset: held-out samples (S_e; the paper: 10,000) the experts are counted on.
-        args (`SFTConfig`, *optional*): default `probe_config(output_dir)`: the paper's 1,000 steps at 1e-3. Nothing is
+        args: default `probe_config(output_dir)`: the paper's 1,000 steps at 1e-3. Nothing is
             saved whatever it says, and the load-balancing loss is off unless `router_aux_loss_coef` is given.
         processing_class: tokenizer, or `MoExtendProcessor` for images.
         trainer_class: a subclass of `SFTTrainer`.
@@ -91,7 +101,7 @@ def measure_router_shift(
     return RouterShift(list(layers), before, after)
 
 
-def probe_config(output_dir, **overrides):
+def probe_config(output_dir: str | os.PathLike, **overrides: Any) -> SFTConfig:
     """The paper's settings of stage 2 as an `SFTConfig`: 1,000 steps, 1e-3, cosine, warm-up 3%, no weight decay."""
     settings = {
         "max_steps": 1000,
@@ -105,7 +115,7 @@ def probe_config(output_dir, **overrides):
     return SFTConfig(output_dir=output_dir, **{**settings, **overrides})
 
 
-def without_saving(args):
+def without_saving(args: SFTConfig) -> SFTConfig:
     """A copy of `args` that saves and pushes nothing, and leaves the load-balancing loss out unless asked for it."""
     args = copy.copy(args)
     args.save_strategy = SaveStrategy.NO
@@ -115,7 +125,7 @@ def without_saving(args):
     return args
 
 
-def check_datasets(train_dataset, eval_dataset):
+def check_datasets(train_dataset: Dataset | IterableDataset, eval_dataset: Dataset | IterableDataset) -> None:
     """Refuses empty datasets, and warns where samples are counted that were trained on.
 
     Raises:
@@ -133,7 +143,7 @@ def check_datasets(train_dataset, eval_dataset):
 
 
 @contextlib.contextmanager
-def router_deltas(model, layers):
+def router_deltas(model: PreTrainedModel, layers: dict[int, MoELayer]) -> Iterator[None]:
     """Inside, all of `model` is frozen but a `RouterDelta` on every router's weight and bias.
 
     Outside, class, parameters and their order are the very objects they were.
@@ -147,7 +157,7 @@ def router_deltas(model, layers):
 
 
 @contextlib.contextmanager
-def router_delta(module, name):
+def router_delta(module: nn.Module, name: str) -> Iterator[None]:
     order = list(module._parameters)
     parametrize.register_parametrization(module, name, RouterDelta(module._parameters[name]))
     try:
@@ -157,7 +167,7 @@ def router_delta(module, name):
         module._parameters.update({key: module._parameters.pop(key) for key in order if key in module._parameters})
 
 
-def router_tensors(layer):
+def router_tensors(layer: MoELayer) -> Iterator[tuple[nn.Module, str]]:
     """(module, name) of every tensor with one row an expert in a layer's router: weight, and bias if there is one."""
     for path, module in layer.router.named_modules():
         if path.split(".")[0] == "moextend":
@@ -168,7 +178,7 @@ def router_tensors(layer):
                 yield module, name
 
 
-def new_experts_off(model):
+def new_experts_off(model: PreTrainedModel) -> contextlib.AbstractContextManager:
     """Leaves the new experts of a MoExtend model out, and only them: `disable_adapter` would refuse images as well."""
     if not is_moextend(model):
         return contextlib.nullcontext()
@@ -176,7 +186,7 @@ def new_experts_off(model):
 
 
 @contextlib.contextmanager
-def restored(model):
+def restored(model: PreTrainedModel) -> Iterator[None]:
     """Gives `model` back as it came: what trains, modes, configs and forward, all of which trainers write to."""
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, {k: v for k, v in module.__dict__.items() if k in MODES}) for module in model.modules()]
@@ -199,7 +209,7 @@ def restored(model):
             module.__dict__.update(values)
 
 
-def mask_image_labels(trainer):
+def mask_image_labels(trainer: SFTTrainer) -> None:
     """Keeps image tokens out of the labels of a model that has any."""
     image_token_id = getattr(trainer.model.config, "image_token_id", None)
     if image_token_id is not None and not isinstance(trainer.data_collator, MaskImageLabels):
@@ -207,7 +217,7 @@ def mask_image_labels(trainer):
         trainer.data_collator = MaskImageLabels(trainer.data_collator, image_token_id, vocab_size)
 
 
-def count_selections(trainer, layers, title):
+def count_selections(trainer: SFTTrainer, layers: dict[int, MoELayer], title: str) -> torch.Tensor:
     """How often each expert is selected by the non-padding tokens of the evaluation samples: [L, E] int64.
 
     Counted is what the routers really answer. Each process counts its own share of the samples.
@@ -234,7 +244,7 @@ def count_selections(trainer, layers, title):
     return accelerator.reduce(counts, reduction="sum").cpu()
 
 
-def held_out_batches(trainer):
+def held_out_batches(trainer: SFTTrainer) -> DataLoader:
     """This process' share of the evaluation samples, prepared by TRL; no sample comes twice to fill a last batch."""
     state, dataset = trainer.accelerator.state, trainer.eval_dataset
     if state.num_processes > 1:
@@ -244,7 +254,9 @@ def held_out_batches(trainer):
     return DataLoader(dataset, batch_size=trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
 
 
-def count_output(output, attention_mask, num_experts):
+def count_output(
+    output: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None, num_experts: int
+) -> torch.Tensor:
     """[E] int64: selections in one router's answer, by the tokens `attention_mask` [B, S] marks (`None`: all)."""
     index = next(part for part in reversed(output) if torch.is_tensor(part) and not part.is_floating_point())
     return count_selected(index, num_experts, attention_mask)

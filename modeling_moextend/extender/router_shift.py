@@ -5,8 +5,10 @@ Letters: L MoE layers, E experts of a layer.
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -42,22 +44,24 @@ class RouterShift:
             raise ValueError("A layer without a single selection has no distribution: no token was counted there.")
 
     @property
-    def per_layer(self):
+    def per_layer(self) -> torch.Tensor:
         """d_j, [L] float64: standard deviation over experts of the change of their shares (Eq. 5 and 6)."""
         return (shares(self.counts_before) - shares(self.counts_after)).std(dim=1, correction=0)
 
-    def select(self, fraction=None, layers=None, num_new=1):
+    def select(
+        self, fraction: float | None = None, layers: str | list[int] | None = None, num_new: int = 1
+    ) -> dict[int, list[int]]:
         """The plan: which layers to extend, and from which source experts.
 
         Args:
-            fraction (`float`, *optional*, defaults to 0.5): p; the floor(p * L) layers of largest d_j are extended.
-            layers (`list[int]` or `str`, *optional*): instead of `fraction`, the layers themselves, or `"all"`,
-                `"first-half"`, `"second-half"` or `"interval"` (every other layer): the paper's comparisons.
-            num_new (`int`): new experts a layer. Sources are the experts most selected after training (Eq. 8; counts
-                after, as in the authors' code), in descending order, from the top again where these run out.
+            fraction: p, by default 0.5; the floor(p * L) layers of largest d_j are extended.
+            layers: instead of `fraction`, the layers themselves, or `"all"`, `"first-half"`, `"second-half"` or
+                `"interval"` (every other layer): the paper's comparisons.
+            num_new: new experts a layer. Sources are the experts most selected after training (Eq. 8; counts after, as
+                in the authors' code), in descending order, from the top again where these run out.
 
         Returns:
-            `dict[int, list[int]]`: decoder layer index -> source experts, what `from_base` takes.
+            decoder layer index -> source experts, what `from_base` takes.
 
         Raises:
             ValueError: a fraction outside (0, 1] or too small for one layer, an unknown name, a layer that is no MoE
@@ -111,7 +115,7 @@ class RouterShift:
         ranked = [e for e in counts.sort(descending=True, stable=True).indices.tolist() if counts[e] > 0]
         return [ranked[number % len(ranked)] for number in range(num_new)]
 
-    def save(self, path):
+    def save(self, path: str | os.PathLike) -> None:
         """Writes JSON to `path`; whoever reads meanwhile sees the old file or the new one."""
         content = {
             "moextend_router_shift": FILE_FORMAT,
@@ -125,7 +129,7 @@ class RouterShift:
         write_text(path, json.dumps(content))
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | os.PathLike) -> Self:
         """Reads what `save` wrote.
 
         Raises:
@@ -139,12 +143,12 @@ class RouterShift:
             raise ValueError(f"{path} has format {written}; this version reads up to {FILE_FORMAT}. Upgrade moextend.")
         return cls(content["layers"], content["counts_before"], content["counts_after"])
 
-    def plot(self, path, plan=None):
+    def plot(self, path: str | os.PathLike, plan: dict[int, list[int]] | None = None) -> None:
         """A picture: the shares of the experts before and after as heat maps, and d_j as bars, the plan's layers dark.
 
         Args:
             path: image file; its ending says the format.
-            plan (`dict[int, list[int]]`, *optional*): default `select()`.
+            plan: default `select()`.
 
         Raises:
             ImportError: matplotlib is missing.
@@ -171,6 +175,6 @@ class RouterShift:
         figure.savefig(path, dpi=150)
 
 
-def shares(counts):
+def shares(counts: torch.Tensor) -> torch.Tensor:
     """[L, E] counts -> [L, E] float64, each layer summing to 1 (Eq. 5)."""
     return counts.double() / counts.sum(dim=1, keepdim=True)

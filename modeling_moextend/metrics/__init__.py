@@ -1,11 +1,17 @@
 """The metrics, each an `evaluate.Metric` in a file of its own, and how to load them without a hub."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import evaluate
 
 METRICS = Path(__file__).parent
 
 
-def load_metric(name):
+def load_metric(name: str) -> evaluate.Metric:
     """An `evaluate.Metric` of this package: "base_retention", "exact_match" or "vqa_accuracy". Needs no hub.
 
     Raises:

@@ -6,6 +6,7 @@ Its inputs are measured by `compare_with_base` in `modeling_moextend/evaluation/
 
 import math
 from statistics import fmean
+from typing import Any
 
 import datasets
 import evaluate
@@ -74,7 +75,7 @@ class BaseRetention(evaluate.Metric):
         return {**overall(list(domains.values())), "domains": domains}
 
 
-def check_document(number, prediction, reference):
+def check_document(number: int, prediction: dict[str, Any], reference: dict[str, Any]) -> None:
     """Refuses a document that can't be counted.
 
     Raises:
@@ -98,7 +99,7 @@ def check_document(number, prediction, reference):
             raise ValueError(f"Document {number}: captured tokens of layer {captured['layer']} are an empty list.")
 
 
-def check_layers(layers):
+def check_layers(layers: list[list[int]]) -> None:
     """Refuses documents whose captured tokens are of different layers, e.g. of two models.
 
     Raises:
@@ -112,12 +113,12 @@ def check_layers(layers):
             )
 
 
-def perplexity(nats):
+def perplexity(nats: float) -> float:
     """e^nats; a diverged model's stays at e^700, the largest that a float can take part in sums with."""
     return math.exp(min(nats, 700.0))
 
 
-def domain_values(documents):
+def domain_values(documents: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
     """The values of one domain: every token counts the same."""
     nll = [value for prediction, _ in documents for value in prediction["nll"]]
     base_nll = [value for _, reference in documents for value in reference["nll"]]
@@ -140,7 +141,7 @@ def domain_values(documents):
     }
 
 
-def captured_shares(documents):
+def captured_shares(documents: list[list[dict[str, Any]]]) -> dict[int, float]:
     """{layer: share of the tokens of all documents that select a new expert of the layer}."""
     tokens = {}
     for captured in (captured for document in documents for captured in document):
@@ -148,7 +149,7 @@ def captured_shares(documents):
     return {layer: fmean(values) for layer, values in tokens.items()}
 
 
-def overall(domains):
+def overall(domains: list[dict[str, Any]]) -> dict[str, Any]:
     """The values over all domains: every domain counts the same."""
     values = {
         name: perplexity(fmean(math.log(domain[name]) for domain in domains))

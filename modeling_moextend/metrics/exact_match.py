@@ -38,6 +38,6 @@ class ExactMatch(evaluate.Metric):
         return {"exact_match": sum(plain(one) == plain(other) for one, other in pairs) / len(predictions)}
 
 
-def plain(text):
+def plain(text: str) -> str:
     """`text` in lower case, white space at the ends gone and one space where there was any amount inside."""
     return " ".join(text.lower().split())

@@ -1,6 +1,7 @@
 """VQA accuracy: an `evaluate.Metric`, loaded without a hub by `evaluate.load(path of this file)`."""
 
 import re
+from collections.abc import Sequence
 
 import datasets
 import evaluate
@@ -45,7 +46,7 @@ y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """.split()
 
 
-def missing_apostrophes(word):
+def missing_apostrophes(word: str) -> set[str]:
     """The ways to write a contraction with at least one of its apostrophes left out."""
     first, *rest = word.split("'")
     written = {first}
@@ -73,7 +74,7 @@ class VQAAccuracy(evaluate.Metric):
         return {"vqa_accuracy": sum(scores) / len(scores)}
 
 
-def agreement(answer, references):
+def agreement(answer: str, references: Sequence[str]) -> float:
     """The score in [0, 1] of one answer against the annotators' answers.
 
     Raises:
@@ -91,7 +92,7 @@ def agreement(answer, references):
     return sum(min((sum(same) - left_out) / 3, 1.0) for left_out in same) / len(same)
 
 
-def normalise(text):
+def normalise(text: str) -> str:
     """An answer as the evaluation of VQA compares it, e.g. "The two dogs!" -> "2 dogs".
 
     A punctuation mark beside a space vanishes and one between letters becomes a space, except that all vanish where

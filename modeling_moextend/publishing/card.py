@@ -2,60 +2,63 @@
 
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import is_jinja_available, validate_repo_id
 
+from ..configuration_moextend import MoExtendConfig
 from ..tools.inspection import dtype_name
 
 TAGS = ["moextend", "moe", "mixture-of-experts", "adapter"]
 
 
 def create_card(
-    config,
+    config: MoExtendConfig,
     *,
-    repo_id=None,
-    tensors=None,
-    training=None,
-    datasets=None,
-    results=None,
-    forgetting=None,
-    metrics=None,
-    figures=None,
-    router_shift=None,
-    tokenizer=None,
-    adapter_bytes=None,
-    num_parameters=None,
-    license=None,
-    license_name=None,
-    license_link=None,
-    language=None,
-    tags=None,
-):
+    repo_id: str | None = None,
+    tensors: dict[str, torch.Tensor] | None = None,
+    training: dict[str, Any] | None = None,
+    datasets: str | list[str] | None = None,
+    results: list[dict[str, Any]] | None = None,
+    forgetting: list[dict[str, Any]] | None = None,
+    metrics: list[dict[str, Any]] | None = None,
+    figures: dict[str, str] | None = None,
+    router_shift: str | None = None,
+    tokenizer: str | None = None,
+    adapter_bytes: int | None = None,
+    num_parameters: int | None = None,
+    license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    language: str | list[str] | None = None,
+    tags: list[str] | None = None,
+) -> ModelCard:
     """
     Fill the model card of an adapter. What is not given is left out; nothing is guessed.
 
     Args:
-        config (`MoExtendConfig`): the adapter's config.
-        repo_id (`str`, *optional*): Hub id the adapter is published under, for the title and the code to load it.
-        tensors (`dict[str, Tensor]`, *optional*): the adapter's tensors as they are stored; only their shapes and
+        config: the adapter's config.
+        repo_id: Hub id the adapter is published under, for the title and the code to load it.
+        tensors: the adapter's tensors as they are stored; only their shapes and
             dtypes are read, so those on the meta device do.
-        training (`dict`, *optional*): setting -> value, e.g. of the training arguments; `None` values are left out.
-        datasets (`str` or `list[str]`, *optional*): what it was trained on: Hub ids, or files (shown by name only).
-        results (`list[dict]`, *optional*): entries of the results table; columns are the keys, in order of appearance.
-        forgetting (`list[dict]`, *optional*): entries of the forgetting table, what the base lost of what it knew.
-        metrics (`list[dict]`, *optional*): measured values for the metadata's model-index, each with `type` (the
+        training: setting -> value, e.g. of the training arguments; `None` values are left out.
+        datasets: what it was trained on: Hub ids, or files (shown by name only).
+        results: entries of the results table; columns are the keys, in order of appearance.
+        forgetting: entries of the forgetting table, what the base lost of what it knew.
+        metrics: measured values for the metadata's model-index, each with `type` (the
             metric's id on the Hub), `value` and `dataset` (its name); if known, `name` and `dataset_type` (a Hub id).
-        figures (`dict[str, str]`, *optional*): caption -> image file, relative to the repository.
-        router_shift (`str`, *optional*): image file of the router shift, relative to the repository.
-        tokenizer (`str`, *optional*): where the tokenizer lies, if not in the repository.
-        adapter_bytes (`int`, *optional*): size of the adapter in bytes; default: that of `tensors`.
-        num_parameters (`int`, *optional*): how many parameters the adapter holds; default: those of `tensors`.
-        license (`str`, *optional*): license of the adapter, as the Hub abbreviates it; with "other", also
+        figures: caption -> image file, relative to the repository.
+        router_shift: image file of the router shift, relative to the repository.
+        tokenizer: where the tokenizer lies, if not in the repository.
+        adapter_bytes: size of the adapter in bytes; default: that of `tensors`.
+        num_parameters: how many parameters the adapter holds; default: those of `tensors`.
+        license: license of the adapter, as the Hub abbreviates it; with "other", also
             `license_name` and `license_link`.
-        language (`str` or `list[str]`, *optional*): ISO 639 codes.
-        tags (`list[str]`, *optional*): further tags.
+        language: ISO 639 codes.
+        tags: further tags.
 
     Returns:
         `huggingface_hub.ModelCard`: `str(card)` is the README.md, `card.save(path)` writes it.
@@ -115,7 +118,7 @@ def create_card(
     )
 
 
-def read_template():
+def read_template() -> str:
     """The text of `model_card_template.md`, from a checkout or an installed wheel alike."""
     return files(__package__).joinpath("model_card_template.md").read_text(encoding="utf-8")
 
@@ -222,7 +225,7 @@ def _table(records):
     return {"columns": [cell(key) for key in columns], "lines": cells} if columns else None
 
 
-def cell(value):
+def cell(value: object) -> str:
     """One line of text that does not break a Markdown table; floats with six significant digits."""
     if value is None:
         return ""
@@ -241,7 +244,7 @@ def _repo_file(file):
     return str(path)
 
 
-def hub_id(name):
+def hub_id(name: str | None) -> str | None:
     """`name` if it can be a Hub id, None for nothing, a local folder or file, or anything the Hub would refuse."""
     if not name or Path(name).exists():
         return None

@@ -2,9 +2,15 @@
 
 import inspect
 import json
+import os
 from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard
 
 from ..adapter_file_moextend import parse_json
+from ..configuration_moextend import MoExtendConfig
 from ..tools.base_weights import Unusable, unusable
 from ..tools.files import copy_file, write_text
 from ..tools.inspection import read_headers
@@ -15,7 +21,15 @@ FACTS = "card.json"  # what a run leaves beside the adapter for its card: argume
 SHIFT = "shift.png"
 
 
-def folder_card(folder, config, repo_id=None, *, report=None, shift=None, **overrides):
+def folder_card(
+    folder: str | os.PathLike,
+    config: MoExtendConfig,
+    repo_id: str | None = None,
+    *,
+    report: str | os.PathLike | None = None,
+    shift: str | os.PathLike | None = None,
+    **overrides: Any,
+) -> ModelCard:
     """`create_card` with all that an adapter's folder tells; its pictures are copied beside it.
 
     Args:
@@ -41,7 +55,7 @@ def folder_card(folder, config, repo_id=None, *, report=None, shift=None, **over
     return create_card(config, repo_id=repo_id, **{**facts, **overrides})
 
 
-def read_shapes(folder):
+def read_shapes(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
     """name -> tensor without data, of every tensor in the adapter's files, {} where there are none."""
     try:
         return read_headers(folder, {}).tensors
@@ -49,7 +63,7 @@ def read_shapes(folder):
         return {}
 
 
-def read_facts(folder):
+def read_facts(folder: str | os.PathLike) -> dict[str, Any]:
     """What `write_facts` left in the folder, {} where nothing did.
 
     Raises:
@@ -63,24 +77,24 @@ def read_facts(folder):
     return facts
 
 
-def read_mapping(path):
+def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file of our own."""
     with unusable():
         return parse_json(path.read_text(encoding="utf-8"), str(path))
 
 
-def write_facts(folder, **facts):
+def write_facts(folder: str | os.PathLike, **facts: Any) -> None:
     """Leaves arguments of `create_card` in an adapter's folder, in place of those there: numbers, text and `None`."""
     write_text(Path(folder, FACTS), json.dumps(facts, indent=2))
 
 
-def last_report(folder):
+def last_report(folder: Path) -> Path | None:
     """The report of the latest step in the folder's own `report/`, or `None`."""
     reports = [path.parent for path in folder.glob("report/step-*/report.json")]
     return max(reports, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
 
-def read_report(report, folder):
+def read_report(report: str | os.PathLike | None, folder: Path) -> dict[str, Any]:
     """What a report folder says for the card, with its pictures copied to `folder`; {} for `None`.
 
     Raises:
@@ -100,7 +114,7 @@ def read_report(report, folder):
     return card
 
 
-def copy_picture(source, target):
+def copy_picture(source: Path, target: Path) -> str:
     """Copies a picture unless it is there already; returns its name."""
     if not source.is_file():
         raise ValueError(f"{source}: no such picture.")

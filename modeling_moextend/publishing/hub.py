@@ -1,13 +1,19 @@
 """Publishing: which files of a folder make an adapter, and one commit of exactly these."""
 
+from __future__ import annotations
+
+import os
 import re
 import tempfile
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+import torch
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import is_jinja_available
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 from ..adapter_file_moextend import write_folder
@@ -17,6 +23,9 @@ from ..tools.files import write_text
 from ..tools.inspection import read_whole
 from .card import hub_id
 from .facts import folder_card
+
+if TYPE_CHECKING:
+    from ..modeling_moextend import MoExtendPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
@@ -35,7 +44,7 @@ PICTURE = re.compile(r"!\[[^\]]*\]\(([^()/\\\s]+\.png)\)")  # in Markdown, one t
 FILLED = "<!-- Filled by moextend:"  # in a card that nobody has made their own
 
 
-def check_published(config, api=None):
+def check_published(config: MoExtendConfig, api: HfApi | None = None) -> None:
     """Refuses to publish an adapter whose base or encoder nobody else could find.
 
     Args:
@@ -63,7 +72,7 @@ def check_published(config, api=None):
         )
 
 
-def published_files(folder):
+def published_files(folder: Path) -> list[str]:
     """Names, relative to `folder` (a `Path`), of the files in it that make a published adapter: nothing pickled, no
     checkpoint, no picture that the card does not show."""
     paths = {path for pattern in PUBLISHED for path in folder.glob(pattern) if path.is_file()}
@@ -77,7 +86,15 @@ def published_files(folder):
 MODELING = "modeling_moextend.py"  # is there where the shipped code is
 
 
-def publish_folder(folder, repo_id, *, base=None, encoder=None, dry_run=False, **push):
+def publish_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    base: str | None = None,
+    encoder: str | None = None,
+    dry_run: bool = False,
+    **push: Any,
+) -> CommitInfo | list[str]:
     """Publishes a folder that `save_pretrained` or the trainer wrote, once it is read and found whole.
 
     Args:
@@ -115,7 +132,16 @@ def publish_folder(folder, repo_id, *, base=None, encoder=None, dry_run=False, *
     return upload(folder, repo_id, config, **push)
 
 
-def push(model, repo_id, *, adapter_name=None, processor=None, adapter_dtype=None, max_shard_size="50GB", **kwargs):
+def push(
+    model: MoExtendPreTrainedModel,
+    repo_id: str,
+    *,
+    adapter_name: str | None = None,
+    processor: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+    adapter_dtype: str | torch.dtype | None = None,
+    max_shard_size: int | str = "50GB",
+    **kwargs: Any,
+) -> CommitInfo:
     """What `push_to_hub` does: saves the adapter to a temporary folder and uploads it as one commit.
 
     Args:
@@ -138,21 +164,21 @@ def push(model, repo_id, *, adapter_name=None, processor=None, adapter_dtype=Non
 
 
 def upload(
-    folder,
-    repo_id,
-    config,
+    folder: Path,
+    repo_id: str,
+    config: MoExtendConfig,
     *,
-    token=None,
-    private=None,
-    revision=None,
-    create_pr=False,
-    commit_message="Upload MoExtend adapter",
-    commit_description=None,
-    card=None,
-    report=None,
-    shift=None,
-    tags=None,
-):
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload MoExtend adapter",
+    commit_description: str | None = None,
+    card: dict[str, Any] | None = None,
+    report: str | os.PathLike | None = None,
+    shift: str | os.PathLike | None = None,
+    tags: list[str] | None = None,
+) -> CommitInfo:
     """One commit of the adapter's files, and of nothing else that lies in `folder` (a `Path`).
 
     Not huggingface_hub's `upload_folder`: where Xet is installed, that commits in parts, and a push that stops between
@@ -162,7 +188,7 @@ def upload(
         config: the adapter's `MoExtendConfig`.
         token, private, revision, create_pr, commit_message, commit_description: as in `HfApi.create_commit`; a branch
             named by `revision` is made where there is none.
-        card: what `create_card` takes beside what the folder tells (`dict`).
+        card: what `create_card` takes beside what the folder tells.
         report, shift, tags: see `folder_card`. README.md is filled if one of these four is given, and else
             unless `written_by_hand`.
 
@@ -206,14 +232,14 @@ def upload(
     )
 
 
-def written_by_hand(folder, repo_files):
+def written_by_hand(folder: Path, repo_files: set[str]) -> bool:
     """Whether there is a card to leave alone: the folder's without the line `FILLED`, or else any in the repository
     (`repo_files`: its files), which may tell more than this folder can."""
     card = folder / "README.md"
     return FILLED not in card.read_text(encoding="utf-8") if card.exists() else "README.md" in repo_files
 
 
-def base_license(config, api):
+def base_license(config: MoExtendConfig, api: HfApi) -> dict[str, str]:
     """The licence in the base's card, {entry: value}: new experts begin as copies of its experts. {} where none is."""
     try:
         data = api.model_info(config.base_model_name_or_path).card_data or {}

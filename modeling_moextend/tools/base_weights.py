@@ -7,17 +7,21 @@ names here come from it, family by family, and no table of ours has to follow.
 
 import contextlib
 import json
+import os
 import re
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ..adapter_file_moextend import shown
+from ..configuration_moextend import MoExtendConfig
 from ..loading_moextend import SHARED_HUB_KWARGS, auto_class_for, check_no_adapter, location_of
 from ..tensors_moextend import PLAIN, named_owners, sample_values
 
@@ -40,7 +44,7 @@ class Unusable(ValueError):
 
 
 @contextlib.contextmanager
-def unusable():
+def unusable() -> Iterator[None]:
     """Any `ValueError` of the block becomes an `Unusable`."""
     try:
         yield
@@ -49,7 +53,7 @@ def unusable():
 
 
 @contextlib.contextmanager
-def opened(path):
+def opened(path: str | os.PathLike) -> Iterator[safe_open]:
     """`safe_open`, which does not tell the name of a damaged file."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -70,7 +74,7 @@ class Checkpoint:
         Unusable: a damaged file, or an index that names something else than files beside it.
     """
 
-    def __init__(self, name_or_path, **hub_kwargs):
+    def __init__(self, name_or_path: str | os.PathLike, **hub_kwargs: Any):
         self.name, self.hub_kwargs = str(name_or_path), hub_kwargs
         index = self.find(SAFE_WEIGHTS_INDEX_NAME)
         names = [SAFE_WEIGHTS_NAME] if index is None else shard_names(index)
@@ -78,20 +82,20 @@ class Checkpoint:
         missing = [name for name, path in files.items() if path is None]
         if missing:
             raise OSError(f"{self.name} lacks weights in safetensors: {', '.join(missing[:8])}.")
-        self.paths = {}
+        self.paths: dict[str, str] = {}
         for path in files.values():
             with opened(path) as file:
                 self.paths |= dict.fromkeys(file.keys(), path)
-        self.files = files | ({} if index is None else {SAFE_WEIGHTS_INDEX_NAME: index})
+        self.files: dict[str, str] = files | ({} if index is None else {SAFE_WEIGHTS_INDEX_NAME: index})
 
-    def find(self, name):
+    def find(self, name: str) -> str | None:
         """Path of a file of the checkpoint, or `None`."""
         return cached_file(self.name, name, _raise_exceptions_for_missing_entries=False, **self.hub_kwargs)
 
-    def config(self):
+    def config(self) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(self.name, **self.hub_kwargs)
 
-    def tensor(self, key, shape=None):
+    def tensor(self, key: str, shape: Sequence[int] | None = None) -> torch.Tensor:
         """One tensor, mapped from its file (read where it is looked at); the map ends with the tensor.
 
         Raises:
@@ -108,7 +112,7 @@ class Checkpoint:
             raise Unusable(f"{self.name} has {key} as {tuple(tensor.shape)}, the model needs {tuple(shape)}.")
         return tensor
 
-    def values(self, model, name, shape, indices):
+    def values(self, model: PreTrainedModel, name: str, shape: torch.Size, indices: torch.Tensor) -> torch.Tensor:
         """Single values of a parameter as `model` holds it, each read from what the checkpoint has in its place.
 
         Args:
@@ -132,11 +136,11 @@ class Checkpoint:
             values[inside] = stack.view(-1)[indices[inside] % size]
         return values
 
-    def parts(self, model, name, parameter):
+    def parts(self, model: PreTrainedModel, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the checkpoint has in the place of a `parameter` on the meta device: key -> part of it."""
         return {name: parameter} if name in self.paths else stored_parts(model, name, parameter)
 
-    def fill(self, tensor, split):
+    def fill(self, tensor: torch.Tensor, split: Callable[[torch.Tensor], dict[str, torch.Tensor]]) -> None:
         """Fills `tensor`, a parameter or some experts of one, from its parts in the checkpoint.
 
         Args:
@@ -152,7 +156,12 @@ class Checkpoint:
             tensor.view(-1)[indices.reshape(-1)] = self.tensor(key, indices.shape).reshape(-1)
 
 
-def location_of_part(role, requested, config, location):
+def location_of_part(
+    role: str,
+    requested: str | os.PathLike | None,
+    config: MoExtendConfig,
+    location: tuple[str | os.PathLike, dict[str, Any]],
+) -> tuple[str | os.PathLike, dict[str, Any]]:
     """Where the "base" or "encoder" of an adapter lies, once a base is known to be no adapter itself.
 
     Args:
@@ -169,7 +178,7 @@ def location_of_part(role, requested, config, location):
     return path, options
 
 
-def shard_names(index):
+def shard_names(index: str | os.PathLike) -> list[str]:
     """Names of the files that an index (its path) speaks of."""
     try:
         names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
@@ -181,7 +190,7 @@ def shard_names(index):
     return names
 
 
-def stored_parts(model, name, tensor, first=0):
+def stored_parts(model: PreTrainedModel, name: str, tensor: torch.Tensor, first: int = 0) -> dict[str, torch.Tensor]:
     """How a checkpoint stores `tensor`, the parameter `name` of a model or some experts of it: key -> part.
 
     Where each expert has a key of its own, `tensor` begins with expert `first`. Parts of a single expert are views.
@@ -190,13 +199,13 @@ def stored_parts(model, name, tensor, first=0):
     return {EXPERT.sub(lambda number: str(int(number[0]) + first), key): part for key, part in parts.items()}
 
 
-def skeleton(config):
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The causal LM of `config` on the meta device: names and shapes, no weights."""
     with torch.device("meta"):
         return auto_class_for(config, AutoModelForCausalLM).from_config(config).eval()
 
 
-def checkpoint_fingerprint(checkpoint, model):
+def checkpoint_fingerprint(checkpoint: Checkpoint, model: PreTrainedModel) -> str | None:
     """`tensors_moextend.fingerprint` of the decoder of `model`, a `skeleton`, by the values that `checkpoint` has on
     disk."""
     names = {module: name for name, module in model.named_modules()}

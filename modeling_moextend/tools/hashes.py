@@ -1,15 +1,22 @@
 """Hashes of every tensor that must never change."""
 
-import hashlib
+from __future__ import annotations
 
+import hashlib
+from typing import TYPE_CHECKING
+
+import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..adapter_file_moextend import tensor_bytes
 from ..families_moextend import onloaded
 from ..tensors_moextend import DTensor, reshard
 
+if TYPE_CHECKING:
+    from ..modeling_moextend import MoExtendPreTrainedModel
 
-def base_tensors_hash(model):
+
+def base_tensors_hash(model: MoExtendPreTrainedModel) -> dict[str, str]:
     """name -> sha256 of every base and encoder tensor of a MoExtend model (new tensors and projectors left out).
 
     Where tensors are sharded, of this process's shards.
@@ -28,7 +35,7 @@ def base_tensors_hash(model):
     return hashes
 
 
-def bytes_of(tensor):
+def bytes_of(tensor: torch.Tensor) -> bytes:
     """The bytes of a tensor; of a sharded one, those of this process's shard."""
     if isinstance(tensor, DTensor):
         return bytes_of(tensor.to_local())

@@ -2,16 +2,21 @@
 
 import json
 import math
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import SafetensorsParsingError
+from safetensors import safe_open
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from ..adapter_file_moextend import (
     FILE,
     INDEX,
+    StoredAdapter,
     check_tensors,
     find_files,
     joined,
@@ -30,7 +35,7 @@ ROUTING = ("scope", "selection", "calibration")
 BROKEN_HEADER = (SafetensorsParsingError, RuntimeError, ValueError, TypeError, KeyError, AttributeError)
 
 
-def read_whole(name_or_path, **hub_kwargs):
+def read_whole(name_or_path: str | os.PathLike, **hub_kwargs: Any) -> StoredAdapter:
     """Reads an adapter that is found whole, by its own checksums: -> `StoredAdapter`.
 
     Raises:
@@ -44,7 +49,7 @@ def read_whole(name_or_path, **hub_kwargs):
         return stored
 
 
-def inspect_adapter(name_or_path, **hub_kwargs):
+def inspect_adapter(name_or_path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Any]:
     """What an adapter holds, as a JSON-ready `dict`; only the headers of its files are read (or fetched).
 
     Keys: adapter, format, base, encoder (`None`: none), scope, selection, calibration, gate_threshold (`None`: no
@@ -82,7 +87,7 @@ def inspect_adapter(name_or_path, **hub_kwargs):
     }
 
 
-def describe_part(config, role, own_config):
+def describe_part(config: MoExtendConfig, role: str, own_config: PreTrainedConfig | None) -> dict[str, str | None]:
     """Where the "base" or "encoder" of an adapter lies, and of what kind it is."""
     entry = "base_model" if role == "base" else role
     return {
@@ -93,16 +98,16 @@ def describe_part(config, role, own_config):
     }
 
 
-def dtype_name(dtype):
+def dtype_name(dtype: torch.dtype) -> str:
     """`torch.float32` -> "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
-def with_prefix(tensors, prefix):
+def with_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def size_of(tensors):
+def size_of(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
     """num_tensors, num_parameters, num_bytes of name -> tensor."""
     return {
         "num_tensors": len(tensors),
@@ -111,7 +116,7 @@ def size_of(tensors):
     }
 
 
-def read_headers(name_or_path, hub_kwargs):
+def read_headers(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> StoredAdapter:
     """A `StoredAdapter` whose tensors have no data, on the meta device.
 
     Of a repository on the Hub only the headers are fetched, unless the user is offline (then: from the cache).
@@ -125,20 +130,22 @@ def read_headers(name_or_path, hub_kwargs):
     return joined({path: read_file(path, without_data) for path in find_files(name_or_path, hub_kwargs)})
 
 
-def without_data(file, key):
+def without_data(file: safe_open, key: str) -> torch.Tensor:
     """A tensor of an open safetensors file, on the meta device."""
     part = file.get_slice(key)
     return empty(part.get_dtype(), part.get_shape())
 
 
-def empty(dtype, shape):
+def empty(dtype: str, shape: list[int]) -> torch.Tensor:
     """A tensor on the meta device; `dtype` in safetensors' word."""
     if dtype not in DTYPES:
         raise ValueError(f"an adapter holds tensors of {', '.join(DTYPES)}, not {dtype}")
     return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
 
 
-def remote_headers(repo_id, hub_kwargs):
+def remote_headers(
+    repo_id: str, hub_kwargs: dict[str, Any]
+) -> dict[str, tuple[dict[str, torch.Tensor], dict[str, str]]]:
     """File name -> (tensors without data, header metadata) of every file of an adapter on the Hub."""
     index = cached_file(repo_id, INDEX, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
     api, headers = HfApi(token=hub_kwargs.get("token")), {}
@@ -153,7 +160,7 @@ def remote_headers(repo_id, hub_kwargs):
     return headers
 
 
-def texts(metadata):
+def texts(metadata: object) -> dict[str, str]:
     """`metadata` of a header, or {} for `None`, if it maps texts to texts: huggingface_hub hands on whatever is there.
 
     Raises:
@@ -164,7 +171,7 @@ def texts(metadata):
     return metadata or {}
 
 
-def diff_adapters(one, other, **hub_kwargs):
+def diff_adapters(one: str | os.PathLike, other: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Any]:
     """How two adapters differ, as a JSON-ready `dict`.
 
     Keys: adapters (the two names), equal (nothing differs), config (of each difference: entry, values), only_in (for
@@ -203,7 +210,7 @@ def diff_adapters(one, other, **hub_kwargs):
     return {"adapters": [str(one), str(other)], "equal": equal, **result}
 
 
-def flat(values, path=()):
+def flat(values: dict[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
     """Nested mappings as one: path of keys -> value, as JSON has it."""
     entries = {}
     for key, value in values.items():
@@ -211,7 +218,7 @@ def flat(values, path=()):
     return entries
 
 
-def as_json(value):
+def as_json(value: Any) -> Any:
     """`value` with texts in the place of numbers that JSON lacks: "NaN", "Infinity", "-Infinity"."""
     if isinstance(value, float) and not math.isfinite(value):
         return json.dumps(value)
@@ -220,7 +227,7 @@ def as_json(value):
     return [as_json(inner) for inner in value] if isinstance(value, list) else value
 
 
-def distance(one, other):
+def distance(one: torch.Tensor, other: torch.Tensor) -> dict[str, bool | float | None]:
     """equal, max_abs and relative of two tensors of one shape; see `diff_adapters`."""
     equal = one.dtype == other.dtype and tensor_bytes(one) == tensor_bytes(other)
     gap = one.double() - other.double()
@@ -229,6 +236,6 @@ def distance(one, other):
     return {"equal": equal, "max_abs": finite(largest), "relative": finite(relative)}
 
 
-def finite(value):
+def finite(value: float) -> float | None:
     """`value`, or `None` where JSON has no number for it."""
     return value if math.isfinite(value) else None

@@ -10,12 +10,16 @@ import copy
 import os
 import secrets
 import shutil
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from ..adapter_file_moextend import check_tensors, write_folder
+from ..adapter_file_moextend import StoredAdapter, check_tensors, write_folder
 from ..base_checks_moextend import base_rule, check_fingerprint, check_plan
 from ..configuration_moextend import MoExtendConfig
 from ..families_moextend import find_moe_layers
@@ -35,17 +39,17 @@ ABOUT_ADAPTER = (*READER, "README.md")
 
 
 def merge(
-    adapter,
-    output,
+    adapter: str | os.PathLike,
+    output: str | os.PathLike,
     *,
-    base=None,
-    encoder=None,
-    native=False,
-    check_base=True,
-    check_trained_on=True,
-    max_shard_size="5GB",
-    **hub_kwargs,
-):
+    base: str | os.PathLike | None = None,
+    encoder: str | os.PathLike | None = None,
+    native: bool = False,
+    check_base: bool = True,
+    check_trained_on: bool = True,
+    max_shard_size: int | str = "5GB",
+    **hub_kwargs: Any,
+) -> dict[str, str | int]:
     """Writes a folder that holds base and adapter, whole or not at all.
 
     Args:
@@ -59,7 +63,7 @@ def merge(
         **hub_kwargs: `revision`, `token`, `cache_dir`, ... of the adapter.
 
     Returns:
-        `dict`: folder, kind ("standalone" or "native"), files, bytes.
+        folder, kind ("standalone" or "native"), files, bytes.
 
     Raises:
         FileExistsError: something is at `output` already.
@@ -98,7 +102,7 @@ def merge(
     }
 
 
-def check_alone(config, name):
+def check_alone(config: MoExtendConfig, name: str | os.PathLike) -> None:
     """Refuses an adapter that was trained on top of others: a merged folder holds one.
 
     Raises:
@@ -113,7 +117,13 @@ def check_alone(config, name):
         )
 
 
-def open_part(role, requested, config, adapter, hub_kwargs):
+def open_part(
+    role: str,
+    requested: str | os.PathLike | None,
+    config: MoExtendConfig,
+    adapter: str | os.PathLike,
+    hub_kwargs: dict[str, Any],
+) -> Checkpoint:
     """The `Checkpoint` of an adapter's base or encoder; `requested`: where the user says that it lies."""
     path, options = location_of_part(role, requested, config, (adapter, hub_kwargs))
     try:
@@ -123,7 +133,7 @@ def open_part(role, requested, config, adapter, hub_kwargs):
 
 
 @contextlib.contextmanager
-def new_folder(target):
+def new_folder(target: str | os.PathLike) -> Iterator[Path]:
     """Yields a hidden folder beside `target`, which takes that name once the block is through, or is removed."""
     target = Path(target).absolute()
     if target.exists() or target.is_symlink():
@@ -138,7 +148,13 @@ def new_folder(target):
         raise
 
 
-def check_fit(config, base_config, checkpoint, stored, check_base):
+def check_fit(
+    config: MoExtendConfig,
+    base_config: PreTrainedConfig,
+    checkpoint: Checkpoint,
+    stored: StoredAdapter,
+    check_base: bool,
+) -> None:
     """Refuses another base than the adapter's, and tensors that do not fit it; no weight stays in memory.
 
     Without `check_base` the config is made to say which base it is.
@@ -157,7 +173,7 @@ def check_fit(config, base_config, checkpoint, stored, check_base):
     check_tensors(tensor_shapes(config, layers), stored)
 
 
-def base_skeleton(checkpoint, config):
+def base_skeleton(checkpoint: Checkpoint, config: PreTrainedConfig) -> PreTrainedModel:
     """The `skeleton` of a base.
 
     Raises:
@@ -175,7 +191,15 @@ def base_skeleton(checkpoint, config):
             raise ValueError(text) from error
 
 
-def write_standalone(folder, config, checkpoint, encoder, tensors, max_shard_size, check_base):
+def write_standalone(
+    folder: Path,
+    config: MoExtendConfig,
+    checkpoint: Checkpoint,
+    encoder: Checkpoint | None,
+    tensors: dict[str, torch.Tensor],
+    max_shard_size: int | str,
+    check_base: bool,
+) -> None:
     """The adapter with the code of this version, the base in `base/` and the encoder (or `None`) in `encoder/`."""
     config = config.published()
     config.base_subfolder = BASE
@@ -192,7 +216,7 @@ def write_standalone(folder, config, checkpoint, encoder, tensors, max_shard_siz
     copy_files(checkpoint.find, READER, folder)
 
 
-def copy_checkpoint(checkpoint, names, folder):
+def copy_checkpoint(checkpoint: Checkpoint, names: Iterable[str], folder: Path) -> None:
     """Copies weights as they are, file by file, and those of the other files `names` that are there."""
     folder.mkdir()
     for name, path in checkpoint.files.items():
@@ -200,7 +224,7 @@ def copy_checkpoint(checkpoint, names, folder):
     copy_files(checkpoint.find, names, folder)
 
 
-def copy_files(find, names, folder):
+def copy_files(find: Callable[[str], str | None], names: Iterable[str], folder: Path) -> None:
     """Copies those of `names` for which `find` has a path."""
     for name in names:
         path = find(name)
@@ -208,6 +232,6 @@ def copy_files(find, names, folder):
             copy_file(path, folder / name)
 
 
-def finder(name_or_path, hub_kwargs):
+def finder(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> Callable[[str], str | None]:
     """name -> path of that file of a folder or repository, or `None`."""
     return partial(cached_file, name_or_path, _raise_exceptions_for_missing_entries=False, **hub_kwargs)

@@ -5,18 +5,22 @@ E experts of the base, n new experts a layer.
 """
 
 import json
+from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..adapter_file_moextend import shown
+from ..configuration_moextend import MoExtendConfig
 from ..families_moextend import CORRECTION, GROUPS, find_moe_layers
 from ..routing_moextend import Rule
-from .base_weights import EXPERT, stored_parts
+from .base_weights import EXPERT, Checkpoint, stored_parts
 from .files import replace_file, write_text
 from .inspection import dtype_name
 
@@ -31,7 +35,13 @@ NUMBER = {  # family -> config entry with its number of experts; measured by tes
 }
 
 
-def obstacles(config, base_config, model, checkpoint, tensors):
+def obstacles(
+    config: MoExtendConfig,
+    base_config: PreTrainedConfig,
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    tensors: dict[str, torch.Tensor],
+) -> dict[str, str]:
     """What speaks against a native form: condition -> what is the case. Empty where there is one.
 
     Args:
@@ -76,7 +86,7 @@ def obstacles(config, base_config, model, checkpoint, tensors):
     return failed or wider_dtype(model, checkpoint, tensors)
 
 
-def wider_dtype(model, checkpoint, tensors):
+def wider_dtype(model: PreTrainedModel, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     """The condition "dtype": new tensors that the base's dtype does not hold exactly."""
     for key, piece in pieces(model, checkpoint, tensors).items():
         base_dtype = checkpoint.tensor(piece.base_key).dtype
@@ -87,7 +97,7 @@ def wider_dtype(model, checkpoint, tensors):
     return {}
 
 
-def check_native(*arguments):
+def check_native(*arguments: Any) -> None:
     """Raises `ValueError` with all `obstacles`, each by the name of its condition."""
     failed = obstacles(*arguments)
     if failed:
@@ -110,21 +120,21 @@ class Piece(NamedTuple):
     new: torch.Tensor | None = None
     appended: bool = False
 
-    def tensor(self, checkpoint):
+    def tensor(self, checkpoint: Checkpoint) -> torch.Tensor:
         if self.new is None:
             return checkpoint.tensor(self.base_key)
         base = checkpoint.tensor(self.base_key)
         new = self.new.to(base.dtype)
         return torch.cat([base, new]) if self.appended else new.contiguous()
 
-    def num_bytes(self, checkpoint):
+    def num_bytes(self, checkpoint: Checkpoint) -> int:
         base = checkpoint.tensor(self.base_key)
         if self.new is None:
             return base.nbytes
         return self.new.numel() * base.itemsize + (base.nbytes if self.appended else 0)
 
 
-def pieces(model, checkpoint, tensors):
+def pieces(model: PreTrainedModel, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> dict[str, Piece]:
     """The native checkpoint, tensor by tensor: key -> `Piece`, new experts right after the last base expert."""
     pieces_by_key = {key: Piece(key) for key in checkpoint.paths}
     followers = {}
@@ -141,7 +151,9 @@ def pieces(model, checkpoint, tensors):
     }
 
 
-def stored_tensors(model, checkpoint, tensors):
+def stored_tensors(
+    model: PreTrainedModel, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor, int]]:
     """(key, tensor, E) of every tensor of an adapter, as the base's checkpoint would store it."""
     layers = find_moe_layers(model.get_decoder())
     names = {module: name for name, module in model.named_modules()}
@@ -157,7 +169,15 @@ def stored_tensors(model, checkpoint, tensors):
             yield key, value, layer.num_experts
 
 
-def write_native(folder, config, base_config, model, checkpoint, tensors, max_shard_size):
+def write_native(
+    folder: Path,
+    config: MoExtendConfig,
+    base_config: PreTrainedConfig,
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    tensors: dict[str, torch.Tensor],
+    max_shard_size: int | str,
+) -> None:
     """Writes weights and config.json; of the weights, one file of at most `max_shard_size` is in memory at a time."""
     plan = pieces(model, checkpoint, tensors)
     split = split_state_dict_into_shards_factory(
@@ -178,5 +198,5 @@ def write_native(folder, config, base_config, model, checkpoint, tensors, max_sh
     write_text(folder / "config.json", base_config.to_json_string())
 
 
-def write_shard(pieces, checkpoint, path):
+def write_shard(pieces: dict[str, Piece], checkpoint: Checkpoint, path: Path) -> None:
     save_file({key: piece.tensor(checkpoint) for key, piece in pieces.items()}, path, {"format": "pt"})

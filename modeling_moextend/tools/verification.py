@@ -1,10 +1,13 @@
 """Whether an adapter is whole and does on its base what it promises."""
 
 import contextlib
+import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from ..adapter_file_moextend import shown
@@ -20,8 +23,15 @@ PROMPT = "The"
 
 
 def verify_adapter(
-    name_or_path, *, base=None, encoder=None, prompt=PROMPT, max_new_tokens=20, dtype="auto", **hub_kwargs
-):
+    name_or_path: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    encoder: str | os.PathLike | None = None,
+    prompt: str = PROMPT,
+    max_new_tokens: int = 20,
+    dtype: str | torch.dtype = "auto",
+    **hub_kwargs: Any,
+) -> dict[str, Any]:
     """Checks an adapter against its base, which is loaded whole; checks that a failed one makes void are left out.
 
     | check | passes when |
@@ -40,7 +50,7 @@ def verify_adapter(
         dtype: what base and encoder are loaded in.
 
     Returns:
-        `dict`: adapter, ok (every check passed), checks (of each: check, ok, detail), sample (texts with the adapter
+        adapter, ok (every check passed), checks (of each: check, ok, detail), sample (texts with the adapter
         and without it, or token ids; `None`: not reached).
 
     Raises:
@@ -66,7 +76,14 @@ def verify_adapter(
     return {"adapter": str(name_or_path), "ok": ok, "checks": checks, "sample": sample}
 
 
-def load_part(role, requested, config, location, loader, **kwargs):
+def load_part(
+    role: str,
+    requested: str | os.PathLike | None,
+    config: MoExtendConfig,
+    location: tuple[str | os.PathLike, dict[str, Any]],
+    loader: Callable[..., PreTrainedModel],
+    **kwargs: Any,
+) -> PreTrainedModel:
     """Base or encoder of an adapter; see `load_stored`.
 
     Raises:
@@ -84,11 +101,11 @@ def load_part(role, requested, config, location, loader, **kwargs):
             raise
 
 
-def check_result(check, ok, detail):
+def check_result(check: str, ok: bool, detail: str) -> dict[str, Any]:
     return {"check": check, "ok": bool(ok), "detail": detail}
 
 
-def file_checks(tensors):
+def file_checks(tensors: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
     """The checks that need no base."""
     size = sum(tensor.nbytes for tensor in tensors.values())
     not_finite = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
@@ -99,7 +116,15 @@ def file_checks(tensors):
     ]
 
 
-def base_checks(location, config, base, encoder, tokenizer, prompt, max_new_tokens):
+def base_checks(
+    location: tuple[str | os.PathLike, dict[str, Any]],
+    config: MoExtendConfig,
+    base: PreTrainedModel,
+    encoder: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: str,
+    max_new_tokens: int,
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """The checks on `base`, a loaded model, and the sample."""
     is_same_base, detail = compare_base(config.base_fingerprint, base)
     checks = [check_result("base", is_same_base, f"{base.config._name_or_path}: {detail}")]
@@ -133,7 +158,7 @@ def base_checks(location, config, base, encoder, tokenizer, prompt, max_new_toke
     return checks, {"prompt": shown_prompt, "base": decode(without), "adapter": decode(with_adapter)}
 
 
-def prompt_ids(prompt, tokenizer):
+def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase | None) -> torch.Tensor:
     """Token ids [1, length] that the sample answers.
 
     Raises:
@@ -145,7 +170,7 @@ def prompt_ids(prompt, tokenizer):
     return ids
 
 
-def compare_base(stored, base):
+def compare_base(stored: str | None, base: PreTrainedModel) -> tuple[bool, str]:
     """Whether `base` is the one of a fingerprint, and what to say about it."""
     if not stored:
         return False, "the adapter has no base fingerprint, so nothing says that this is its base"
@@ -154,7 +179,9 @@ def compare_base(stored, base):
     return False, "its weights do not match the adapter's base fingerprint"
 
 
-def find_tokenizer(location, base_location):
+def find_tokenizer(
+    location: tuple[str | os.PathLike, dict[str, Any]], base_location: tuple[str | os.PathLike, dict[str, Any]]
+) -> PreTrainedTokenizerBase | None:
     """The adapter's tokenizer, else its base's, or `None`. A location is (folder or Hub id, keywords for the Hub)."""
     for name_or_path, hub_kwargs in (location, base_location):
         path = cached_file(
@@ -166,12 +193,12 @@ def find_tokenizer(location, base_location):
 
 
 @torch.no_grad()
-def logits_of(model, ids):
+def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids).logits
 
 
 @torch.no_grad()
-def answer(model, ids, max_new_tokens):
+def answer(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int) -> tuple[list[int], bool]:
     """A greedy answer: (new token ids, whether all logits on the way were finite)."""
     output = model.generate(
         ids,

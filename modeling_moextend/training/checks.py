@@ -1,18 +1,30 @@
 """What the trainer refuses before it trains, and the processor it takes where it gets none."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
+from torch import nn
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import HubStrategy
 
 from ..base_checks_moextend import check_gradients
 from ..data.processors import load_processor
+from ..gate_moextend import TokenGate
 from ..tools.modes import is_moextend
 from .config import MoExtendSFTConfig
+from .gate import GateReport
+
+if TYPE_CHECKING:
+    from ..modeling_moextend import MoExtendForCausalLM
 
 RETENTION_COLUMNS = ("messages", "conversations", "completion", "input_ids")
 
 
-def check_model(model):
+def check_model(model: object) -> None:
     """Refuses a model that has no adapter to train, or whose quantised base hands on no gradient to it.
 
     Raises:
@@ -28,7 +40,9 @@ def check_model(model):
     check_gradients(model)
 
 
-def check_retention(model, args, retention_dataset):
+def check_retention(
+    model: MoExtendForCausalLM, args: MoExtendSFTConfig, retention_dataset: Dataset | IterableDataset | None
+) -> None:
     """Refuses retention text where nothing would use it, or from two sources.
 
     Raises:
@@ -67,7 +81,7 @@ def check_retention(model, args, retention_dataset):
         raise ValueError("Give retention_dataset=... or retention='self', not both.")
 
 
-def check_gate_trained(gate):
+def check_gate_trained(gate: TokenGate) -> None:
     """Refuses to finetune behind a gate that nobody has trained: not one token would reach a new expert.
 
     Raises:
@@ -80,7 +94,7 @@ def check_gate_trained(gate):
         )
 
 
-def check_gate_open(report):
+def check_gate_open(report: GateReport) -> None:
     """Refuses to finetune behind a gate that stays closed on the task.
 
     Raises:
@@ -94,7 +108,9 @@ def check_gate_open(report):
         )
 
 
-def default_processor(model, assistant_only_loss):
+def default_processor(
+    model: MoExtendForCausalLM, assistant_only_loss: bool
+) -> PreTrainedTokenizerBase | ProcessorMixin:
     """The tokenizer of the model's base, or the processor for base and encoder: TRL would look beside the adapter.
 
     Raises:
@@ -108,7 +124,7 @@ def default_processor(model, assistant_only_loss):
     return processor
 
 
-def check_image_token(model, processing_class):
+def check_image_token(model: MoExtendForCausalLM, processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> None:
     """Refuses a processor that writes another image token than the model looks for.
 
     Raises:
@@ -122,13 +138,13 @@ def check_image_token(model, processing_class):
         )
 
 
-def allow_missing_base(model, keys):
+def allow_missing_base(model: nn.Module, keys: Any) -> None:
     """Post-hook of `load_state_dict`: a checkpoint holds no frozen tensors, and DeepSpeed would miss them."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     keys.missing_keys[:] = [name for name in keys.missing_keys if name not in frozen]
 
 
-def check_sharding(accelerator, model):
+def check_sharding(accelerator: Accelerator, model: MoExtendForCausalLM) -> None:
     """Refuses ways of spreading a model over processes under which the adapter would be lost or trained otherwise.
 
     Raises:
@@ -178,7 +194,7 @@ def check_sharding(accelerator, model):
             )
 
 
-def check_options(args, coefficient, kwargs):
+def check_options(args: object, coefficient: float, kwargs: dict[str, Any]) -> None:
     """Refuses options of TRL that would train, lose or push something else than the adapter.
 
     Raises:

@@ -29,37 +29,37 @@ class MoExtendSFTConfig(SFTConfig):
     the load-balancing loss over base and new experts (unset: the base's own coefficient; the paper: 0.001).
 
     Parameters:
-        stage (`str`, *optional*, defaults to `"finetune"`):
+        stage:
             What trains. `"align"` (stage 1): the projector only. `"finetune"` (stage 3): new experts, their router
             rows, the calibration, and the projector.
-        train_projector (`bool`, *optional*):
+        train_projector:
             Whether the projector trains in stage `"finetune"`. Unset: yes where the model has one.
-        adapter_dtype (`str`, *optional*):
+        adapter_dtype:
             Dtype of the adapter that `save_model` writes: `"float32"`, `"bfloat16"` or `"float16"`. Unset: the base's.
             Checkpoints always hold float32, so that a resumed run is exact.
-        retention (`str`, *optional*):
+        retention:
             What the gate of `scope="gate"` learns to leave to the base, where no `retention_dataset` is given to the
             trainer: `"self"`, text sampled from the base itself. Unset: the same, and the trainer says so.
-        retention_tokens (`int`, *optional*, defaults to `400000`):
+        retention_tokens:
             At most so many tokens of retention text, and as many of the task, train the gate. Their hidden states are
             kept in memory meanwhile; the trainer says how much that is.
-        retention_length (`int`, *optional*, defaults to `256`):
+        retention_length:
             Tokens a sampled sequence; a longer one of `retention_dataset` is cut there.
-        retention_cache_dir (`str`, *optional*):
+        retention_cache_dir:
             Where sampled text is kept for the next run. Unset: `moextend` in the Hugging Face home.
-        gate_steps (`int`, *optional*, defaults to `600`):
+        gate_steps:
             Steps that the gate trains before the first step of stage `"finetune"`; 0 leaves it as it is.
-        gate_learning_rate (`float`, *optional*, defaults to `3e-3`):
+        gate_learning_rate:
             Peak learning rate of the gate.
-        gate_task_weight, gate_retention_weight (`float`, *optional*, default to `1.0` and `10.0`):
+        gate_task_weight, gate_retention_weight:
             Weights of the gate's two losses: tokens of the task that it holds back, retention tokens that it lets
             through. Where the two can't be told apart, the larger one decides.
-        retention_weight (`float`, *optional*, defaults to `5.0`):
+        retention_weight:
             With `scope="gate"`, weight of the retention loss of stage `"finetune"`: how far new experts move what the
             base makes of the prompts, whose first words no gate can tell from its own conversations. Needs prompts
             (tokens without labels, as with `assistant_only_loss=True`) and one more forward pass of the base a step; 0
             leaves it out.
-        verify_base (`bool`, *optional*, defaults to `False`):
+        verify_base:
             Whether to hash every base and encoder tensor before the first and after the last step, and to fail if a
             single bit changed. Costs two passes over the weights (a minute or two for 47B parameters).
 

@@ -4,22 +4,30 @@ The gate reads what the lowest extended layer gets, and no new expert has touche
 retention text's hidden states change while new experts train, and what the gate has learned stays true.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from itertools import islice
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from torch.nn import functional as F
 from tqdm.auto import tqdm, trange
+from trl import SFTTrainer
 
 from ..data.collators import pad_ids
 from ..data.processors import text_tokenizer
-from ..gate_moextend import GatedPass
+from ..gate_moextend import GatedPass, TokenGate
 from ..layers_moextend import input_device
 from ..tools.modes import evaluation_mode
+from .config import MoExtendSFTConfig
 from .retention import FORWARD_KEYS, common_prefix, sample_retention
+
+if TYPE_CHECKING:
+    from ..modeling_moextend import MoExtendForCausalLM
 
 TOKENS_A_STEP = 2048  # of the task, and as many of retention text
 HELD_OUT = 20  # every so many-th sequence is held out to measure on
@@ -43,13 +51,15 @@ class StopPass(Exception):
     """Ends a forward pass whose rest nobody needs."""
 
 
-def states_bytes(model, tokens):
+def states_bytes(model: MoExtendForCausalLM, tokens: int) -> int:
     """Bytes that the hidden states of `tokens` tokens take in memory."""
     return tokens * model.gate.value.weight.shape[1] * model.base.dtype.itemsize
 
 
 @torch.no_grad()
-def gate_inputs(model, batches):
+def gate_inputs(
+    model: MoExtendForCausalLM, batches: Iterable[dict[str, torch.Tensor]]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Hidden states that the gate will see: a list of (token ids [T], hidden states [T, H] in the base's dtype, CPU).
 
     Runs the base up to the lowest extended layer only. Padding is dropped, packed sequences come apart.
@@ -81,7 +91,9 @@ def gate_inputs(model, batches):
     return sequences
 
 
-def split_sequences(input_ids, hidden, gated):
+def split_sequences(
+    input_ids: torch.Tensor, hidden: torch.Tensor, gated: GatedPass
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """[B, S] and [B, S, H] -> a (ids, hidden states) pair a sequence, on the CPU."""
     pairs = []
     for ids, states, real, starts in zip(input_ids, hidden, gated.is_real, gated.starts, strict=True):
@@ -91,7 +103,7 @@ def split_sequences(input_ids, hidden, gated):
     return pairs
 
 
-def shared_prefix(sequences, image_token_id=None):
+def shared_prefix(sequences: list[tuple[torch.Tensor, torch.Tensor]], image_token_id: int | None = None) -> int:
     """Number of leading tokens that say nothing about the task: those that all its samples share (a chat template's).
 
     It ends before the first image token, whose id is shared and whose content is not.
@@ -109,19 +121,19 @@ def shared_prefix(sequences, image_token_id=None):
 
 
 def fit_gate(
-    gate,
-    task,
-    retention,
+    gate: TokenGate,
+    task: list[tuple[torch.Tensor, torch.Tensor]],
+    retention: list[tuple[torch.Tensor, torch.Tensor]],
     *,
-    prefix,
-    steps=600,
-    learning_rate=3e-3,
-    task_weight=1.0,
-    retention_weight=10.0,
-    threshold=0.0,
-    seed=0,
-    progress=True,
-):
+    prefix: int,
+    steps: int = 600,
+    learning_rate: float = 3e-3,
+    task_weight: float = 1.0,
+    retention_weight: float = 10.0,
+    threshold: float = 0.0,
+    seed: int = 0,
+    progress: bool = True,
+) -> GateReport:
     """Trains `gate` to let task tokens through and retention tokens not; hinge losses on the routing margin z.
 
     loss = task_weight * mean relu(1 - z) over task tokens + retention_weight * mean relu(1 + z) over retention tokens.
@@ -168,12 +180,14 @@ def fit_gate(
     return GateReport(sum(last_losses) / max(len(last_losses), 1), shares[0], shares[1], prefix)
 
 
-def without_held_out(sequences):
+def without_held_out(sequences: list[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The sequences to train on: all but every 20th, or all where these are too few."""
     return [sequence for index, sequence in enumerate(sequences) if index % HELD_OUT] or sequences
 
 
-def sample_batch(sequences, generator):
+def sample_batch(
+    sequences: list[tuple[torch.Tensor, torch.Tensor]], generator: torch.Generator
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Random sequences of together about `TOKENS_A_STEP` tokens, at least one."""
     chosen, tokens = [], 0
     for index in torch.randint(len(sequences), (TOKENS_A_STEP,), generator=generator).tolist():
@@ -184,7 +198,9 @@ def sample_batch(sequences, generator):
     return chosen
 
 
-def run_gate(gate, sequences, skipped):
+def run_gate(
+    gate: TokenGate, sequences: list[tuple[torch.Tensor, torch.Tensor]], skipped: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Margins [B, S] of padded sequences, and [B, S] bool: the tokens that count."""
     device = gate.fc1.weight.device
     hidden = torch.nn.utils.rnn.pad_sequence([states for _, states in sequences], batch_first=True).to(device)
@@ -195,7 +211,9 @@ def run_gate(gate, sequences, skipped):
 
 
 @torch.no_grad()
-def share_routed(gate, sequences, skipped, threshold):
+def share_routed(
+    gate: TokenGate, sequences: list[tuple[torch.Tensor, torch.Tensor]], skipped: int, threshold: float
+) -> float:
     """Share of the tokens of `sequences` that the gate lets through; NaN where none counts."""
     routed = total = 0
     for sequence in sequences:
@@ -207,7 +225,7 @@ def share_routed(gate, sequences, skipped, threshold):
 # ---------------------------------------------------------------- in the trainer
 
 
-def train_gate(trainer):
+def train_gate(trainer: SFTTrainer) -> GateReport:
     """Trains the gate of a `MoExtendSFTTrainer`'s model on its training data and retention text; -> `GateReport`.
 
     One process does it, before anything is sharded, and hands the gate to the others, which wait for it: sampling much
@@ -244,7 +262,7 @@ def train_gate(trainer):
     return broadcast_object_list([report])[0]
 
 
-def task_samples(trainer):
+def task_samples(trainer: SFTTrainer) -> Iterable[dict[str, Any]]:
     """Training samples, in an order of their own; a streamed dataset's in its own order."""
     data = trainer.train_dataset
     if not hasattr(data, "__len__"):
@@ -253,7 +271,7 @@ def task_samples(trainer):
     return (data[index] for index in order.tolist())
 
 
-def retention_from_dataset(trainer):
+def retention_from_dataset(trainer: SFTTrainer) -> Iterator[dict[str, Any]] | None:
     """The retention dataset as [{"input_ids"}], as TRL tokenises it; `None` where none was given."""
     if trainer.retention_dataset is None:
         return None
@@ -266,7 +284,7 @@ def retention_from_dataset(trainer):
     return ({"input_ids": text["input_ids"][:length]} for text in data.shuffle(seed=reader.args.seed))
 
 
-def retention_from_base(trainer):
+def retention_from_base(trainer: SFTTrainer) -> list[dict[str, list[int]]]:
     """Text sampled from the base as [{"input_ids"}]."""
     args = trainer.args
     if args.retention is None:
@@ -283,7 +301,12 @@ def retention_from_base(trainer):
     return [{"input_ids": ids} for ids in sequences]
 
 
-def read_batches(name, samples, collate, args):
+def read_batches(
+    name: str,
+    samples: Iterable[dict[str, Any]],
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    args: MoExtendSFTConfig,
+) -> Iterator[dict[str, torch.Tensor]]:
     """Batches of `samples` as a forward pass takes them, until they hold `args.retention_tokens` tokens."""
     samples, tokens_left = iter(samples), args.retention_tokens
     with tqdm(total=tokens_left, desc=f"reading {name}", unit="token", disable=args.disable_tqdm) as bar:
@@ -295,12 +318,12 @@ def read_batches(name, samples, collate, args):
             yield batch
 
 
-def pad_texts(texts):
+def pad_texts(texts: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """[{"input_ids"}] -> `input_ids` and `attention_mask`, padded on the right."""
     return pad_ids([text["input_ids"] for text in texts], 0, "right")
 
 
-def gate_summary(report):
+def gate_summary(report: GateReport) -> str:
     """One line: what the trained gate does on sequences that it was not trained on; and a warning where it fails."""
     line = (
         f"MoExtend, gate: lets {100 * report.routed:.1f}% of task tokens through (the {report.prefix} tokens that all "

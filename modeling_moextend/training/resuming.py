@@ -1,10 +1,19 @@
 """Taking up a saved state of the adapter that a model has."""
 
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from ..adapter_file_moextend import check_tensors, read_adapter
 from ..attaching.extending import check_no_dependents
+from ..configuration_moextend import MoExtendConfig
 from ..tensors_moextend import DTensor, same_fingerprint
+
+if TYPE_CHECKING:
+    from ..modeling_moextend import MoExtendForCausalLM
 
 HOW_TO_READ = (  # entries of the config without which the tensors of an adapter mean something else
     "extended_layers",
@@ -17,7 +26,9 @@ HOW_TO_READ = (  # entries of the config without which the tensors of an adapter
 )
 
 
-def load_adapter_tensors(model, name_or_path, *, check_base=True, **hub_kwargs):
+def load_adapter_tensors(
+    model: MoExtendForCausalLM, name_or_path: str | os.PathLike, *, check_base: bool = True, **hub_kwargs: Any
+) -> None:
     """Replaces the tensors of the adapter that trains by a saved adapter's; nothing changes unless all of them fit.
 
     Raises:
@@ -36,7 +47,7 @@ def load_adapter_tensors(model, name_or_path, *, check_base=True, **hub_kwargs):
     config.gate_threshold = other.gate_threshold
 
 
-def check_same_kind(config, other, name, check_base):
+def check_same_kind(config: MoExtendConfig, other: MoExtendConfig, name: str | os.PathLike, check_base: bool) -> None:
     """Refuses an adapter, with config `other`, that is no other state of the one that `config` describes.
 
     Raises:
@@ -62,7 +73,7 @@ def check_same_kind(config, other, name, check_base):
         raise ValueError(f"The adapter {name} does not belong to this model; nothing was loaded.\n  {lines}")
 
 
-def shard_like(tensor, like):
+def shard_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A whole tensor, the same on every process, sharded as `like` is."""
     if not isinstance(like, DTensor):
         return tensor

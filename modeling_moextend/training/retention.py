@@ -5,30 +5,49 @@ is drawn: from the start of a document alone, whole domains never come up. A gat
 all code through.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import json
 import math
+import os
 import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pyarrow
 import torch
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.constants import HF_HOME
+from torch import nn
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..tools.files import replace_file
 from ..tools.modes import evaluation_mode
+
+if TYPE_CHECKING:
+    from ..modeling_moextend import MoExtendForCausalLM
 
 STARTS = ("document", "1 random token", "3 random tokens", "chat")
 FORWARD_KEYS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
 SAMPLER = 1  # counts up when the same settings would give other text, so that no stale cache is read
 
 
-def sample_retention(model, tokenizer, *, tokens, length, seed=0, batch_size=32, cache_dir=None, progress=True):
+def sample_retention(
+    model: MoExtendForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tokens: int,
+    length: int,
+    seed: int = 0,
+    batch_size: int = 32,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> list[list[int]]:
     """Text that the base writes when nobody asks it anything: temperature 1, no truncation, nothing ends a sample.
 
     A quarter of the samples begins each as a document, after one random token, after three, and as a user's turn (the
@@ -67,13 +86,13 @@ def sample_retention(model, tokenizer, *, tokens, length, seed=0, batch_size=32,
     return sequences
 
 
-def cycle(kinds, number, tokenizer):
+def cycle(kinds: Iterable[str], number: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """`number` kinds of start in equal shares, one kind after the other: a batch then has starts of one width."""
     kinds = [kind for kind in kinds if kind != "chat" or chat_start(tokenizer)]
     return sorted((kinds[index % len(kinds)] for index in range(number)), key=kinds.index)
 
 
-def chat_start(tokenizer):
+def chat_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of the chat template up to the first user message's content; `[]` without a template."""
     if getattr(tokenizer, "chat_template", None) is None:
         return []
@@ -82,25 +101,27 @@ def chat_start(tokenizer):
     return list(one[: common_prefix([one, other])])
 
 
-def common_prefix(sequences):
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Number of leading entries that all sequences share."""
     length = min(map(len, sequences))
     equal_at = (all(sequence[index] == sequences[0][index] for sequence in sequences) for index in range(length))
     return next((index for index, equal in enumerate(equal_at) if not equal), length)
 
 
-def first_token(tokenizer):
+def first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """What a document begins with: bos or, where there is none, eos; `None` where there is neither."""
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
-def drawn_image_token(model):
+def drawn_image_token(model: MoExtendForCausalLM) -> int | None:
     """The image token's id where the base could draw it, `None` elsewhere: text has no images."""
     image, vocab_size = model.image_token_id, model.config.get_text_config().vocab_size
     return image if model.encoder is not None and 0 <= image < vocab_size else None
 
 
-def start_of(kind, tokenizer, model, generator):
+def start_of(
+    kind: str, tokenizer: PreTrainedTokenizerBase, model: MoExtendForCausalLM, generator: torch.Generator
+) -> list[int]:
     """Token ids a sample begins with."""
     if kind == "chat":
         return chat_start(tokenizer)
@@ -113,7 +134,9 @@ def start_of(kind, tokenizer, model, generator):
 
 
 @torch.no_grad()
-def draw(model, starts, length, batch_size, seed, progress):
+def draw(
+    model: MoExtendForCausalLM, starts: list[list[int]], length: int, batch_size: int, seed: int, progress: bool
+) -> list[list[int]]:
     """Samples one sequence of `length` a start. The process's own random numbers stay as they are."""
     image = drawn_image_token(model)
     settings = GenerationConfig(
@@ -142,7 +165,7 @@ def draw(model, starts, length, batch_size, seed, progress):
     return sequences
 
 
-def batches(starts, size):
+def batches(starts: list[list[int]], size: int) -> list[list[list[int]]]:
     """Starts in batches of one width."""
     groups = {}
     for start in starts:
@@ -154,7 +177,7 @@ def batches(starts, size):
 
 
 @contextlib.contextmanager
-def last_hidden_states(model):
+def last_hidden_states(model: MoExtendForCausalLM) -> Iterator[list[torch.Tensor]]:
     """Yields a list to which every forward pass of the base's decoder inside adds its last hidden states [B, S, H]."""
     states = []
     hook = model.get_decoder().register_forward_hook(lambda module, args, output: states.append(output[0]))
@@ -164,7 +187,9 @@ def last_hidden_states(model):
         hook.remove()
 
 
-def prompt_distance(model, core, hidden, inputs):
+def prompt_distance(
+    model: nn.Module, core: MoExtendForCausalLM, hidden: torch.Tensor, inputs: dict[str, Any]
+) -> torch.Tensor:
     """How far new experts move what the base makes of a prompt: the retention loss of stage finetune.
 
     Mean, over prompt tokens (those whose next token is no label), of |h - h_0|^2 / |h_0|^2, where h are the last
@@ -190,12 +215,12 @@ def prompt_distance(model, core, hidden, inputs):
     return (moved / size).sum() / chosen.sum().clamp(min=1)
 
 
-def closed_gate(model):
+def closed_gate(model: MoExtendForCausalLM) -> contextlib.AbstractContextManager:
     """Inside, no token of this thread's passes is let through; images are still seen, unlike with the adapter off."""
     return model.passes.using(thresholds={model.leading: math.inf})
 
 
-def prompt_tokens(inputs, hidden):
+def prompt_tokens(inputs: dict[str, Any], hidden: torch.Tensor) -> torch.Tensor:
     """[B, S] bool: tokens whose next one is of the same sequence and no label."""
     labels = inputs.get("labels")
     chosen = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)

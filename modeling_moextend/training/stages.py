@@ -5,10 +5,12 @@ import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, set_seed
+from datasets import Dataset, IterableDataset
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..attaching.choices import routing_choices
@@ -24,6 +26,7 @@ from ..modeling_moextend import MoExtendForCausalLM
 from ..tools.files import write_text
 from ..tools.inspection import ROUTING
 from ..tools.modes import is_moextend
+from .config import MoExtendSFTConfig
 from .trainer import MoExtendSFTTrainer
 
 STAGES = ("align", "extend", "finetune")
@@ -134,7 +137,7 @@ class StagesConfig:
         if self.new_experts is None:
             self.new_experts = 1 if self.paper else 4
 
-    def chosen_routing(self):
+    def chosen_routing(self) -> dict[str, str]:
         """The routing choices that were made, {name: value}: those of the options, or all three of `paper`.
 
         Raises:
@@ -145,7 +148,7 @@ class StagesConfig:
             return routing_choices(**choices, paper=True)
         return {name: value for name, value in choices.items() if value is not None}
 
-    def chosen_layers(self):
+    def chosen_layers(self) -> tuple[float | None, str | list[int] | None]:
         """What `RouterShift.select` takes: (fraction, layers).
 
         Raises:
@@ -163,7 +166,7 @@ class StagesConfig:
 # ---------------------------------------------------------------- what the stages work on
 
 
-def load_data(name, config):
+def load_data(name: str, config: StagesConfig) -> Dataset | IterableDataset:
     """A training set: a LLaVA JSON(L) file (`conversations`) read as it is, a JSON(L) file in a format of TRL's, or a
     dataset in one (split "train").
 
@@ -178,19 +181,19 @@ def load_data(name, config):
     return load_any(name, streaming=config.streaming)
 
 
-def is_llava(name):
+def is_llava(name: str) -> bool:
     """Whether a JSON(L) file is in LLaVA's format; an empty one counts as such, and its reader says so."""
     return "conversations" in next((entry for _, entry in read_entries(name)), {"conversations": []})
 
 
-def load_any(name, **options):
+def load_any(name: str, **options: Any) -> Dataset | IterableDataset:
     """A dataset of TRL's formats: JSON(L) file, Hub id or folder."""
     if name.endswith(JSON_FILES):
         return datasets.load_dataset("json", data_files=name, split="train", **options)
     return datasets.load_dataset(name, split="train", **options)
 
 
-def plain_text(sample):
+def plain_text(sample: dict[str, Any]) -> dict[str, Any]:
     """A sample without images: its messages' parts as strings, which text-only chat templates know."""
     if sample["images"]:
         raise ValueError(f"Sample {sample['id']} has an image, but there is no encoder: pass --encoder.")
@@ -198,7 +201,9 @@ def plain_text(sample):
     return {"messages": [{**message, "content": as_text(message["content"])} for message in messages]}
 
 
-def split_held_out(data, config):
+def split_held_out(
+    data: Dataset | IterableDataset, config: StagesConfig
+) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
     """(S_t, S_e): samples to train on, and those held out for counting; the same ones in every stage and run."""
     if config.streaming:
         return data.skip(config.probe_samples), data.take(config.probe_samples)
@@ -209,7 +214,7 @@ def split_held_out(data, config):
     return parts["train"], parts["test"]
 
 
-def build_model(config, processor):
+def build_model(config: StagesConfig, processor: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedModel:
     """The adapter to go on with; or the base with an encoder; or, for a text-only extension, the base as it is."""
     options = {"dtype": config.dtype, "device_map": config.device_map}
     if config.adapter is not None:
@@ -225,7 +230,7 @@ def build_model(config, processor):
     return model
 
 
-def change_routing(model, routing):
+def change_routing(model: MoExtendForCausalLM, routing: dict[str, str]) -> None:
     """Other routing choices for an adapter that has no new experts yet, as after stage align.
 
     Raises:
@@ -242,7 +247,7 @@ def change_routing(model, routing):
     check_routing_choices(model.config)
 
 
-def with_experts(model, plan, config):
+def with_experts(model: PreTrainedModel, plan: dict[int, list[int]], config: StagesConfig) -> MoExtendForCausalLM:
     """`model` with the plan's new experts."""
     if is_moextend(model):
         model.extend(plan)
@@ -250,7 +255,7 @@ def with_experts(model, plan, config):
     return MoExtendForCausalLM.from_base(model, plan, **config.chosen_routing())
 
 
-def read_plan(config):
+def read_plan(config: StagesConfig) -> dict[int, list[int]]:
     """`config.plan` (a file or JSON) as {layer: [source experts]}.
 
     Raises:
@@ -265,7 +270,14 @@ def read_plan(config):
 # ---------------------------------------------------------------- the stages
 
 
-def align(model, processor, data, config, args, checkpoint):
+def align(
+    model: MoExtendForCausalLM,
+    processor: PreTrainedTokenizerBase | ProcessorMixin,
+    data: Dataset | IterableDataset,
+    config: StagesConfig,
+    args: MoExtendSFTConfig,
+    checkpoint: str | None,
+) -> None:
     """Stage 1: the projector learns from image-caption pairs. Writes the aligned adapter to the folder `align`."""
     args = replace(
         args,
@@ -285,7 +297,14 @@ def align(model, processor, data, config, args, checkpoint):
     trainer.save_model(args.output_dir)
 
 
-def extend(model, processor, data, held_out, config, args):
+def extend(
+    model: PreTrainedModel,
+    processor: PreTrainedTokenizerBase | ProcessorMixin,
+    data: Dataset | IterableDataset,
+    held_out: Dataset | IterableDataset,
+    config: StagesConfig,
+    args: MoExtendSFTConfig,
+) -> dict[int, list[int]]:
     """Stage 2: finds the layers that react and the experts to copy; writes shift.json, shift.png and plan.json."""
     folder = Path(args.output_dir, "extend")
     options = {name: getattr(args, name) for name in SAME_IN_PROBE}
@@ -303,7 +322,7 @@ def extend(model, processor, data, held_out, config, args):
     return plan
 
 
-def find_checkpoint(args):
+def find_checkpoint(args: MoExtendSFTConfig) -> tuple[str | None, str | None]:
     """(stage, folder) to resume, from `--resume_from_checkpoint`; (None, None) without it. "true": the last one there.
 
     Raises:
@@ -320,7 +339,9 @@ def find_checkpoint(args):
     return ("align" if Path(checkpoint).resolve().parent == Path(aligned).resolve() else "finetune"), checkpoint
 
 
-def check_before(model, config, args, held_out):
+def check_before(
+    model: PreTrainedModel, config: StagesConfig, args: MoExtendSFTConfig, held_out: Dataset | IterableDataset | None
+) -> None:
     """Refuses, before the first step of the first stage, what would only fail in a later one.
 
     Raises:
@@ -351,7 +372,7 @@ def check_before(model, config, args, held_out):
         raise ValueError("Under FSDP and DeepSpeed run one stage a launch: --stages align, extend, finetune.")
 
 
-def run_stages(config, args):
+def run_stages(config: StagesConfig, args: MoExtendSFTConfig) -> MoExtendForCausalLM:
     """Runs the stages named in `config` and saves the adapter with its processor to `args.output_dir`.
 
     `args.resume_from_checkpoint` goes on in the stage that wrote the checkpoint; stages before it are not run again.

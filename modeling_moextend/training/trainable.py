@@ -1,11 +1,25 @@
 """What trains in which stage."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
 from ..attaching.extending import check_no_dependents, describe_adapters
+
+if TYPE_CHECKING:
+    from ..modeling_moextend import MoExtendForCausalLM
 
 STAGES = ("align", "finetune")  # that train an adapter
 
 
-def set_trainable(model, stage="finetune", train_projector=None, adapter_name=None):
+def set_trainable(
+    model: MoExtendForCausalLM,
+    stage: str = "finetune",
+    train_projector: bool | None = None,
+    adapter_name: str | None = None,
+) -> dict[str, torch.nn.Parameter]:
     """Freezes and unfreezes for a stage, and returns what trains (name -> parameter), in float32.
 
     Everything but this adapter is frozen, and its config notes on top of which ones it trains. One bf16 AdamW step at
@@ -40,7 +54,7 @@ def set_trainable(model, stage="finetune", train_projector=None, adapter_name=No
     return trained
 
 
-def record_dependencies(model, adapter_name):
+def record_dependencies(model: MoExtendForCausalLM, adapter_name: str) -> None:
     """Notes that an adapter trains on top of the other active ones."""
     adapter = model.adapters[adapter_name]
     others = [name for name in model.passes.current.active if name != adapter_name]

@@ -1,18 +1,24 @@
 """`MoExtendSFTTrainer`: TRL's `SFTTrainer` for a model of which only the adapter trains, is saved and is resumed."""
 
+from __future__ import annotations
+
 import os
 import time
+from collections.abc import Iterable
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list, save_fsdp_optimizer
-from huggingface_hub import HfApi
-from transformers import TrainerCallback, TrainerState
+from datasets import Dataset, IterableDataset
+from huggingface_hub import CommitInfo, HfApi
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -20,6 +26,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..data.collators import MaskImageLabels
 from ..publishing.facts import folder_card, write_facts
 from ..publishing.hub import check_published, upload
+from ..routing_moextend import RoutingRecord
 from ..tensors_moextend import reshard, stored_dtype
 from ..tools.files import write_text
 from ..tools.hashes import base_tensors_hash
@@ -38,6 +45,9 @@ from .config import MoExtendSFTConfig
 from .gate import train_gate
 from .resuming import load_adapter_tensors
 from .retention import last_hidden_states, prompt_distance
+
+if TYPE_CHECKING:
+    from ..modeling_moextend import MoExtendForCausalLM
 
 TRAINING_ARGS = "training_args.bin"
 SCHEDULER = "scheduler.pt"
@@ -88,7 +98,14 @@ class MoExtendSFTTrainer(SFTTrainer):
     _name = "MoExtend"
     _tag_names = ["moextend", "trl", "sft"]
 
-    def __init__(self, model, args=None, *, retention_dataset=None, **kwargs):
+    def __init__(
+        self,
+        model: MoExtendForCausalLM,
+        args: MoExtendSFTConfig | None = None,
+        *,
+        retention_dataset: Dataset | IterableDataset | None = None,
+        **kwargs: Any,
+    ):
         """Sets what trains, and takes the load-balancing loss out of TRL's hands: TRL's needs layers of one width."""
         check_model(model)
         if args is None:
@@ -121,13 +138,13 @@ class MoExtendSFTTrainer(SFTTrainer):
         self.add_callback(AdapterReport(self))
 
     @property
-    def trainable(self):
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
         """What trains: name -> parameter. Asked of the model each time, for sharding replaces its parameters."""
         tensors = self.core.adapter_tensors(self.adapter_name)
         return {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
 
     @property
-    def core(self):
+    def core(self) -> MoExtendForCausalLM:
         """The MoExtend model itself, as long as its adapter is the one that this trainer was made for.
 
         Raises:
@@ -141,7 +158,7 @@ class MoExtendSFTTrainer(SFTTrainer):
             )
         return core
 
-    def train(self, resume_from_checkpoint=None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As in Trainer; with `scope="gate"`, stage finetune begins with the gate's own training (`train_gate`).
 
         A resumed run has its gate in the checkpoint; a trainer that trains a second time keeps the gate it has.
@@ -175,7 +192,13 @@ class MoExtendSFTTrainer(SFTTrainer):
             sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(seed + epoch)
         return sampler
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Adds the load-balancing loss, which TRL cannot compute over layers of uneven width, and with `scope="gate"`
         the retention loss (see `prompt_distance`); logs the parts and the routing."""
         mode = "train" if self.model.training else "eval"
@@ -216,7 +239,7 @@ class MoExtendSFTTrainer(SFTTrainer):
             metrics["new_expert_share"].append(sum(shares.values()) / len(shares))
         return tokens
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds tokens per second since the last log; time spent in an evaluation is not training time."""
         mode = "train" if self.model.training else "eval"
         tokens, start = self._throughput.pop(mode, (0, 0.0))
@@ -240,7 +263,7 @@ class MoExtendSFTTrainer(SFTTrainer):
         finally:
             self._in_checkpoint = before
 
-    def save_model(self, output_dir=None, _internal_call=False):
+    def save_model(self, output_dir: str | os.PathLike | None = None, _internal_call: bool = False) -> None:
         """Goes straight to `_save`: Trainer would gather the whole base first, or save nothing (sharded states)."""
         self._save(output_dir)
         if self.args.push_to_hub and not _internal_call:
@@ -310,8 +333,14 @@ class MoExtendSFTTrainer(SFTTrainer):
             self.push_in_progress = PushInProgress([push])
 
     def push_to_hub(
-        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **card
-    ):
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> CommitInfo | Future | None:
         """As in Trainer, but one commit of exactly the adapter's files: Trainer sends all that lies in the folder.
 
         Args:
@@ -335,7 +364,7 @@ class MoExtendSFTTrainer(SFTTrainer):
         send = partial(upload, Path(self.args.output_dir), self.hub_model_id, config, **options)
         return send() if blocking else HfApi(token=token).run_as_future(send)  # a training does not wait for the Hub
 
-    def create_model_card(self, **card):
+    def create_model_card(self, **card: Any) -> None:
         """Writes MoExtend's card: TRL's shows a way of loading that an adapter does not have. See `card_facts`."""
         if not self.is_world_process_zero():
             return
@@ -348,7 +377,13 @@ class MoExtendSFTTrainer(SFTTrainer):
         facts = {"tensors": tensors, **self.card_facts(**card)}
         write_text(folder / "README.md", str(folder_card(folder, core.config, self.hub_model_id, **facts)))
 
-    def card_facts(self, model_name=None, dataset_name=None, tags=None, **card):
+    def card_facts(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        **card: Any,
+    ) -> dict[str, Any]:
         """Arguments of `folder_card`, from those that TRL hands to `create_model_card` and any of its own (`card`).
 
         `model_name` is not used: the repository has a name.
@@ -357,7 +392,7 @@ class MoExtendSFTTrainer(SFTTrainer):
         facts = {"tags": tags, "training": self.card_settings()}
         return facts | ({"datasets": dataset_name} if dataset_name else {}) | card
 
-    def card_settings(self):
+    def card_settings(self) -> dict[str, Any]:
         """How the adapter was trained, for the card: setting -> number, text or `None`."""
         names = CARD_SETTINGS if self.core.gate is None else CARD_SETTINGS + CARD_GATE
         settings = {name: plain(getattr(self.args, name)) for name in names}
@@ -371,22 +406,28 @@ class MoExtendSFTTrainer(SFTTrainer):
 class AdapterReport(TrainerCallback):
     """Says before the first step what trains and what it costs; with `verify_base`, holds the base to its hashes."""
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: MoExtendSFTTrainer):
         self.trainer = trainer
         self.hashes = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: MoExtendSFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero:
             print(training_summary(self.trainer.model, self.trainer.trainable, args))
         if args.verify_base:
             self.hashes = base_tensors_hash(self.trainer.model)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: MoExtendSFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if args.verify_base:
             check_unchanged(self.hashes, base_tensors_hash(self.trainer.model))
 
 
-def new_expert_counts(records, attention_mask):
+def new_expert_counts(
+    records: dict[int, RoutingRecord], attention_mask: torch.Tensor | None
+) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
     """Tokens that select at least one new expert, per extended layer.
 
     Args:
@@ -407,7 +448,9 @@ def new_expert_counts(records, attention_mask):
     return counts, real.sum()
 
 
-def training_summary(model, trainable, args):
+def training_summary(
+    model: MoExtendForCausalLM, trainable: dict[str, torch.nn.Parameter], args: MoExtendSFTConfig
+) -> str:
     """One line: trainable parameters, adapter bytes on disk, optimiser bytes in memory (before any sharding)."""
     optimizer = optimizer_bytes(args.optim, trainable.values())
     return (
@@ -417,7 +460,7 @@ def training_summary(model, trainable, args):
     )
 
 
-def optimizer_bytes(name, parameters):
+def optimizer_bytes(name: str, parameters: Iterable[torch.Tensor]) -> int | None:
     """Bytes of optimiser state: two moments a parameter for the Adam family, none for plain SGD, else `None`."""
     name = plain(name)
     if name == "sgd":
@@ -427,18 +470,18 @@ def optimizer_bytes(name, parameters):
     return sum(2 * p.numel() * (1 if "8bit" in name else p.element_size()) for p in parameters)
 
 
-def plain(setting):
+def plain(setting: Any) -> Any:
     """A setting as people write it: the value of an enum, `None` for "not set" (-1 steps)."""
     setting = getattr(setting, "value", setting)
     return None if setting == -1 else setting
 
 
-def torch_dtype(name):
+def torch_dtype(name: str | None) -> torch.dtype | None:
     """`"bfloat16"` -> `torch.bfloat16`; `None` (the base's dtype) stays `None`."""
     return None if name is None else getattr(torch, name)
 
 
-def check_unchanged(before, after):
+def check_unchanged(before: dict[str, str], after: dict[str, str]) -> None:
     """Holds hashes of base and encoder tensors against each other.
 
     Raises:
