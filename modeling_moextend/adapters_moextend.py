@@ -6,13 +6,13 @@ those of transformers' and PEFT's. How adapters share a token: docs/adapters.md.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .adapter_file_moextend import check_tensors, read_adapter
+from .adapter_file_moextend import StoredAdapter, check_tensors, read_adapter
 from .compatibility_moextend import (
     check_belongs,
     check_complete,
@@ -74,7 +74,7 @@ class Adapter(nn.Module):
 class AdapterSwitch:
     """What a user does with the adapters of a model. `self.config` is the config of `self.leading`."""
 
-    def attach_adapter(self, name, config, tensors, encoder=None):
+    def attach_adapter(self, name: str, config: MoExtendConfig, tensors: dict, encoder=None) -> None:
         """Attaches an adapter whose new tensors (by role, as in its file) fit; nobody uses it yet."""
         attach(self.moe_layers, self.passes, Rule(**config.routing_rule))
         parts, projector = split_by_part(tensors), None
@@ -87,7 +87,7 @@ class AdapterSwitch:
         self.adapters[name] = adapter.train(self.training)
         self.passes.change(adapters={**self.passes.current.adapters, name: adapter})
 
-    def attach_layers(self, name, adapter, plan, parts):
+    def attach_layers(self, name: str, adapter: Adapter, plan: dict, parts: dict) -> None:
         """Attaches new experts to the layers of `plan`, and the gate where it is among the `parts` of the tensors."""
         new = {layer: add_experts(self.moe_layers[layer], name, parts[layer], adapter.config) for layer in plan}
         adapter.layers = dict(sorted({**adapter.layers, **new}.items()))
@@ -96,7 +96,7 @@ class AdapterSwitch:
             rows.gate = TokenGate(rows.weight.shape[-1], adapter.config.gate_hidden_size, device="meta")
             rows.gate.load_state_dict(parts["gate"], assign=True)
 
-    def remove_adapter(self, name):
+    def remove_adapter(self, name: str) -> None:
         """Removes whatever `attach_adapter` has attached under this name; a pass under way still has it."""
         remaining = {other: adapter for other, adapter in self.passes.current.adapters.items() if other != name}
         self.passes.change(adapters=remaining)
@@ -143,7 +143,7 @@ class AdapterSwitch:
             self.find_dependencies()
             self.require_gradients_of(adapter_name, is_trainable)
 
-    def fitting_tensors(self, config, stored):
+    def fitting_tensors(self, config: MoExtendConfig, stored: StoredAdapter) -> dict[str, torch.Tensor]:
         """The tensors of a `StoredAdapter`, once all of them fit, where and in the dtype they belong."""
         check_tensors(tensor_shapes(config, self.moe_layers), stored)
         return moved_to_layers(stored.tensors, self.moe_layers, input_device(self.base), self.base.dtype)
@@ -197,12 +197,12 @@ class AdapterSwitch:
             on_top = self.on_top(self.adapters)
             self.require_gradients([] if inference_mode else [name for name in names if name in on_top])
 
-    def on_top(self, names):
+    def on_top(self, names: Iterable[str]) -> list[str]:
         """Those of the adapters `names` on top of which no other of them was trained."""
         below = {one for name in names for one in self.adapters[name].depends_on}
         return [name for name in names if name not in below]
 
-    def find_dependencies(self):
+    def find_dependencies(self) -> None:
         """Notes which adapters of this model each one was trained on top of, in whichever order they were loaded; a
         second copy of one that is known already adds nothing."""
         lacking = {n: one for n, one in self.adapters.items() if len(one.depends_on) < len(one.config.trained_on)}
@@ -211,7 +211,7 @@ class AdapterSwitch:
             others = {other: known for other, known in fingerprints.items() if other != name}
             adapter.depends_on |= set(dependency_names(adapter.config, others).values()) - {None}
 
-    def activate(self, names, among=None):
+    def activate(self, names: list[str], among: list[str] | None = None) -> None:
         """Makes `names` the active adapters, of all or of those `among` which a deletion leaves; what trains and is
         saved is the one on top, if there is just one."""
         top = self.on_top(names)

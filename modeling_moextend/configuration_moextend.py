@@ -87,7 +87,7 @@ class MoExtendConfig(PreTrainedConfig):
             return 0
         return count_image_tokens(self.encoder_config, self.encoder_select_feature)
 
-    def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """A view of the language model's config: trainers write to it, and the base's own must not change. Its
         `router_aux_loss_coef` is 0: TRL's load-balancing loss needs layers of one width."""
         if self.text_config is None:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .adapter_file_moextend import StoredAdapter
 from .adapters_moextend import ADDING, DEFAULT, AdapterSwitch
@@ -28,7 +28,7 @@ from .loading_moextend import auto_class_for, is_multimodal
 from .package_moextend import from_package
 from .persistence_moextend import Persistence
 from .routing_moextend import RoutingRecord, Rule, balance_loss
-from .scope_moextend import Passes, PassInputs, plan_pass, remember
+from .scope_moextend import Passes, PassInputs, Selection, plan_pass, remember
 from .tensors_moextend import AdapterTensors
 from .vision_moextend import ImageGenerationMixin, encode_images, merge_images, projector_tied
 
@@ -80,37 +80,40 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
             setattr(self, flag, getattr(self.base, flag))
         self.train(self.base.training)
 
-    def init_weights(self):
+    def init_weights(self) -> None:
         """Nothing: base and encoder come with their weights, new tensors with theirs (`start_values`)."""
 
-    def run_base(self, selection, input_ids, position_ids, past_key_values, inputs_embeds, pixel_values, **kwargs):
-        """One pass by the adapters of `selection`; the other arguments and the outputs are the base's."""
+    def run_base(self, selection: Selection, pixel_values: torch.Tensor | None, **inputs) -> ModelOutput:
+        """One pass by the adapters of `selection`; inputs and outputs are the base's."""
         check_pass(self, selection)
-        inputs = PassInputs(input_ids, inputs_embeds, position_ids, kwargs.get("attention_mask"), past_key_values)
-        plan, state = plan_pass(self.passes, selection, inputs)
+        plan, state = plan_pass(self.passes, selection, PassInputs(*map(inputs.get, PassInputs._fields)))
         if selection.vision_adapter is None and is_multimodal(self.base.config):
-            kwargs["pixel_values"], pixel_values = pixel_values, None  # seen by the base's own encoder
-        input_ids, inputs_embeds = self.embed(selection, input_ids, inputs_embeds, pixel_values)
-        if inputs_embeds is not None:
-            kwargs["inputs_embeds"] = inputs_embeds
+            inputs["pixel_values"], pixel_values = pixel_values, None  # seen by the base's own encoder
+        inputs = self.embed(selection, inputs, pixel_values)
         projector = None if selection.vision_adapter is None else selection.vision_adapter.projector
         with self.passes.using(plan=plan), projector_tied(self.get_input_embeddings(), projector):
-            outputs = self.base(
-                input_ids=input_ids, position_ids=position_ids, past_key_values=past_key_values, **kwargs
-            )
+            outputs = self.base(**inputs)
         remember(getattr(outputs, "past_key_values", None), state)
         return outputs
 
-    def embed(self, selection, input_ids, inputs_embeds, pixel_values):
-        """(input_ids, inputs_embeds) for the base: with images, [B, S, H] embeddings that hold their features."""
-        vision = selection.vision_adapter
-        if pixel_values is not None or (vision is not None and vision.finds_images(input_ids)):
-            return None, self.embed_images(selection, input_ids, inputs_embeds, pixel_values)
-        if inputs_embeds is not None and vision is not None:
-            inputs_embeds = keep_in_graph(inputs_embeds, vision.projector.parameters())
-        return input_ids, inputs_embeds
+    def embed(self, selection: Selection, inputs: dict, pixel_values: torch.Tensor | None) -> dict:
+        """The base's `inputs`: with images, `inputs_embeds` [B, S, H] that hold their features, for `input_ids`."""
+        vision, embeds = selection.vision_adapter, inputs.pop("inputs_embeds")
+        if pixel_values is not None or (vision is not None and vision.finds_images(inputs["input_ids"])):
+            features = self.embed_images(selection, inputs["input_ids"], embeds, pixel_values)
+            return {**inputs, "input_ids": None, "inputs_embeds": features}
+        if embeds is None:
+            return inputs
+        trained = [] if vision is None else vision.projector.parameters()
+        return {**inputs, "inputs_embeds": keep_in_graph(embeds, trained)}
 
-    def embed_images(self, selection, input_ids, inputs_embeds, pixel_values):
+    def embed_images(
+        self,
+        selection: Selection,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+    ) -> torch.Tensor:
         """[B, S, H]: token embeddings with image features in place of image tokens."""
         vision, features = selection.vision_adapter, None
         if vision is None:
@@ -171,16 +174,16 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
     def get_output_embeddings(self) -> nn.Module:
         return self.base.get_output_embeddings()
 
-    def set_attn_implementation(self, attn_implementation, **kwargs):  # the encoder's is its own
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs) -> None:  # the encoder's is its own
         self.base.set_attn_implementation(attn_implementation, **kwargs)
 
-    def set_experts_implementation(self, experts_implementation):  # new experts follow it
+    def set_experts_implementation(self, experts_implementation: str | dict) -> None:  # new experts follow it
         self.base.set_experts_implementation(experts_implementation)
 
-    def resize_token_embeddings(self, *args, **kwargs):
+    def resize_token_embeddings(self, *args, **kwargs) -> None:
         raise ValueError("The base's vocabulary stays as it is; the image token's id may lie past the embedding.")
 
-    def enable_input_require_grads(self):
+    def enable_input_require_grads(self) -> None:
         """Nothing: transformers calls this for reentrant checkpointing; it would bring back backward work below the
         lowest extended layer."""
 
@@ -219,12 +222,11 @@ class MoExtendModel(MoExtendPreTrainedModel):
                 "TRL's own load-balancing loss needs layers with equally many experts, and new experts make them "
                 "uneven: leave router_aux_loss_coef out, or train with MoExtendSFTTrainer, which has one that fits."
             )
-        kwargs |= {"attention_mask": attention_mask, "use_cache": use_cache}
+        kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
         selection = self.select_adapters(adapter_names, input_ids, inputs_embeds)
         with self.record_routing(bool(output_router_logits)) as records:
-            outputs = self.run_base(
-                selection, input_ids, position_ids, past_key_values, inputs_embeds, pixel_values, **kwargs
-            )
+            outputs = self.run_base(selection, pixel_values, **kwargs)
         return MoeModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
@@ -293,7 +295,8 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
                 `adapter_names` of another length, unknown ones, or ones that can't be used so.
         """
         selection = self.select_adapters(adapter_names, input_ids, inputs_embeds)
-        kwargs |= {"attention_mask": attention_mask, "use_cache": use_cache, "logits_to_keep": logits_to_keep}
+        kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
         if labels is not None:
             vision = selection.vision_adapter
             image_token_id = (self.config if vision is None else vision.config).image_token_id
@@ -301,16 +304,9 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
         if output_router_logits is None:
             output_router_logits = getattr(self.config.get_text_config(), "output_router_logits", False)
         with self.record_routing(bool(output_router_logits)) as records:
-            outputs = self.run_base(
-                selection,
-                input_ids,
-                position_ids,
-                past_key_values,
-                inputs_embeds,
-                pixel_values,
-                output_router_logits=False,  # the base's own loss expects layers of one width
-                **kwargs,
-            )
+            # The base's own load-balancing loss expects layers of one width.
+            kwargs |= {"logits_to_keep": logits_to_keep, "output_router_logits": False}
+            outputs = self.run_base(selection, pixel_values, **kwargs)
         loss, aux_loss = outputs.loss, None
         if records and self.router_aux_loss_coef:
             aux_loss = self.balance_loss(records, attention_mask)

@@ -3,7 +3,7 @@
 Letters: B samples, S tokens, I images in the batch, P image tokens an image.
 """
 
-from typing import Self
+from typing import Any, Self
 
 from transformers import BaseImageProcessor, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
@@ -70,12 +70,18 @@ class MoExtendProcessor(ProcessorMixin):
             self.chat_template = from_package("data.processors", BUILDING).default_chat_template(image_token)
 
     @classmethod
-    def from_encoder(cls, tokenizer, image_processor, encoder_config: PreTrainedConfig, **options) -> Self:
+    def from_encoder(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: BaseImageProcessor,
+        encoder_config: PreTrainedConfig,
+        **options,
+    ) -> Self:
         """The processor for an encoder, by its config: `modeling_moextend.data.processors.processor_for`."""
         make = from_package("data.processors", BUILDING).processor_for
         return make(cls, tokenizer, image_processor, encoder_config, **options)
 
-    def __call__(self, images=None, text: str | list[str] | None = None, **kwargs) -> BatchFeature:
+    def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs) -> BatchFeature:
         """Model inputs of B samples: `input_ids`, `attention_mask` [B, S]; with images, `pixel_values` [I, 3, h, w].
 
         Args:
@@ -89,7 +95,7 @@ class MoExtendProcessor(ProcessorMixin):
         """
         return super().__call__(images=images, text=text, **kwargs)
 
-    def prepare_inputs_layout(self, images=None, text=None, **kwargs):
+    def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs) -> tuple:
         images, text, videos, audio = super().prepare_inputs_layout(images=images, text=text, **kwargs)
         if _is_nested(images):
             if text is not None and len(images) != len(text):
@@ -103,7 +109,7 @@ class MoExtendProcessor(ProcessorMixin):
             images = None if no_images else [to_rgb(image) for image in make_flat_list_of_images(images)]
         return images, text, videos, audio
 
-    def validate_inputs(self, images=None, text=None, **kwargs):
+    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs) -> None:
         if text is not None and all(isinstance(sample, str) for sample in text):
             _check_image_count(images, [sample.count(self.image_token) for sample in text], self.image_token)
         super().validate_inputs(images=images, text=text, **kwargs)
@@ -112,7 +118,7 @@ class MoExtendProcessor(ProcessorMixin):
         flat = [image for sample in images for image in sample] if _is_nested(images) else images
         return super()._process_images(flat, **kwargs)
 
-    def replace_image_token(self, image_inputs, image_idx, **kwargs):
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.num_image_tokens
 
 

@@ -225,7 +225,7 @@ class PassInputs(NamedTuple):
     inputs_embeds: torch.Tensor | None  # [B, S, H]
     position_ids: torch.Tensor | None  # [B, S]: where they fall back, a new sequence starts (packed batches)
     attention_mask: torch.Tensor | None  # [B, past + S], 0 for padding; of another shape: nothing is known of padding
-    cache: object  # its state is read here
+    past_key_values: object  # the cache; its state is read here
 
     @property
     def tokens(self):
@@ -246,7 +246,7 @@ def plan_pass(passes, selection, inputs):
             "scope='modality' finds the image tokens in input_ids, but only inputs_embeds was given. Pass input_ids "
             "(with pixel_values), or use scope='all'."
         )
-    served, past_length, state = selection.served(len(inputs.tokens)), seen_tokens(inputs.cache), {}
+    served, past_length, state = selection.served(len(inputs.tokens)), seen_tokens(inputs.past_key_values), {}
     gates = {}
     for name in (name for name in names if scopes[name] == "gate"):
         threshold = passes.thread.thresholds.get(name, selection.thresholds[name])
@@ -256,7 +256,9 @@ def plan_pass(passes, selection, inputs):
         is_image, vision = torch.zeros_like(inputs.tokens, dtype=torch.bool), selection.vision_adapter
         is_image = is_image if vision is None else inputs.tokens == vision.config.image_token_id
         is_real = real_tokens(inputs, past_length)
-        after_image, state[IMAGES] = modality_scope(is_image, inputs.position_ids, inputs.cache, past_length, is_real)
+        after_image, state[IMAGES] = modality_scope(
+            is_image, inputs.position_ids, inputs.past_key_values, past_length, is_real
+        )
     decided = {}
     for name in (name for name in names if name not in gates):
         parts = [after_image] if scopes[name] == "modality" else []
@@ -283,7 +285,7 @@ def gated_pass(name, inputs, past_length, served, threshold):
     is_real = real_tokens(inputs, past_length)
     columns = torch.arange(is_real.shape[1], device=is_real.device).expand_as(is_real)
     starts = sequence_starts(is_real, inputs.position_ids, columns)
-    return GatedPass(is_real, starts, cached_state(inputs.cache, name), past_length, served, threshold)
+    return GatedPass(is_real, starts, cached_state(inputs.past_key_values, name), past_length, served, threshold)
 
 
 def modality_scope(is_image, position_ids, cache, past_length, is_real=None):

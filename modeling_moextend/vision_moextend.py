@@ -8,11 +8,12 @@ Letters: B items, S tokens, I images in the batch, P features an image, H hidden
 import contextlib
 import os
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers import AutoConfig, AutoModel, Cache, GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
@@ -154,7 +155,7 @@ def expand_images(pixel_values, input_ids, expand_size, config):
 class ImageGenerationMixin(GenerationMixin):
     """transformers' `generate` for prompts that hold image tokens, and for prompts of several adapters."""
 
-    def generate(self, inputs: torch.Tensor | None = None, *args, adapter_names: list | None = None, **kwargs):
+    def generate(self, inputs: torch.Tensor | None = None, *args, adapter_names: list | None = None, **kwargs) -> Any:
         """As in transformers, by the adapters that are active when it begins; `adapter_names`: see `forward`."""
         prompts = inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"), [None]  # no prompt: one is begun
         with self.passes.using(selection=self.select_adapters(adapter_names, *prompts)):
@@ -175,7 +176,9 @@ class ImageGenerationMixin(GenerationMixin):
         """Without an encoder here, the base's own: what a multimodal one takes is its affair."""
         (super() if self.encoder is not None else self.base)._validate_model_kwargs(model_kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, pixel_values=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, past_key_values: Cache | None = None, pixel_values=None, **kwargs
+    ) -> dict:
         """The base's own preparation; images go with the pass that has their tokens, and with no other."""
         inputs = self.base.prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, pixel_values=pixel_values, **kwargs
