@@ -74,7 +74,7 @@ class Adapter(nn.Module):
 class AdapterSwitch:
     """What a user does with the adapters of a model. `self.config` is the config of `self.leading`."""
 
-    def attach_adapter(self, name: str, config: MoExtendConfig, tensors: dict, encoder=None) -> None:
+    def attach_adapter(self, name: str, config: MoExtendConfig, tensors: dict, encoder: nn.Module | None) -> None:
         """Attaches an adapter whose new tensors (by role, as in its file) fit; nobody uses it yet."""
         attach(self.moe_layers, self.passes, Rule(**config.routing_rule))
         parts, projector = split_by_part(tensors), None

@@ -177,7 +177,7 @@ class ImageGenerationMixin(GenerationMixin):
         (super() if self.encoder is not None else self.base)._validate_model_kwargs(model_kwargs)
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, past_key_values: Cache | None = None, pixel_values=None, **kwargs
+        self, input_ids: torch.Tensor, past_key_values: Cache | None = None, pixel_values: Any = None, **kwargs
     ) -> dict:
         """The base's own preparation; images go with the pass that has their tokens, and with no other."""
         inputs = self.base.prepare_inputs_for_generation(
