@@ -5,6 +5,7 @@ Letters: B samples, S tokens, I images in the batch, P image tokens an image.
 
 from typing import Any, Self
 
+import transformers
 from transformers import BaseImageProcessor, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
 from transformers.tokenization_utils_base import AddedToken
@@ -30,11 +31,18 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+def by_pil(image_processor):
+    """The image processor of the same settings that works by PIL, where transformers has one: torchvision resizes to
+    other pixels, and transformers would choose it wherever it is installed."""
+    pil = getattr(transformers, f"{type(image_processor).__name__}Pil", None)
+    return pil.from_dict(image_processor.to_dict()) if pil else image_processor
+
+
 class MoExtendProcessor(ProcessorMixin):
     """Image processor, tokenizer and chat template in one; each image token in the text becomes `num_image_tokens`.
 
     Args:
-        image_processor: the encoder's.
+        image_processor: the encoder's. One that works by torchvision is replaced by its like that works by PIL.
         tokenizer: the base's. The image token is added to it in place as a special token where it is missing; its id
             may then lie past the base's embedding.
         image_token: stands for an image in the text.
@@ -56,7 +64,7 @@ class MoExtendProcessor(ProcessorMixin):
         num_image_tokens: int | None = None,
         chat_template: str | None = None,
     ):
-        super().__init__(image_processor, tokenizer)
+        super().__init__(by_pil(image_processor), tokenizer)
         if not isinstance(num_image_tokens, int) or num_image_tokens < 1:
             raise ValueError(
                 f"num_image_tokens={num_image_tokens!r} must be the number of features the encoder makes of an image, "
@@ -99,9 +107,7 @@ class MoExtendProcessor(ProcessorMixin):
         images, text, videos, audio = super().prepare_inputs_layout(images=images, text=text, **kwargs)
         if _is_nested(images):
             if text is not None and len(images) != len(text):
-                raise ValueError(
-                    f"images holds {len(images)} lists, but text has {len(text)} samples: give one list each."
-                )
+                raise ValueError(f"images holds {len(images)} lists, but text has {len(text)} samples: one list each.")
             images = [[to_rgb(image) for image in sample] for sample in images]
             images = images if any(images) else None
         elif images is not None:

@@ -364,6 +364,17 @@ def test_loads_in_a_process_without_the_package(tmp_path):
     assert (again / "processor_config.json").read_text() == (folder / "processor_config.json").read_text()
 
 
+def test_pixels_are_the_same_wherever_torchvision_is_installed():
+    """transformers takes torchvision's image processor where it can, which resizes to other pixels than PIL's."""
+    by_torchvision = {"backend": property(lambda self: "torchvision")}
+    settings = build_processor().image_processor.to_dict() | {"image_mean": [0.1, 0.2, 0.3]}
+    installed = type("CLIPImageProcessor", (CLIPImageProcessorPil,), by_torchvision)(**settings)
+    found = MoExtendProcessor(installed, build_tokenizer(), num_image_tokens=4).image_processor
+    assert type(found) is CLIPImageProcessorPil and found.to_dict() == installed.to_dict()
+    other = type("OwnImageProcessor", (CLIPImageProcessorPil,), by_torchvision)(**settings)  # has no like by PIL
+    assert MoExtendProcessor(other, build_tokenizer(), num_image_tokens=4).image_processor is other
+
+
 def test_loads_as_it_was_saved(tmp_path):
     processor = build_processor(chat_template=default_chat_template() + "{# my own #}")
     processor.save_pretrained(tmp_path)
