@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .adapter_file_moextend import StoredAdapter, check_tensors, read_adapter
 from .compatibility_moextend import (
@@ -32,9 +33,10 @@ from .loading_moextend import load_stored_encoder
 from .package_moextend import from_package
 from .routing_moextend import Rule
 from .scope_moextend import Selection
-from .tensors_moextend import moved_to_layers, split_by_part, tensor_shapes
+from .tensors_moextend import moved_to_layers, not_finite, split_by_part, tensor_shapes
 from .vision_moextend import Projector
 
+logger = logging.get_logger(__name__)
 DEFAULT = "default"  # the adapter that a model is made or loaded with
 ADDING = "Adding experts to a model"
 IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
@@ -146,6 +148,8 @@ class AdapterSwitch:
     def fitting_tensors(self, config: MoExtendConfig, stored: StoredAdapter) -> dict[str, torch.Tensor]:
         """The tensors of a `StoredAdapter`, once all of them fit, where and in the dtype they belong."""
         check_tensors(tensor_shapes(config, self.moe_layers), stored)
+        if names := not_finite(stored.tensors):
+            logger.warning(f"The adapter holds NaN or infinity, and so may its answers: {', '.join(names[:8])}.")
         return moved_to_layers(stored.tensors, self.moe_layers, input_device(self.base), self.base.dtype)
 
     def add_adapter(self, adapter_name: str, extended_layers: dict[int, list[int]] | None = None, **options) -> None:

@@ -14,7 +14,7 @@ from .compatibility_moextend import check_dependencies
 from .layers_moextend import detach
 from .loading_moextend import HUB_KWARGS, SHARED_HUB_KWARGS, check_folder, load_parts, undone_on_error
 from .package_moextend import from_package
-from .tensors_moextend import gather
+from .tensors_moextend import check_finite, gather
 
 UNLOADED = ("_from_auto", "adapter_kwargs", "output_loading_info")  # keywords that are not for the base
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
@@ -122,7 +122,7 @@ class Persistence:
 
         Raises:
             ValueError: the folder is the base's or the encoder's, which would lose its config.json; no name where
-                several adapters are active.
+                several adapters are active; NaN or infinity in a tensor, as stored.
             TypeError: an unknown argument.
         """
         folder, writes = Path(save_directory), kwargs.pop("is_main_process", True)
@@ -139,6 +139,7 @@ class Persistence:
         tensors = gather(self.adapter_tensors(adapter_name), dtype, keep=writes)
         if not writes:
             return
+        check_finite(tensors, "saved")
         folder.mkdir(parents=True, exist_ok=True)
         write_folder(folder, tensors, config := config.published(with_code), max_shard_size, with_code)
         if hub is not None:

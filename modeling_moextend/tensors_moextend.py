@@ -252,6 +252,23 @@ def reshard(model):
             module.reshard()
 
 
+def not_finite(tensors):
+    """Names of those tensors that hold NaN or infinity, sorted."""
+    return sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
+
+
+def check_finite(tensors, change):
+    """Refuses to save or publish tensors that hold NaN or infinity: to `change` the folder or repository."""
+    names = not_finite(tensors)
+    if names:
+        dtype = str(tensors[names[0]].dtype).removeprefix("torch.")
+        raise ValueError(
+            f"The adapter can't be {change}: NaN or infinity in {', '.join(names[:8])} ({len(names)} tensors, as "
+            f"{dtype}). What was there before is untouched. Load the last good checkpoint and train with a lower "
+            "learning_rate; where float16 is too small for the numbers, save with adapter_dtype='float32'."
+        )
+
+
 def gather(tensors: dict[str, torch.Tensor], dtype: torch.dtype, keep: bool = True) -> dict[str, torch.Tensor]:
     """name -> whole tensor in `dtype` (see `stored_dtype`) on the CPU; empty where not `keep`. Every process has to
     call this, for sharded tensors are made whole by all of them together."""

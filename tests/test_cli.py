@@ -625,6 +625,9 @@ def test_verify_finds_values_that_are_no_numbers(adapter, moextend):
     assert code == 1
     assert checks(found) == {"file": True, "finite": False, "base": True, "fit": True, "off": True, "sample": False}
     assert "layers.1.experts.down_proj" in found["checks"][1]["detail"]
+    code, text = moextend("inspect", adapter)
+    assert code == 0 and "\nNaN or infinity in layers.1.experts.down_proj\n" in text
+    assert moextend("inspect", adapter, "--json")[1]["not_finite"] == ["layers.1.experts.down_proj"]
 
 
 def test_verify_finds_what_does_not_fit(adapter, moextend):
@@ -703,13 +706,16 @@ def test_diff(adapter, tmp_path, moextend):
     model = MoExtendForCausalLM.from_pretrained(adapter)
     with torch.no_grad():
         model.adapter_tensors()["layers.1.router.weight"].copy_(torch.eye(1, 32) * 3)
-        model.adapter_tensors()["layers.3.router.weight"][1, 4] = torch.nan
     model.save_pretrained(tmp_path / "one")
     with torch.no_grad():
         model.adapter_tensors()["layers.1.router.weight"][0, 5] = -1.5
     model.config.image_token_id = 77
     model.extend({2: [0]})
     model.save_pretrained(tmp_path / "other")
+    row = model.adapter_tensors()["layers.3.router.weight"].detach().clone()
+    row[1, 4] = torch.nan  # nothing of ours saves it
+    for folder in ("one", "other"):
+        rewrite(tmp_path / folder, **{"layers.3.router.weight": row})
     code, found = moextend("diff", tmp_path / "one", tmp_path / "other", "--json")
     assert code == 1 and not found["equal"] and found["shapes"] == []
     entries = {row["entry"]: row["values"] for row in found["config"]}

@@ -130,8 +130,8 @@ def inspect_command(args: argparse.Namespace) -> dict[str, Any]:
     """Say what is in an adapter.
 
     For which base it is, how tokens reach its experts, and what it holds, layer by
-    layer with the source experts. Reads only headers, and never a base: of a
-    repository on the Hub a few kilobytes are fetched.
+    layer with the source experts; in a folder, which tensors hold NaN or infinity.
+    Never reads a base; of a repository on the Hub only headers, a few kilobytes.
 
     examples:
       moextend inspect outputs/adapter
@@ -282,6 +282,8 @@ def show_inspect(console: Terminal, result: dict[str, Any]) -> None:
     console.say(", ".join(f"{name} {result[name]}" for name in ("scope", "selection", "calibration")))
     if result["gate_threshold"] is not None:
         console.say(f"gate threshold {result['gate_threshold']}")
+    if result["not_finite"]:
+        console.say(f"NaN or infinity in {', '.join(result['not_finite'])}")
     lines = [
         [entry["layer"], " ".join(map(str, entry["source_experts"])), *sizes(entry)] for entry in result["layers"]
     ]

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ..adapter_file_moextend import write_folder
 from ..configuration_moextend import MoExtendConfig
+from ..tensors_moextend import check_finite
 from ..tools.base_weights import TOKENIZER
 from ..tools.files import write_text
 from ..tools.inspection import read_whole
@@ -107,7 +108,8 @@ def publish_folder(
         The `CommitInfo`; with `dry_run`, the names of the files that would go up.
 
     Raises:
-        OSError, ValueError: no adapter there, or a damaged one; base or encoder are not on the Hub.
+        OSError, ValueError: no adapter there, or a damaged one; base or encoder are not on the Hub; NaN or infinity in
+            a tensor.
     """
     folder = Path(folder)
     if not folder.is_dir():  # else the name would be looked for on the Hub
@@ -124,6 +126,7 @@ def publish_folder(
     if encoder is not None:
         config.encoder_name_or_path = encoder
     check_published(config)
+    check_finite(stored.tensors, "published")
     if dry_run:
         return sorted({*published_files(folder), "README.md"})
     if base is not None or encoder is not None or not (folder / MODELING).exists():  # a run's checkpoint has no code

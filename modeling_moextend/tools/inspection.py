@@ -50,11 +50,12 @@ def read_whole(name_or_path: str | os.PathLike, **hub_kwargs: Any) -> StoredAdap
 
 
 def inspect_adapter(name_or_path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Any]:
-    """What an adapter holds, as a JSON-ready `dict`; only the headers of its files are read (or fetched).
+    """What an adapter holds, as a JSON-ready `dict`; of a repository on the Hub only the headers are fetched.
 
     Keys: adapter, format, base, encoder (`None`: none), scope, selection, calibration, gate_threshold (`None`: no
-    gate), num_tensors, num_parameters, num_bytes (of tensors), files, layers (an entry for each extended
-    layer), others (the same for gate and projector), tensors (an entry for each).
+    gate), num_tensors, num_parameters, num_bytes (of tensors), not_finite (names of tensors that hold NaN or infinity;
+    `None`: on the Hub, not fetched), files, layers (an entry for each extended layer), others (the same for gate and
+    projector), tensors (an entry for each).
 
     Raises:
         OSError: no adapter there.
@@ -70,6 +71,7 @@ def inspect_adapter(name_or_path: str | os.PathLike, **hub_kwargs: Any) -> dict[
         **{name: getattr(config, name) for name in ROUTING},
         "gate_threshold": config.gate_threshold if config.scope == "gate" else None,
         **size_of(tensors),
+        "not_finite": read_not_finite(name_or_path, hub_kwargs),
         "files": list(stored.files),
         "layers": [
             {"layer": layer, "source_experts": sources, **size_of(with_prefix(tensors, f"layers.{layer}."))}
@@ -124,10 +126,24 @@ def read_headers(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) ->
     Raises:
         OSError, ValueError: see `inspect_adapter`.
     """
-    local = Path(name_or_path).is_dir() or hub_kwargs.get("local_files_only") or constants.HF_HUB_OFFLINE
-    if not local:
+    if not is_local(name_or_path, hub_kwargs):
         return joined(remote_headers(name_or_path, hub_kwargs))
     return joined({path: read_file(path, without_data) for path in find_files(name_or_path, hub_kwargs)})
+
+
+def is_local(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> bool:
+    """Whether an adapter's files are read from this machine: a folder, or what the cache has for those offline."""
+    return bool(Path(name_or_path).is_dir() or hub_kwargs.get("local_files_only") or constants.HF_HUB_OFFLINE)
+
+
+def read_not_finite(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> list[str] | None:
+    """Names of an adapter's tensors that hold NaN or infinity, one tensor in memory at a time; `None`: on the Hub."""
+    if not is_local(name_or_path, hub_kwargs):
+        return None
+    checked = {}
+    for path in find_files(name_or_path, hub_kwargs):
+        checked |= read_file(path, lambda file, key: file.get_tensor(key).isfinite().all())[0]
+    return sorted(name for name, finite in checked.items() if not finite)
 
 
 def without_data(file: safe_open, key: str) -> torch.Tensor:

@@ -23,7 +23,7 @@ from ..adapter_file_moextend import StoredAdapter, check_tensors, write_folder
 from ..base_checks_moextend import base_rule, check_fingerprint, check_plan
 from ..configuration_moextend import MoExtendConfig
 from ..families_moextend import find_moe_layers
-from ..tensors_moextend import fingerprint, tensor_shapes
+from ..tensors_moextend import check_finite, fingerprint, tensor_shapes
 from ..vision_moextend import load_encoder
 from .base_weights import TOKENIZER, Checkpoint, checkpoint_fingerprint, location_of_part, skeleton, unusable
 from .files import copy_file
@@ -69,8 +69,8 @@ def merge(
         FileExistsError: something is at `output` already.
         OSError: adapter, base or encoder can't be found.
         Unusable: a damaged adapter, base or encoder, or something that is none; the file is named.
-        ValueError: another base, an adapter that was trained on top of others, tensors that do not fit, or no native
-            form: every condition that fails is named.
+        ValueError: another base, an adapter that was trained on top of others, tensors that do not fit or hold NaN or
+            infinity, or no native form: every condition that fails is named.
     """
     with new_folder(output) as folder:
         stored = read_whole(adapter, **hub_kwargs)
@@ -171,6 +171,7 @@ def check_fit(
     check_plan(layers, config.extended_layers)
     base_rule(config, layers)
     check_tensors(tensor_shapes(config, layers), stored)
+    check_finite(stored.tensors, "merged")
 
 
 def base_skeleton(checkpoint: Checkpoint, config: PreTrainedConfig) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from ..adapter_file_moextend import shown
 from ..configuration_moextend import MoExtendConfig
 from ..loading_moextend import SHARED_HUB_KWARGS, auto_class_for, load_base, load_stored, location_of
 from ..modeling_moextend import MoExtendForCausalLM
-from ..tensors_moextend import fingerprint, same_fingerprint
+from ..tensors_moextend import fingerprint, not_finite, same_fingerprint
 from ..vision_moextend import load_encoder
 from .base_weights import Checkpoint, Unusable, location_of_part, unusable
 from .inspection import read_whole
@@ -108,11 +108,11 @@ def check_result(check: str, ok: bool, detail: str) -> dict[str, Any]:
 def file_checks(tensors: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
     """The checks that need no base."""
     size = sum(tensor.nbytes for tensor in tensors.values())
-    not_finite = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
-    detail = f"NaN or infinity in {', '.join(map(shown, not_finite))}" if not_finite else "every value of every tensor"
+    names = not_finite(tensors)
+    detail = f"NaN or infinity in {', '.join(map(shown, names))}" if names else "every value of every tensor"
     return [
         check_result("file", True, f"{len(tensors)} tensors, {size:,} bytes"),
-        check_result("finite", not not_finite, detail),
+        check_result("finite", not names, detail),
     ]
 
 

@@ -10,7 +10,7 @@ import torch
 from ..adapter_file_moextend import check_tensors, read_adapter
 from ..attaching.extending import check_no_dependents
 from ..configuration_moextend import MoExtendConfig
-from ..tensors_moextend import DTensor, same_fingerprint
+from ..tensors_moextend import DTensor, check_finite, same_fingerprint
 
 if TYPE_CHECKING:
     from ..modeling_moextend import MoExtendForCausalLM
@@ -32,7 +32,7 @@ def load_adapter_tensors(
     """Replaces the tensors of the adapter that trains by a saved adapter's; nothing changes unless all of them fit.
 
     Raises:
-        ValueError: a damaged file, or an adapter of another plan, other choices or (unless `check_base=False`) another
+        ValueError: a damaged file, NaN or infinity in a tensor, or an adapter of another plan, other choices or (unless `check_base=False`) another
             base or encoder.
     """
     stored, name = read_adapter(name_or_path, **hub_kwargs), model.resolve_name()
@@ -41,6 +41,7 @@ def load_adapter_tensors(
     check_same_kind(config, other, name_or_path, check_base)
     live = model.adapter_tensors()
     check_tensors({name: tensor.shape for name, tensor in live.items()}, stored)
+    check_finite(stored.tensors, "loaded")
     with torch.no_grad():
         for name, tensor in stored.tensors.items():
             live[name].copy_(shard_like(tensor, live[name]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -27,7 +28,7 @@ from ..data.collators import MaskImageLabels
 from ..publishing.facts import folder_card, write_facts
 from ..publishing.hub import check_published, upload
 from ..routing_moextend import RoutingRecord
-from ..tensors_moextend import reshard, stored_dtype
+from ..tensors_moextend import DTensor, not_finite, reshard, stored_dtype
 from ..tools.files import write_text
 from ..tools.hashes import base_tensors_hash
 from .checks import (
@@ -86,6 +87,9 @@ class MoExtendSFTTrainer(SFTTrainer):
     adapter in `args.adapter_dtype`. Neither holds the base. A resumed run continues exactly, as long as the collator
     and the dataset's transforms draw no random numbers: Trainer fetches a resumed run's first batches before it
     restores the random state.
+
+    A run stops with a `ValueError` at the first loss or gradient that is not finite (a gradient scaled for float16 is
+    skipped instead, as long as its scale is above 1), and no tensor with NaN or infinity is ever saved.
 
     Runs under DDP, FSDP2 and DeepSpeed ZeRO-1 and 2 (see `configuration/accelerate`); call `save_model` and
     `push_to_hub` on every process.
@@ -230,6 +234,9 @@ class MoExtendSFTTrainer(SFTTrainer):
         totals = [value.float().to(self.args.device) for value in (*parts.values(), *counts.values(), tokens)]
         totals = self.accelerator.reduce(torch.stack(totals), reduction="sum").tolist()
         metrics, tokens = self._metrics[mode], totals.pop()
+        wrong = [f"{name} is {total}" for name, total in zip(parts, totals, strict=False) if not math.isfinite(total)]
+        if wrong and mode == "train":
+            raise ValueError(diverged_message(self.state.global_step + 1, ", ".join(wrong)))
         for name in parts:
             metrics[name].append(totals.pop(0) / self.accelerator.num_processes)
         shares = {layer: count / max(tokens, 1) for layer, count in zip(counts, totals, strict=True)}
@@ -418,6 +425,20 @@ class AdapterReport(TrainerCallback):
         if args.verify_base:
             self.hashes = base_tensors_hash(self.trainer.model)
 
+    def on_pre_optimizer_step(
+        self, args: MoExtendSFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stops at the first gradient that is not finite; one that its loss scale is to blame for is skipped anyway."""
+        accelerator = self.trainer.accelerator
+        scaler = accelerator.scaler
+        if scaler is not None and scaler.is_enabled() and scaler.get_scale() > 1:
+            return
+        wrong = not_finite(gradients(self.trainer.trainable))
+        found = accelerator.reduce(torch.tensor(len(wrong), device=args.device), reduction="sum")  # shards differ
+        if found:
+            names = f"{', '.join(wrong[:8])} ({len(wrong)} tensors)" if wrong else "tensors of another process"
+            raise ValueError(diverged_message(state.global_step + 1, f"NaN or infinity in the gradients of {names}"))
+
     def on_train_end(
         self, args: MoExtendSFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -468,6 +489,20 @@ def optimizer_bytes(name: str, parameters: Iterable[torch.Tensor]) -> int | None
     if not name.startswith(("adamw", "paged_adamw", "adam")):
         return None
     return sum(2 * p.numel() * (1 if "8bit" in name else p.element_size()) for p in parameters)
+
+
+def gradients(parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """name -> gradient, where there is one; of a sharded parameter that of this process's shard."""
+    found = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+    return {name: grad.to_local() if isinstance(grad, DTensor) else grad for name, grad in found.items()}
+
+
+def diverged_message(step: int, found: str) -> str:
+    return (
+        f"Training stopped in step {step}: {found}. What was saved before is untouched; this model's adapter may be "
+        "ruined. Begin anew, or resume from the last checkpoint, with a lower learning_rate or max_grad_norm. In the "
+        "first step it is more likely the base: load one that overflows in float16 with dtype='bfloat16' or 'float32'."
+    )
 
 
 def plain(setting: Any) -> Any:
