@@ -33,7 +33,7 @@ from .loading_moextend import load_stored_encoder
 from .package_moextend import from_package
 from .routing_moextend import Rule
 from .scope_moextend import Selection
-from .tensors_moextend import moved_to_layers, not_finite, split_by_part, tensor_shapes
+from .tensors_moextend import moved_to_layers, not_finite, snapshot, split_by_part, tensor_shapes
 from .vision_moextend import Projector
 
 logger = logging.get_logger(__name__)
@@ -52,7 +52,7 @@ class Adapter(nn.Module):
     def __init__(self, config: MoExtendConfig, encoder: nn.Module | None = None, projector: Projector | None = None):
         super().__init__()
         self.config, self.encoder, self.projector = config, encoder, projector
-        self.layers, self.depends_on = {}, set()
+        self.layers, self.depends_on, self.encoder_values = {}, set(), snapshot(encoder)
         if encoder is not None:
             encoder.requires_grad_(False)
 

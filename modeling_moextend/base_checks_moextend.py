@@ -14,7 +14,7 @@ from .families_moextend import check_routers
 from .layers_moextend import is_extended
 from .package_moextend import from_package
 from .routing_moextend import Rule
-from .tensors_moextend import DTensor, is_plain, same_fingerprint
+from .tensors_moextend import DTensor, changed_tensors, is_plain, same_fingerprint, snapshot
 
 DISTRIBUTED = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
 QUANTISED_LINEAR = ("bitsandbytes", "torchao")  # quantise only nn.Linear, so experts and routers stay as they are
@@ -190,6 +190,20 @@ def check_fingerprint(role, recorded, found, advice=None):
             f"This is a different {role} than the adapter was made on: its weights do not match the adapter's "
             f"{role} fingerprint. {advice or f'Pass {role}=<the right one>'}; check_base=False loads it all the same."
         )
+
+
+def check_in_memory(model, adapter_name):
+    """Refuses to save what was made on a base or encoder that has changed since it was loaded."""
+    adapter, (base, values) = model.adapters[adapter_name], model.loaded_base
+    for role, before, module in (("base", values, base), ("encoder", adapter.encoder_values, adapter.encoder)):
+        changed = changed_tensors(before, snapshot(module))
+        if changed:
+            raise ValueError(
+                f"The {role} in memory is no longer the one that was loaded: {', '.join(changed[:8])} "
+                f"({len(changed)} tensors changed, were added or went, as by training or a LoRA). An adapter that was "
+                f"made on it would be loaded onto the old one, so it is not saved. Load the {role} anew, and the "
+                "adapter onto it; or save the changed one (model.detach().save_pretrained(folder)) and extend that."
+            )
 
 
 def base_rule(config, layers):

@@ -29,7 +29,7 @@ from .package_moextend import from_package
 from .persistence_moextend import Persistence
 from .routing_moextend import RoutingRecord, Rule, balance_loss
 from .scope_moextend import Passes, PassInputs, Selection, plan_pass, remember
-from .tensors_moextend import AdapterTensors
+from .tensors_moextend import AdapterTensors, snapshot
 from .vision_moextend import ImageGenerationMixin, encode_images, merge_images, projector_tied
 
 # What generate and set_attn_implementation ask; not _can_compile_fullgraph: new experts run on gathered tokens.
@@ -65,6 +65,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
         # Names, not parameters: held here, each process would keep the whole of what FSDP2 shards.
         self.base_trainable = [name for name, parameter in self.base.named_parameters() if parameter.requires_grad]
         self.base.requires_grad_(False)
+        self.loaded_base = base, snapshot(base)
         check_new_name(adapter_name, self)
         base_rule(config, self.moe_layers)
         if stored is None:
@@ -253,7 +254,7 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
             body = MoExtendModel.__new__(MoExtendModel)
             PreTrainedModel.__init__(body, self.config)
             body.base, body.adapters, body.passes = self.get_decoder(), self.adapters, self.passes
-            body.moe_layers, body.training = self.moe_layers, self.training
+            body.moe_layers, body.training, body.loaded_base = self.moe_layers, self.training, self.loaded_base
             self.__dict__["_body"] = body  # not a child: its tensors are already this model's
         body.config = self.config  # which changes with the active adapters
         return body

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .adapter_file_moextend import read_adapter, write_folder
 from .adapters_moextend import DEFAULT
+from .base_checks_moextend import check_in_memory
 from .compatibility_moextend import check_dependencies
 from .layers_moextend import detach
 from .loading_moextend import HUB_KWARGS, SHARED_HUB_KWARGS, check_folder, load_parts, undone_on_error
@@ -122,7 +123,8 @@ class Persistence:
 
         Raises:
             ValueError: the folder is the base's or the encoder's, which would lose its config.json; no name where
-                several adapters are active; NaN or infinity in a tensor, as stored.
+                several adapters are active; NaN or infinity in a tensor, as stored; a base or encoder that has
+                changed since it was loaded, all names.
             TypeError: an unknown argument.
         """
         folder, writes = Path(save_directory), kwargs.pop("is_main_process", True)
@@ -137,6 +139,7 @@ class Persistence:
             hub.check_published(config)
         dtype = getattr(torch, adapter_dtype) if isinstance(adapter_dtype, str) else adapter_dtype or self.base.dtype
         tensors = gather(self.adapter_tensors(adapter_name), dtype, keep=writes)
+        check_in_memory(self, adapter_name)
         if not writes:
             return
         check_finite(tensors, "saved")

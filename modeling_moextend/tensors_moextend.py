@@ -196,6 +196,38 @@ def sample_values(sizes, read):
     return base64.b64encode(found.numpy().tobytes()).decode()
 
 
+def snapshot(module):
+    """name -> (shape, up to 256 values, evenly spread) of every tensor that is saved with `module`, new ones left out:
+    what a change of a tensor shows in. `None` in place of the values of one that is quantised, sharded, or on meta."""
+    found = {}
+    for prefix, owner in module.named_modules() if module is not None else ():
+        if "moextend" in prefix.split("."):
+            continue
+        with onloaded(owner):
+            for name, tensor in {**owner._parameters, **owner._buffers}.items():
+                if tensor is None or name in owner._non_persistent_buffers_set:
+                    continue
+                count = min(256, tensor.numel()) * (is_plain(tensor) and not tensor.is_meta)
+                indices = torch.linspace(0, max(tensor.numel() - 1, 0), count, dtype=torch.float64).long()
+                values = values_at(tensor.detach(), indices).cpu() if count else None
+                found[f"{prefix}.{name}".lstrip(".")] = tensor.shape, values
+    return found
+
+
+def changed_tensors(before, after):
+    """Names in which two snapshots differ by more than a cast to another dtype makes them."""
+    shared = before.keys() & after.keys()
+    return sorted((before.keys() ^ after.keys()) | {name for name in shared if differ(*before[name], *after[name])})
+
+
+def differ(shape, values, other_shape, others):
+    if shape != other_shape or values is None or others is None:
+        return shape != other_shape
+    steps = [torch.finfo(one.dtype).eps for one in (values, others)]
+    tolerance = {"rtol": 0.0, "atol": 0.0} if values.dtype == others.dtype else {"rtol": max(steps), "atol": 6e-8}
+    return not torch.allclose(values.double(), others.double(), **tolerance, equal_nan=True)
+
+
 def values_at(tensor, indices):
     """Values of a tensor for `sample_values`; NaN of one that is quantised, `None` of one without data."""
     if tensor.is_meta:

@@ -1,4 +1,4 @@
-"""A run that goes to NaN or infinity: where it stops, and that nothing of it is saved, published or silently loaded."""
+"""A run that goes to NaN or infinity: where it stops, and that nothing of it is saved or published."""
 
 import logging
 from types import SimpleNamespace

@@ -11,7 +11,7 @@ from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import HubStrategy
 
-from ..base_checks_moextend import check_gradients
+from ..base_checks_moextend import check_gradients, check_in_memory
 from ..data.processors import load_processor
 from ..gate_moextend import TokenGate
 from ..tools.modes import is_moextend
@@ -25,7 +25,8 @@ RETENTION_COLUMNS = ("messages", "conversations", "completion", "input_ids")
 
 
 def check_model(model: object) -> None:
-    """Refuses a model that has no adapter to train, or whose quantised base hands on no gradient to it.
+    """Refuses a model that has no adapter to train, is wrapped, or whose base trains too, has changed since it was
+    loaded, or is quantised and hands on no gradient.
 
     Raises:
         ValueError: says what was given and how to make or load one that trains.
@@ -37,7 +38,31 @@ def check_model(model: object) -> None:
             "MoExtendForCausalLM.from_base(base, extended_layers=...), or load one with "
             "MoExtendForCausalLM.from_pretrained(folder)."
         )
+    if not hasattr(type(model), "adapter_tensors"):
+        raise ValueError(
+            f"The MoExtend model is inside a {type(model).__name__}: what that adds would train and be saved, the "
+            "adapter not (PEFT, torch.compile and their like). Pass the MoExtend model itself; torch_compile=True in "
+            "the arguments compiles it."
+        )
+    check_frozen(model)
+    check_in_memory(model, model.resolve_name())
     check_gradients(model)
+
+
+def check_frozen(model: MoExtendForCausalLM) -> None:
+    """Refuses to train a base or encoder.
+
+    Raises:
+        ValueError: names the parameters that ask for gradients.
+    """
+    new = {id(tensor) for name in model.adapters for tensor in model.adapter_tensors(name).values()}
+    wrong = [name for name, tensor in model.named_parameters() if tensor.requires_grad and id(tensor) not in new]
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong[:8])} ({len(wrong)} tensors) ask for gradients, but MoExtend never changes a base or "
+            "encoder, and would not save what they learn. Freeze them (model.base.requires_grad_(False)); a LoRA is "
+            "taken off by PEFT's unload()."
+        )
 
 
 def check_retention(

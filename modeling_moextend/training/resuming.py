@@ -32,8 +32,8 @@ def load_adapter_tensors(
     """Replaces the tensors of the adapter that trains by a saved adapter's; nothing changes unless all of them fit.
 
     Raises:
-        ValueError: a damaged file, NaN or infinity in a tensor, or an adapter of another plan, other choices or (unless `check_base=False`) another
-            base or encoder.
+        ValueError: a damaged file, NaN or infinity in a tensor, or an adapter of another plan, other choices or
+            (unless `check_base=False`) another base or encoder.
     """
     stored, name = read_adapter(name_or_path, **hub_kwargs), model.resolve_name()
     check_no_dependents(model.adapters, name)

@@ -33,6 +33,7 @@ from ..tools.files import write_text
 from ..tools.hashes import base_tensors_hash
 from .checks import (
     allow_missing_base,
+    check_frozen,
     check_gate_open,
     check_gate_trained,
     check_image_token,
@@ -172,6 +173,7 @@ class MoExtendSFTTrainer(SFTTrainer):
                 "What trains has changed since this trainer was made (set_adapter makes whole adapters trainable): "
                 "make a new trainer."
             )
+        check_frozen(self.core)
         gate = self.core.gate
         trains_gate = gate is not None and self.args.stage == "finetune" and not resume_from_checkpoint
         trains_gate = (
@@ -428,9 +430,8 @@ class AdapterReport(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: MoExtendSFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stops at the first gradient that is not finite; one that its loss scale is to blame for is skipped anyway."""
-        accelerator = self.trainer.accelerator
-        scaler = accelerator.scaler
+        """Stops at the first gradient that is not finite; the scaler skips one that its scale may have made so."""
+        accelerator, scaler = self.trainer.accelerator, self.trainer.accelerator.scaler
         if scaler is not None and scaler.is_enabled() and scaler.get_scale() > 1:
             return
         wrong = not_finite(gradients(self.trainer.trainable))
