@@ -507,6 +507,45 @@ def test_verify_base_passes_an_honest_run(tmp_path):
     make_trainer(tmp_path, images=True, verify_base=True).train()
 
 
+@pytest.mark.parametrize("dtype, way", [("bf16", "evaluate"), ("fp16", "predict")])
+def test_a_full_evaluation_in_half_precision_leaves_every_bit_as_it_was(tmp_path, dtype, way):
+    """Before and after training; a run after it ends as one without."""
+    data, ends, seen = text_data(2), [], []
+    for evaluated in (False, True):
+        options = {"eval_dataset": data, "verify_base": True, f"{dtype}_full_eval": evaluated, "learning_rate": 2e-5}
+        trainer = make_trainer(tmp_path, make_model(encoder=True), True, train=text_data(), **options)
+        model = trainer.model
+        model.base.register_buffer("scale", torch.tensor([1.0001]))
+        model.base.lm_head.weight.grad = torch.full_like(model.base.lm_head.weight, 1.0001)
+        state = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+        if evaluated:
+            run = getattr(trainer, way)
+            hook = model.get_input_embeddings().register_forward_hook(lambda *call: seen.append(call[-1].dtype))
+            run(trainer.eval_dataset)
+            hook.remove()
+            assert set(seen) == {{"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]}, "it is in half precision"
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            known, before = state[name]
+            assert tensor.dtype == before.dtype and torch.equal(tensor, before), name
+            assert tensor is known or name == "base.scale"
+        assert model.base.lm_head.weight.grad.unique().tolist() == [torch.tensor(1.0001).item()]
+        model.base.lm_head.weight.grad = None
+        del model.base.scale
+        trainer.train()
+        ends.append(tensors(model))
+        if evaluated:
+            run(trainer.eval_dataset)
+            assert_equal(ends[-1], tensors(model))
+    assert_equal(*ends)
+
+
+def test_a_full_evaluation_in_half_precision_of_shards_is_refused(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, eval_dataset=text_data(4), bf16_full_eval=True)
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    with pytest.raises(ValueError, match="bf16_full_eval .* leave shards .* leave them out"):
+        trainer.evaluate()
+
+
 # ------------------------------------------------------------------ refusals
 
 

@@ -1,4 +1,4 @@
-"""What kind a model is; its evaluation mode, and back."""
+"""What kind a model is; its evaluation mode and another dtype, and back."""
 
 import contextlib
 from collections.abc import Iterator
@@ -25,3 +25,22 @@ def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+@contextlib.contextmanager
+def dtypes_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards every parameter, gradient and buffer is bit for bit what it was, where `model.to(dtype)` was called
+    inside; its device is the one that the block left it on. What was cast is in memory twice meanwhile."""
+    parameters = [tensor for p in model.parameters() for tensor in (p, p.grad) if tensor is not None]
+    values = [(tensor, tensor.data) for tensor in parameters]
+    buffers = [(owner, dict(owner._buffers)) for owner in model.modules()]
+    try:
+        yield
+    finally:
+        for tensor, value in values:
+            if tensor.dtype != value.dtype:
+                tensor.data = value.to(tensor.device)
+        for owner, known in buffers:
+            for name, buffer in owner._buffers.items():
+                if buffer is not None and buffer.dtype != (before := known.get(name, buffer)).dtype:
+                    owner._buffers[name] = before.to(buffer.device)

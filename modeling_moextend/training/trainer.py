@@ -19,7 +19,7 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo, HfApi
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -31,6 +31,7 @@ from ..routing_moextend import RoutingRecord
 from ..tensors_moextend import DTensor, not_finite, reshard, stored_dtype
 from ..tools.files import write_text
 from ..tools.hashes import base_tensors_hash
+from ..tools.modes import dtypes_kept
 from .checks import (
     allow_missing_base,
     check_frozen,
@@ -229,6 +230,23 @@ class MoExtendSFTTrainer(SFTTrainer):
             parts["retention_loss"] = distance.detach()
         throughput[0] += self._log_parts(mode, parts, records, attention_mask)
         return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As in Trainer, which leaves base, encoder and adapter in half precision after a full evaluation in it
+        (`bf16_full_eval`, `fp16_full_eval`) outside training; here they are what they were.
+
+        Raises:
+            ValueError: under FSDP or DeepSpeed, whose shards would stay cast.
+        """
+        if self.is_in_train or not (self.args.bf16_full_eval or self.args.fp16_full_eval):
+            return super().evaluation_loop(*args, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "bf16_full_eval and fp16_full_eval outside training would leave shards of FSDP and DeepSpeed in half "
+                "precision: leave them out, or load the base with dtype='bfloat16'."
+            )
+        with dtypes_kept(self.model):
+            return super().evaluation_loop(*args, **kwargs)
 
     def _log_parts(self, mode, parts, records, attention_mask):
         """Hands losses (mean over processes) and shares of new experts to TRL's metrics; returns the token count."""
