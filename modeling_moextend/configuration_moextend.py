@@ -116,15 +116,24 @@ class MoExtendConfig(PreTrainedConfig):
 
     def published(self, with_code: bool = True) -> Self:
         """The config as it is saved: with the auto classes that load it, where the code comes along, and without the
-        place it was loaded from; the base of a standalone checkpoint stays where it is."""
+        places that it and those inside it were loaded from; the base of a standalone checkpoint stays where it is."""
         config = copy.deepcopy(self)
-        config.name_or_path = ""
+        forget_places(config)
         config.base_subfolder = config.encoder_subfolder = None
         config.architectures = ["MoExtendForCausalLM"]
         config.__dict__.pop("auto_map", None)
         if with_code:
             config.auto_map = dict(AUTO_MAP)
         return config
+
+
+def forget_places(value):
+    """Takes out of a config, and of those inside it, where they were loaded from: folders of this machine, maybe."""
+    entries = vars(value) if isinstance(value, PreTrainedConfig) else value if isinstance(value, dict) else {}
+    for name, entry in entries.items():
+        forget_places(entry)
+        if name in ("_name_or_path", "name_or_path"):
+            entries[name] = ""
 
 
 class UnknownConfig(PreTrainedConfig):

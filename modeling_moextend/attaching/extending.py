@@ -14,6 +14,7 @@ from ..compatibility_moextend import check_new_name, check_together
 from ..configuration_moextend import normalise_plan
 from ..layers_moextend import remove_experts
 from ..tensors_moextend import split_by_part
+from ..tools.places import hub_id
 from .choices import routing_choices
 from .parts import identity, load_new_encoder
 from .selfcheck import self_checked
@@ -86,13 +87,13 @@ def add_adapter(
 
 
 def describe_adapters(model: MoExtendPreTrainedModel, adapter_names: Iterable[str]) -> list[dict[str, str | None]]:
-    """The entries of `trained_on` for adapters; where one lies only if it is no folder of this machine."""
+    """The entries of `trained_on` for adapters; where one lies only if that can be a Hub id."""
     sources = {name: model.adapters[name].config.name_or_path for name in adapter_names}
     return [
         {
             "name": name,
             "fingerprint": model.fingerprint_of(name),
-            "name_or_path": source if source and not os.path.exists(source) else None,
+            "name_or_path": hub_id(source),
         }
         for name, source in sources.items()
     ]

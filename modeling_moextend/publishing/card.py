@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import is_jinja_available, validate_repo_id
+from huggingface_hub.utils import is_jinja_available
 
 from ..configuration_moextend import MoExtendConfig
 from ..tools.inspection import dtype_name
+from ..tools.places import hub_id
 
 TAGS = ["moextend", "moe", "mixture-of-experts", "adapter"]
 
@@ -242,14 +242,3 @@ def _repo_file(file):
             "Give a path relative to the repository, such as 'shift.png'."
         )
     return str(path)
-
-
-def hub_id(name: str | None) -> str | None:
-    """`name` if it can be a Hub id, None for nothing, a local folder or file, or anything the Hub would refuse."""
-    if not name or Path(name).exists():
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,13 @@ from huggingface_hub.utils import is_jinja_available
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
-from ..adapter_file_moextend import write_folder
+from ..adapter_file_moextend import check_location, parse_json, write_folder
 from ..configuration_moextend import MoExtendConfig
 from ..tensors_moextend import check_finite
-from ..tools.base_weights import TOKENIZER
+from ..tools.base_weights import TOKENIZER, unusable
 from ..tools.files import write_text
 from ..tools.inspection import read_whole
-from .card import hub_id
+from ..tools.places import hub_id, local_paths
 from .facts import folder_card
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ PUBLISHED = [  # patterns of the files that make a published adapter; the card's
     *TOKENIZER,
     "additional_chat_templates/*.jinja",
 ]
+VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")  # any text may be a token
 PICTURE = re.compile(r"!\[[^\]]*\]\(([^()/\\\s]+\.png)\)")  # in Markdown, one that lies beside the card
 
 FILLED = "<!-- Filled by moextend:"  # in a card that nobody has made their own
@@ -75,13 +77,35 @@ def check_published(config: MoExtendConfig, api: HfApi | None = None) -> None:
 
 def published_files(folder: Path) -> list[str]:
     """Names, relative to `folder` (a `Path`), of the files in it that make a published adapter: nothing pickled, no
-    checkpoint, no picture that the card does not show."""
+    checkpoint, no picture that the card does not show. `ValueError`: one of them is a link out of the folder."""
     paths = {path for pattern in PUBLISHED for path in folder.glob(pattern) if path.is_file()}
     names = {path.relative_to(folder).as_posix() for path in paths}
     if "README.md" in names:
         pictures = PICTURE.findall((folder / "README.md").read_text(encoding="utf-8"))
         names |= {name for name in pictures if (folder / name).is_file()}
+    for name in names:
+        check_location(folder / name, folder)
     return sorted(names)
+
+
+def check_private(folder: Path, names: Iterable[str]) -> None:
+    """Refuses to publish files that name a path of this machine.
+
+    Args:
+        names: of the files, relative to `folder`; of those that hold tokens nothing is asked.
+
+    Raises:
+        ValueError: names the file, the entry and the path.
+    """
+    for name in sorted(names):
+        if name.endswith(".json") and name not in VOCABULARIES and not name.endswith(".index.json"):
+            with unusable():
+                values = parse_json((folder / name).read_text(encoding="utf-8"), str(folder / name))
+            for entry, value in local_paths(values):
+                raise ValueError(
+                    f"The adapter can't be published yet: {name} names a path of this machine, {entry} = {value!r}. "
+                    "Take that entry out of the file, or save the file anew."
+                )
 
 
 MODELING = "modeling_moextend.py"  # is there where the shipped code is
@@ -109,7 +133,7 @@ def publish_folder(
 
     Raises:
         OSError, ValueError: no adapter there, or a damaged one; base or encoder are not on the Hub; NaN or infinity in
-            a tensor.
+            a tensor; a file that is a link out of the folder, or names a path of this machine.
     """
     folder = Path(folder)
     if not folder.is_dir():  # else the name would be looked for on the Hub
@@ -127,10 +151,13 @@ def publish_folder(
         config.encoder_name_or_path = encoder
     check_published(config)
     check_finite(stored.tensors, "published")
+    names, config = published_files(folder), config.published()
+    changed = config.to_dict() != MoExtendConfig.from_dict(stored.values).to_dict()  # it named places, for one
+    rewritten = changed or not (folder / MODELING).exists()  # a run's checkpoint has no code
+    check_private(folder, {*names} - ({"config.json"} if rewritten else set()))
     if dry_run:
-        return sorted({*published_files(folder), "README.md"})
-    if base is not None or encoder is not None or not (folder / MODELING).exists():  # a run's checkpoint has no code
-        config = config.published()
+        return sorted({*names, "README.md"})
+    if rewritten:
         write_folder(folder, stored.tensors, config)
     return upload(folder, repo_id, config, **push)
 
@@ -202,6 +229,7 @@ def upload(
         ValueError: base or encoder are not on the Hub.
         ImportError: something was given for the card, and it can't be written.
         HfHubHTTPError: the Hub refused; nothing was committed.
+        ValueError: a file is a link out of the folder, or names a path of this machine.
     """
     card_options = {name: value for name, value in (("report", report), ("shift", shift), ("tags", tags)) if value}
     card_options |= card or {}
@@ -218,6 +246,7 @@ def upload(
         license = {} if "license" in card_options else base_license(config, api)
         write_text(folder / "README.md", str(folder_card(folder, config, repo_id, **license, **card_options)))
     names = published_files(folder)
+    check_private(folder, names)
     if config.encoder_config is not None and "processor_config.json" not in repo_files.union(names):
         logger.warning(
             "No processor goes along, so AutoProcessor can't load it from there: push_to_hub(processor=...)."
