@@ -51,6 +51,7 @@ DEFAULTS = {  # what a config without the entry means; what a new adapter gets i
     "trained_on": None,  # adapters on top of which this one was trained, each {"name", "fingerprint", "name_or_path"}
     "base_subfolder": None,  # where the base lies in the adapter's own folder, if it came along (`moextend merge`)
     "encoder_subfolder": None,  # the same of the encoder
+    "generation_config": None,  # {entry: value}, what of the model's `GenerationConfig` is not the base's
 }
 
 

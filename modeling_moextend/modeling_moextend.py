@@ -245,6 +245,8 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
     def __init__(self, config: MoExtendConfig, base=None, encoder=None, **kwargs):
         super().__init__(config, base, encoder, **kwargs)
         self.generation_config = copy.deepcopy(self.base.generation_config)
+        vars(self.generation_config).update(config.generation_config or {})
+        self.initial_generation = self.generation_config.to_dict()
 
     @property
     def model(self) -> MoExtendModel:

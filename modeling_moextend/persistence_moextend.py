@@ -16,6 +16,7 @@ from .layers_moextend import detach
 from .loading_moextend import HUB_KWARGS, SHARED_HUB_KWARGS, check_folder, load_parts, undone_on_error
 from .package_moextend import from_package
 from .tensors_moextend import check_finite, gather
+from .validation_moextend import GENERATION, is_generation, short
 
 UNLOADED = ("_from_auto", "adapter_kwargs", "output_loading_info")  # keywords that are not for the base
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
@@ -143,11 +144,26 @@ class Persistence:
         if not writes:
             return
         check_finite(tensors, "saved")
+        config = config.published(with_code)
+        config.generation_config = self.changed_generation(config.generation_config)
         folder.mkdir(parents=True, exist_ok=True)
-        write_folder(folder, tensors, config := config.published(with_code), max_shard_size, with_code)
+        write_folder(folder, tensors, config, max_shard_size, with_code)
         if hub is not None:
             options = {name: kwargs[name] for name in PUSH_KWARGS if name in kwargs}
             hub.upload(folder, options.pop("repo_id", folder.name), config, **options)
+
+    def changed_generation(self, values: dict | None) -> dict | None:
+        """`values` of an adapter's config, and what of `generation_config` has changed since the model was made."""
+        if getattr(self, "generation_config", None) is None:  # a body
+            return values
+        now, before = self.generation_config.to_dict(), self.initial_generation
+        changed = {name: now[name] for name in now if name[0] != "_" and now[name] != before.get(name)}
+        if not is_generation(changed):
+            raise ValueError(
+                f"generation_config has changed in {short(changed)}, and an adapter's config holds only "
+                f"{GENERATION[1]}. Nothing was saved: take the others out, and give them to generate(...) instead."
+            )
+        return {**(values or {}), **changed} or None
 
     def push_to_hub(self, repo_id: str, **kwargs) -> CommitInfo:
         """Uploads the adapter as one commit: `modeling_moextend.publishing.hub.push`, of the package."""

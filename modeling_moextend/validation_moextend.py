@@ -10,6 +10,7 @@ import re
 import reprlib
 
 import torch
+from transformers import GenerationConfig
 
 from .routing_moextend import SCORES, Rule
 
@@ -71,6 +72,15 @@ def is_trained_on(value):
     )
 
 
+def is_generation(value):
+    """Whether these are entries for a `GenerationConfig`: what of them has a meaning, transformers knows."""
+    kinds = str | int | float | list | None
+    return is_mapping(value) and not any(
+        hides(name, GenerationConfig) or name.startswith("_") or not isinstance(entry, kinds)
+        for name, entry in value.items()
+    )
+
+
 NAME = (is_name, "a text of 1 to 4096 printable characters")
 PLACE = (lambda value: value == "" or is_name(os.fspath(value) if isinstance(value, os.PathLike) else value), NAME[1])
 FLAG = (is_flag, "true or false")
@@ -92,6 +102,8 @@ LABELS = (
 )
 IMPLEMENTATION = (lambda value: is_mapping(value) or is_name(value), "a name, or a mapping to names")
 
+GENERATION = (is_generation, "a mapping of a GenerationConfig's entries to texts, numbers, true, false, or lists")
+
 OWN = {  # entry -> (test, what passes it, in words); the others have a function in configuration_moextend.py
     "base_model_name_or_path": NAME,
     "base_model_revision": NAME,
@@ -104,6 +116,7 @@ OWN = {  # entry -> (test, what passes it, in words); the others have a function
     "gate_hidden_size": SIZE,
     "base_subfolder": SUBFOLDER,
     "encoder_subfolder": SUBFOLDER,
+    "generation_config": GENERATION,
     "trained_on": (is_trained_on, 'a list of {"name": ..., "fingerprint": ...}, one for each adapter that was below'),
     "routing_rule": (is_rule, f"a mapping with fields of a routing rule ({', '.join(Rule._fields)})"),
 }

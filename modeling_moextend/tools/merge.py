@@ -7,6 +7,7 @@ architecture with more experts. Memory: the adapter and about one shard of the b
 
 import contextlib
 import copy
+import json
 import os
 import secrets
 import shutil
@@ -19,14 +20,14 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from ..adapter_file_moextend import StoredAdapter, check_tensors, write_folder
+from ..adapter_file_moextend import StoredAdapter, check_tensors, parse_json, write_folder
 from ..base_checks_moextend import base_rule, check_fingerprint, check_plan
 from ..configuration_moextend import MoExtendConfig
 from ..families_moextend import find_moe_layers
 from ..tensors_moextend import check_finite, fingerprint, tensor_shapes
 from ..vision_moextend import load_encoder
 from .base_weights import TOKENIZER, Checkpoint, checkpoint_fingerprint, location_of_part, skeleton, unusable
-from .files import copy_file
+from .files import copy_file, write_text
 from .inspection import read_whole
 from .native import check_native, write_native
 
@@ -87,6 +88,7 @@ def merge(
             check_native(config, base_config, model, checkpoint, stored.tensors)
             write_native(folder, config, base_config, model, checkpoint, stored.tensors, max_shard_size)
             copy_files(checkpoint.find, ABOUT_NATIVE, folder)
+            add_generation(folder / "generation_config.json", config.generation_config)
         else:
             has_encoder = config.encoder_config is not None
             with unusable():
@@ -100,6 +102,14 @@ def merge(
         "files": len(files),
         "bytes": sum(path.stat().st_size for path in files),
     }
+
+
+def add_generation(path: Path, values: dict[str, Any] | None) -> None:
+    """Writes an adapter's own `generation_config` into that of its base (which may have none)."""
+    if values:
+        with unusable():
+            base = parse_json(path.read_text(encoding="utf-8"), str(path)) if path.exists() else {}
+        write_text(path, json.dumps(base | values, indent=2))
 
 
 def check_alone(config: MoExtendConfig, name: str | os.PathLike) -> None:
