@@ -14,7 +14,6 @@ import datasets
 import torch
 from methods import Method
 from peft import LoraConfig, inject_adapter_in_model
-from PIL import Image
 from tasks import BASE, ENCODER, ROOT, Task, data_folder, messages, read, training_records
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -23,6 +22,7 @@ from variants import VARIANTS
 from modeling_moextend import MoExtendForCausalLM, MoExtendSFTConfig, MoExtendSFTTrainer
 from modeling_moextend.data.processors import load_processor, text_tokenizer
 from modeling_moextend.evaluation.compare import count_selected
+from modeling_moextend.processing_moextend import to_rgb
 from modeling_moextend.tools.modes import is_moextend
 from modeling_moextend.training.stages import change_routing
 
@@ -309,7 +309,7 @@ def collator(
             name: torch.tensor([sample[name] + [fill] * (length - len(sample[name])) for sample in samples])
             for name, fill in fills.items()
         }
-        pictures = [Image.open(sample["picture"]).convert("RGB") for sample in samples if sample["picture"]]
+        pictures = [to_rgb(sample["picture"]) for sample in samples if sample["picture"]]
         if pictures:
             batch["pixel_values"] = processing.image_processor(pictures, return_tensors="pt")["pixel_values"]
         return batch

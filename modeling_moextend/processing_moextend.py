@@ -3,11 +3,19 @@
 Letters: B samples, S tokens, I images in the batch, P image tokens an image.
 """
 
+import contextlib
+import os
 from typing import Any, Self
 
 import transformers
-from transformers import BaseImageProcessor, BatchFeature, PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.image_utils import make_flat_list_of_images
+from transformers import (
+    BaseImageProcessor,
+    BatchFeature,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    image_utils,
+)
 from transformers.tokenization_utils_base import AddedToken
 
 from .package_moextend import from_package
@@ -17,18 +25,27 @@ BUILDING = "Building a processor"
 
 
 def to_rgb(image):
-    """A PIL image of any 8- or 16-bit mode in RGB. Alpha is dropped, as LLaVA does. No PIL image: left as it is."""
+    """A PIL image of any 8- or 16-bit mode, or the file of one, in RGB and upright by its EXIF. Alpha is dropped, as
+    LLaVA does. Anything else is left as it is: arrays, tensors, and URLs and base64 text, which transformers opens."""
+    if isinstance(image, (str, os.PathLike)) and os.path.isfile(image):
+        with open(image, "rb") as file:  # by name, PIL maps a TIFF and turns it wrongly; transformers clips 16 bits
+            return to_rgb(image_utils.PIL.Image.open(file))
     mode = getattr(image, "mode", None)  # a tensor has a method of that name
-    if not isinstance(mode, str) or mode == "RGB":
+    if not isinstance(mode, str):
         return image
     if mode in ("I", "F"):
         raise ValueError(f"An image of mode {mode!r} has no fixed range of values: scale it to 8 bits, as mode 'L'.")
+    image = image.copy()
+    with contextlib.suppress(Exception):  # EXIF that can't be read turns nothing; PIL's plugins raise what they like
+        image_utils.PIL.ImageOps.exif_transpose(image, in_place=True)
     if mode.startswith("I;16"):
         # PIL's own conversion clips at 255, which turns nearly every 16-bit image white.
         image = image.point(lambda value: value * (1 / 256)).convert("L")
     if "transparency" in image.info:  # PIL warns when it drops a palette's alpha by itself
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    image.info = {}  # or EXIF that can be read and not be written would turn it again
+    return image
 
 
 def by_pil(image_processor):
@@ -94,7 +111,8 @@ class MoExtendProcessor(ProcessorMixin):
 
         Args:
             images: one image, a list in reading order of the whole batch, or a list of B lists (empty ones for samples
-                without images). PIL images of any mode, arrays, tensors, paths or URLs.
+                without images). PIL images of any mode, paths, URLs and base64 text (all turned upright by their
+                EXIF), arrays or tensors.
             text: with one image token for each image.
 
         Raises:
@@ -104,15 +122,15 @@ class MoExtendProcessor(ProcessorMixin):
         return super().__call__(images=images, text=text, **kwargs)
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs) -> tuple:
+        images = _each_to_rgb(images)
         images, text, videos, audio = super().prepare_inputs_layout(images=images, text=text, **kwargs)
         if _is_nested(images):
             if text is not None and len(images) != len(text):
                 raise ValueError(f"images holds {len(images)} lists, but text has {len(text)} samples: one list each.")
-            images = [[to_rgb(image) for image in sample] for sample in images]
             images = images if any(images) else None
         elif images is not None:
             no_images = isinstance(images, (list, tuple)) and not images
-            images = None if no_images else [to_rgb(image) for image in make_flat_list_of_images(images)]
+            images = None if no_images else image_utils.make_flat_list_of_images(images)
         return images, text, videos, audio
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs) -> None:
@@ -149,6 +167,10 @@ def _check_image_count(images, placeholders, image_token):
             f"{len(images)} images were given but the text has {sum(placeholders)} {image_token!r} "
             f"(by sample: {placeholders})."
         )
+
+
+def _each_to_rgb(images):
+    return [_each_to_rgb(image) for image in images] if isinstance(images, (list, tuple)) else to_rgb(images)
 
 
 def _is_nested(images):

@@ -1,11 +1,14 @@
 """MoExtendProcessor: image tokens, counts, chat templates, assistant masks, saving and loading."""
 
+import base64
+import io
 import json
 import os
 import subprocess
 import sys
 import warnings
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -22,7 +25,9 @@ from transformers import (
 from trl.chat_template_utils import is_chat_template_stop_token_trained
 
 from modeling_moextend.configuration_moextend import count_image_tokens
+from modeling_moextend.data.llava import load_llava
 from modeling_moextend.data.processors import default_chat_template, with_image_parts
+from modeling_moextend.evaluation.compare import encode
 from modeling_moextend.processing_moextend import MoExtendProcessor, to_rgb
 
 # The instruct format of a base that knows text only.
@@ -225,6 +230,115 @@ def test_a_palette_with_alpha_is_converted_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert to_rgb(image).getpixel((0, 0)) == BLUE
+
+
+# What is stored -> what is seen, by the EXIF orientation: a camera held otherwise stores the picture turned.
+SEEN = {
+    1: lambda pixels: pixels,
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: np.rot90(pixels, 1),
+}
+QUARTERS = np.kron(np.array([[RED, GREEN], [BLUE, (255, 255, 255)]], dtype=np.uint8), np.ones((16, 24, 1), np.uint8))
+
+
+def photo(folder, orientation, kind="PNG", exif=None, pixels=QUARTERS):
+    """A file that shows `pixels` turned by its EXIF, and the image that people see."""
+    if exif is None:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+    path = folder / f"photo.{kind.lower()}"
+    lossless = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(kind, {})
+    Image.fromarray(pixels).save(path, kind, exif=exif, **lossless)
+    return path, SEEN[orientation](pixels)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", SEEN)
+def test_photos_are_seen_upright_by_every_way_in(tmp_path, orientation, kind):
+    path, upright = photo(tmp_path, orientation, kind)
+    processor = build_processor()
+    (tmp_path / "data.json").write_text(
+        json.dumps(
+            [
+                {
+                    "image": path.name,
+                    "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}],
+                }
+            ]
+        )
+    )
+    [llava] = load_llava(tmp_path / "data.json")[0]["images"]
+    [streamed] = next(iter(load_llava(tmp_path / "data.json", streaming=True)))["images"]
+    column = datasets.Dataset.from_dict({"image": [str(path)]}).cast_column("image", datasets.Image())
+    text = base64.b64encode(path.read_bytes()).decode()
+    images = {
+        "opened": Image.open(path),
+        "converted": Image.open(path).convert("RGBA"),
+        "file": path,
+        "name": str(path),
+        "base64": text,
+        "data URL": f"data:image/png;base64,{text}",
+        "LLaVA": llava,
+        "LLaVA, streamed": streamed,
+        "datasets": column[0]["image"],
+        "twice": to_rgb(to_rgb(path)),
+    }
+    expected = processor(images=Image.fromarray(np.ascontiguousarray(upright)), text="<image>", return_tensors="pt")
+    close = {"atol": 0.1 if kind == "JPEG" else 0, "rtol": 0}  # what JPEG loses differs, turned or not
+    for way, image in images.items():
+        for given in (image, [image], [[image]]):
+            batch = processor(images=given, text=["<image>"], return_tensors="pt")
+            torch.testing.assert_close(batch["pixel_values"], expected["pixel_values"], **close, msg=way)
+        batch = encode(processor, ["<image>"], [[image]])
+        torch.testing.assert_close(batch["pixel_values"], expected["pixel_values"], **close, msg=way)
+    for key, image in [("path", str(path)), ("url", str(path)), ("base64", text), ("image", Image.open(path))]:
+        chat = [{"role": "user", "content": [{"type": "image", key: image}, {"type": "text", "text": "What?"}]}]
+        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        batch = processor.apply_chat_template(chat, **options)
+        torch.testing.assert_close(batch["pixel_values"], expected["pixel_values"], **close, msg=key)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PIL says what is damaged
+def test_damaged_exif_turns_nothing_or_once(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x8769] = 6, "maker", {0x9000: b"0230"}
+    whole, rng = bytearray(exif.tobytes()), np.random.default_rng(0)
+    turned = 0
+    for number in range(200):
+        damaged = bytearray(whole)
+        for place in rng.integers(len(whole), size=number % 3 + 1):
+            damaged[place] = rng.integers(256)
+        path, _ = photo(tmp_path, 1, "PNG", exif=bytes(damaged))
+        seen = to_rgb(path)
+        assert any(np.array_equal(seen, look(QUARTERS)) for look in SEEN.values())
+        assert np.array_equal(seen, to_rgb(seen)) and np.array_equal(seen, to_rgb(Image.open(path)))
+        turned += seen.size != (48, 32)
+    assert 30 < turned < 170  # both kinds were among them
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bits_by_every_way_in(tmp_path, kind):
+    pixels = np.arange(4 * 6, dtype=np.uint16).reshape(4, 6) * 256
+    path, _ = photo(tmp_path, 6, kind, pixels=pixels)
+    expected = np.repeat(np.rot90(pixels // 256, -1)[:, :, None], 3, axis=2)
+    for image in (path, str(path), Image.open(io.BytesIO(path.read_bytes()))):
+        assert np.array_equal(to_rgb(image), expected)
+    text, batch = "<image>", build_processor()(images=str(path), text="<image>")
+    upright = build_processor()(images=Image.fromarray(expected.astype(np.uint8)), text=text)
+    assert np.array_equal(batch["pixel_values"], upright["pixel_values"])
+
+
+def test_given_images_stay_as_they_are(tmp_path):
+    image = Image.open(photo(tmp_path, 6)[0])
+    image.load()
+    before = image.tobytes(), image.size, dict(image.info)
+    to_rgb(image)
+    assert before == (image.tobytes(), image.size, image.info)
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])

@@ -17,6 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils import requires_backends
+
 from ..processing_moextend import IMAGE_TOKEN, to_rgb
 
 if TYPE_CHECKING:
@@ -42,8 +44,8 @@ def load_llava(
 ) -> datasets.Dataset | datasets.IterableDataset:
     """A LLaVA-1.5 JSON (or .jsonl) file as a dataset for `MoExtendSFTTrainer` and TRL's `SFTTrainer`.
 
-    Images are opened when a sample is taken, not before, and come as RGB. With `streaming` neither the file nor its
-    images are held in memory; a shuffle buffer on top of it does hold decoded images.
+    Images are opened when a sample is taken, not before, and come as RGB, upright by their EXIF. With `streaming`
+    neither the file nor its images are held in memory; a shuffle buffer on top of it does hold decoded images.
 
     Args:
         json_path: a list of entries, or one entry a line.
@@ -218,14 +220,11 @@ def _check_counts(messages, paths, prompt_completion):
 
 
 def _open_image(path, sample):
-    """The whole image as RGB, its file closed again."""
-    from PIL import Image
-
+    """The whole image as RGB and upright, its file closed again."""
+    requires_backends(load_llava, ["vision"])
     _check_exists(path, sample)
     try:
-        with Image.open(path) as image:
-            image.load()
-            return to_rgb(image)
+        return to_rgb(path)
     except Exception as error:  # PIL's plugins raise what they like on broken files, SyntaxError among it
         raise _BadSample(f"{sample}: image {path} cannot be read: {type(error).__name__}: {error}") from error
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from ..data.collators import pad_ids
 from ..data.processors import text_tokenizer
 from ..metrics import load_metric
+from ..processing_moextend import to_rgb
 from ..routing_moextend import RoutingRecord
 from ..tools.modes import evaluation_mode, is_moextend
 
@@ -275,9 +276,7 @@ def encode(
     """Left-padded inputs of one batch; images go to the processor."""
     if not any(images):
         return pad_ids(text_tokenizer(tokenizer)(texts, add_special_tokens=False).input_ids, pad_id(tokenizer), "left")
-    from PIL import Image
-
-    images = [[image if hasattr(image, "convert") else Image.open(image) for image in sample] for sample in images]
+    images = [[to_rgb(image) for image in sample] for sample in images]
     options = {"add_special_tokens": False, "padding": True, "padding_side": "left", "return_tensors": "pt"}
     return dict(tokenizer(images=images, text=texts, **options))
 
