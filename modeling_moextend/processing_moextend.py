@@ -7,6 +7,7 @@ import contextlib
 import os
 from typing import Any, Self
 
+import torch
 import transformers
 from transformers import (
     BaseImageProcessor,
@@ -53,6 +54,18 @@ def by_pil(image_processor):
     other pixels, and transformers would choose it wherever it is installed."""
     pil = getattr(transformers, f"{type(image_processor).__name__}Pil", None)
     return pil.from_dict(image_processor.to_dict()) if pil else image_processor
+
+
+class ImageBatch(BatchFeature):
+    """Model inputs in which image tokens are no labels: trainers make `labels` of `input_ids`, and count them for the
+    mean of the loss, before a model sees them."""
+
+    image_token_id = None
+
+    def __setitem__(self, key, value):
+        if key == "labels" and torch.is_tensor(value) and self.image_token_id is not None:
+            value = value.masked_fill(value == self.image_token_id, -100)
+        super().__setitem__(key, value)
 
 
 class MoExtendProcessor(ProcessorMixin):
@@ -108,6 +121,7 @@ class MoExtendProcessor(ProcessorMixin):
 
     def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs) -> BatchFeature:
         """Model inputs of B samples: `input_ids`, `attention_mask` [B, S]; with images, `pixel_values` [I, 3, h, w].
+        `labels` [B, S] that are put into them leave image tokens out.
 
         Args:
             images: one image, a list in reading order of the whole batch, or a list of B lists (empty ones for samples
@@ -119,7 +133,9 @@ class MoExtendProcessor(ProcessorMixin):
             ValueError: images and image tokens differ in number, in a sample or altogether; or truncation would cut
                 image tokens off.
         """
-        return super().__call__(images=images, text=text, **kwargs)
+        batch = ImageBatch(super().__call__(images=images, text=text, **kwargs))
+        batch.image_token_id = self.image_token_id
+        return batch
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs) -> tuple:
         images = _each_to_rgb(images)

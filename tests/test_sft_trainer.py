@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast, TrainerCallback
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 from modeling_moextend import MoExtendForCausalLM, MoExtendProcessor
 from modeling_moextend.data.collators import MaskImageLabels
@@ -276,6 +276,30 @@ def test_image_batches_reach_the_model_with_masked_labels(tmp_path):
     assert (inputs["input_ids"] == image).any()
     assert not (inputs["labels"] == image).any()
     assert (inputs["labels"] != -100).any()
+
+
+@pytest.mark.parametrize("kind", ["messages", "text", "prompt_completion"])
+def test_trls_own_trainer_counts_no_image_tokens(tmp_path, kind):
+    data, image, model = image_data(2), len(WORDS), make_model(encoder=True)
+    if kind == "text":
+        data = data.map(lambda row: {"text": "<image> " + row["messages"][1]["content"]}, remove_columns="messages")
+    elif kind == "prompt_completion":
+        rows = [
+            {"images": row["images"], "prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in data
+        ]
+        data = Dataset.from_list(rows)
+    still = {"max_steps": 1, "learning_rate": 0.0, "max_length": None, "remove_unused_columns": kind != "text"}
+    args = config(tmp_path, **still, completion_only_loss=False, router_aux_loss_coef=0.0)
+    trainer = SFTTrainer(model=model, args=args, train_dataset=data, processing_class=make_processor())
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert (batch["input_ids"] == image).sum() == 2 * 4
+    with torch.no_grad():
+        logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}).logits
+    targets = batch["input_ids"][:, 1:]
+    counts = (batch["attention_mask"][:, 1:] == 1) & (targets != image)
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1][counts], targets[counts])
+    trainer.train()
+    assert losses(trainer) == [pytest.approx(expected.item(), rel=1e-3)]  # logged with few digits
 
 
 def test_assistant_only_loss_with_images(tmp_path):
