@@ -134,6 +134,26 @@ def test_map_style_survives_what_a_trainer_does_to_it(folder):
         list(dataset.shuffle(seed=1))
 
 
+@STREAMING
+def test_a_top_level_system_text_is_the_system_turn(folder, streaming):
+    turn = {"from": "system", "value": "Answer in French."}
+    top, first = {**text_entry(), "system": turn["value"]}, text_entry()
+    first["conversations"].insert(0, turn)
+    none = {**text_entry(), "system": "", "tools": [], "images": None}
+    rows = [row["messages"] for row in load_llava(write(folder, [top, first, none]), streaming=streaming)]
+    assert rows[0] == rows[1] and rows[0][0] == {"role": "system", "content": [part("Answer in French.")]}
+    assert rows[2] == rows[0][1:]
+
+
+@STREAMING
+def test_ignored_keys_and_metadata_are_left_out(folder, streaming):
+    weighted = {**entry(), "weight": 0.5, "source": "mine", "width": 40}
+    weighted["conversations"][1]["weight"] = 0
+    path = write(folder, [weighted])
+    (row,) = load_llava(path, streaming=streaming, ignore_keys=["weight"])
+    assert row["messages"] == next(iter(load_llava(write(folder, [entry()], "b.json"))))["messages"]
+
+
 # Bad samples
 
 
@@ -166,6 +186,22 @@ def test_map_style_survives_what_a_trainer_does_to_it(folder):
         ),
         ({"id": "x", "conversations": turns("Hi")}, "the last turn is from 'human'; it must be from 'gpt'"),
         ({"id": "x", "conversations": [{"from": "system", "value": ""}]}, "the last turn is from 'system'"),
+        ({**text_entry("x"), "system": ["Be kind."]}, r"'system' must be a text, not \['Be kind.'\]"),
+        (
+            {"id": "x", "system": "A", "conversations": [{"from": "system", "value": "B"}, *turns("Hi", "Yo")]},
+            "it has a 'system' and a turn from 'system': leave out one of the two",
+        ),
+        (
+            {**text_entry("x"), "tools": "[{}]"},
+            r"its key 'tools' is not read, and '\[{}\]' would be dropped",
+        ),
+        ({**text_entry("x"), "video": "a.mp4"}, r"its key 'video' .*ignore_keys=\['video'\]"),
+        ({**text_entry("x"), "images": ["red.png"]}, "its key 'images' is not read"),
+        ({**text_entry("x"), "weight": 0}, "its key 'weight' is not read"),
+        (
+            {"id": "x", "conversations": [*turns("Hi"), {"from": "gpt", "value": "Yo", "train": False}]},
+            "its key 'train' is not read, and 'False' would be dropped",
+        ),
         (entry("x", "gone.png"), "image .*gone.png does not exist"),
         (entry("x", "broken.png"), "image .*broken.png cannot be read: UnidentifiedImageError"),
         (entry("x", "cut.png"), "image .*cut.png cannot be read: OSError: .*truncated"),

@@ -1,8 +1,8 @@
 """LLaVA-1.5 JSON, read as it is, into TRL's conversational image format.
 
-One entry of a file: {"id": ..., "image": path, list of paths or absent, "conversations": [{"from": "human", "value":
-"<image>\\nWhat is this?"}, {"from": "gpt", "value": ...}, ...]}. One sample made of it: `messages` whose content is a
-list of parts, an image part where `<image>` stood, and `images` in the same order.
+One entry of a file: {"id": ..., "image": path, list of paths or absent, "system": text or absent, "conversations":
+[{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": ...}, ...]}. One sample made of it:
+`messages` whose content is a list of parts, an image part where `<image>` stood, and `images` in the same order.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -28,6 +28,12 @@ logger = logging.getLogger(__name__)
 
 JSON_FILES = (".json", ".jsonl")  # how their names end
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+KEYS = ("id", "image", "conversations", "system")  # what is read of an entry
+TURN_KEYS = ("from", "value")
+METADATA = (  # nothing is trained on it: where an entry comes from, not what it says
+    "category", "data_source", "dataset", "dataset_name", "height", "idx", "image_id", "index", "language", "license",
+    "metadata", "model", "question_id", "source", "split", "task", "type", "url", "width",
+)  # fmt: skip
 CHUNK = 1 << 20  # characters read at a time
 MAX_ENTRY = 1 << 26  # characters one entry may have: beyond that the file is broken, not long
 BATCH = 1000  # samples made into one Arrow table at a time
@@ -41,6 +47,7 @@ def load_llava(
     streaming: bool = False,
     on_error: str = "raise",
     prompt_completion: bool = False,
+    ignore_keys: Sequence[str] = (),
 ) -> datasets.Dataset | datasets.IterableDataset:
     """A LLaVA-1.5 JSON (or .jsonl) file as a dataset for `MoExtendSFTTrainer` and TRL's `SFTTrainer`.
 
@@ -57,6 +64,8 @@ def load_llava(
             threads, and let go again.
         prompt_completion: columns `prompt` and `completion`, the last turn; earlier turns of the assistant
             are then part of the prompt and not trained on. For chat templates without generation markers.
+        ignore_keys: keys of entries or turns to leave unread. A key that is unknown here makes a bad sample unless it
+            is empty or named here: it may say what is to be trained on (`tools`, `weight`, `video`, ...).
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset`: `id`, `images` (list of PIL images, empty for text only) and
@@ -74,6 +83,7 @@ def load_llava(
     json_path = Path(json_path)
     folder = json_path.parent if image_folder is None else Path(image_folder)
     settings = {"json_path": str(json_path), "folder": str(folder), "prompt_completion": prompt_completion}
+    settings["ignore_keys"] = tuple(ignore_keys)
     if streaming:
         return datasets.IterableDataset.from_generator(_stream, gen_kwargs={**settings, "on_error": on_error})
     features = _features(datasets, prompt_completion)
@@ -144,7 +154,7 @@ class _BadSample(ValueError):
     """A sample that cannot be trained on; the text names it."""
 
 
-def _convert(entry, index, json_path, folder, prompt_completion):
+def _convert(entry, index, json_path, folder, prompt_completion, ignore_keys):
     """One entry as a sample: `id`, `messages` (or `prompt`, `completion`), `images` as {"path", "sample"}.
 
     Each image carries its sample's name, because trainers drop the `id` column before images are opened.
@@ -153,7 +163,8 @@ def _convert(entry, index, json_path, folder, prompt_completion):
     try:
         if name is None:
             raise ValueError(f"it must be an object with 'conversations', not {type(entry).__name__}")
-        messages = _messages(entry.get("conversations"))
+        messages = _messages(entry.get("conversations"), entry.get("system"))
+        _check_keys(entry, ignore_keys)
         paths = _image_paths(entry)
         _check_counts(messages, paths, prompt_completion)
     except ValueError as error:
@@ -164,8 +175,21 @@ def _convert(entry, index, json_path, folder, prompt_completion):
     return sample
 
 
-def _messages(turns):
-    """LLaVA turns as TRL messages: an optional system turn, then human and gpt in turn, gpt last.
+def _check_keys(entry, ignore_keys):
+    """Refuses what would be dropped: a key that is not read here, unless it is empty, metadata or to be ignored."""
+    for part, known in [(entry, KEYS + METADATA), *((turn, TURN_KEYS) for turn in entry["conversations"])]:
+        for key, value in part.items():
+            if key not in (*known, *ignore_keys) and value not in (None, "", [], {}):
+                raise ValueError(
+                    f"its key {key!r} is not read, and {str(value)[:80]!r} would be dropped. Entries have "
+                    f"{', '.join(KEYS)} and metadata ({', '.join(METADATA)}), turns have {' and '.join(TURN_KEYS)}. "
+                    f"Take it out of the file, or read the file without it: load_llava(ignore_keys=[{key!r}])"
+                )
+
+
+def _messages(turns, system):
+    """LLaVA turns as TRL messages: an optional system turn, or the entry's `system`, then human and gpt in turn, gpt
+    last.
 
     A gpt turn before the first human one is dropped, as LLaVA's own preprocessing does.
     """
@@ -176,7 +200,11 @@ def _messages(turns):
             raise ValueError(f"turn {number} must be an object with 'from' and a text 'value'")
         if turn.get("from") not in ROLES:
             raise ValueError(f"turn {number} is from {turn.get('from')!r}; allowed: {', '.join(map(repr, ROLES))}")
+    if system is not None and not isinstance(system, str):
+        raise ValueError(f"'system' must be a text, not {system!r}")
     first = 1 if turns[0]["from"] == "system" else 0
+    if system and first:
+        raise ValueError("it has a 'system' and a turn from 'system': leave out one of the two")
     dropped = 1 if len(turns) > first + 1 and turns[first]["from"] == "gpt" else 0
     turns = turns[:first] + turns[first + dropped :]
     for number, turn in enumerate(turns[first:]):
@@ -186,6 +214,7 @@ def _messages(turns):
             raise ValueError(f"turn {number} is from {turn['from']!r}, but {expected!r} must come there")
     if turns[-1]["from"] != "gpt":
         raise ValueError(f"the last turn is from {turns[-1]['from']!r}; it must be from 'gpt', or there is no answer")
+    turns = [{"from": "system", "value": system}, *turns] if system else turns
     return [{"role": ROLES[turn["from"]], "content": _parts(turn["value"])} for turn in turns]
 
 
@@ -249,20 +278,20 @@ def _open_batch(batch):
 # Whole files
 
 
-def _stream(json_path, folder, prompt_completion, on_error):
+def _stream(json_path, folder, prompt_completion, ignore_keys, on_error):
     """Yields samples with opened images, one after the other."""
     skips = _Skips(json_path, on_error)
     try:
         for index, entry in read_entries(json_path):
             with skips:
-                sample = _convert(entry, index, json_path, folder, prompt_completion)
+                sample = _convert(entry, index, json_path, folder, prompt_completion, ignore_keys)
                 sample["images"] = _open_images(sample["images"])
                 yield sample
     finally:
         skips.report()
 
 
-def _checked_samples(json_path, folder, prompt_completion, on_error):
+def _checked_samples(json_path, folder, prompt_completion, ignore_keys, on_error):
     """Yields samples with paths of images, in threads: checking one waits for the disk, or decodes outside the GIL.
 
     With "skip" every image is decoded once and let go; with "raise" it only has to be there.
@@ -271,7 +300,7 @@ def _checked_samples(json_path, folder, prompt_completion, on_error):
 
     def convert(indexed):
         try:
-            sample = _convert(indexed[1], indexed[0], json_path, folder, prompt_completion)
+            sample = _convert(indexed[1], indexed[0], json_path, folder, prompt_completion, ignore_keys)
             for image in sample["images"]:
                 (_open_image if on_error == "skip" else _check_exists)(**image)
             return sample

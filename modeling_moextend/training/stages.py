@@ -72,6 +72,10 @@ class StagesConfig:
     on_error: str = field(
         default="raise", metadata={"help": "A missing or broken image: 'raise', or 'skip' it and count at the end."}
     )
+    ignore_keys: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Keys of a LLaVA JSON to leave unread; other unknown ones are refused."},
+    )
     streaming: bool = field(
         default=False, metadata={"help": "Read the data as it goes; then the first --probe_samples are held out."}
     )
@@ -174,7 +178,8 @@ def load_data(name: str, config: StagesConfig) -> Dataset | IterableDataset:
         ValueError: a LLaVA sample with an image, and no encoder to see it.
     """
     if name.endswith(JSON_FILES) and is_llava(name):
-        data = load_llava(name, config.image_folder, streaming=config.streaming, on_error=config.on_error)
+        options = {"streaming": config.streaming, "on_error": config.on_error, "ignore_keys": config.ignore_keys}
+        data = load_llava(name, config.image_folder, **options)
         if config.encoder is not None:
             return data
         return (data if config.streaming else data.with_format(None)).map(plain_text, remove_columns=["images", "id"])
