@@ -7,6 +7,8 @@ that adapter has touched: so it can be trained once, on hidden states of the bas
 on top of) computed once, and no later training moves what it decides.
 """
 
+import warnings
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -23,6 +25,8 @@ class TokenGate(nn.Module):
 
     key, value [D, H], fc1 [D, H + D], fc2 [1, D]. fc2 starts at zero with bias -1: an untrained gate is closed.
     """
+
+    checked = False  # whether the first training pass has looked at it
 
     def __init__(self, hidden_size: int, gate_size: int, device=None):
         super().__init__()
@@ -52,6 +56,23 @@ class TokenGate(nn.Module):
 def linear(layer, hidden):
     """`layer`, computed in float32 whatever dtype a user has cast the model to."""
     return F.linear(hidden, layer.weight.float(), layer.bias.float())
+
+
+def warn_if_closed(name, part, threshold):
+    """Says once, in training, that the gate of the adapter `name` was never trained and keeps every token from new
+    experts (`part`: its `NewExperts` in the lowest layer) that are to train."""
+    gate = part.rows.gate
+    trains = gate.training and torch.is_grad_enabled() and any(p.requires_grad for p in part.experts.parameters())
+    if gate.checked or not trains:
+        return
+    gate.checked = True
+    if not gate.fc2.weight.any() and float(gate.fc2.bias) <= threshold:
+        warnings.warn(
+            f"The gate of adapter {name!r} was never trained and lets no token through: its new experts learn nothing."
+            " MoExtendSFTTrainer trains the gate before them; load what it has saved, open the gate to every token "
+            f"(model.gate_threshold = {2 * CLOSED}), or make the adapter with from_base(..., scope='all').",
+            stacklevel=2,
+        )
 
 
 class GatedPass:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .families_moextend import bias_path, plain_class, sibling, tensor_at
+from .gate_moextend import warn_if_closed
 from .routing_moextend import (
     INPUTS,
     SCORES,
@@ -77,6 +78,8 @@ class RouterExtension(Extension):
             for name, part in parts.items()
             if part.rows.gate is not None and name in plan.gates
         }
+        for name in margins:
+            warn_if_closed(name, parts[name], plan.gates[name].threshold)
         names = [name for name in parts if plan.takes_part(name)]
         if names:
             base = hidden_states.flatten(0, -2), RouterOutput(*answer)

@@ -3,7 +3,9 @@
 import copy
 import io
 import json
+import re
 import threading
+import warnings
 
 import pytest
 import torch
@@ -879,6 +881,64 @@ def test_gradients_are_zeros_and_not_none_where_no_token_is_routed(family):
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     for name, tensor in trained.items():
         assert tensor.grad is not None and not tensor.grad.any(), name
+
+
+# ---------------------------------------------------------------- a gate that was never trained, in training
+
+
+CLOSED_GATE = r"The gate of adapter 'default' was never trained and lets no token through.*gate_threshold = -2\.0"
+
+
+def warned(model, **inputs):
+    """The texts with which one pass of `model` warns of its gate."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model(**inputs)
+    return [str(one.message) for one in caught if re.search("never trained", str(one.message))]
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["fresh", "loaded"])
+def test_the_first_training_pass_says_that_the_gate_is_closed(tmp_path, loaded):
+    """Once, and in a training pass only: behind such a gate nothing moves in any trainer that does not train it."""
+    model, inputs = gated(), {"input_ids": text(2, 6), "labels": text(2, 6)}
+    if loaded:
+        model.save_pretrained(tmp_path)
+        model = MoExtendForCausalLM.from_pretrained(tmp_path, base=make_base())
+    assert not warned(model.eval(), **inputs)
+    with torch.no_grad():
+        assert not warned(model.train(), **inputs)
+    (message,) = warned(model, **inputs)
+    assert re.match(CLOSED_GATE, message)
+    assert not warned(model, **inputs)
+    assert not warned(model.model, input_ids=inputs["input_ids"])  # which trainers with a fused head run
+
+
+@pytest.mark.parametrize("way", ["trained", "threshold", "frozen", "off", "other"])
+def test_a_gate_that_keeps_nothing_from_training_is_no_news(way):
+    model = (opened() if way == "trained" else gated()).train()
+    if way == "threshold":
+        model.gate_threshold = 2 * CLOSED
+    if way == "frozen":
+        model.require_gradients([])
+    if way == "off":
+        model.disable_adapters()
+    names = ["__base__"] if way == "other" else None
+    assert not warned(model, input_ids=text(1, 6), adapter_names=names)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_the_message_advises_opens_the_gate(checkpointing):
+    model = gated(plan={0: [0, 1]}).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    moved = {}
+    for way in ("closed", "open"):
+        model.zero_grad()
+        model.gate_threshold = 2 * CLOSED if way == "open" else 0.0
+        model(input_ids=text(2, 6), labels=text(2, 6)).loss.backward()
+        gradients = [tensor.grad for tensor in model.adapter_tensors().values() if tensor.grad is not None]
+        moved[way] = any(gradient.any() for gradient in gradients)
+    assert moved == {"closed": False, "open": True}
 
 
 # ---------------------------------------------------------------- saving, loading, growing
