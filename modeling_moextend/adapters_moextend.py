@@ -220,12 +220,17 @@ class AdapterSwitch:
         saved is the one on top, if there is just one."""
         top = self.on_top(names)
         self.passes.change(active=tuple(sorted(names)), trained=top[0] if len(top) == 1 else None)
-        before = self.config
         leading = self.passes.current.trained or next(iter((*self.passes.current.active, *(among or self.adapters))))
-        config = self.adapters[leading].config
-        for name in IMPLEMENTATIONS:  # the base's, whoever leads
-            setattr(config, name, getattr(before, name))
-        self.config = config
+        self.config = self.adapters[leading].config
+        self.follow_base()
+
+    def follow_base(self) -> None:
+        """Has the config, and its `text_config`, say which implementations the base runs."""
+        text, base = self.config.text_config, self.base.config
+        pairs = [(one.get_text_config(), base.get_text_config()) for one in (text, self.config)]
+        for config, running in ((self.config, base), (text, base), *pairs):
+            for name in IMPLEMENTATIONS:
+                setattr(config, name, getattr(running, name))
 
     def active_adapters(self) -> list[str]:
         """Names of the adapters that take part, in ascending order; `[]` while switched off."""

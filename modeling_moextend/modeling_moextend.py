@@ -36,6 +36,16 @@ from .vision_moextend import ImageGenerationMixin, encode_images, merge_images, 
 BASE_FLAGS = ("_is_stateful", "_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn")
 
 
+def as_base(name):
+    """The method `name` of a module, once the base has run its own, which may refuse (quantised, `device_map`)."""
+
+    def moved(self, *args: object, **kwargs: object) -> PreTrainedModel:
+        getattr(self.base, name)(*args, **kwargs)
+        return getattr(PreTrainedModel, name)(self, *args, **kwargs)
+
+    return moved
+
+
 class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTrainedModel):
     """What both models share: the base and its adapters, and one pass through them."""
 
@@ -44,6 +54,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _can_set_experts_implementation = classmethod(lambda cls: True)  # transformers would look for it in this file
 
     def __init__(
         self,
@@ -79,6 +90,8 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
         self._no_split_modules = set(self.base._no_split_modules or [])
         for flag in BASE_FLAGS:
             setattr(self, flag, getattr(self.base, flag))
+        if hasattr(base, "hf_device_map"):  # trainers leave a model alone that is spread over devices
+            self.hf_device_map = {f"base.{name}".rstrip("."): device for name, device in base.hf_device_map.items()}
         self.train(self.base.training)
 
     def init_weights(self) -> None:
@@ -177,12 +190,23 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs) -> None:  # the encoder's is its own
         self.base.set_attn_implementation(attn_implementation, **kwargs)
+        self.follow_base()
 
     def set_experts_implementation(self, experts_implementation: str | dict) -> None:  # new experts follow it
         self.base.set_experts_implementation(experts_implementation)
+        self.follow_base()
 
-    def resize_token_embeddings(self, *args, **kwargs) -> None:
-        raise ValueError("The base's vocabulary stays as it is; the image token's id may lie past the embedding.")
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs
+    ) -> nn.Module:
+        """The embedding, if this is its size. `ValueError`: another one."""
+        size, step = self.get_input_embeddings().weight.shape[0], pad_to_multiple_of or 1
+        if -(-(size if new_num_tokens is None else new_num_tokens) // step) * step != size:
+            raise ValueError(
+                f"The base's vocabulary of {size} tokens stays as it is: leave resize_token_embeddings out; the image "
+                "token's id may lie past the embedding."
+            )
+        return self.get_input_embeddings()
 
     def enable_input_require_grads(self) -> None:
         """Nothing: transformers calls this for reentrant checkpointing; it would bring back backward work below the
@@ -196,6 +220,8 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
             raise ValueError("use_reentrant=True is not supported: use {'use_reentrant': False}, the default.")
         options["context_fn"] = partial(self.passes.checkpoint_contexts, options.get("context_fn"))
         super()._set_gradient_checkpointing(enable, partial(gradient_checkpointing_func, **options), **kwargs)
+
+    to, cuda, half, float = map(as_base, ("to", "cuda", "half", "float"))  # last: annotations above mean another float
 
 
 class MoExtendModel(MoExtendPreTrainedModel):

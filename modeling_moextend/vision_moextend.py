@@ -168,6 +168,10 @@ class ImageGenerationMixin(GenerationMixin):
         """The base's own cache: some families bring a class of theirs."""
         return self.base._prepare_cache_for_generation(*args, **kwargs)
 
+    def _prepare_model_inputs(self, *args, **kwargs):
+        """The base's own: some families take no `inputs_embeds`."""
+        return self.base._prepare_model_inputs(*args, **kwargs)
+
     def _prepare_position_ids_for_generation(self, *args, **kwargs):
         """The base's own: multimodal ones have positions of several dimensions."""
         return self.base._prepare_position_ids_for_generation(*args, **kwargs)

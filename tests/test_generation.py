@@ -125,6 +125,27 @@ def test_several_returned_sequences_keep_the_images_of_their_row(model):
 # ---------------------------------------------------------------- speculative decoding
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=str)
+def test_embeddings_generate_as_their_ids_do(model, options):
+    inputs = batch(rows=2, length=6)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    if model.config.scope == "modality":
+        with pytest.raises(ValueError, match="scope='modality' finds the image tokens in input_ids, but only"):
+            generate(model, inputs_embeds=embeds, **options)
+        return
+    found = generate(model, inputs_embeds=embeds, attention_mask=inputs["attention_mask"], **options)
+    assert torch.equal(found, generate(model, **inputs, **options)[:, 6:])
+    with pytest.raises(ValueError, match="Give images with input_ids, not with inputs_embeds"):
+        generate(model, inputs_embeds=embeds, pixel_values=pixels(1))
+
+
+def test_embeddings_are_refused_where_the_base_refuses_them(monkeypatch):
+    model = seeing()
+    monkeypatch.setattr(type(model.base), "prepare_inputs_for_generation", lambda self, input_ids, **kwargs: {})
+    with pytest.raises(ValueError, match="MixtralForCausalLM doesn't have its forwarding implemented"):
+        generate(model, inputs_embeds=torch.randn(1, 3, 32))
+
+
 def test_an_assistant_changes_no_token_of_text(model):
     inputs = ids([5, 6, 7, 8])
     expected = generate(model, **inputs)

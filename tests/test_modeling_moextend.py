@@ -174,8 +174,7 @@ def test_a_base_by_path_passes_its_options_on(tmp_path):
     make_base().save_pretrained(tmp_path)
     options = {"experts_implementation": "eager", "attn_implementation": "eager", "dtype": torch.bfloat16}
     model = MoExtendForCausalLM.from_base(str(tmp_path), PLAN, **options)
-    assert model.base.config._experts_implementation == "eager"
-    assert model.base.config._attn_implementation == "eager"
+    assert runs(model.base.config) == runs(model.config) == ("eager", "eager")
     assert model.base.dtype == model.config.dtype == torch.bfloat16
     assert model.config.base_model_name_or_path == str(tmp_path)
     assert model(**batch(), output_attentions=True).attentions[0].shape == (3, 4, 10, 10)
@@ -226,16 +225,56 @@ def test_the_row_of_a_layers_only_exclusive_expert_is_frozen_from_the_start(tmp_
         assert frozen == ["layers.2.router.weight"]
 
 
-def test_implementations_are_the_bases():
+def runs(config):
+    return config._attn_implementation, config._experts_implementation
+
+
+def test_implementations_are_the_bases_and_every_config_says_so():
     model = extended(**MODALITY)
-    for name in ("batched_mm", "eager"):
-        model.set_experts_implementation(name)
-        model.set_attn_implementation("eager" if name == "eager" else "sdpa")
-        assert model.base.config._experts_implementation == name
-    assert model.base.config._attn_implementation == "eager"
-    assert (
-        model.base.model.layers[1].mlp.experts.moextend.adapters["default"].config._experts_implementation == "eager"
-    )
+    for experts, attention in (("batched_mm", "sdpa"), ("eager", "eager"), ("grouped_mm", "sdpa")):
+        model.set_experts_implementation(experts)
+        model.set_attn_implementation(attention)
+        configs = [model.config, model.config.text_config, model.config.get_text_config(), model.model.config]
+        assert {runs(config) for config in (*configs, model.base.config)} == {(attention, experts)}
+        new = model.base.model.layers[1].mlp.experts.moextend.adapters["default"]
+        assert new.config._experts_implementation == experts
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_the_config_says_what_runs_however_the_model_was_made(auto, tmp_path):
+    make_base().save_pretrained(tmp_path / "base")
+    options = {"attn_implementation": "eager", "experts_implementation": "batched_mm"}
+    model = MoExtendForCausalLM.from_base(str(tmp_path / "base"), PLAN, scope="all", **options)
+    model.save_pretrained(tmp_path / "adapter")
+    load = AutoModelForCausalLM if auto else MoExtendForCausalLM
+    loaded = load.from_pretrained(tmp_path / "adapter", **options)
+    make = AutoModelForCausalLM.from_config if auto else MoExtendForCausalLM._from_config
+    drawn = make(loaded.config, **options)
+    for each in (model, loaded, drawn):
+        assert runs(each.config) == runs(each.base.config) == ("eager", "batched_mm")
+    plain = load.from_pretrained(tmp_path / "adapter")
+    assert runs(plain.config) == runs(plain.base.config) == ("sdpa", "grouped_mm")
+
+
+def test_the_vocabulary_stays_and_its_own_size_is_no_error():
+    model = extended(**MODALITY)
+    embedding, size = model.get_input_embeddings(), 96
+    for args in ((), (size,), (size, 32), (None, 48)):
+        assert model.resize_token_embeddings(*args) is embedding
+    for args in ((size + 1,), (size, 64), (None, 64), (8,), (0,)):
+        with pytest.raises(ValueError, match="The base's vocabulary of 96 tokens stays as it is"):
+            model.resize_token_embeddings(*args)
+
+
+def test_what_a_quantised_base_refuses_the_model_refuses():
+    model = extended()
+    model.base.is_quantized = True
+    for move in ("half", "float"):
+        with pytest.raises(ValueError, match=f"`.{move}\\(\\)` is not supported for quantized model"):
+            getattr(model, move)()
+    model.base.is_quantized = False
+    assert model.half().dtype == torch.float16 and model.to(torch.bfloat16).base.dtype == torch.bfloat16
+    assert {tensor.dtype for tensor in model.float().state_dict().values()} == {torch.float32}
 
 
 def test_text_reaches_the_base_as_ids_and_ties_only_a_projector_that_trains():

@@ -637,7 +637,7 @@ REPORT = GateReport(loss=0.0, routed=1.0, captured=0.0, prefix=1)
 def gated_trainer(folder, model=None, retention_dataset="text", train=None, images=False, tokenizer=None, **overrides):
     settings = {"gate_steps": 60, "gate_learning_rate": 2e-2, "retention_tokens": 200, "retention_length": 16}
     settings |= {"retention_cache_dir": str(folder / "cache"), "router_aux_loss_coef": 0.01, **overrides}
-    callbacks = settings.pop("callbacks", None)
+    callbacks, eval_dataset = settings.pop("callbacks", None), settings.pop("eval_dataset", None)
     if isinstance(retention_dataset, str):
         trains_gate = settings["gate_steps"] > 0 and settings.get("stage") != "align"
         retention_dataset = retention_data(retention_dataset) if trains_gate else None
@@ -650,6 +650,7 @@ def gated_trainer(folder, model=None, retention_dataset="text", train=None, imag
         retention_dataset=retention_dataset,
         processing_class=tokenizer,
         callbacks=callbacks,
+        eval_dataset=eval_dataset,
     )
 
 
@@ -866,6 +867,30 @@ def test_checkpointing_changes_no_loss_of_a_gated_run(tmp_path):
     assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-6)
     for name, tensor in runs[0][1].items():
         torch.testing.assert_close(tensor, runs[1][1][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_base_spread_over_devices_trains_as_one_that_is_not(tmp_path, gated):
+    make_base().save_pretrained(tmp_path / "base")
+    near = ["model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.3", "model.norm", "lm_head"]
+    spread = {**dict.fromkeys(near, "cpu"), "model.layers.1": "disk", "model.layers.2": "disk"}
+    runs = []
+    for options in ({}, {"device_map": spread, "offload_folder": str(tmp_path / "off")}):
+        torch.manual_seed(7)
+        choices = {**(GATED if gated else PAPER), **options}
+        model = MoExtendForCausalLM.from_base(str(tmp_path / "base"), PLAN, **choices)
+        make = gated_trainer if gated else make_trainer
+        trainer = make(tmp_path / f"run{len(runs)}", model, max_steps=3, eval_dataset=text_data(4), verify_base=True)
+        trainer.train()
+        runs.append((losses(trainer), trainer.evaluate()["eval_loss"], tensors(model)))
+    assert model.base.model.layers[1].mlp.gate.weight.is_meta
+    assert model.hf_device_map == {f"base.{name}": device for name, device in spread.items()}
+    (one, evaluated, trained), (other, also_evaluated, also_trained) = runs
+    assert other == pytest.approx(one, rel=1e-5) and also_evaluated == pytest.approx(evaluated, rel=1e-5)
+    torch.testing.assert_close(also_trained, trained, rtol=1e-3, atol=1e-4)
+    for move in ("to", "cuda"):
+        with pytest.raises(RuntimeError, match="can't move a model that has some modules offloaded to cpu or disk"):
+            getattr(model, move)("cpu" if move == "to" else 0)
 
 
 def test_one_new_expert_a_layer_keeps_its_row(tmp_path):
