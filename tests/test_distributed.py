@@ -273,7 +273,14 @@ def test_checkpoints_hold_the_adapter_and_its_optimiser_state_only(folder, run):
     assert optimizer_names(checkpoint) == {name for name, p in model.named_parameters() if p.requires_grad}
     names = {path.name for path in checkpoint.iterdir() if path.suffix not in (".py", ".jinja")}
     optimizer = "optimizer_0" if run == "run_states_sharded" else "optimizer.bin"
-    rest = {"scheduler.pt", "trainer_state.json", "training_args.bin", "rng_state_0.pth", "rng_state_1.pth"}
+    rest = {
+        "scheduler.pt",
+        "trainer_state.json",
+        "run.json",
+        "training_args.bin",
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    }
     processor = {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert names == {ADAPTER, "config.json", optimizer} | rest | processor
 

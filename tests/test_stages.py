@@ -240,6 +240,30 @@ def test_a_resumed_run_ends_as_one_that_ran_through_and_repeats_no_stage(folders
     assert ("stage align" in printed) == ("Stage extend" in printed) == (stage == "align")
 
 
+def test_a_resumed_stage_has_the_last_whole_checkpoint_and_its_plan(folders, capsys):
+    write_text_data(folders)
+    (folders / "base/chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    values = {"data": folders / "text.json", "assistant_only_loss": "false", "dtype": "bfloat16", "scope": "all"}
+    values |= {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "plan": '{"1": [0]}'}  # its row is frozen
+    arguments = [*options(folders, **values), "--stages", "finetune"]
+    through = run_stages(*parse(*arguments)).adapter_tensors()
+    through = {name: tensor.detach().clone() for name, tensor in through.items()}
+    (folders / "out/checkpoint-4/optimizer.pt").unlink()
+    (folders / "out/checkpoint-3/trainer_state.json").write_text("{")
+    arguments += ["--resume_from_checkpoint", "true"]
+    capsys.readouterr()
+    resumed = run_stages(*parse(*arguments)).adapter_tensors()
+    said = capsys.readouterr().out
+    assert "checkpoint-4 is not a complete" in said and "checkpoint-3 is not" in said
+    assert f"goes on in stage finetune from {folders / 'out/checkpoint-2'}; what came before is not run" in said
+    assert {n: t.dtype for n, t in through.items()} == {n: t.dtype for n, t in resumed.items()}
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in through.items())
+    with pytest.raises(ValueError, match=r"--plan says {2: \[0\]}, but .* has {1: \[0\]}: leave out --plan"):
+        run_stages(*parse(*arguments, "--plan", '{"2": [0]}'))
+    with pytest.raises(ValueError, match="learning_rate: it was 0.01, now 0.5"):
+        run_stages(*parse(*arguments, "--learning_rate", "0.5"))
+
+
 def test_other_routing_may_follow_an_alignment_but_not_new_experts(folders):
     encoder = {"encoder": folders / "encoder", "align_data": folders / "data.json"}
     aligned = run_stages(

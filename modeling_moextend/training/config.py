@@ -62,6 +62,10 @@ class MoExtendSFTConfig(SFTConfig):
         verify_base:
             Whether to hash every base and encoder tensor before the first and after the last step, and to fail if a
             single bit changed. Costs two passes over the weights (a minute or two for 47B parameters).
+        check_resume:
+            Whether a run resumed from a checkpoint must be the one that wrote it: the same settings, data, base and
+            dtype, number of processes, versions and kind of device. `False`: it goes on with what has changed, and
+            says what.
 
     Raises:
         ValueError: an unknown `stage`, `adapter_dtype` or `retention`, `stage="align"` with `train_projector=False`,
@@ -128,6 +132,13 @@ class MoExtendSFTConfig(SFTConfig):
         metadata={
             "help": "Whether to hash every base and encoder tensor before the first and after the last step, and to "
             "fail if a single bit changed."
+        },
+    )
+    check_resume: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether a resumed run must be the one that wrote the checkpoint. false: it goes on with other "
+            "settings, data or versions, and says what has changed."
         },
     )
 

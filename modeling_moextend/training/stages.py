@@ -11,7 +11,6 @@ import datasets
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..attaching.choices import routing_choices
 from ..base_checks_moextend import check_plan
@@ -26,6 +25,7 @@ from ..modeling_moextend import MoExtendForCausalLM
 from ..tools.files import write_text
 from ..tools.inspection import ROUTING
 from ..tools.modes import is_moextend
+from .checkpoints import checkpoint_to_resume
 from .config import MoExtendSFTConfig
 from .trainer import MoExtendSFTTrainer
 
@@ -328,20 +328,34 @@ def extend(
 
 
 def find_checkpoint(args: MoExtendSFTConfig) -> tuple[str | None, str | None]:
-    """(stage, folder) to resume, from `--resume_from_checkpoint`; (None, None) without it. "true": the last one there.
+    """(stage, folder) to resume, from `--resume_from_checkpoint`; (None, None) without it. "true": the last whole one.
 
     Raises:
-        ValueError: there is no checkpoint.
+        ValueError: there is no whole checkpoint.
     """
-    checkpoint, aligned = args.resume_from_checkpoint, os.path.join(args.output_dir, "align")
-    if not checkpoint:
+    resume, aligned = args.resume_from_checkpoint, os.path.join(args.output_dir, "align")
+    if not resume:
         return None, None
-    if str(checkpoint).lower() == "true":
-        folders = [folder for folder in (args.output_dir, aligned) if os.path.isdir(folder)]
-        checkpoint = next((last for folder in folders if (last := get_last_checkpoint(folder))), None)
-    if checkpoint is None or not os.path.isdir(checkpoint):
-        raise ValueError(f"resume_from_checkpoint={args.resume_from_checkpoint!r}: no checkpoint there.")
-    return ("align" if Path(checkpoint).resolve().parent == Path(aligned).resolve() else "finetune"), checkpoint
+    resume = True if str(resume).lower() == "true" else resume
+    checkpoint, said = checkpoint_to_resume(resume, args.output_dir, aligned)
+    stage = "align" if Path(checkpoint).resolve().parent == Path(aligned).resolve() else "finetune"
+    if PartialState().is_main_process:
+        rest = "; what came before is not run again, and its options count for nothing" * (stage == "finetune")
+        print("\n".join([*said, f"MoExtend: goes on in stage {stage} from {checkpoint}{rest}"]))
+    return stage, checkpoint
+
+
+def check_resumed_plan(checkpoint: str, config: StagesConfig) -> None:
+    """Refuses a plan beside a checkpoint that has another one.
+
+    Raises:
+        ValueError: names both.
+    """
+    plan = normalise_plan(json.loads(Path(checkpoint, "config.json").read_text(encoding="utf-8"))["extended_layers"])
+    if config.plan is not None and read_plan(config) != plan:
+        raise ValueError(
+            f"--plan says {read_plan(config)}, but {checkpoint} has {plan}: leave out --plan to resume it."
+        )
 
 
 def check_before(
@@ -388,6 +402,7 @@ def run_stages(config: StagesConfig, args: MoExtendSFTConfig) -> MoExtendForCaus
     set_seed(args.seed)  # before the projector and the calibration draw their start values
     resumed, checkpoint = find_checkpoint(args)
     if resumed == "finetune":
+        check_resumed_plan(checkpoint, config)
         config = replace(config, adapter=checkpoint, plan=None, stages=["finetune"])
     processor = load_processor(config.adapter or config.base, config.encoder, args.assistant_only_loss)
     model = build_model(config, processor)

@@ -19,7 +19,7 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo, HfApi
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy, TrainOutput
 from transformers.utils import PushInProgress
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -32,6 +32,7 @@ from ..tensors_moextend import DTensor, not_finite, reshard, stored_dtype
 from ..tools.files import write_text
 from ..tools.hashes import base_tensors_hash
 from ..tools.modes import dtypes_kept
+from .checkpoints import TRAINER_STATE, begin_checkpoint, checkpoint_to_resume, read_record, write_record
 from .checks import (
     allow_missing_base,
     check_frozen,
@@ -48,13 +49,13 @@ from .config import MoExtendSFTConfig
 from .gate import train_gate
 from .resuming import load_adapter_tensors
 from .retention import last_hidden_states, prompt_distance
+from .run_record import GIVEN, check_same_run, describe_run, differences, name_of, stateful_callbacks
 
 if TYPE_CHECKING:
     from ..modeling_moextend import MoExtendForCausalLM
 
 TRAINING_ARGS = "training_args.bin"
 SCHEDULER = "scheduler.pt"
-TRAINER_STATE = "trainer_state.json"  # the last file Trainer writes into a checkpoint
 CARD_SETTINGS = (
     "stage",
     "learning_rate",
@@ -88,7 +89,9 @@ class MoExtendSFTTrainer(SFTTrainer):
     Checkpoints hold the adapter in float32 beside optimiser, scheduler and random states; `save_model` writes the
     adapter in `args.adapter_dtype`. Neither holds the base. A resumed run continues exactly, as long as the collator
     and the dataset's transforms draw no random numbers: Trainer fetches a resumed run's first batches before it
-    restores the random state.
+    restores the random state. `train(resume_from_checkpoint=True)` takes the last whole checkpoint and says which ones
+    a killed process or a full disk left unfinished; another run (other settings, data, base, dtype, processes,
+    versions, device) than the one that wrote it is refused, unless `args.check_resume` is `False`.
 
     A run stops with a `ValueError` at the first loss or gradient that is not finite (a gradient scaled for float16 is
     skipped instead, as long as its scale is above 1), and no tensor with NaN or infinity is ever saved.
@@ -141,6 +144,8 @@ class MoExtendSFTTrainer(SFTTrainer):
         self.retention_dataset, self.gate_report = retention_dataset, None
         self._throughput = {}  # mode -> [tokens, start in seconds]
         self._in_checkpoint = False
+        self._given = {name: name_of(kwargs[name]) for name in GIVEN if kwargs.get(name) is not None}
+        self._run = None
         self.add_callback(AdapterReport(self))
 
     @property
@@ -175,6 +180,11 @@ class MoExtendSFTTrainer(SFTTrainer):
                 "make a new trainer."
             )
         check_frozen(self.core)
+        self._run = None
+        if self.args.should_save and self.args.save_strategy != SaveStrategy.NO:
+            self._described_run()  # before anything is sharded
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._check_resumed(resume_from_checkpoint)
         gate = self.core.gate
         trains_gate = gate is not None and self.args.stage == "finetune" and not resume_from_checkpoint
         trains_gate = (
@@ -189,6 +199,52 @@ class MoExtendSFTTrainer(SFTTrainer):
             if before is not None:
                 check_unchanged(before, base_tensors_hash(self.model))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _described_run(self):
+        """What determines this run, as it was when it began (see `describe_run`)."""
+        if self._run is None:
+            self._run = describe_run(self, self._given)
+        return self._run
+
+    def _check_resumed(self, resume):
+        """The checkpoint to go on from; one process looks, for the others may have another disk."""
+        checkpoint, error = None, None
+        if self.is_world_process_zero():
+            try:
+                checkpoint, said = checkpoint_to_resume(resume, self.args.output_dir)
+                more = check_same_run(checkpoint, partial(self._changes, checkpoint), self.args.check_resume)
+                if not hasattr(self.train_dataset, "__len__"):
+                    more = [*more, "MoExtend: training data is streamed, so only its first samples were compared."]
+                for line in (*said, *more):
+                    print(line)
+            except ValueError as refusal:
+                error = str(refusal)
+        checkpoint, error = broadcast_object_list([checkpoint, error])
+        if error is not None:
+            raise ValueError(error)
+        self._check_random_state(checkpoint)
+        return checkpoint
+
+    def _changes(self, checkpoint):
+        """What is not as it was when `checkpoint` was written; `None` where that does not say."""
+        record = read_record(Path(checkpoint))
+        if record is None:
+            return None
+        state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE))
+        found = differences(record["run"], self._described_run())
+        found += stateful_callbacks(self, state.stateful_callbacks or {})
+        if self.args.ignore_data_skip:
+            found.append("ignore_data_skip=True: it begins again with the first samples of its epoch")
+        return found
+
+    def _check_random_state(self, checkpoint):
+        """Trainer goes on with other random numbers, and says nothing, where a process does not find its own."""
+        name = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
+        if self.args.check_resume and not os.path.isfile(os.path.join(checkpoint, name)):
+            raise ValueError(
+                f"{checkpoint} has no {name}, the random state of process {self.args.process_index}: resume with as "
+                "many processes as wrote it, where each finds its files, or with check_resume=False."
+            )
 
     def _get_train_sampler(self, train_dataset=None):
         """Gives grouping by length random numbers of its own, per epoch: a resumed run would group otherwise."""
@@ -279,8 +335,17 @@ class MoExtendSFTTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model, trial):
         """Marks what is saved meanwhile as part of a checkpoint: float32, with the training arguments."""
+        if self.args.should_save:
+            begin_checkpoint(Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}"))
         with self._saving(checkpoint=True):
             super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        """The last that every process writes; then comes the record, and only `trainer_state.json` after it."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_record(Path(output_dir), self._described_run())
 
     @contextmanager
     def _saving(self, checkpoint):
@@ -331,12 +396,6 @@ class MoExtendSFTTrainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Reads the adapter: Trainer looks for standard weight names only, and would not notice a missing tensor."""
         state_file = os.path.join(resume_from_checkpoint, TRAINER_STATE)
-        if not os.path.isfile(state_file):
-            raise ValueError(
-                f"{resume_from_checkpoint} is not a complete checkpoint: it has no {TRAINER_STATE}, which is written "
-                "last. Resume from an earlier checkpoint; for weights alone, load the folder with "
-                "MoExtendForCausalLM.from_pretrained."
-            )
         load_adapter_tensors(self.core, resume_from_checkpoint)
         # TRL's running count of tokens is in no state; the last one logged is where it goes on.
         history = TrainerState.load_from_json(state_file).log_history
