@@ -309,8 +309,8 @@ def add_experts(layer, name, tensors, config):
         rows.calibration.load_state_dict(part["calibration"], assign=True)
     experts = sibling(layer.experts, part["experts"], num_experts=num_new, num_new=num_new)
     if not is_extended(layer.experts):
-        swap_class(layer.experts, extended_class(ExtendedExperts, type(layer.experts)))
         layer.experts.moextend = Extension(extension.layer, layer.num_experts, extension.passes)
+        swap_class(layer.experts, extended_class(ExtendedExperts, type(layer.experts)))  # last: it asks `moextend`
     extension.adapters[name], layer.experts.moextend.adapters[name] = rows, experts
     return NewExperts(rows, experts)
 

@@ -11,6 +11,8 @@ import torch
 from conftest import batch
 from test_adapters_moextend import COMPETE, GATED_COMPETE, load, make_once
 
+from modeling_moextend import layers_moextend
+
 INPUTS = batch(rows=3)
 ITEMS = ["a", ["a", "b"], "__base__"]
 SETS = (["a"], ["b"], ["c"], ["a", "b"])
@@ -138,6 +140,22 @@ def test_a_pass_by_name_and_one_that_is_switched_off_keep_theirs(change, model, 
         expected = logits(model)
         with InTheMiddle(model, CHANGES["set_adapter"], made):
             assert same(logits(model), expected)
+
+
+def test_a_pass_may_come_while_a_layer_gets_its_first_experts(made, monkeypatch):
+    """Before and after the experts' class is swapped for one that asks what adapters add."""
+    model = load(made, ("a", COMPETE)).eval()
+    expected, found = logits(model), []
+    for name in ("Extension", "swap_class"):
+
+        def meanwhile(*arguments, step=getattr(layers_moextend, name)):
+            result = step(*arguments)
+            in_another_thread(lambda: found.append(logits(model)))
+            return result
+
+        monkeypatch.setattr(layers_moextend, name, meanwhile)
+    model.extend({0: [1]})
+    assert len(found) == 2 and all(same(one, expected) for one in found)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
