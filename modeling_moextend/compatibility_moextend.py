@@ -18,7 +18,7 @@ def check_new_name(name, model):
             f"delete_adapter({name!r}) first."
         )
     allowed = isinstance(name, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name)
-    if not allowed or hasattr(nn.ModuleDict, name):
+    if not allowed or hasattr(nn.ModuleDict(), name):
         raise ValueError(
             f"{name!r} can't be the name of an adapter: it has to begin with a letter, hold only letters, digits, _ "
             "and -, and be no attribute of a PyTorch module."
