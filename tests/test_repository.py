@@ -206,6 +206,24 @@ def test_imports_are_statements(module):
     assert all(f'from_package("{door}"' in source for door in DOORS.get(module, ())), "a door that nobody uses"
 
 
+def test_the_architectures_arrows_are_the_imports():
+    """Every import between folders is a way along arrows of the page's first diagram, and every arrow is an import."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    arrows = set(re.findall(r"^    (\w+) --> (\w+)$", text.split("```mermaid")[1].split("```")[0], re.MULTILINE))
+    imports = {
+        (folder_of(module), folder_of(name) or "root")
+        for module, path in MODULES.items()
+        if folder_of(module) not in ("", "__init__")
+        for name in imported_modules(path.read_text(encoding="utf-8"), module)
+    }
+    imports = {(start, end) for start, end in imports if start != end}
+    ways = set(arrows)
+    for middle in ORDER:
+        ways |= {(start, end) for start, one in ways for other, end in ways if one == other == middle}
+    assert arrows and arrows <= imports, f"no import: {sorted(arrows - imports)}"
+    assert imports <= ways, f"no arrow: {sorted(imports - ways)}"
+
+
 def test_no_imports_go_in_a_circle():
     left = {m: {n for n in imported_modules(p.read_text(encoding="utf-8"), m) if n != m} for m, p in MODULES.items()}
     while True:
