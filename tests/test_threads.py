@@ -146,14 +146,17 @@ def test_a_pass_may_come_while_a_layer_gets_its_first_experts(made, monkeypatch)
     """Before and after the experts' class is swapped for one that asks what adapters add."""
     model = load(made, ("a", COMPETE)).eval()
     expected, found = logits(model), []
-    for name in ("Extension", "swap_class"):
 
-        def meanwhile(*arguments, step=getattr(layers_moextend, name)):
+    def then_a_pass(step):
+        def both(*arguments):
             result = step(*arguments)
             in_another_thread(lambda: found.append(logits(model)))
             return result
 
-        monkeypatch.setattr(layers_moextend, name, meanwhile)
+        return both
+
+    for name in ("Extension", "swap_class"):
+        monkeypatch.setattr(layers_moextend, name, then_a_pass(getattr(layers_moextend, name)))
     model.extend({0: [1]})
     assert len(found) == 2 and all(same(one, expected) for one in found)
 
