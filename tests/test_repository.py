@@ -120,6 +120,10 @@ def imported_modules(source, module):
             yield from (name if name in MODULES else target for name in found)
 
 
+IMPORTERS = re.compile(r"(importlib|pkgutil|runpy|imp|builtins)\b|sys\.modules$|from_package by")
+ALLOWED_IMPORTS = {"importlib.metadata.version", "importlib.resources.files"}  # by name: they hand no importlib on
+
+
 def hidden_imports(source, doors=()):
     """Imports of `source` that no statement shows: by importlib, by a name, by `from_package` except for `doors`."""
     tree = ast.parse(source)
@@ -132,9 +136,15 @@ def hidden_imports(source, doors=()):
             if re.match(r"modeling_moextend\.(?!py$)[a-z]", node.value):
                 yield repr(node.value)
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            yield from (name for name in names if name in ("importlib", "importlib.util", "import_module"))
-        elif isinstance(node, ast.Name) and node.id == "__import__" or ast.unparse(node) == "sys.modules":
+            names = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{name}" for name in names]
+                renamed = any(alias.name == "from_package" and alias.asname for alias in node.names)
+                names += ["from_package by another name"] if renamed else []
+            yield from (name for name in names if name not in ALLOWED_IMPORTS and IMPORTERS.match(name))
+        elif isinstance(node, ast.Name) and node.id in ("__import__", "exec", "eval"):
+            yield ast.unparse(node)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.modules":
             yield ast.unparse(node)
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "from_package":
             asked = node.args[0].value if isinstance(node.args[0], ast.Constant) else None
@@ -177,7 +187,14 @@ def test_arrow_rule(module, line, wrong):
     [
         ("import importlib", True),
         ("from importlib import import_module", True),
+        ("import importlib.metadata", True),
+        ("from importlib.metadata import version", False),
+        ("from pkgutil import resolve_name", True),
+        ("import builtins", True),
         ("__import__('modeling_moextend.cli')", True),
+        ("exec('from .cli import main')", True),
+        ("from sys import modules", True),
+        ("from .package_moextend import from_package as door", True),
         ("sys.modules['modeling_moextend']", True),
         ("load('modeling_moextend.training.trainer')", True),
         ("from_package('cli', 'x')", True),
