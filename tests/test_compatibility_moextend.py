@@ -1,4 +1,4 @@
-"""Adapters on top of adapters: three tasks in a row leave the first two as they were; what stands on what is kept."""
+"""Adapters on top of adapters: three tasks in a row leave the first two as they were; what depends on what is kept."""
 
 import json
 
@@ -354,7 +354,7 @@ def test_the_order_of_loading_does_not_change_what_stands_on_what(tmp_path):
     model.load_adapter(tmp_path / "a", adapter_name="default")  # the same again, by the name that was recorded
     with pytest.raises(ValueError, match="was trained on top of"):
         model.set_adapter("law")
-    model.delete_adapter("default")  # nothing stands on the copy
+    model.delete_adapter("default")  # nothing depends on the copy
     model.set_adapter(["law", "ground"])
     assert model.resolve_name() == "law"
 
@@ -485,5 +485,5 @@ def test_a_run_is_not_resumed_on_top_of_another_adapter(stacked, tmp_path):
     torch.manual_seed(7)
     other = shake(MoExtendForCausalLM.from_base(make_base(), PLAN, **EXCLUSIVE), seed=7)
     other.add_adapter("b", {0: [1, 2], 1: [4]}, **EXCLUSIVE)
-    with pytest.raises(ValueError, match="trained_on: the adapter stands on .* the model's on .* as they are now"):
+    with pytest.raises(ValueError, match="trained_on: the adapter depends on .* the model's on .* as they are now"):
         trainer_of(other, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

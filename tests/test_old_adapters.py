@@ -44,7 +44,7 @@ save_file(found, sys.argv[2])
 
 
 def load(name):
-    """An old adapter of the current folder by this version's code, with what it stands on."""
+    """An old adapter of the current folder by this version's code, with what it depends on."""
     below = BELOW.get(name)
     model = MoExtendForCausalLM.from_pretrained(below or name, adapter_name=below or name, dtype="float32")
     if below:

@@ -64,7 +64,7 @@ def check_same_kind(config: MoExtendConfig, other: MoExtendConfig, name: str | o
         None in pair or same_fingerprint(*pair) for pair in zip(*fingerprints, strict=True)
     ):
         names = [[entry["name"] for entry in owner.trained_on] for owner in (other, config)]
-        problems.append(f"trained_on: the adapter stands on {names[0]}, the model's on {names[1]} as they are now")
+        problems.append(f"trained_on: the adapter depends on {names[0]}, the model's on {names[1]} as they are now")
     for role in ("base", "encoder") if check_base else ():
         pair = [getattr(owner, f"{role}_fingerprint") for owner in (other, config)]
         if all(pair) and not same_fingerprint(*pair):

@@ -27,7 +27,7 @@ def set_trainable(
     so its row has no gradient and stays frozen.
 
     Raises:
-        ValueError: a stage with nothing to train; an adapter that is not active, or that another one stands on.
+        ValueError: a stage with nothing to train; an adapter that is not active, or that another one depends on.
     """
     if stage not in STAGES:
         raise ValueError(f"stage={stage!r} is not known; allowed: {', '.join(map(repr, STAGES))}.")
