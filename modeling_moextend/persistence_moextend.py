@@ -12,6 +12,7 @@ from .adapter_file_moextend import read_adapter, write_folder
 from .adapters_moextend import DEFAULT
 from .base_checks_moextend import check_in_memory
 from .compatibility_moextend import check_dependencies
+from .configuration_moextend import CALLERS
 from .layers_moextend import detach
 from .loading_moextend import HUB_KWARGS, SHARED_HUB_KWARGS, check_folder, load_parts, undone_on_error
 from .package_moextend import from_package
@@ -19,7 +20,6 @@ from .tensors_moextend import check_finite, gather
 from .validation_moextend import GENERATION, is_generation, short
 
 UNLOADED = ("_from_auto", "adapter_kwargs", "output_loading_info")  # keywords that are not for the base
-IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 PUSH_KWARGS = ("repo_id", "token", "private", "revision", "create_pr", "commit_message", "commit_description")
 PUSH_KWARGS += ("card", "report", "shift", "tags")
 # What transformers' own save_pretrained takes and an adapter has no use for.
@@ -87,7 +87,7 @@ class Persistence:
             check_dependencies(own_config, {}, name_or_path)
         options = {key: value for key, value in kwargs.items() if key not in UNLOADED}
         options |= {key: hub[key] for key in SHARED_HUB_KWARGS if key in hub}
-        for name in IMPLEMENTATIONS:  # AutoModel has moved these into the config
+        for name in CALLERS:  # AutoModel has moved these into the config
             value = getattr(config, f"_{name}", None)
             if value is not None:
                 options.setdefault(name, value)
