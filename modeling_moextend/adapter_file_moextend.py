@@ -7,6 +7,7 @@ the process dies.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -16,13 +17,11 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import cached_file
 
 from .configuration_moextend import MoExtendConfig
-from .folder_moextend import all_or_nothing, locked
-from .tensors_moextend import PLAIN
+from .folder_moextend import all_or_nothing, check_location, locked
 from .validation_moextend import short
 
 FILE = "moextend_adapter.safetensors"
@@ -31,6 +30,8 @@ FORMAT = 1
 MAX_JSON = 8 * 2**20  # bytes of an index or of a config, many times what a large base needs
 MAX_SHARDS = 4096
 MAX_DEPTH = 32
+UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, OverflowError)
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 FORMER_CODE = tuple(  # files that shipped with version 0.1.0 and no longer do: removed where the code is written anew
     f"{name}_moextend.py"
     for name in "adapter entries generation hub layouts pretrained selfcheck state switch together".split()
@@ -157,25 +158,85 @@ def joined(contents):
     return StoredAdapter(values, tensors, first, tuple(Path(path).name for path in paths))
 
 
-def read_file(path, read=safe_open.get_tensor):
-    """(tensors, header metadata) of one safetensors file; `read`: of the open file and a key, makes a tensor."""
+class FileHeader(NamedTuple):
+    """The header of a safetensors file."""
+
+    entries: dict  # tensor's name -> {"dtype": ..., "shape": [...], "data_offsets": [begin, end]}
+    metadata: dict
+    start: int  # of the data in the file
+    state: tuple  # of the file when the header was read; see `state_of`
+
+
+def state_of(file):
+    """What is another where an open file was written to."""
+    found = os.fstat(file.fileno())
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def read_header(file, longest=2 * MAX_JSON):
+    """The `FileHeader` of an open safetensors file. Nothing here maps a file into memory, as safetensors does ("pread"
+    too): where one is cut short meanwhile, as by a copy over the old file, that would end the process (SIGBUS)."""
+    state, size = state_of(file), int.from_bytes(file.read(8), "little")
+    if size > longest:
+        raise ValueError(f"a header of {size} bytes")
+    entries = parse_json(file.read(size).decode(), "its header", longest)
+    metadata, end = entries.pop("__metadata__", None) or {}, 0
+    if not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its metadata are no texts")
+    for begin, stop in sorted(entry["data_offsets"] for entry in entries.values()):
+        if begin != end or stop < begin:
+            raise ValueError(f"a tensor begins at byte {begin}, not at {end}")
+        end = stop
+    if 8 + size + end != state[1]:
+        raise ValueError(f"{8 + size + end} bytes are needed, and it has {state[1]}")
+    return FileHeader(entries, metadata, 8 + size, state)
+
+
+def find_tensor(header, name, dtypes=DTYPES):
+    """(dtype, shape, first byte) of a tensor in its file; `dtypes`: allowed ones, by safetensors' names."""
+    entry = header.entries[name]
+    dtype, shape, (begin, end) = dtypes.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
+    if dtype is None:
+        raise ValueError(f"wrong dtype: {shown(name)} is {short(entry['dtype'])}; allowed: {', '.join(dtypes)}")
+    if len(shape) > 64 or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+        raise ValueError(f"{shown(name)} has the shape {short(shape)}")
+    if math.prod(shape) * dtype.itemsize != end - begin:
+        raise ValueError(f"{shown(name)} has {end - begin} bytes, which are not {short(shape)} of {dtype}")
+    return dtype, shape, header.start + begin
+
+
+def read_tensor(file, header, name, dtypes=DTYPES):
+    """A tensor of an open file, in memory of its own."""
+    dtype, shape, first = find_tensor(header, name, dtypes)
+    tensor = torch.empty(shape, dtype=dtype)
+    fill(file, header, first, tensor)
+    return tensor
+
+
+def fill(file, header, first, tensor):
+    """Reads a tensor's values, which begin at a byte of an open file."""
+    file.seek(first)
+    count = file.readinto(tensor.reshape(-1).view(torch.uint8).numpy())
+    if count != tensor.nbytes or state_of(file) != header.state:
+        raise ValueError("it was overwritten while it was read")
+
+
+def read_file(path, read=read_tensor):
+    """(tensors, header metadata) of one safetensors file; `read`: makes a tensor, as `read_tensor` does."""
     try:
         with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-        if size > 2 * MAX_JSON:
-            raise OSError(f"a header of {size} bytes")
-        with safe_open(path, framework="pt") as file:
-            return {key: read(file, key) for key in file.keys()}, file.metadata() or {}
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            header = read_header(file)
+            return {name: read(file, header, name) for name in sorted(header.entries)}, header.metadata
+    except UNREADABLE as error:
         reason = f"{path} is damaged or truncated ({short(str(error))})."
         raise ValueError(f"{reason} Nothing was loaded; fetch or save the adapter again.") from error
 
 
-def parse_json(text, what):
+def parse_json(text, what, longest=MAX_JSON):
     """The mapping that JSON `text` holds."""
     try:
-        if len(text) > MAX_JSON:
-            raise ValueError(f"it is longer than {MAX_JSON} characters")
+        if len(text) > longest:
+            raise ValueError(f"it is longer than {longest} characters")
         value = json.loads(text, object_pairs_hook=without_twins)
         if not isinstance(value, dict) or depth(value) > MAX_DEPTH:
             raise ValueError(f"it is no mapping, or nested deeper than {MAX_DEPTH} levels")
@@ -242,14 +303,6 @@ def is_shard(name):
     return ours and name.isprintable() and Path(name).name == name
 
 
-def check_location(path, folder):
-    """Refuses links that lead out of the adapter's folder; in a Hub cache, to elsewhere than the blobs beside it."""
-    own, target = Path(folder).resolve(), Path(path).resolve()
-    blobs = [parent.parent / "blobs" for parent in own.parents if parent.name == "snapshots"]
-    if os.path.isdir(folder) and not any(target.is_relative_to(allowed) for allowed in (own, *blobs)):
-        raise ValueError(f"{path} is a link to {target}, outside the adapter's folder: put a copy there instead.")
-
-
 def check_format(path, metadata):
     """Refuses what is no adapter, one written by a later version, and a damaged header."""
     number = metadata.get("moextend_format", "")
@@ -268,7 +321,7 @@ def shown(name):
 
 def check_tensors(shapes: dict, stored: StoredAdapter) -> None:
     """Compares name -> shape of what a model needs with the tensors of a `StoredAdapter`, then these with their own
-    checksum. `ValueError`: a message with every missing, unexpected and wrongly shaped or typed tensor; or damage."""
+    checksum. `ValueError`: a message with every missing, unexpected and wrongly shaped tensor; or damage."""
     given = stored.tensors
     problems = [f"missing: {name}" for name in sorted(shapes.keys() - given.keys())]
     problems += [f"unexpected: {shown(name)}" for name in sorted(given.keys() - shapes.keys())]
@@ -276,11 +329,6 @@ def check_tensors(shapes: dict, stored: StoredAdapter) -> None:
         f"wrong shape: {name} is {tuple(given[name].shape)}, the model needs {tuple(shapes[name])}"
         for name in sorted(shapes.keys() & given.keys())
         if given[name].shape != shapes[name]
-    ]
-    problems += [
-        f"wrong dtype: {shown(name)} is {tensor.dtype}; allowed: {', '.join(map(str, PLAIN))}"
-        for name, tensor in sorted(given.items())
-        if tensor.dtype not in PLAIN
     ]
     if problems:
         lines = "\n  ".join(problems)

@@ -83,3 +83,11 @@ def write_whole(path, write):
     path.chmod(mode)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
+
+
+def check_location(path, folder):
+    """Refuses links that lead out of the adapter's folder; in a Hub cache, to elsewhere than the blobs beside it."""
+    own, target = Path(folder).resolve(), Path(path).resolve()
+    blobs = [parent.parent / "blobs" for parent in own.parents if parent.name == "snapshots"]
+    if os.path.isdir(folder) and not any(target.is_relative_to(allowed) for allowed in (own, *blobs)):
+        raise ValueError(f"{path} is a link to {target}, outside the adapter's folder: put a copy there instead.")

@@ -1,15 +1,18 @@
 """The adapter's file: what it holds, what is refused before anything is touched, what a killed save leaves behind."""
 
 import base64
+import contextlib
 import copy
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,8 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from modeling_moextend import MoExtendForCausalLM, adapter_file_moextend
-from modeling_moextend.adapter_file_moextend import FILE, INDEX, read_adapter, write_folder
+from modeling_moextend.adapter_file_moextend import FILE, INDEX, read_adapter, tensor_bytes, write_folder
 from modeling_moextend.tensors_moextend import fingerprint, same_fingerprint
+from modeling_moextend.tools.base_weights import BASE_DTYPES, Checkpoint, Unusable
 from modeling_moextend.tools.hashes import base_tensors_hash
 from modeling_moextend.training.resuming import load_adapter_tensors
 
@@ -218,6 +222,122 @@ def test_loaded_tensors_do_not_hang_on_the_file(saved):
         file.seek(0)
         file.write(b"\0" * size)
     assert_equal(state(again), before)
+
+
+def read_while_it_is_written(read, path, seconds=1.5):
+    """Exit code of a process that calls `read()` time and again while another writes the file at `path` anew, in place
+    as `cp` does; and what it was refused with."""
+    raw, (texts, writer) = path.read_bytes(), os.pipe()
+    reader, end = os.fork(), time.time() + seconds
+    if not reader:
+        code, refused = 1, set()
+        with contextlib.suppress(BaseException):
+            while time.time() < end:
+                try:
+                    read()
+                except ValueError as error:
+                    refused.add(str(error))
+            os.write(writer, "\n".join(refused)[:50_000].encode())
+            code = 0
+        os._exit(code)
+    os.close(writer)
+    while time.time() < end:
+        path.write_bytes(raw)
+    code = os.waitstatus_to_exitcode(os.waitpid(reader, 0)[1])
+    with open(texts, encoding="utf-8", errors="replace") as file:
+        return code, file.read().splitlines()
+
+
+def test_a_file_that_is_overwritten_while_it_is_read_is_an_error_and_no_signal(saved, tmp_path):
+    _, folder = saved
+    code, refused = read_while_it_is_written(lambda: read_adapter(folder), folder / FILE)
+    assert code == 0 and refused and all(f"{FILE} is damaged or truncated" in text for text in refused), refused
+    make_base().save_pretrained(tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+
+    def read_base():
+        checkpoint = Checkpoint(tmp_path / "base")
+        [checkpoint.tensor(key) for key in checkpoint.paths]
+
+    code, refused = read_while_it_is_written(read_base, weights)
+    assert code == 0 and refused and all(f"{weights} is damaged or truncated" in text for text in refused), refused
+
+
+@pytest.mark.parametrize("change", ["cut", "longer", "same size", "replaced"])
+def test_tensors_of_two_states_of_a_file_are_never_mixed(change, saved):
+    _, folder = saved
+    path, raw = folder / FILE, (folder / FILE).read_bytes()
+    with open(path, "rb") as file:
+        header = adapter_file_moextend.read_header(file)
+        assert adapter_file_moextend.read_tensor(file, header, "layers.1.router.weight").shape == (1, 32)
+        time.sleep(0.01)  # some file systems count in hundredths of a second
+        if change == "replaced":  # by rename, as we save: what is open is whole
+            (folder / "other").write_bytes(bytes(len(raw)))
+            os.replace(folder / "other", path)
+            assert adapter_file_moextend.read_tensor(file, header, "layers.3.router.weight").shape == (2, 32)
+            return
+        path.write_bytes({"cut": raw[:-1], "longer": raw + b"\0", "same size": bytes(len(raw))}[change])
+        with pytest.raises(ValueError, match="it was overwritten while it was read"):
+            adapter_file_moextend.read_tensor(file, header, "layers.3.router.weight")
+
+
+def test_a_checkpoint_that_is_overwritten_after_it_was_opened_is_refused(tmp_path):
+    make_base().save_pretrained(tmp_path)
+    checkpoint, weights = Checkpoint(tmp_path), tmp_path / "model.safetensors"
+    key = next(iter(checkpoint.paths))
+    indices, values = torch.tensor([7, 0, 3]), load_file(weights)[key]
+    assert torch.equal(checkpoint.values_of(key, values.shape, indices), values.reshape(-1)[indices])
+    time.sleep(0.01)
+    weights.write_bytes(weights.read_bytes())
+    for read in (checkpoint.tensor, lambda key: checkpoint.values_of(key, values.shape, indices)):
+        with pytest.raises(Unusable, match=r"model.safetensors is damaged or truncated \(it was overwritten"):
+            read(key)
+
+
+def test_every_dtype_is_read_as_safetensors_reads_it(tmp_path):
+    tensors = {"F32": torch.tensor(2.5), "empty": torch.zeros(0, 3)}
+    for name, dtype in BASE_DTYPES.items():
+        values = torch.arange(48, dtype=torch.uint8)
+        tensors[f"{name}.x"] = (values % 2 == 0 if dtype == torch.bool else values.view(dtype)).reshape(2, -1)
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    assert list(checkpoint.paths) == sorted(tensors)
+    for key, tensor in tensors.items():
+        for found in (checkpoint.tensor(key), checkpoint.empty(key)):
+            assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+        assert tensor_bytes(checkpoint.tensor(key)) == tensor_bytes(tensor)
+
+
+HEADERS = {  # what safetensors itself refuses, and a little more
+    "gap": ({"a": ["F32", [1], [0, 4]], "b": ["F32", [1], [8, 12]]}, 12, "a tensor begins at byte 8, not at 4"),
+    "overlap": ({"a": ["F32", [1], [0, 4]], "b": ["F32", [1], [0, 4]]}, 4, "a tensor begins at byte 0, not at 4"),
+    "backwards": ({"a": ["F32", [1], [0, -4]]}, 0, "a tensor begins at byte 0"),
+    "too few bytes": ({"a": ["F32", [2], [0, 8]]}, 4, "bytes are needed, and it has"),
+    "too many bytes": ({"a": ["F32", [2], [0, 8]]}, 12, "bytes are needed, and it has"),
+    "shape": ({"a": ["F32", [3], [0, 8]]}, 8, r"a has 8 bytes, which are not \[3\] of torch.float32"),
+    "negative": ({"a": ["F32", [-1, -2], [0, 8]]}, 8, r"a has the shape \[-1, -2\]"),
+    "fractions": ({"a": ["F32", [2.0], [0, 8]]}, 8, r"a has the shape \[2.0\]"),
+    "text": ({"a": ["F32", ["x" * 9, 10**9], [0, 8]]}, 8, "a has the shape"),
+    "huge": ({"a": ["F32", [0, 2**63], [0, 0]]}, 0, "a has the shape"),
+    "many": ({"a": ["F32", [10**18] * 5000, [0, 0]]}, 0, "a has the shape"),
+    "three offsets": ({"a": ["F32", [1], [0, 4, 4]]}, 4, "damaged or truncated"),
+    "offsets of text": ({"a": ["F32", [1], ["0", "4"]]}, 4, "damaged or truncated"),
+    "dtype": ({"a": ["F6_E3M2", [4], [0, 3]]}, 3, "wrong dtype: a is 'F6_E3M2'; allowed: F64, F32"),
+    "dtype of a list": ({"a": [["F32"], [1], [0, 4]]}, 4, "damaged or truncated"),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_header_that_does_not_fit_its_file_is_refused(name, tmp_path):
+    entries, size, message = HEADERS[name]
+    entries = {
+        key: dict(zip(("dtype", "shape", "data_offsets"), entry, strict=True)) for key, entry in entries.items()
+    }
+    text = json.dumps({"__metadata__": {"moextend_format": "1"}, **entries}).encode()
+    (tmp_path / FILE).write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
+    with pytest.raises(ValueError, match=f"{FILE} is damaged or truncated.*Nothing was loaded") as error:
+        read_adapter(tmp_path)
+    assert re.search(message, str(error.value)), error.value
 
 
 def test_aligned_only_adapters_hold_the_projector_and_extend_later(tmp_path):
@@ -707,8 +827,7 @@ def recording(safe_open):  # it opens files without telling Python
     return lambda path, *args, **kwargs: opened.append(str(path)) or safe_open(path, *args, **kwargs)
 
 
-for module in (transformers.modeling_utils, adapter_file_moextend):
-    module.safe_open = recording(module.safe_open)
+transformers.modeling_utils.safe_open = recording(transformers.modeling_utils.safe_open)
 MoExtendForCausalLM.from_pretrained(root + "/adapter")  # the first time also imports
 opened.clear()
 sys.addaudithook(lambda event, args: event == "open" and isinstance(args[0], (str, bytes)) and opened.append(args[0]))

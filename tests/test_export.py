@@ -113,6 +113,7 @@ def test_single_values_have_the_dtype_of_the_file(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors[key] = tensors[key].to(torch.float8_e4m3fn)
     save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
     decoder = model.get_decoder()
     names = sorted(name for name, parameter in decoder.named_parameters() if parameter.dim() > 1)
     left_out = decode_fingerprint(checkpoint_fingerprint(checkpoint, model)).isnan().nonzero()[:, 0]

@@ -15,12 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from ..adapter_file_moextend import shown
+from ..adapter_file_moextend import (
+    DTYPES,
+    UNREADABLE,
+    FileHeader,
+    fill,
+    find_tensor,
+    read_header,
+    read_tensor,
+    shown,
+)
 from ..configuration_moextend import MoExtendConfig
 from ..loading_moextend import SHARED_HUB_KWARGS, auto_class_for, check_no_adapter, location_of
 from ..tensors_moextend import PLAIN, named_owners, sample_values
@@ -36,6 +44,16 @@ TOKENIZER = (  # files of a tokenizer
     "merges.txt",
     "chat_template.jinja",
 )
+BASE_DTYPES = DTYPES | {  # by safetensors' names; torch has F8_E8M0 since 2.7
+    **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)},
+    **{f"F8_{kind}": getattr(torch, f"float8_{kind.lower()}") for kind in ("E4M3FNUZ", "E5M2", "E5M2FNUZ")},
+    "F8_E4M3": torch.float8_e4m3fn,
+    **({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {}),
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+LONGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
 EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")  # the expert's number in a key that holds one expert
 
 
@@ -53,12 +71,15 @@ def unusable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike) -> Iterator[safe_open]:
-    """`safe_open`, which does not tell the name of a damaged file."""
+def readable(path: str | os.PathLike) -> Iterator[None]:
+    """Errors of the block, which reads the safetensors file at `path`, tell its name.
+
+    Raises:
+        Unusable: the file is damaged, truncated, or overwritten while it is read.
+    """
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
+        yield
+    except UNREADABLE as error:
         raise Unusable(f"{path} is damaged or truncated ({shown(str(error))}). Fetch or save it again.") from error
 
 
@@ -68,6 +89,7 @@ class Checkpoint:
     Attributes:
         files: file name -> path, of every file with weights and of the index, if there is one.
         paths: key -> path of the file that holds the tensor.
+        headers: path -> header of the file, read once: a file that is overwritten later is refused.
 
     Raises:
         OSError: no weights in safetensors there.
@@ -83,9 +105,11 @@ class Checkpoint:
         if missing:
             raise OSError(f"{self.name} lacks weights in safetensors: {', '.join(missing[:8])}.")
         self.paths: dict[str, str] = {}
+        self.headers: dict[str, FileHeader] = {}
         for path in files.values():
-            with opened(path) as file:
-                self.paths |= dict.fromkeys(file.keys(), path)
+            with readable(path), open(path, "rb") as file:
+                self.headers[path] = read_header(file, LONGEST_HEADER)
+            self.paths |= dict.fromkeys(sorted(self.headers[path].entries), path)
         self.files: dict[str, str] = files | ({} if index is None else {SAFE_WEIGHTS_INDEX_NAME: index})
 
     def find(self, name: str) -> str | None:
@@ -93,24 +117,57 @@ class Checkpoint:
         return cached_file(self.name, name, _raise_exceptions_for_missing_entries=False, **self.hub_kwargs)
 
     def config(self) -> PreTrainedConfig:
-        return AutoConfig.from_pretrained(self.name, **self.hub_kwargs)
+        return AutoConfig.from_pretrained(self.name, trust_remote_code=False, **self.hub_kwargs)
 
-    def tensor(self, key: str, shape: Sequence[int] | None = None) -> torch.Tensor:
-        """One tensor, mapped from its file (read where it is looked at); the map ends with the tensor.
+    def header_of(self, key: str) -> FileHeader:
+        """The header of the file that holds a tensor.
 
         Raises:
-            Unusable: the checkpoint has no such key, or it is not of the `shape` that the model needs.
+            Unusable: the checkpoint has no such key.
         """
         if key not in self.paths:
             raise Unusable(
                 f"{self.name} has no tensor {key}: it is stored otherwise than transformers itself would save it "
                 "(quantised, or of an older layout). Load it, save it with save_pretrained, and give that folder."
             )
-        with opened(self.paths[key]) as file:
-            tensor = file.get_tensor(key)
-        if shape is not None and tensor.shape != shape:
-            raise Unusable(f"{self.name} has {key} as {tuple(tensor.shape)}, the model needs {tuple(shape)}.")
-        return tensor
+        return self.headers[self.paths[key]]
+
+    def empty(self, key: str, shape: Sequence[int] | None = None) -> torch.Tensor:
+        """A tensor on the meta device that is as the one stored: nothing but the header is looked at.
+
+        Raises:
+            Unusable: the checkpoint has no such key, or it is not of the `shape` that the model needs.
+        """
+        header = self.header_of(key)
+        with readable(self.paths[key]):
+            dtype, found, _ = find_tensor(header, key, BASE_DTYPES)
+        if shape is not None and tuple(found) != tuple(shape):
+            raise Unusable(f"{self.name} has {key} as {tuple(found)}, the model needs {tuple(shape)}.")
+        return torch.empty(found, dtype=dtype, device="meta")
+
+    def tensor(self, key: str, shape: Sequence[int] | None = None) -> torch.Tensor:
+        """One tensor, read into memory of its own.
+
+        Raises:
+            Unusable: as `empty`; or its file was overwritten since the checkpoint was opened.
+        """
+        self.empty(key, shape)
+        with readable(self.paths[key]), open(self.paths[key], "rb") as file:
+            return read_tensor(file, self.header_of(key), key, BASE_DTYPES)
+
+    def values_of(self, key: str, shape: Sequence[int], indices: torch.Tensor) -> torch.Tensor:
+        """Values of one flattened tensor at `indices`: no others are read.
+
+        Raises:
+            Unusable: as `tensor`.
+        """
+        self.empty(key, shape)
+        dtype, _, first = find_tensor(self.header_of(key), key, BASE_DTYPES)
+        values = torch.empty(len(indices), dtype=dtype)
+        with readable(self.paths[key]), open(self.paths[key], "rb") as file:
+            for slot, index in zip(values.split(1), indices.tolist(), strict=True):
+                fill(file, self.header_of(key), first + index * dtype.itemsize, slot)
+        return values
 
     def values(self, model: PreTrainedModel, name: str, shape: torch.Size, indices: torch.Tensor) -> torch.Tensor:
         """Single values of a parameter as `model` holds it, each read from what the checkpoint has in its place.
@@ -125,10 +182,10 @@ class Checkpoint:
         parts = self.parts(model, name, parameter)
         key, part = next(iter(parts.items()))
         if part is parameter:  # under another name at most
-            return self.tensor(key, shape).reshape(-1)[indices]
+            return self.values_of(key, shape, indices)
         by_expert = any(EXPERT.search(key) for key in parts)  # else, say, one matrix of two projections
         size = shape[1:].numel() if by_expert else shape.numel()
-        values = torch.empty(len(indices), dtype=self.tensor(key).dtype)
+        values = torch.empty(len(indices), dtype=self.empty(key).dtype)
         for expert in (indices // size).unique().tolist():
             stack = torch.empty((1, *shape[1:]) if by_expert else shape, dtype=values.dtype)
             self.fill(stack, partial(stored_parts, model, name, first=expert))
@@ -202,7 +259,7 @@ def stored_parts(model: PreTrainedModel, name: str, tensor: torch.Tensor, first:
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The causal LM of `config` on the meta device: names and shapes, no weights."""
     with torch.device("meta"):
-        return auto_class_for(config, AutoModelForCausalLM).from_config(config).eval()
+        return auto_class_for(config, AutoModelForCausalLM).from_config(config, trust_remote_code=False).eval()
 
 
 def checkpoint_fingerprint(checkpoint: Checkpoint, model: PreTrainedModel) -> str | None:
@@ -216,7 +273,7 @@ def checkpoint_fingerprint(checkpoint: Checkpoint, model: PreTrainedModel) -> st
 
     def read(name, indices):
         parts = checkpoint.parts(model, full_names[name], torch.empty(shapes[name], device="meta"))
-        if checkpoint.tensor(next(iter(parts))).dtype not in PLAIN:
+        if checkpoint.empty(next(iter(parts))).dtype not in PLAIN:
             return torch.full((len(indices),), torch.nan)
         return checkpoint.values(model, full_names[name], shapes[name], indices)
 

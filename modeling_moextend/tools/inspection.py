@@ -4,24 +4,27 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import SafetensorsParsingError
-from safetensors import safe_open
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from ..adapter_file_moextend import (
+    DTYPES,
     FILE,
     INDEX,
+    FileHeader,
     StoredAdapter,
     check_tensors,
     find_files,
+    find_tensor,
     joined,
     read_adapter,
     read_file,
+    read_tensor,
     shards_of,
     tensor_bytes,
 )
@@ -29,7 +32,6 @@ from ..configuration_moextend import MoExtendConfig
 from ..validation_moextend import short
 from .base_weights import unusable
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 ROUTING = ("scope", "selection", "calibration")
 # What huggingface_hub and torch make of a header that is no header; what the network does is none of these.
 BROKEN_HEADER = (SafetensorsParsingError, RuntimeError, ValueError, TypeError, KeyError, AttributeError)
@@ -142,14 +144,14 @@ def read_not_finite(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any])
         return None
     checked = {}
     for path in find_files(name_or_path, hub_kwargs):
-        checked |= read_file(path, lambda file, key: file.get_tensor(key).isfinite().all())[0]
+        checked |= read_file(path, lambda *where: read_tensor(*where).isfinite().all())[0]
     return sorted(name for name, finite in checked.items() if not finite)
 
 
-def without_data(file: safe_open, key: str) -> torch.Tensor:
+def without_data(file: BinaryIO, header: FileHeader, name: str) -> torch.Tensor:
     """A tensor of an open safetensors file, on the meta device."""
-    part = file.get_slice(key)
-    return empty(part.get_dtype(), part.get_shape())
+    dtype, shape, _ = find_tensor(header, name)
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def empty(dtype: str, shape: list[int]) -> torch.Tensor:

@@ -89,7 +89,7 @@ def obstacles(
 def wider_dtype(model: PreTrainedModel, checkpoint: Checkpoint, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     """The condition "dtype": new tensors that the base's dtype does not hold exactly."""
     for key, piece in pieces(model, checkpoint, tensors).items():
-        base_dtype = checkpoint.tensor(piece.base_key).dtype
+        base_dtype = checkpoint.empty(piece.base_key).dtype
         if piece.new is not None and torch.promote_types(piece.new.dtype, base_dtype) != base_dtype:
             text = f"new tensors are {piece.new.dtype}, the base's {base_dtype}, which can't hold them exactly"
             dtype = dtype_name(base_dtype)
@@ -128,7 +128,7 @@ class Piece(NamedTuple):
         return torch.cat([base, new]) if self.appended else new.contiguous()
 
     def num_bytes(self, checkpoint: Checkpoint) -> int:
-        base = checkpoint.tensor(self.base_key)
+        base = checkpoint.empty(self.base_key)
         if self.new is None:
             return base.nbytes
         return self.new.numel() * base.itemsize + (base.nbytes if self.appended else 0)
