@@ -53,7 +53,7 @@ def load(args: argparse.Namespace) -> tuple[MoExtendForCausalLM, PreTrainedToken
     model = MoExtendForCausalLM.from_pretrained(args.adapter, dtype=args.dtype, device_map=device_map, **locations)
     if not Path(args.adapter).is_dir() or Path(args.adapter, "tokenizer_config.json").exists():
         reader = AutoTokenizer if model.encoder is None else AutoProcessor
-        return model.eval(), reader.from_pretrained(args.adapter)
+        return model.eval(), reader.from_pretrained(args.adapter, trust_remote_code=False)
     config = model.config
     return model.eval(), load_processor(
         args.base or config.base_model_name_or_path, args.encoder or config.encoder_name_or_path

@@ -35,8 +35,6 @@ def load_parts(stored, base, encoder, auto_class, check_base, options, location=
         encoder = load_stored("encoder", encoder, stored, load_encoder, location, **chosen)
     if not isinstance(base, PreTrainedModel):
         auto_class = auto_class_for(stored.text_config, auto_class)
-        if base is None:  # a file names it: transformers' prompt would wait for somebody who never heard of it
-            options = {"trust_remote_code": False, **options}
         base = load_stored("base", base, stored, load_base, location, auto_class=auto_class, **options)
     check_loaded(base)
     stored.set_text_config(base.config)
@@ -134,6 +132,7 @@ def load_base(name_or_path, auto_class, **kwargs):
     """A base from its checkpoint; from safetensors only, unless `use_safetensors=False` allows pickled weights. Its
     config remembers the commit (`_commit_hash`, which transformers itself sets no longer)."""
     kwargs["use_safetensors"] = kwargs.get("use_safetensors", True) or None  # False would refuse safetensors
+    kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # of `None` transformers asks at a prompt
     check_not_distributed(kwargs)
     check_no_adapter(name_or_path, kwargs)
     shared = {key: kwargs[key] for key in SHARED_HUB_KWARGS if key in kwargs}

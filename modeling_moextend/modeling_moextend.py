@@ -68,9 +68,10 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
         are those of the `StoredAdapter` `stored`, or else at their start values."""
         super().__init__(config)
         if base is None:
-            base = auto_class_for(config.text_config, self.auto_base_class).from_config(config.text_config)
+            auto_class = auto_class_for(config.text_config, self.auto_base_class)
+            base = auto_class.from_config(config.text_config, trust_remote_code=False)
         if encoder is None and config.encoder_config is not None:
-            encoder = AutoModel.from_config(config.encoder_config)
+            encoder = AutoModel.from_config(config.encoder_config, trust_remote_code=False)
         self.base, self.adapters, self.passes = base, nn.ModuleDict(), Passes()
         self.moe_layers = find_moe_layers(self.get_decoder())  # decoder layer -> MoELayer
         # Names, not parameters: held here, each process would keep the whole of what FSDP2 shards.

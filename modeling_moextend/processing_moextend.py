@@ -4,7 +4,9 @@ Letters: B samples, S tokens, I images in the batch, P image tokens an image.
 """
 
 import contextlib
+import json
 import os
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -18,11 +20,16 @@ from transformers import (
     image_utils,
 )
 from transformers.tokenization_utils_base import AddedToken
+from transformers.utils import PROCESSOR_NAME, cached_file
 
+from .folder_moextend import check_location
 from .package_moextend import from_package
 
 IMAGE_TOKEN = "<image>"
 BUILDING = "Building a processor"
+MAX_IMAGE_TOKENS = 2**16
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+AUDIO = "audio_tokenizer_config.json"
 
 
 def to_rgb(image):
@@ -68,6 +75,31 @@ class ImageBatch(BatchFeature):
         super().__setitem__(key, value)
 
 
+@contextlib.contextmanager
+def readable(what):
+    """Whatever transformers stumbles over in the block becomes one error, which says that `what` can't be loaded."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        kind, text = OSError if isinstance(error, OSError) else ValueError, f"{type(error).__name__}: {error}"
+        text = "".join(filter(str.isprintable, text))
+        raise kind(f"{what} can't be loaded: save or fetch its files again. ({text})") from error
+
+
+def check_files(name_or_path, hub_kwargs):
+    """Refuses a processor's files that are links to elsewhere, and those that would have another model loaded."""
+    folder = Path(name_or_path, hub_kwargs.get("subfolder") or "")
+    for path in [*folder.glob("*"), *folder.glob("*/*.jinja")] if folder.is_dir() else ():
+        if path.suffix in (".json", ".jinja", ".model", ".txt"):
+            check_location(path, name_or_path)
+    for name in (PROCESSOR_NAME, AUDIO):
+        path = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        if path is not None and (name == AUDIO or "audio_tokenizer" in json.loads(Path(path).read_text("utf-8"))):
+            raise ValueError(f"{path} asks for an audio tokenizer, and this is a processor of text and images.")
+
+
 class MoExtendProcessor(ProcessorMixin):
     """Image processor, tokenizer and chat template in one; each image token in the text becomes `num_image_tokens`.
 
@@ -80,7 +112,7 @@ class MoExtendProcessor(ProcessorMixin):
         chat_template: default: the tokenizer's, or LLaVA's format where it has none.
 
     Raises:
-        ValueError: `num_image_tokens` is missing.
+        ValueError: `num_image_tokens` is missing or no such number; `image_token` or `chat_template` is no text.
     """
 
     # Causal LMs do not take them, and `generate` refuses what the model does not take.
@@ -95,17 +127,33 @@ class MoExtendProcessor(ProcessorMixin):
         chat_template: str | None = None,
     ):
         super().__init__(by_pil(image_processor), tokenizer)
-        if not isinstance(num_image_tokens, int) or num_image_tokens < 1:
+        if not isinstance(num_image_tokens, int) or not 1 <= num_image_tokens <= MAX_IMAGE_TOKENS:
             raise ValueError(
                 f"num_image_tokens={num_image_tokens!r} must be the number of features the encoder makes of an image, "
-                "at least 1. MoExtendProcessor.from_encoder reads it from the encoder's config."
+                f"1 to {MAX_IMAGE_TOKENS}. MoExtendProcessor.from_encoder reads it from the encoder's config."
             )
+        if not isinstance(image_token, str) or not image_token or not isinstance(chat_template or "", (str, dict)):
+            raise ValueError(f"image_token={image_token!r} and chat_template={chat_template!r:.99} must be texts.")
         self.image_token = image_token
         self.num_image_tokens = num_image_tokens
         self.image_token_id = _add_image_token(tokenizer, image_token)
         self.chat_template = chat_template or tokenizer.chat_template
         if not self.chat_template:  # a saved processor has one
             self.chat_template = from_package("data.processors", BUILDING).default_chat_template(image_token)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs) -> Self:
+        """As in transformers; no code runs unless the call says `trust_remote_code=True`.
+
+        Raises:
+            OSError: no processor there.
+            ValueError: damaged files, links to elsewhere, or more than an image processor and a tokenizer.
+        """
+        name = pretrained_model_name_or_path
+        kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # of `None` transformers asks at a prompt
+        with readable(f"The processor of {name}"):
+            check_files(name, {key: kwargs[key] for key in HUB_KWARGS if kwargs.get(key)})
+            return super().from_pretrained(name, *args, **kwargs)
 
     @classmethod
     def from_encoder(

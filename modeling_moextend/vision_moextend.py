@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, Cache, GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers import AutoModel, Cache, GenerationMixin, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
-from .configuration_moextend import has_class_token
+from .configuration_moextend import as_config, has_class_token
 from .layers_moextend import keep_in_graph
 
 VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model")
@@ -56,11 +56,14 @@ def projector_tied(embedding, projector):
 
 def load_encoder(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
     """The vision tower of a CLIP or SigLIP checkpoint (vision-only or whole), from safetensors, frozen."""
-    config = AutoConfig.from_pretrained(name_or_path, **{key: kwargs[key] for key in CONFIG_KWARGS if key in kwargs})
+    hub = {key: kwargs[key] for key in CONFIG_KWARGS if key in kwargs}
+    values, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub)  # AutoConfig might run code
+    config = as_config(values)
     config = getattr(config, "vision_config", config)
-    check_encoder(name_or_path, config)
+    check_encoder(name_or_path, config.model_type or values["model_type"])  # an unknown config has none
     kwargs["use_safetensors"] = kwargs.get("use_safetensors", True) or None  # None: pickled if there is nothing else
-    encoder, loading = AutoModel.from_pretrained(name_or_path, config=config, output_loading_info=True, **kwargs)
+    kwargs |= {"config": config, "trust_remote_code": False, "output_loading_info": True}
+    encoder, loading = AutoModel.from_pretrained(name_or_path, **kwargs)
     missing = sorted(loading["missing_keys"])
     if missing:  # transformers would go on with random values in their place
         raise ValueError(f"encoder={str(name_or_path)!r} is incomplete: it lacks {', '.join(missing[:8])}.")
@@ -70,17 +73,17 @@ def load_encoder(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
 def vision_tower(model: PreTrainedModel) -> PreTrainedModel:
     """The vision tower of a loaded CLIP or SigLIP model (vision-only or whole)."""
     tower = model.vision_model if hasattr(model.config, "vision_config") and hasattr(model, "vision_model") else model
-    check_encoder(type(model).__name__, tower.config)
+    check_encoder(type(model).__name__, tower.config.model_type)
     if tower is not model:
         tower.config.name_or_path = model.config.name_or_path  # a part does not know where the whole lies
     return tower
 
 
-def check_encoder(given, config):
+def check_encoder(given, model_type):
     """Refuses what is no CLIP or SigLIP vision model."""
-    if config.model_type not in VISION_MODEL_TYPES:
+    if model_type not in VISION_MODEL_TYPES:
         raise ValueError(
-            f"encoder={given!r} is a {config.model_type!r} model; an encoder must be a CLIP or SigLIP vision model "
+            f"encoder={given!r} is a {model_type!r} model; an encoder must be a CLIP or SigLIP vision model "
             f"({', '.join(VISION_MODEL_TYPES)}, or a whole model that has one)."
         )
 

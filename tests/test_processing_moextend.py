@@ -26,7 +26,7 @@ from trl.chat_template_utils import is_chat_template_stop_token_trained
 
 from modeling_moextend.configuration_moextend import count_image_tokens
 from modeling_moextend.data.llava import load_llava
-from modeling_moextend.data.processors import default_chat_template, with_image_parts
+from modeling_moextend.data.processors import default_chat_template, load_processor, with_image_parts
 from modeling_moextend.evaluation.compare import encode
 from modeling_moextend.processing_moextend import MoExtendProcessor, to_rgb
 
@@ -117,7 +117,7 @@ def test_a_tokenizers_own_image_token_is_kept():
     assert processor(images=picture(), text="  <pic>")["input_ids"] == [[260, 260]]  # lstrip is kept, too
 
 
-@pytest.mark.parametrize("number", [None, 0, "4"])
+@pytest.mark.parametrize("number", [None, 0, "4", 2**16 + 1, 10**12])
 def test_number_of_image_tokens_is_needed(number):
     with pytest.raises(ValueError, match=f"num_image_tokens={number!r} must be the number of features.*from_encoder"):
         MoExtendProcessor(CLIPImageProcessorPil(), build_tokenizer(), num_image_tokens=number)
@@ -375,15 +375,40 @@ def test_a_template_that_takes_images_is_kept():
 @pytest.mark.parametrize(
     "template, problem",
     [
-        (TEXT_ONLY, "TypeError"),  # text + list
-        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", r"it gives .*type"),  # the list as Python text
-        ("{% for m in messages %}{{ m['content'][1]['text'] }}{% endfor %}", "it gives 'What is this.'"),  # no image
+        (TEXT_ONLY, "it never writes it"),
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}{# <image> #}", "it never writes it"),
+        ("{% for m in messages %}<image>", "TemplateSyntaxError: "),
+        ("{{ " + "(" * 100_000 + "'<image>'", "RecursionError: "),
     ],
+    ids=["text only", "in a comment", "syntax", "deep"],
 )
 def test_a_template_without_images_is_refused_with_the_ways_out(template, problem):
     message = f"cannot render a message with an image as '<image>': {problem}.*with_image_parts.*default_chat_template"
     with pytest.raises(ValueError, match=message):
         build_processor(template)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "<image>{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+        "{{ '<image>' }}{{ messages[0]['role'] * 10**10 }}",
+        "{{ '<image>' }}{{ '%9999999999s' | format('x') }}{{ 'x' * 10**10 }}",  # a compiler would work it out at once
+        "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}<image>{{ m() }}",
+        "{% generation %}{{ '<image>' ~ 10**10**10 }}{% endgeneration %}",
+        "{% for m in messages %}{% if loop.index > 3 %}{% break %}{% endif %}<image>{% endfor %}",
+    ],
+)
+def test_a_template_is_never_run_when_a_processor_is_built_or_loaded(template, tmp_path, monkeypatch):
+    def run(*args, **kwargs):
+        raise AssertionError("it was run")
+
+    for name in ("render", "generate", "from_code"):
+        monkeypatch.setattr(f"jinja2.Template.{name}", run)
+    monkeypatch.setattr("jinja2.Environment.compile", run)
+    processor = build_processor(template)
+    processor.save_pretrained(tmp_path)
+    assert MoExtendProcessor.from_pretrained(tmp_path).chat_template == template
 
 
 def test_with_image_parts_keeps_the_bases_format():
@@ -499,3 +524,89 @@ def test_loads_as_it_was_saved(tmp_path):
     given = {"images": [[picture(BLUE)]], "text": ["x<image>"], "return_tensors": "pt"}
     before, after = processor(**given), loaded(**given)
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+# A stranger's folder
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Name -> bytes of every file of a saved processor."""
+    folder = tmp_path_factory.mktemp("processor")
+    build_processor().save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def spoiled(stored, folder, name, content):
+    """The folder with other `content` in one file; a `dict`: entries in the JSON that is there."""
+    for file, data in stored.items():
+        (folder / file).write_bytes(data)
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(stored[name]) | content).encode()
+    (folder / name).write_bytes(content)
+    return folder
+
+
+DAMAGE = [b"", b"{", b"[]", b"null", b"3", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"]
+ENTRIES = [
+    ("processor_config.json", {"num_image_tokens": "4"}),
+    ("processor_config.json", {"num_image_tokens": 10**9}),
+    ("processor_config.json", {"image_token": 3}),
+    ("processor_config.json", {"image_token": ""}),
+    ("processor_config.json", {"chat_template": [3]}),
+    ("processor_config.json", {"image_processor": 3}),
+    ("processor_config.json", {"image_processor": {"image_processor_type": ["CLIPImageProcessorPil"]}}),
+    ("processor_config.json", {"audio_tokenizer": {"audio_tokenizer_class": "AutoModel"}}),
+    ("audio_tokenizer_config.json", b'{"audio_tokenizer_class": "AutoModel", "audio_tokenizer_name_or_path": "/x"}'),
+    ("tokenizer_config.json", {"tokenizer_class": 3}),
+    ("tokenizer_config.json", {"auto_map": 3}),
+    ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+    ("tokenizer_config.json", {"bos_token": {"content": 3}}),
+    ("tokenizer.json", {"model": {"type": "BPE"}}),
+    ("tokenizer.json", {"added_tokens": 3}),
+]
+DAMAGED = [(name, content) for name in ("processor_config.json", "tokenizer_config.json") for content in DAMAGE]
+DAMAGED += [("tokenizer.json", content) for content in DAMAGE] + ENTRIES
+
+
+@pytest.mark.parametrize("name, content", DAMAGED)
+def test_a_damaged_folder_is_one_clear_error(name, content, stored, tmp_path):
+    folder = spoiled(stored, tmp_path, name, content)
+    for load in (MoExtendProcessor.from_pretrained, load_processor):
+        with pytest.raises(
+            (ValueError, OSError), match=f"^The processor of {folder} can't be loaded: save or fetch"
+        ) as e:
+            load(folder)
+        assert type(e.value) in (ValueError, OSError) and str(e.value).isprintable()
+
+
+@pytest.mark.parametrize("content", DAMAGE)
+def test_a_damaged_tokenizer_or_image_processor_is_one_clear_error(content, stored, tmp_path):
+    folder = spoiled(stored, tmp_path, "tokenizer.json", content)
+    (folder / "processor_config.json").unlink()
+    with pytest.raises((ValueError, OSError), match=f"^The tokenizer of {folder} can't be loaded: save or fetch"):
+        load_processor(folder)
+    (folder / "tokenizer.json").write_bytes(stored["tokenizer.json"])
+    (folder / "preprocessor_config.json").write_bytes(content)
+    with pytest.raises(
+        (ValueError, OSError), match=f"^The image processor of {folder} can't be loaded: save or fetch"
+    ):
+        load_processor(folder, encoder=folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"]
+)
+def test_links_out_of_the_folder_are_not_followed(name, stored, tmp_path):
+    (tmp_path / "inside").mkdir()
+    folder = spoiled(stored, tmp_path / "inside", name, stored[name])
+    (folder / "same").write_bytes(stored[name])
+    (tmp_path / "outside").write_bytes(stored[name])
+    (folder / name).unlink()
+    (folder / name).symlink_to("same")
+    MoExtendProcessor.from_pretrained(folder)
+    (folder / name).unlink()
+    (folder / name).symlink_to("../outside")
+    message = f"The processor of {folder} can't be loaded.*{name} is a link to .*outside, outside the adapter's folder"
+    with pytest.raises(ValueError, match=message):
+        MoExtendProcessor.from_pretrained(folder)

@@ -1,5 +1,6 @@
 """A published adapter loads with transformers alone: in processes that cannot import the package."""
 
+import contextlib
 import copy
 import json
 import os
@@ -9,15 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, make_base, shake
+from conftest import FAMILIES, make_base, make_encoder, shake
 from hub_server import running_hub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_processing_moextend import build_processor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from modeling_moextend import MoExtendForCausalLM, MoExtendModel
+from modeling_moextend import MoExtendForCausalLM, MoExtendModel, MoExtendProcessor, load_processor
 from modeling_moextend.adapter_file_moextend import FILE
+from modeling_moextend.tools.base_weights import skeleton
+from modeling_moextend.tools.merge import merge
+from modeling_moextend.tools.verification import verify_adapter
 
 ROOT = Path(__file__).parents[1]
 PLAN = {1: [0], 3: [2, 5]}
@@ -390,7 +394,130 @@ def test_trust_remote_code_is_handed_on_as_given(published, value, monkeypatch):
         monkeypatch.setattr(auto, "from_pretrained", record(auto))
     options = {} if value is None else {"trust_remote_code": value}
     MoExtendForCausalLM.from_pretrained(root / "adapter", **options)
-    assert given == {"base": bool(value), "encoder": None}, "an encoder is CLIP or SigLIP: it has no code of its own"
+    assert given == {"base": bool(value), "encoder": False}, "an encoder is CLIP or SigLIP: it has no code of its own"
+
+
+CODE = "from pathlib import Path\nPath({marker!r}).touch()\nraise SystemExit\n"
+
+
+def with_code(folder, marker, file, name, **entries):
+    """`folder`, whose JSON `file` names code of its own for the auto class `name`."""
+    values = json.loads((folder / file).read_text()) | entries
+    reference = ["trap.C", "trap.C"] if name == "AutoTokenizer" else "trap.C"
+    values["auto_map"] = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), "trap.C") | {
+        name: reference
+    }
+    (folder / file).write_text(json.dumps(values))
+    (folder / "trap.py").write_text(CODE.format(marker=str(marker)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def traps(tmp_path_factory):
+    """A base, an encoder, a tokenizer, an image processor and a processor with code; adapters on bases with code."""
+    root = tmp_path_factory.mktemp("traps")
+    marker = root / "code ran"
+    make_base().save_pretrained(root / "sound")
+    make_encoder().save_pretrained(root / "sees")
+    for name in ("base", "tokenizer"):
+        make_base().save_pretrained(root / name)
+    for name in ("encoder", "image"):
+        make_encoder().save_pretrained(root / name)
+    model = MoExtendForCausalLM.from_base(str(root / "base"), PLAN, encoder=str(root / "encoder"), scope="modality")
+    model.save_pretrained(root / "adapter")
+    own = {"model_type": "a_family_of_its_own"}
+    for name in ("base", "encoder"):
+        with_code(root / name, marker, "config.json", "AutoModel", **own)
+    processor = build_processor()
+    for name in ("tokenizer", "sound"):
+        processor.tokenizer.save_pretrained(root / name)
+    with_code(root / "tokenizer", marker, "tokenizer_config.json", "AutoTokenizer", tokenizer_class="Own")
+    for name in ("image", "sees"):
+        processor.image_processor.save_pretrained(root / name)
+    file = "preprocessor_config.json"
+    with_code(root / "image", marker, file, "AutoImageProcessor", image_processor_type="Own")
+    processor.save_pretrained(root / "processor")
+    with_code(root / "processor", marker, "tokenizer_config.json", "AutoTokenizer", tokenizer_class="Own")
+    return root, marker
+
+
+CALLS = {  # each meets code: of the base, the encoder, the tokenizer, the image processor
+    "base": lambda root: MoExtendForCausalLM.from_pretrained(root / "adapter", encoder=str(root / "sees")),
+    "base, as the call says": lambda root: MoExtendForCausalLM.from_pretrained(
+        root / "adapter", base=str(root / "base"), encoder=str(root / "sees")
+    ),
+    "base, undecided": lambda root: MoExtendForCausalLM.from_pretrained(
+        root / "adapter", encoder=str(root / "sees"), trust_remote_code=None
+    ),
+    "base, by auto class": lambda root: AutoModelForCausalLM.from_pretrained(
+        root / "adapter", encoder=str(root / "sees")
+    ),
+    "base, new": lambda root: MoExtendForCausalLM.from_base(str(root / "base"), PLAN),
+    "encoder": lambda root: MoExtendForCausalLM.from_pretrained(root / "adapter", base=make_base()),
+    "encoder, trusted base": lambda root: MoExtendForCausalLM.from_pretrained(
+        root / "adapter", base=str(root / "sound"), trust_remote_code=True
+    ),
+    "encoder, new": lambda root: MoExtendForCausalLM.from_base(make_base(), PLAN, encoder=str(root / "encoder")),
+    "encoder, load_adapter": lambda root: MoExtendForCausalLM.from_base(make_base(), PLAN).load_adapter(
+        root / "adapter", "other"
+    ),
+    "encoder, as the call says": lambda root: MoExtendForCausalLM.from_base(make_base(), PLAN).load_adapter(
+        root / "adapter", "other", encoder=str(root / "encoder")
+    ),
+    "tokenizer": lambda root: load_processor(root / "tokenizer"),
+    "image processor": lambda root: load_processor(root / "sound", root / "image"),
+    "image processor's config": lambda root: load_processor(root / "sound", root / "encoder"),
+    "processor": lambda root: MoExtendProcessor.from_pretrained(root / "processor"),
+    "processor, load_processor": lambda root: load_processor(root / "processor"),
+    "processor, by auto class": lambda root: AutoProcessor.from_pretrained(root / "processor"),
+    "verify": lambda root: verify_adapter(root / "adapter", encoder=root / "sees"),
+    "verify, encoder": lambda root: verify_adapter(root / "adapter", base=root / "sound"),
+    "verify, tokenizer": lambda root: verify_adapter(root / "adapter", base=root / "tokenizer", encoder=root / "sees"),
+    "merge": lambda root: merge(root / "adapter", root / "merged", encoder=root / "sees"),
+    "merge, encoder": lambda root: merge(root / "adapter", root / "merged", base=root / "sound"),
+    "native": lambda root: merge(root / "adapter", root / "merged", native=True),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_nothing_asks_for_consent_and_no_code_runs_without_it(call, traps, code_cache, monkeypatch):
+    root, marker = traps
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")  # as `yes |` would answer
+    with contextlib.suppress(ValueError, OSError):  # where code would be needed
+        CALLS[call](root)
+    assert not asked and not marker.exists()
+
+
+def test_code_runs_where_it_is_asked_for(traps, code_cache):
+    """Else the test above says nothing."""
+    root, marker = traps
+    for call in (
+        lambda: MoExtendForCausalLM.from_base(str(root / "base"), PLAN, trust_remote_code=True),
+        lambda: load_processor(root / "tokenizer", trust_remote_code=True),
+        lambda: MoExtendProcessor.from_pretrained(root / "processor", trust_remote_code=True),
+    ):
+        with pytest.raises(SystemExit):
+            call()
+        assert marker.exists()
+        marker.unlink()
+
+
+@pytest.mark.parametrize("call", ["encoder", "encoder, new", "verify, encoder"])
+def test_an_encoder_with_code_is_refused_by_what_it_is(call, traps):
+    message = "'a_family_of_its_own' model; an encoder must be a CLIP or SigLIP vision model"
+    with pytest.raises(ValueError, match=message):
+        CALLS[call](traps[0])
+
+
+def test_a_config_with_code_makes_no_code_run(code_cache, monkeypatch):
+    """A model of a config alone, as merging makes one: nobody is asked."""
+    monkeypatch.setattr("builtins.input", lambda prompt="": pytest.fail(f"asked: {prompt}"))
+    model = MoExtendForCausalLM.from_base(make_base(), PLAN, encoder=make_encoder(), scope="modality")
+    for config in (model.config.text_config, model.config.encoder_config):
+        config.auto_map = dict.fromkeys(("AutoModel", "AutoModelForCausalLM"), "someone/else--trap.C")
+    assert MoExtendForCausalLM(model.config).encoder is not None
+    skeleton(model.config.text_config)
 
 
 def test_every_shipped_file_is_saved_and_nothing_else_is_imported(published):

@@ -39,7 +39,7 @@ def planned_quantiser(name_or_path: str | os.PathLike, options: dict[str, Any]) 
     config = options.get("config")
     if not isinstance(config, PretrainedConfig):
         hub_kwargs = {name: options[name] for name in CONFIG_KWARGS if options.get(name) is not None}
-        config = AutoConfig.from_pretrained(name_or_path, **hub_kwargs)
+        config = AutoConfig.from_pretrained(name_or_path, **{"trust_remote_code": False, **hub_kwargs})
     config, requested = copy.deepcopy(config), copy.deepcopy(options.get("quantization_config"))
     if requested is None and quantisation_of(config) is None:
         return None

@@ -14,6 +14,7 @@ from ..adapter_file_moextend import shown
 from ..configuration_moextend import MoExtendConfig
 from ..loading_moextend import SHARED_HUB_KWARGS, auto_class_for, load_base, load_stored, location_of
 from ..modeling_moextend import MoExtendForCausalLM
+from ..processing_moextend import readable
 from ..tensors_moextend import fingerprint, not_finite, same_fingerprint
 from ..vision_moextend import load_encoder
 from .base_weights import Checkpoint, Unusable, location_of_part, unusable
@@ -188,7 +189,8 @@ def find_tokenizer(
             name_or_path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs
         )
         if path is not None:
-            return AutoTokenizer.from_pretrained(name_or_path, **hub_kwargs)
+            with unusable(), readable(f"The tokenizer of {name_or_path}"):
+                return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, **hub_kwargs)
     return None
 
 

@@ -228,7 +228,7 @@ def build_model(config: StagesConfig, processor: PreTrainedTokenizerBase | Proce
         )
         change_routing(model, config.chosen_routing())
     elif config.encoder is None:
-        model = AutoModelForCausalLM.from_pretrained(config.base, **options)
+        model = AutoModelForCausalLM.from_pretrained(config.base, trust_remote_code=False, **options)
     else:
         vision = {"encoder": config.encoder, "image_token_id": processor.image_token_id}
         model = MoExtendForCausalLM.from_base(config.base, **vision, **config.chosen_routing(), **options)
