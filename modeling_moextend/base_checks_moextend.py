@@ -114,6 +114,19 @@ def check_pass(model, selection):
                 raise ValueError(replaced_message(index, module))
 
 
+def check_ids(input_ids, embedding):
+    """Refuses `input_ids` [B, S] that `embedding` has no row for. On an accelerator, single tokens are not waited for:
+    they are what was generated."""
+    size = embedding.num_embeddings
+    unknown = (input_ids < 0) | (input_ids >= size)
+    if (input_ids.shape[-1] > 1 or input_ids.device.type == "cpu") and unknown.any():
+        raise ValueError(
+            f"input_ids hold {input_ids[unknown].unique().tolist()[:8]}, but the base's vocabulary has {size} tokens, "
+            "and its embedding is never resized (tokenizer.convert_ids_to_tokens names them). Take the base's own "
+            "tokenizer, without tokens added to it; to pad with, tokenizer.pad_token = tokenizer.eos_token."
+        )
+
+
 def runs_own_forward(module):
     """Whether a call of `module` runs the forward of its class: directly, bound, or inside accelerate's hook."""
     forward = bound_forward(module)

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .adapter_file_moextend import StoredAdapter
 from .adapters_moextend import ADDING, DEFAULT, AdapterSwitch
-from .base_checks_moextend import base_rule, check_pass
+from .base_checks_moextend import base_rule, check_ids, check_pass
 from .compatibility_moextend import check_image_items, check_new_name, recorded_selection
 from .configuration_moextend import MoExtendConfig
 from .families_moextend import find_moe_layers
@@ -118,6 +118,8 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
             features = self.embed_images(selection, inputs["input_ids"], embeds, pixel_values)
             return {**inputs, "input_ids": None, "inputs_embeds": features}
         if embeds is None:
+            if not is_multimodal(self.base.config):  # such a base may put its own images where there is no embedding
+                check_ids(inputs["input_ids"], self.get_input_embeddings())
             return inputs
         trained = [] if vision is None else vision.projector.parameters()
         return {**inputs, "inputs_embeds": keep_in_graph(embeds, trained)}
@@ -146,10 +148,12 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
                 "Give images with input_ids, not with inputs_embeds: features go where image tokens stand."
             )
         check_image_items(selection, input_ids)
+        image_token_id, embedding = vision.config.image_token_id, self.get_input_embeddings()
+        check_ids(input_ids.masked_fill(input_ids == image_token_id, 0), embedding)
         if pixel_values is not None:
             selected = vision.config.encoder_select_layer, vision.config.encoder_select_feature
             features = encode_images(vision.encoder, vision.projector, pixel_values, *selected)
-        return merge_images(input_ids, self.get_input_embeddings(), vision.config.image_token_id, features)
+        return merge_images(input_ids, embedding, image_token_id, features)
 
     @contextlib.contextmanager
     def record_routing(self, enabled: bool = True) -> Iterator[dict[int, RoutingRecord]]:

@@ -218,6 +218,19 @@ def test_answers_are_greedy_whatever_stands_beside_them():
     assert len(set(given)) > 1
 
 
+def test_tokens_past_the_embedding_are_named():
+    model, tokenizer = make_model(), make_tokenizer()
+    tokenizer.add_tokens(["<tool>"])
+    assert answer(model, tokenizer, PROMPTS[:1], max_new_tokens=1, progress=False)
+    named = r"'<tool>' has the id 96, but the base's embedding has 96 rows"
+    prompts = [PROMPTS[0], [{"role": "user", "content": "a <tool> b"}]]
+    with pytest.raises(ValueError, match=f"Prompt 1, padded: {named}"):
+        answer(model, tokenizer, prompts, progress=False)
+    documents = [*DOCUMENTS, {"domain": "z", "text": "a <tool> b"}]
+    with pytest.raises(ValueError, match=rf"Document 4 \('z'\): {named}"):
+        compare_with_base(model, tokenizer, documents, progress=False)
+
+
 def test_an_answer_stops_at_the_tokenizers_end():
     model, tokenizer = make_model(), make_tokenizer()
     before = answer(model, tokenizer, PROMPTS[:1], max_new_tokens=4, progress=False)[0].split()

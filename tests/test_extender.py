@@ -1,5 +1,6 @@
 """The Extender: counting, the probe that leaves no trace, and the choice of layers and source experts."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -279,6 +280,13 @@ def test_the_model_comes_back_after_an_exception(base, tokenizer, texts, tmp_pat
             base, dataset(texts[:8]), dataset(texts[8:]), probe(tmp_path), tokenizer, callbacks=[Stop()]
         )
     assert_same_state(before, state_of(base))
+
+
+def test_a_pad_token_past_the_embedding_is_named(base, texts, tmp_path, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(ValueError, match=r"The tokenizer's pad_token: '\[PAD\]' has the id 29, .* has 29 rows"):
+        measure_router_shift(base, dataset(texts[:8]), dataset(texts[8:]), probe(tmp_path), tokenizer)
 
 
 def test_only_the_deltas_train(base, tokenizer, texts, tmp_path):

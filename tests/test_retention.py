@@ -90,12 +90,13 @@ def test_kinds_come_in_equal_shares_one_after_the_other():
     assert cycle(retention.STARTS, 4, make_tokenizer(None)) == [doc, doc, one, three]
 
 
-TEXT_ONLY = SimpleNamespace(image_token_id=None)
+EMBEDDING = SimpleNamespace(num_embeddings=96)
+TEXT_ONLY = SimpleNamespace(image_token_id=None, get_input_embeddings=lambda: EMBEDDING)
 
 
 def test_no_start_is_an_image_token():
     generator, tokenizer = torch.Generator().manual_seed(0), make_tokenizer()
-    eyes = SimpleNamespace(image_token_id=len(SPECIAL))
+    eyes = SimpleNamespace(image_token_id=len(SPECIAL), get_input_embeddings=lambda: EMBEDDING)
     drawn = {token for _ in range(200) for token in start_of("3 random tokens", tokenizer, eyes, generator)[1:]}
     assert len(SPECIAL) not in drawn and len(SPECIAL) + 1 in drawn
 
@@ -110,6 +111,13 @@ def test_a_start_is_of_its_kind_and_draws_words_only():
         assert all(len(start) == 1 + number and start[0] == 1 for start in starts[kind])
         drawn = {token for start in starts[kind] for token in start[1:]}
         assert drawn <= set(range(len(SPECIAL), len(WORDS))) and len(drawn) > 0.9 * (len(WORDS) - len(SPECIAL))
+
+
+def test_no_start_is_a_token_past_the_embedding():
+    generator, tokenizer = torch.Generator().manual_seed(0), make_tokenizer()
+    tokenizer.add_tokens([f"added {number}" for number in range(100)])
+    drawn = {token for _ in range(300) for token in start_of("3 random tokens", tokenizer, TEXT_ONLY, generator)}
+    assert len(WORDS) <= max(drawn) < 96
 
 
 def test_a_tokenizer_without_a_document_start():

@@ -311,6 +311,54 @@ def test_assistant_only_loss_with_images(tmp_path):
     assert len(losses(trainer)) == 2
 
 
+# ------------------------------------------------------------------ tokens that the base does not know
+
+
+def added(processor, **special):
+    """With tokens that were added behind the vocabulary and the image token; the base has 96 rows."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer.add_tokens([f"<{number}>" for number in range(96 - len(tokenizer))] + ["<tool>", "<|x|>"])
+    tokenizer.add_special_tokens(special)
+    return processor
+
+
+@pytest.mark.parametrize("token", ["pad_token", "eos_token"])
+def test_a_special_token_past_the_embedding_is_named_before_training(tmp_path, token):
+    with pytest.raises(ValueError, match=rf"The tokenizer's {token}: '<tool>' has the id 96, .* has 96 rows"):
+        MoExtendSFTTrainer(
+            make_model(),
+            config(tmp_path),
+            train_dataset=text_data(),
+            processing_class=added(make_tokenizer(), **{token: "<tool>"}),
+        )
+
+
+def test_a_row_with_a_token_past_the_embedding_is_named_before_training(tmp_path):
+    rows = [*make_texts(3), "a <tool> b"]
+    good, bad = text_data(), Dataset.from_dict({"text": rows})
+    known = {"model": make_model(), "args": config(tmp_path), "processing_class": added(make_tokenizer())}
+    MoExtendSFTTrainer(**known, train_dataset=good)  # that a tokenizer has more tokens than are used is no error
+    with pytest.raises(ValueError, match="Row 3 of the train dataset, as it is tokenised: '<tool>' has the id 96"):
+        MoExtendSFTTrainer(**known, train_dataset=bad)
+    with pytest.raises(ValueError, match="Row 3 of the held out dataset, as it is tokenised: '<tool>'"):
+        MoExtendSFTTrainer(**known, train_dataset=good, eval_dataset={"held out": bad})
+    streamed = MoExtendSFTTrainer(**known, train_dataset=bad.to_iterable_dataset())
+    with pytest.raises(ValueError, match="A batch: '<tool>' has the id 96"):
+        streamed.train()
+
+
+def test_a_batch_of_images_with_a_token_past_the_embedding_is_named(tmp_path):
+    rows = [{**row, "messages": [{"role": "user", "content": "<|x|>"}, *row["messages"][1:]]} for row in image_data(2)]
+    trainer = MoExtendSFTTrainer(
+        make_model(encoder=True),
+        config(tmp_path),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=added(make_processor()),
+    )
+    with pytest.raises(ValueError, match=r"A batch: '<\|x\|>' has the id 97, .* has 96 rows"):
+        trainer.train()
+
+
 # ------------------------------------------------------------------ gradient checkpointing, packing
 
 

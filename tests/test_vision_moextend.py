@@ -1,6 +1,7 @@
 """Images: which features are taken, where they go, what is refused, and that the encoder never changes."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -206,6 +207,29 @@ def test_labels_with_image_ids_count_as_much_as_ignored_ones():
     loss = model(input_ids=ids, pixel_values=images, labels=ids).loss
     expected = model(input_ids=ids, pixel_values=images, labels=ids.masked_fill(ids == IMAGE, -100)).loss
     assert torch.equal(loss, expected) and loss.isfinite()
+
+
+def test_an_id_past_the_embedding_is_named_before_anything_runs():
+    text, eyes, ids = MoExtendForCausalLM.from_base(make_base(), {1: [0]}), seeing(), with_images((1,))
+    runs = [model.base.register_forward_pre_hook(lambda *_: pytest.fail("it ran")) for model in (text, eyes)]
+    runs.append(eyes.encoder.register_forward_pre_hook(lambda *_: pytest.fail("it ran")))
+    added = ids.clone()
+    added[0, -1] = IMAGE + 1
+    message = r"input_ids hold \[97\], but the base's vocabulary has 96 tokens.*convert_ids_to_tokens.*eos_token"
+    for run in (eyes, partial(eyes.generate, max_new_tokens=2), eyes.model):
+        with pytest.raises(ValueError, match=message):
+            run(input_ids=added, pixel_values=pixels(1))
+    for ids in (torch.tensor([[5, 97, 6]]), torch.tensor([[97]])):
+        for model in (text, eyes):
+            for run in (model, partial(model.generate, max_new_tokens=2), model.model):
+                with pytest.raises(ValueError, match=message):
+                    run(input_ids=ids)
+        with text.disable_adapter(), pytest.raises(ValueError, match=message):
+            text(input_ids=ids)
+    with pytest.raises(ValueError, match=r"input_ids hold \[-1, 96\], but"):
+        text(input_ids=torch.tensor([[5, 96, -1, 96]]))
+    for hook in runs:
+        hook.remove()
 
 
 def test_images_without_an_encoder_are_refused():

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from ..data.collators import pad_ids
 from ..data.processors import text_tokenizer
+from ..data.tokens import KnownTokens
 from ..metrics import load_metric
 from ..processing_moextend import to_rgb
 from ..routing_moextend import RoutingRecord
@@ -87,13 +88,17 @@ def compare_with_base(
         the layer in which the gate stands).
 
     Raises:
-        ValueError: no documents; one of less than two tokens; a plain model without `base`; unequal vocabularies.
+        ValueError: no documents; one of less than two tokens, or with a token that the model has no embedding for; a
+            plain model without `base`; unequal vocabularies.
     """
     if base is None and not is_moextend(model):
         raise ValueError(
             f"{type(model).__name__} is no MoExtend model: say what to compare it with, base=<causal LM>."
         )
     ids = document_ids(tokenizer, documents, max_length)
+    known = KnownTokens(model, tokenizer)
+    for number, document in enumerate(ids):
+        known.check(document, f"Document {number} ({documents[number]['domain']!r})")
     records = [None] * len(ids)
     models = [model] if base is None else [model, base]
     with evaluation_mode(*models), bar(len(ids), "texts of the base", progress) as counter:
@@ -248,17 +253,19 @@ def answer(
         an answer a prompt, without special tokens and white space around.
 
     Raises:
-        ValueError: images for an adapter without an encoder.
+        ValueError: images for an adapter without an encoder; a token that the model has no embedding for.
     """
     texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
     images = [[] for _ in texts] if images is None else images
     if any(images) and is_moextend(model) and model.encoder is None:
         raise ValueError("The questions come with images, but this adapter has no encoder to see them.")
     answers = [None] * len(texts)
-    stop = generation_ends(model, tokenizer)
+    known, stop = KnownTokens(model, tokenizer), generation_ends(model, tokenizer)
     with evaluation_mode(model), bar(len(texts), "questions", progress) as counter:
         for indices in batches([len(text) for text in texts], batch_size):
             inputs = encode(tokenizer, [texts[index] for index in indices], [images[index] for index in indices])
+            for index, ids in zip(indices, inputs["input_ids"].tolist(), strict=True):
+                known.check(ids, f"Prompt {index}, padded")
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
             output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, **stop)
             output = text_tokenizer(tokenizer).batch_decode(

@@ -27,6 +27,7 @@ from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig, SFTTrainer
 
 from ..data.collators import MaskImageLabels
+from ..data.tokens import check_trainer_tokens
 from ..evaluation.compare import count_selected
 from ..families_moextend import MoELayer, find_moe_layers
 from ..tools.modes import evaluation_mode, is_moextend
@@ -95,6 +96,7 @@ def measure_router_shift(
             **trainer_kwargs,
         )
         mask_image_labels(trainer)
+        check_trainer_tokens(trainer)
         before = count_selections(trainer, layers, "counting experts before")
         trainer.train()
         after = count_selections(trainer, layers, "counting experts after")

@@ -127,7 +127,8 @@ def start_of(
         return chat_start(tokenizer)
     first = first_token(tokenizer)
     special = {*tokenizer.all_special_ids, model.image_token_id}
-    words = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
+    known = min(len(tokenizer), model.get_input_embeddings().num_embeddings)  # tokens may have been added
+    words = torch.tensor([token for token in range(known) if token not in special])
     number = 0 if kind == "document" else int(kind[0])
     drawn = words[torch.randint(len(words), (number,), generator=generator)].tolist()
     return ([] if first is None and drawn else [first or 0]) + drawn

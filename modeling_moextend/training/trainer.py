@@ -25,6 +25,7 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..data.collators import MaskImageLabels
+from ..data.tokens import check_trainer_tokens
 from ..publishing.facts import folder_card, write_facts
 from ..publishing.hub import check_published, upload
 from ..routing_moextend import RoutingRecord
@@ -141,6 +142,7 @@ class MoExtendSFTTrainer(SFTTrainer):
         if not isinstance(self.data_collator, DataCollatorForLanguageModeling):  # that one has no images
             vocab_size = self.model.config.get_text_config().vocab_size
             self.data_collator = MaskImageLabels(self.data_collator, self.model.image_token_id, vocab_size)
+        check_trainer_tokens(self)
         self.retention_dataset, self.gate_report = retention_dataset, None
         self._throughput = {}  # mode -> [tokens, start in seconds]
         self._in_checkpoint = False
