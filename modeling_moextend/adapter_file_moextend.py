@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
 from transformers.utils import cached_file
 
@@ -138,9 +140,10 @@ def read_adapter(name_or_path: str | os.PathLike, **hub_kwargs) -> StoredAdapter
     """Reads an adapter's files: -> `StoredAdapter`. Whether it fits a model is for `check_tensors` to say.
 
     Raises:
-        OSError: no adapter there.
+        OSError: no adapter there, or the Hub can't be reached.
         ValueError: a damaged or truncated file, a missing shard, a link to elsewhere, or a newer format.
     """
+    check_source("The adapter", name_or_path)
     with locked(name_or_path, alone=False) if os.path.isdir(name_or_path) else contextlib.nullcontext():
         files = find_files(name_or_path, hub_kwargs)
         return joined({path: read_file(path) for path in files})
@@ -259,14 +262,44 @@ def depth(value):
     return 1 + max(map(depth, inner), default=0)
 
 
+def check_given(what, given):
+    """Refuses what is no name of a folder or a Hub id, as a place where `what` lies."""
+    if not isinstance(given, str | os.PathLike):
+        raise ValueError(
+            f"{what} must be a folder or a Hub id (a base or encoder also a loaded model of transformers; of PEFT's, "
+            f"what merge_and_unload() returns), not {type(given).__name__}."
+        )
+
+
+def check_source(what, given):
+    """Refuses what can be neither a folder nor a Hub id."""
+    check_given(what, given)
+    if not os.path.exists(given):
+        try:
+            validate_repo_id(str(given))
+        except HFValidationError as error:
+            raise OSError(f"{what} {str(given)!r} is no folder here, and no Hub id like owner/name.") from error
+
+
+def check_keywords(function, given, allowed):
+    """Refuses unknown keywords: a misspelled option would be lost without a word."""
+    unknown = sorted(set(given) - set(allowed))
+    if unknown:
+        names, known = ", ".join(unknown), ", ".join(allowed) or "none"
+        raise TypeError(f"{function}() got unexpected keyword arguments: {names}. Allowed here: {known}.")
+
+
 def find_files(name_or_path, hub_kwargs):
     """Paths of the adapter's files; the index wins over a single file."""
     optional = {"_raise_exceptions_for_missing_entries": False, **hub_kwargs}
     index = cached_file(name_or_path, INDEX, **optional)
     if index is None:
-        single = cached_file(name_or_path, FILE, **optional)
-        if single is None:
-            raise OSError(f"{name_or_path} holds no MoExtend adapter: neither {FILE} nor {INDEX} is there.")
+        try:
+            single = cached_file(name_or_path, FILE, **hub_kwargs)
+        except OSError as error:
+            if isinstance(error.__cause__, LocalEntryNotFoundError):
+                raise OSError(f"{name_or_path} is no folder here, and the Hub can't be reached. ({error})") from error
+            raise OSError(f"{name_or_path} holds no MoExtend adapter: neither {FILE} nor {INDEX} is there.") from error
         check_location(single, name_or_path)
         return [single]
     check_location(index, name_or_path)

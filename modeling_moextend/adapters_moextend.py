@@ -6,6 +6,7 @@ those of transformers' and PEFT's. How adapters share a token: docs/adapters.md.
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .adapter_file_moextend import StoredAdapter, check_tensors, read_adapter
+from .adapter_file_moextend import StoredAdapter, check_keywords, check_tensors, read_adapter
 from .compatibility_moextend import (
     check_belongs,
     check_complete,
@@ -29,7 +30,7 @@ from .compatibility_moextend import (
 from .configuration_moextend import MoExtendConfig, check_threshold
 from .gate_moextend import TokenGate
 from .layers_moextend import add_experts, attach, input_device, remove_experts
-from .loading_moextend import load_stored_encoder
+from .loading_moextend import HUB_KWARGS, load_stored_encoder
 from .package_moextend import from_package
 from .routing_moextend import Rule
 from .scope_moextend import Selection
@@ -131,7 +132,9 @@ class AdapterSwitch:
             OSError: no adapter there, or its encoder can't be found.
             ValueError: a name that is taken or can't be one; a damaged file; another base; adapters missing that it
                 was trained on; tensors that don't fit. The model is as it was.
+            TypeError: an unknown argument.
         """
+        check_keywords("load_adapter", hub_kwargs, HUB_KWARGS)
         with self.passes.lock:
             check_new_name(adapter_name, self)
             stored = read_adapter(name_or_path, **hub_kwargs)
@@ -152,7 +155,9 @@ class AdapterSwitch:
             logger.warning(f"The adapter holds NaN or infinity, and so may its answers: {', '.join(names[:8])}.")
         return moved_to_layers(stored.tensors, self.moe_layers, input_device(self.base), self.base.dtype)
 
-    def add_adapter(self, adapter_name: str, extended_layers: dict[int, list[int]] | None = None, **options) -> None:
+    def add_adapter(
+        self, adapter_name: str = DEFAULT, extended_layers: dict[int, list[int]] | None = None, **options
+    ) -> None:
         """Adds a new adapter on top of the active ones: `modeling_moextend.attaching.add_adapter`, of the package."""
         from_package("attaching", ADDING).add_adapter(self, adapter_name, extended_layers, **options)
 
@@ -162,7 +167,8 @@ class AdapterSwitch:
         from_package("attaching", ADDING).extend(self, plan)
 
     def delete_adapter(self, adapter_names: str | list[str]) -> None:
-        """Deletes an adapter, or a list of them; those that stay are what they were. `ValueError`: an unknown name,
+        """Deletes an adapter, or a list of them; those that stay are what they were. Where no active one stays, the
+        next is set, as PEFT has it: the first that was not trained on top of others. `ValueError`: an unknown name,
         all adapters of the model, or one that another was trained on top of."""
         with self.passes.lock:
             names = listed_names(adapter_names)
@@ -171,9 +177,14 @@ class AdapterSwitch:
             if not staying:
                 raise ValueError(f"{names} are all adapters of this model. To get the base back, use model.detach().")
             check_not_needed(self.adapters, staying)
-            self.activate([name for name in self.passes.current.active if name in staying], among=staying)
+            active = [name for name in self.passes.current.active if name in staying]
+            following = [] if active else [name for name in staying if not self.adapters[name].depends_on][:1]
+            self.activate(active or following)
             for name in names:
                 self.remove_adapter(name)
+            if following:
+                self.set_adapter(following)
+                warnings.warn(f"No active adapter was left, so {following[0]!r} is set.", stacklevel=2)
 
     def set_adapter(
         self, adapter_name: str | list[str], inference_mode: bool = False, *, check_trained_on: bool = True
@@ -215,13 +226,11 @@ class AdapterSwitch:
             others = {other: known for other, known in fingerprints.items() if other != name}
             adapter.depends_on |= set(dependency_names(adapter.config, others).values()) - {None}
 
-    def activate(self, names: list[str], among: list[str] | None = None) -> None:
-        """Makes `names` the active adapters, of all or of those `among` which a deletion leaves; what trains and is
-        saved is the one on top, if there is just one."""
+    def activate(self, names: list[str]) -> None:
+        """Makes `names` the active adapters; what trains and is saved is the one on top, if there is just one."""
         top = self.on_top(names)
         self.passes.change(active=tuple(sorted(names)), trained=top[0] if len(top) == 1 else None)
-        leading = self.passes.current.trained or next(iter((*self.passes.current.active, *(among or self.adapters))))
-        self.config = self.adapters[leading].config
+        self.config = self.adapters[self.leading].config
         self.follow_base()
 
     def follow_base(self) -> None:
@@ -235,6 +244,20 @@ class AdapterSwitch:
     def active_adapters(self) -> list[str]:
         """Names of the adapters that take part, in ascending order; `[]` while switched off."""
         return list(self.passes.current.active) if self.passes.selection().enabled else []
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The name of the adapter that takes part, as PEFT has it; a list where there are several, or none."""
+        names = self.active_adapters()
+        return names[0] if len(names) == 1 else names
+
+    def get_adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, torch.Tensor]:
+        """The tensors of one adapter by role, as in its file; default: of the one that trains, or is active alone."""
+        return {name: tensor.detach() for name, tensor in self.adapter_tensors(adapter_name).items()}
+
+    def enable_peft_hotswap(self, *args: object, **kwargs: object) -> None:
+        """`ValueError`: new experts are not hot-swapped."""
+        raise ValueError("enable_peft_hotswap is for LoRA: load_adapter(path, name), then set_adapter(name).")
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .families_moextend import check_routers
+from .families_moextend import ROUTER_NAMES, check_routers
 from .layers_moextend import is_extended
 from .package_moextend import from_package
 from .routing_moextend import Rule
@@ -63,6 +63,12 @@ def check_loaded(base):
         raise ValueError(
             f"{type(base).__name__} is extended already: use model.extend(plan), or pass what model.detach() returns."
         )
+    for name, module in base.named_modules():
+        if type(module).__module__.startswith("peft.") and name.split(".")[-1] in ("experts", *ROUTER_NAMES):
+            raise ValueError(
+                f"The base's {name} is wrapped by PEFT (LoRA with target_parameters), and new experts are copied from "
+                "plain ones: merge the LoRA first (merge_and_unload()), or take it off (unload(), delete_adapter)."
+            )
     if any(getattr(module, "_is_expert_parallel", False) for module in base.modules()):
         raise ValueError(sharded_message("the base's experts are spread over processes (expert parallel)"))
     sharded = next((name for name, p in base.named_parameters() if isinstance(p, DTensor)), None)

@@ -8,11 +8,12 @@ from .base_checks_moextend import base_rule, check_fingerprint, check_plan, forg
 from .routing_moextend import Rule
 from .scope_moextend import BASE, merge_overlapping
 from .tensors_moextend import fingerprint, same_fingerprint
+from .validation_moextend import short
 
 
 def check_new_name(name, model):
     """Refuses a name that another adapter has, or that no module can have."""
-    if name in model.adapters:
+    if isinstance(name, str) and name in model.adapters:
         raise ValueError(
             f"An adapter {name!r} is loaded already; this model has {list(model.adapters)}. Choose another name, or "
             f"delete_adapter({name!r}) first."
@@ -20,8 +21,8 @@ def check_new_name(name, model):
     allowed = isinstance(name, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name)
     if not allowed or hasattr(nn.ModuleDict(), name):
         raise ValueError(
-            f"{name!r} can't be the name of an adapter: it has to begin with a letter, hold only letters, digits, _ "
-            "and -, and be no attribute of a PyTorch module."
+            f"{short(name)} can't be the name of an adapter: it has to begin with a letter, hold only letters, "
+            "digits, _ and -, and be no attribute of a PyTorch module."
         )
 
 

@@ -13,7 +13,9 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.utils.hub import resolve_revision
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
+from .adapter_file_moextend import check_given, check_keywords
 from .base_checks_moextend import check_fingerprint, check_loaded, check_not_distributed, check_plan, forget_other_rule
 from .configuration_moextend import check_routing_choices
 from .families_moextend import find_moe_layers
@@ -30,12 +32,14 @@ def load_parts(stored, base, encoder, auto_class, check_base, options, location=
     """Base and encoder of an adapter with the config `stored`, each loaded unless given as a model, and checked
     against it; their configs become part of it. The other arguments are those of `from_pretrained`, what the base is
     loaded with, and (folder or Hub id, keywords for the Hub) of the adapter: see `within`."""
-    if stored.encoder_config is not None and not isinstance(encoder, PreTrainedModel):
+    if has_encoder(stored, encoder) and not isinstance(encoder, PreTrainedModel):
         chosen = {key: options[key] for key in ENCODER_KWARGS if key in options}
         encoder = load_stored("encoder", encoder, stored, load_encoder, location, **chosen)
     if not isinstance(base, PreTrainedModel):
         auto_class = auto_class_for(stored.text_config, auto_class)
         base = load_stored("base", base, stored, load_base, location, auto_class=auto_class, **options)
+    else:  # what else would be for its from_pretrained
+        check_keywords("from_pretrained with a loaded base", options, (*ENCODER_KWARGS, "trust_remote_code"))
     check_loaded(base)
     stored.set_text_config(base.config)
     if encoder is not None:
@@ -57,7 +61,7 @@ def load_parts(stored, base, encoder, auto_class, check_base, options, location=
 
 def load_stored_encoder(model, stored, encoder, check_base, location):
     """The encoder of a stored adapter that is loaded beside others; one of theirs, where it is the same."""
-    if stored.encoder_config is None:
+    if not has_encoder(stored, encoder):
         return None
     for adapter in model.adapters.values() if encoder is None and stored.encoder_fingerprint else ():
         known = adapter.config.encoder_fingerprint
@@ -72,9 +76,17 @@ def load_stored_encoder(model, stored, encoder, check_base, location):
     return encoder
 
 
+def has_encoder(stored, given):
+    """Whether an adapter with config `stored` has an encoder; refuses one that is `given` to an adapter without."""
+    if given is not None and stored.encoder_config is None:
+        raise ValueError("The adapter has no encoder, so it can't see: leave out encoder=...")
+    return stored.encoder_config is not None
+
+
 def load_stored(role, given, config, loader, location=None, **kwargs):
     """Base or encoder, from where the call or else the adapter's config says; see `location_of`."""
     path, inside = location_of(role, given, config, location)
+    check_given(f"The adapter's {role}", path)
     if Path(path).exists() and not Path(path).is_dir():  # transformers would read any file as a config
         raise ValueError(f"The adapter's {role} {str(path)!r} is a file: pass {role}=<folder or Hub id>.")
     try:
@@ -160,13 +172,18 @@ def check_no_adapter(name_or_path, options):
     hub = {key: options[key] for key in (*SHARED_HUB_KWARGS, "revision", "subfolder") if key in options}
     try:
         values, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub)
-        model_type = values.get("model_type")
+        model_type = values.get("model_type") or find_adapter_config_file(name_or_path, **hub)
     except (OSError, ValueError):  # for whoever loads the base to say
         return
     except Exception as error:  # it holds something else than a mapping
         raise ValueError(f"base={str(name_or_path)!r} has a config.json that can't be read: {error!r}.") from error
     if model_type == "moextend":
         raise ValueError(f"base={str(name_or_path)!r} is extended already: it is an adapter. Pass base=<its base>.")
+    if model_type and model_type.endswith(ADAPTER_CONFIG_NAME):
+        raise ValueError(
+            f"base={str(name_or_path)!r} is a PEFT adapter and no model: pass the model that it was trained on, with "
+            "it merged (merge_and_unload()) or without."
+        )
 
 
 def is_multimodal(config):

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import CommitInfo
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .adapter_file_moextend import read_adapter, write_folder
+from .adapter_file_moextend import check_keywords, read_adapter, write_folder
 from .adapters_moextend import DEFAULT
 from .base_checks_moextend import check_in_memory
 from .compatibility_moextend import check_dependencies
@@ -55,7 +55,7 @@ class Persistence:
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
-        *model_args,
+        *,
         config: PreTrainedConfig | None = None,
         base: Parts | None = None,
         encoder: Parts | None = None,
@@ -129,9 +129,7 @@ class Persistence:
             TypeError: an unknown argument.
         """
         folder, writes = Path(save_directory), kwargs.pop("is_main_process", True)
-        unknown = sorted(set(kwargs) - {*PUSH_KWARGS, *IGNORED_KWARGS})
-        if unknown:  # a misspelled option would be lost without a word
-            raise TypeError(f"save_pretrained() got unexpected keyword arguments: {', '.join(unknown)}.")
+        check_keywords("save_pretrained", kwargs, (*PUSH_KWARGS, *IGNORED_KWARGS))
         adapter_name = self.resolve_name(adapter_name)
         config = self.adapters[adapter_name].config
         check_folder(folder, config)

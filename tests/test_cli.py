@@ -195,7 +195,7 @@ def test_a_damaged_adapter_is_code_2(command, damage, adapter, moextend):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_missing_adapter_is_code_2(command, adapter, moextend):
-    places = {adapter / "nowhere": "no folder, and no Hub id", "nobody/nothing": "holds no MoExtend adapter"}
+    places = {adapter / "nowhere": "no folder, and no Hub id", "nobody/nothing": "Hub can't be reached"}
     for place, reason in {**places, adapter.parent / "base": "holds no MoExtend adapter"}.items():
         line = [command, place, *command_line(command, adapter)[2:]]
         if command == "push" and "base" not in str(place):

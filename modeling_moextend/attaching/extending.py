@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from ..adapter_file_moextend import check_keywords
 from ..base_checks_moextend import base_rule, check_plan
 from ..compatibility_moextend import check_new_name, check_together
 from ..configuration_moextend import normalise_plan
@@ -23,6 +24,15 @@ from .start_values import start_tensors
 if TYPE_CHECKING:
     from ..adapters_moextend import Adapter
     from ..modeling_moextend import MoExtendPreTrainedModel
+
+ENTRIES = (  # further ones of the config that a new adapter may have of its own
+    "encoder_select_layer",
+    "encoder_select_feature",
+    "projector_hidden_act",
+    "calibration_hidden_size",
+    "gate_hidden_size",
+    "gate_threshold",
+)
 
 
 def add_adapter(
@@ -46,12 +56,19 @@ def add_adapter(
         adapter_name: a name that no other adapter has.
         extended_layers, scope, selection, calibration, encoder, image_token_id: as in `from_base`; of several active
             adapters all select alike, `calibration` is "none" for each, and at most one has an encoder.
-        **entries: more of the config: `gate_hidden_size`, `gate_threshold`, `encoder_select_layer`, ...
+        **entries: more of the config: those of `ENTRIES`.
 
     Raises:
         ValueError: a name that is taken; a plan that does not fit; choices that can't be active together with those of
             the active adapters. The model is as it was.
     """
+    given = (adapter_name, extended_layers, *entries.values())
+    if any(type(value).__module__.startswith("peft.") for value in given):
+        raise ValueError(
+            "add_adapter adds new experts: add_adapter(name, {layer: [source experts]}). A LoRA is added by PEFT's "
+            "get_peft_model(model, config), and trained and saved by what takes PEFT models."
+        )
+    check_keywords("add_adapter", entries, ENTRIES)
     with model.passes.lock:
         check_new_name(adapter_name, model)
         plan, dependencies = normalise_plan(extended_layers), list(model.passes.current.active)

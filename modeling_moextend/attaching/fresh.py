@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..adapter_file_moextend import check_keywords, check_source
 from ..base_checks_moextend import base_rule, check_loaded, check_plan
 from ..configuration_moextend import normalise_plan
 from ..families_moextend import find_moe_layers
-from ..loading_moextend import load_base, undone_on_error
+from ..loading_moextend import ENCODER_KWARGS, load_base, undone_on_error
 from .choices import routing_choices
 from .layouts import check_request
 from .parts import identity, load_new_encoder
@@ -63,6 +64,12 @@ def from_base(
             range; nothing to add; no causal LM; choices without meaning. A base given as a model stays as it was.
         ImportError: only the code of an adapter is there, and not the package, which finds a base's routing rule.
     """
+    if not isinstance(base, PreTrainedModel):
+        check_source("The base", base)
+    elif not isinstance(encoder, str | os.PathLike):
+        check_keywords("from_base", kwargs, ())
+    else:
+        check_keywords("from_base", kwargs, ENCODER_KWARGS)
     plan = normalise_plan(extended_layers)
     choices = routing_choices(scope, selection, calibration, paper, has_encoder=encoder is not None)
     if not plan and encoder is None:

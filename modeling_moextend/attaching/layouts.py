@@ -9,7 +9,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import get_hf_quantizer
 
 from ..base_checks_moextend import check_method, check_not_distributed, quantisation_of
-from ..loading_moextend import HUB_KWARGS
+from ..loading_moextend import HUB_KWARGS, check_no_adapter
 
 CONFIG_KWARGS = (*HUB_KWARGS, "trust_remote_code", "code_revision")
 
@@ -24,6 +24,7 @@ def check_request(name_or_path: str | os.PathLike, options: dict[str, Any]) -> N
         ValueError: sharded over processes, or quantised in a way that reaches the experts.
     """
     check_not_distributed(options)
+    check_no_adapter(name_or_path, options)
     if options.get("gguf_file") is None:  # of a GGUF file only the loaded model tells whether it is still packed
         quantiser = planned_quantiser(name_or_path, options)
         dequantises = quantiser is not None and getattr(quantiser.quantization_config, "dequantize", False)
@@ -39,7 +40,10 @@ def planned_quantiser(name_or_path: str | os.PathLike, options: dict[str, Any]) 
     config = options.get("config")
     if not isinstance(config, PretrainedConfig):
         hub_kwargs = {name: options[name] for name in CONFIG_KWARGS if options.get(name) is not None}
-        config = AutoConfig.from_pretrained(name_or_path, **{"trust_remote_code": False, **hub_kwargs})
+        try:
+            config = AutoConfig.from_pretrained(name_or_path, **{"trust_remote_code": False, **hub_kwargs})
+        except OSError as error:
+            raise OSError(f"The base {str(name_or_path)!r} can't be loaded. ({error})") from error
     config, requested = copy.deepcopy(config), copy.deepcopy(options.get("quantization_config"))
     if requested is None and quantisation_of(config) is None:
         return None

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..adapter_file_moextend import check_source
 from ..layers_moextend import input_device
 from ..loading_moextend import ENCODER_KWARGS, is_multimodal
 from ..tensors_moextend import fingerprint
@@ -24,8 +25,12 @@ def load_new_encoder(
             "base takes them."
         )
     if not isinstance(encoder, PreTrainedModel):
+        check_source("The encoder", encoder)
         options = {"dtype": base.dtype} if options is None else options
-        encoder = load_encoder(encoder, **{key: options[key] for key in ENCODER_KWARGS if key in options})
+        try:
+            encoder = load_encoder(encoder, **{key: options[key] for key in ENCODER_KWARGS if key in options})
+        except OSError as error:
+            raise OSError(f"The encoder {str(encoder)!r} can't be loaded. ({error})") from error
     return vision_tower(encoder).to(input_device(base))
 
 

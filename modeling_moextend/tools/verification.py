@@ -12,7 +12,14 @@ from transformers.utils import cached_file
 
 from ..adapter_file_moextend import shown
 from ..configuration_moextend import MoExtendConfig
-from ..loading_moextend import SHARED_HUB_KWARGS, auto_class_for, load_base, load_stored, location_of
+from ..loading_moextend import (
+    SHARED_HUB_KWARGS,
+    auto_class_for,
+    has_encoder,
+    load_base,
+    load_stored,
+    location_of,
+)
 from ..modeling_moextend import MoExtendForCausalLM
 from ..processing_moextend import readable
 from ..tensors_moextend import fingerprint, not_finite, same_fingerprint
@@ -68,7 +75,7 @@ def verify_adapter(
         auto_class = auto_class_for(config.text_config, AutoModelForCausalLM)
         loaded = load_part("base", base, config, location, load_base, auto_class=auto_class, dtype=dtype).eval()
         loaded.requires_grad_(False)  # as it is when extended: torch may round otherwise where a weight trains
-        if config.encoder_config is not None:
+        if has_encoder(config, encoder):
             encoder = load_part("encoder", encoder, config, location, load_encoder, dtype=dtype)
         tokenizer = find_tokenizer(location, location_of("base", base, config, location))
         base_results, sample = base_checks(location, config, loaded, encoder, tokenizer, prompt, max_new_tokens)

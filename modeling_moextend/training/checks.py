@@ -219,14 +219,25 @@ def check_sharding(accelerator: Accelerator, model: MoExtendForCausalLM) -> None
             )
 
 
-def check_options(args: object, coefficient: float, kwargs: dict[str, Any]) -> None:
+def check_arguments(args: object) -> None:
+    """Refuses the arguments of another trainer.
+
+    Raises:
+        ValueError: names their class.
+    """
+    if not isinstance(args, MoExtendSFTConfig):
+        raise ValueError(
+            f"args must be a MoExtendSFTConfig, not {type(args).__name__}: it says which stage trains, and takes what "
+            "SFTConfig takes."
+        )
+
+
+def check_options(args: MoExtendSFTConfig, coefficient: float, kwargs: dict[str, Any]) -> None:
     """Refuses options of TRL that would train, lose or push something else than the adapter.
 
     Raises:
         ValueError: names the option and the way out.
     """
-    if not isinstance(args, MoExtendSFTConfig):
-        raise ValueError(f"args must be a MoExtendSFTConfig, not {type(args).__name__}: it says which stage trains.")
     if kwargs.get("peft_config") is not None:
         raise ValueError("peft_config would train the base, which MoExtend never changes. Leave it out.")
     if coefficient and (args.label_smoothing_factor or kwargs.get("compute_loss_func") is not None):

@@ -36,6 +36,7 @@ from ..tools.modes import dtypes_kept
 from .checkpoints import TRAINER_STATE, begin_checkpoint, checkpoint_to_resume, read_record, write_record
 from .checks import (
     allow_missing_base,
+    check_arguments,
     check_frozen,
     check_gate_open,
     check_gate_trained,
@@ -120,6 +121,7 @@ class MoExtendSFTTrainer(SFTTrainer):
         check_model(model)
         if args is None:
             args = MoExtendSFTConfig("moextend-sft")
+        check_arguments(args)
         coefficient = model.router_aux_loss_coef if args.router_aux_loss_coef is None else args.router_aux_loss_coef
         check_options(args, coefficient, kwargs)
         if args.push_to_hub:  # said before the training, not after it
