@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -65,3 +66,41 @@ def test_publishing_says_what_would_go_up(quickstart):
     listed = run("publish.py", "--adapter", quickstart[0], "--repo_id", "me/eyes", *places, "--dry_run").split()
     assert {"config.json", "moextend_adapter.safetensors", "modeling_moextend.py", "README.md"} <= set(listed)
     assert not any("training_args" in name or "optimizer" in name or "results" in name for name in listed)
+
+
+# ------------------------------------------------------------------ README's accelerate commands
+
+
+def launch(command, *more, cwd):
+    """A command of README's as it stands, on this machine's CPU, from a copy of the folder that it is meant for."""
+    for name in ("assets", "configuration", "examples"):
+        (cwd / name).symlink_to(ROOT / name)
+    program, *words = shlex.split(command, comments=True)
+    command = [str(Path(sys.executable).with_name(program)), *words, *more]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **ENVIRONMENT})
+
+
+def launches():
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+    return {
+        ("cpu" if "--use_cpu" in line else "gpu"): line for line in text.splitlines() if "accelerate launch" in line
+    }
+
+
+def test_the_command_for_two_cpu_processes_trains_one_adapter(tmp_path):
+    run("easy_vqa_data.py", tmp_path / "outputs" / "easy-vqa")
+    steps = {"max_steps": 2, "align_max_steps": 2, "probe_max_steps": 2, "probe_samples": 64, "logging_steps": 1}
+    steps |= {"report_to": "none", "save_strategy": "steps", "save_steps": 1}
+    done = launch(launches()["cpu"], *(f"--{name}={value}" for name, value in steps.items()), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "outputs/easy-vqa/adapter"
+    assert {path.name for path in (folder / "checkpoint-2").glob("rng_state*")} == {
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    }
+    assert json.loads((folder / "checkpoint-2/run.json").read_text())["run"]["run"]["processes"] == 2
+
+
+def test_the_command_for_gpus_is_refused_without_any(tmp_path):
+    done = launch(launches()["gpu"].replace("examples/", "--num_processes 2 examples/"), cwd=tmp_path)
+    assert done.returncode == 1 and "This is one of 2 processes that were launched as one training" in done.stderr

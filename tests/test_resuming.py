@@ -4,6 +4,8 @@ import dataclasses
 import json
 import random
 import shutil
+import subprocess
+import sys
 
 import datasets
 import pytest
@@ -270,6 +272,36 @@ def test_streamed_data_is_compared_by_its_first_samples(tmp_path, capsys):
 def test_every_option_that_is_not_compared_is_one():
     """A name that transformers or TRL no longer has would hide nothing, and one mistyped would hide nothing either."""
     assert sorted(NOT_COMPARED - {field.name for field in dataclasses.fields(MoExtendSFTConfig)}) == []
+
+
+# ------------------------------------------------------------------ one training a folder
+
+
+def test_launched_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
+    """What `accelerate launch` and torchrun start on a machine without GPUs."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for options in ({"use_cpu": False}, {"use_cpu": False, "bf16": True}):
+        with pytest.raises(ValueError, match="one of 2 processes .* write to .*Launch one process.*--use_cpu true"):
+            config(tmp_path, **options)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    config(tmp_path)
+
+
+def test_a_second_training_in_a_folder_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path / "out")
+    command = f"""
+from modeling_moextend.tools.files import alone_in
+with alone_in({str(tmp_path / "out")!r}, "train"):
+    print("there", flush=True)
+    input()
+"""
+    with subprocess.Popen([sys.executable, "-c", command], stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout.readline() == "there\n"
+        with pytest.raises(ValueError, match="Another process is at work in .*out.*another output_dir"):
+            trainer.train()
+        other.kill()
+    trainer.train()  # what a killed process held is free
+    assert not list((tmp_path / "out").glob(".*"))
 
 
 # ------------------------------------------------------------------ data

@@ -289,7 +289,7 @@ def test_other_routing_may_follow_an_alignment_but_not_new_experts(folders):
         ({"stage": "align"}, "use --stages align"),
         ({"probe_samples": 0}, "held-out samples"),
         ({"data": "nowhere.json"}, "nowhere.json"),
-        ({"resume_from_checkpoint": "nowhere"}, "no checkpoint there"),
+        ({"resume_from_checkpoint": "nowhere"}, "nowhere is not a complete checkpoint: there is no such folder"),
     ],
 )
 def test_what_a_later_stage_would_refuse_is_refused_before_the_first_step(folders, values, message, capsys):

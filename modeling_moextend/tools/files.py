@@ -1,12 +1,18 @@
-"""Single files, written whole or not at all."""
+"""Single files, written whole or not at all; a folder that one process holds."""
 
+import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..folder_moextend import write_whole
+
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -27,3 +33,31 @@ def copy_file(source: str | os.PathLike, target: str | os.PathLike) -> None:
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a text in UTF-8."""
     replace_file(Path(path), lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def alone_in(folder: str | os.PathLike, name: str) -> Iterator[None]:
+    """Inside, no other process is in such a block of the same folder and name; the folder is made if need be.
+
+    A file `.{name}.lock` is held, which goes with the process. Where files can't be held (Windows, some network disks)
+    one goes on without.
+
+    Raises:
+        ValueError: another process is there.
+    """
+    path = Path(folder, f".{name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"Another process is at work in {folder} ({name}): each would write over the other's checkpoints and "
+                "adapter. Wait for it, end it, or give another output_dir."
+            ) from None
+        except (OSError, AttributeError):
+            pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

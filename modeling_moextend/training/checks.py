@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
@@ -217,6 +218,16 @@ def check_sharding(accelerator: Accelerator, model: MoExtendForCausalLM) -> None
                 f"parallelism_config with {kind}_size > 1 is not supported: new experts and the tokens in scope are "
                 "not split that way. Use data parallelism (dp_shard_size, dp_replicate_size) only."
             )
+
+
+def say_unsharded(accelerator: Accelerator) -> None:
+    """Says where FSDP was asked for and is not done: of CPU processes accelerate makes DDP."""
+    asked = getattr(accelerator.state, "fsdp_plugin", None) is not None
+    if asked and accelerator.distributed_type != DistributedType.FSDP:
+        accelerator.print(
+            f"MoExtend: FSDP was asked for, but accelerate does {accelerator.distributed_type.value} on this device: "
+            "nothing is sharded, every process holds the whole base"
+        )
 
 
 def check_arguments(args: object) -> None:

@@ -1,8 +1,10 @@
 """`MoExtendSFTConfig`: TRL's `SFTConfig` and what an adapter adds to it."""
 
 import math
+import os
 from dataclasses import dataclass, field
 
+import torch
 from trl import SFTConfig
 
 from .trainable import STAGES
@@ -68,8 +70,8 @@ class MoExtendSFTConfig(SFTConfig):
             says what.
 
     Raises:
-        ValueError: an unknown `stage`, `adapter_dtype` or `retention`, `stage="align"` with `train_projector=False`,
-            or a number out of range.
+        ValueError: an unknown `stage`, `adapter_dtype` or `retention`, `stage="align"` with `train_projector=False`, a
+            number out of range, or one of several launched processes that do not know of each other.
     """
 
     stage: str = field(
@@ -143,7 +145,10 @@ class MoExtendSFTConfig(SFTConfig):
     )
 
     def __post_init__(self):
+        if not self.use_cpu and not torch.accelerator.is_available():
+            check_processes(1, self.output_dir)  # transformers' own refusals hide what is wrong
         super().__post_init__()
+        check_processes(self.world_size, self.output_dir)
         if self.stage not in STAGES:
             hint = " Stage 'extend' trains nothing that is kept: call measure_router_shift." * (self.stage == "extend")
             raise ValueError(f"stage must be one of {', '.join(map(repr, STAGES))}, not {self.stage!r}.{hint}")
@@ -167,3 +172,21 @@ class MoExtendSFTConfig(SFTConfig):
                 "stage='align' trains the projector and nothing else, so train_projector=False leaves nothing to "
                 "train: leave it unset, or use stage='finetune'."
             )
+
+
+def check_processes(world_size: int, output_dir: str | None) -> None:
+    """Refuses one of several processes that a launcher started for one training, where each would train by itself.
+
+    accelerate and torchrun start them whether there are GPUs or not; without any, they find each other with `use_cpu`
+    only.
+
+    Raises:
+        ValueError: says how many there are, and how they find each other.
+    """
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if launched.isdecimal() and int(launched) > 1 and world_size == 1:
+        raise ValueError(
+            f"This is one of {launched} processes that were launched as one training, but without a GPU it trains by "
+            f"itself: all of them would write to {output_dir}. Launch one process, or on CPUs add --use_cpu true "
+            "(use_cpu=True): then they train together."
+        )

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ..extender.router_probe import measure_router_shift, probe_config
 from ..extender.router_shift import CHOICES
 from ..families_moextend import find_moe_layers
 from ..modeling_moextend import MoExtendForCausalLM
-from ..tools.files import write_text
+from ..tools.files import alone_in, write_text
 from ..tools.inspection import ROUTING
 from ..tools.modes import is_moextend
 from .checkpoints import checkpoint_to_resume
@@ -399,6 +400,12 @@ def run_stages(config: StagesConfig, args: MoExtendSFTConfig) -> MoExtendForCaus
     Returns:
         the trained `MoExtendForCausalLM`, on its unchanged base.
     """
+    with alone_in(args.output_dir, "stages") if PartialState().is_main_process else nullcontext():
+        return run_alone(config, args)
+
+
+def run_alone(config: StagesConfig, args: MoExtendSFTConfig) -> MoExtendForCausalLM:
+    """As `run_stages`, of which there is no other in this folder."""
     set_seed(args.seed)  # before the projector and the calibration draw their start values
     resumed, checkpoint = find_checkpoint(args)
     if resumed == "finetune":

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..publishing.facts import folder_card, write_facts
 from ..publishing.hub import check_published, upload
 from ..routing_moextend import RoutingRecord
 from ..tensors_moextend import DTensor, not_finite, reshard, stored_dtype
-from ..tools.files import write_text
+from ..tools.files import alone_in, write_text
 from ..tools.hashes import base_tensors_hash
 from ..tools.modes import dtypes_kept
 from .checkpoints import TRAINER_STATE, begin_checkpoint, checkpoint_to_resume, read_record, write_record
@@ -46,6 +46,7 @@ from .checks import (
     check_retention,
     check_sharding,
     default_processor,
+    say_unsharded,
 )
 from .config import MoExtendSFTConfig
 from .gate import train_gate
@@ -135,6 +136,7 @@ class MoExtendSFTTrainer(SFTTrainer):
         finally:
             args.router_aux_loss_coef = original
         check_sharding(self.accelerator, self.model)
+        say_unsharded(self.accelerator)
         check_image_token(self.model, self.processing_class)
         self.router_aux_loss_coef = coefficient
         self._trained = set(self.model.set_trainable(stage=args.stage, train_projector=args.train_projector))
@@ -184,6 +186,11 @@ class MoExtendSFTTrainer(SFTTrainer):
                 "make a new trainer."
             )
         check_frozen(self.core)
+        with alone_in(self.args.output_dir, "train") if self.is_world_process_zero() else nullcontext():
+            return self._train_alone(resume_from_checkpoint, **kwargs)
+
+    def _train_alone(self, resume_from_checkpoint, **kwargs):
+        """As `train`, of which there is no other in this folder."""
         self._run = None
         if self.args.should_save and self.args.save_strategy != SaveStrategy.NO:
             self._described_run()  # before anything is sharded
