@@ -25,7 +25,7 @@ from .vision_moextend import load_encoder, vision_tower
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 SHARED_HUB_KWARGS = ("cache_dir", "local_files_only", "token")
-ENCODER_KWARGS = ("dtype", "use_safetensors", *SHARED_HUB_KWARGS)
+ENCODER_KWARGS = ("dtype", "torch_dtype", "use_safetensors", *SHARED_HUB_KWARGS)
 
 
 def load_parts(stored, base, encoder, auto_class, check_base, options, location=None):

@@ -9,13 +9,14 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from functools import partial
+from typing import Unpack
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .adapter_file_moextend import StoredAdapter
 from .adapters_moextend import ADDING, DEFAULT, AdapterSwitch
@@ -157,11 +158,16 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
 
     @contextlib.contextmanager
     def record_routing(self, enabled: bool = True) -> Iterator[dict[int, RoutingRecord]]:
-        """Yields a `dict` that every forward pass inside fills: decoder layer -> `RoutingRecord`, all MoE layers.
-        Unless `enabled`, it stays empty, and whoever listened before goes on listening."""
-        records = {}
-        with self.passes.using(records=records if enabled else self.passes.thread.records):
+        """Yields a `dict` that every forward pass inside fills: decoder layer -> `RoutingRecord`, all MoE layers; that
+        of an enclosing recording, which goes on. Unless `enabled`, it stays empty."""
+        enclosing = self.passes.thread.records
+        records = {} if enclosing is None or not enabled else enclosing
+        with self.passes.using(records=records if enabled else enclosing):
             yield records
+
+    def wants_router_logits(self, given: bool | None) -> bool:
+        """Whether a pass returns router logits: as its call says, or else the base's config."""
+        return bool(getattr(self.config.get_text_config(), "output_router_logits", False) if given is None else given)
 
     def balance_loss(
         self, records: dict[int, RoutingRecord], attention_mask: torch.Tensor | None = None
@@ -213,6 +219,13 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
             )
         return self.get_input_embeddings()
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        raise ValueError(
+            "The base's embedding and head can't be replaced in an adapter: change the base, then extend."
+        )
+
+    set_output_embeddings = set_input_embeddings
+
     def enable_input_require_grads(self) -> None:
         """Nothing: transformers calls this for reentrant checkpointing; it would bring back backward work below the
         lowest extended layer."""
@@ -246,9 +259,10 @@ class MoExtendModel(MoExtendPreTrainedModel):
         pixel_values: torch.FloatTensor | None = None,
         output_router_logits: bool | None = None,
         adapter_names: list[str | list[str]] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
         """See `MoExtendForCausalLM.forward`. `ValueError`: another trainer wants to compute a load-balancing loss."""
+        output_router_logits = self.wants_router_logits(output_router_logits)
         if output_router_logits and self.config.extended_layers and self.config.get_text_config().router_aux_loss_coef:
             raise ValueError(
                 "TRL's own load-balancing loss needs layers with equally many experts, and new experts make them "
@@ -257,7 +271,7 @@ class MoExtendModel(MoExtendPreTrainedModel):
         kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
         selection = self.select_adapters(adapter_names, input_ids, inputs_embeds)
-        with self.record_routing(bool(output_router_logits)) as records:
+        with self.record_routing(output_router_logits) as records:
             outputs = self.run_base(selection, pixel_values, **kwargs)
         return MoeModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
@@ -306,7 +320,7 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         adapter_names: list[str | list[str]] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         """Runs the base with its new experts.
 
@@ -335,9 +349,7 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
             vision = selection.vision_adapter
             image_token_id = (self.config if vision is None else vision.config).image_token_id
             kwargs["labels"] = labels.masked_fill(labels == image_token_id, -100)
-        if output_router_logits is None:
-            output_router_logits = getattr(self.config.get_text_config(), "output_router_logits", False)
-        with self.record_routing(bool(output_router_logits)) as records:
+        with self.record_routing(self.wants_router_logits(output_router_logits)) as records:
             # The base's own load-balancing loss expects layers of one width.
             kwargs |= {"logits_to_keep": logits_to_keep, "output_router_logits": False}
             outputs = self.run_base(selection, pixel_values, **kwargs)

@@ -416,15 +416,38 @@ def test_a_base_without_a_balance_loss_gets_none():
     assert torch.equal(found.loss, model(**inputs).loss)
 
 
-def test_asking_for_router_logits_leaves_an_outer_recording_alone():
+def test_a_recording_hears_passes_that_return_router_logits():
+    """Also where nobody but the base's config asks for them: to record nothing then would look like no use at all."""
     model = extended(calibration="none")
     with model.record_routing() as records:
         model(**batch())
-        assert sorted(records) == [0, 1, 2, 3]
-        records.clear()
-        model(**batch(), output_router_logits=True)
-        assert not records
+        expected = [record.logits for record in records.values()]
+        for how in ({"output_router_logits": True}, {"output_router_logits": False}, {}):
+            model.config.get_text_config().output_router_logits = not how  # {}: as the config says
+            records.clear()
+            model(**batch(), **how)
+            assert sorted(records) == [0, 1, 2, 3]
+            assert all(map(torch.equal, expected, (record.logits for record in records.values())))
     assert model.passes.thread.records is None
+
+
+def test_the_config_says_whether_router_logits_are_returned_and_a_call_wins():
+    model = extended(calibration="none")
+    for run in (model, model.model):
+        model.config.get_text_config().output_router_logits = True
+        assert len(run(**batch()).router_logits) == 4
+        assert run(**batch(), output_router_logits=False).router_logits is None
+        model.config.get_text_config().output_router_logits = False
+        assert run(**batch()).router_logits is None
+
+
+def test_embedding_and_head_of_the_base_cannot_be_replaced():
+    model = extended()
+    head = model.get_output_embeddings()
+    for replace in (model.set_input_embeddings, model.set_output_embeddings, model.model.set_input_embeddings):
+        with pytest.raises(ValueError, match="embedding and head can't be replaced in an adapter: change the base"):
+            replace(torch.nn.Embedding(4, 32))
+    assert model.get_output_embeddings() is head
 
 
 def test_labels_on_image_tokens_do_not_count():

@@ -145,6 +145,17 @@ def test_encoder_with_pickled_weights_only_is_refused_unless_asked_for(tmp_path)
     assert torch.equal(model.encoder(pixels()).pooler_output, frozen_copy(encoder)(pixels()).pooler_output)
 
 
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_base_and_encoder_are_loaded_in_the_dtype_that_is_asked_for(name, tmp_path):
+    make_base().save_pretrained(tmp_path / "base")
+    make_encoder().save_pretrained(tmp_path / "encoder")
+    parts, asked = (str(tmp_path / "base"), {1: [0]}), {name: "float16"}
+    model = MoExtendForCausalLM.from_base(*parts, encoder=str(tmp_path / "encoder"), **asked)
+    model.save_pretrained(tmp_path / "adapter")
+    for found in (model, MoExtendForCausalLM.from_pretrained(tmp_path / "adapter", **asked)):
+        assert (found.base.dtype, found.encoder.dtype) == (torch.float16, torch.float16)
+
+
 # ---------------------------------------------------------------- merging
 
 
