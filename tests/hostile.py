@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import os
+import random
 import struct
 from typing import NamedTuple
 
@@ -349,10 +350,64 @@ def change_tensors(draw, folder):
     folder[name] = packed(header, data)
 
 
+def change_values(draw, folder):
+    """Other numbers in a tensor, NaN and infinity among them; every checksum is right again."""
+    name = draw(st.sampled_from(adapter_files(folder)))
+    header, data = unpacked(folder[name])
+    first, last = header[draw(st.sampled_from(sorted(header.keys() - {"__metadata__"})))]["data_offsets"]
+    number = struct.pack("<f", draw(st.sampled_from([0.0, -1.0, 1e-40, 1e30, *map(float, ("nan", "inf", "-inf"))])))
+    for place in draw(st.lists(st.integers(first // 4, last // 4 - 1), min_size=1, max_size=4)):
+        data = data[: 4 * place] + number + data[4 * place + 4 :]
+    folder[name] = packed(header, data)
+    tensors, digest = {}, hashlib.sha256()
+    for name in adapter_files(folder):
+        header, data = unpacked(folder[name])
+        tensors |= {key: (entry, data) for key, entry in header.items() if key != "__metadata__"}
+    for key, (entry, data) in sorted(tensors.items()):
+        digest.update(f"{key} torch.float32 {tuple(entry['shape'])}".encode() + data[slice(*entry["data_offsets"])])
+
+    def edit(header):
+        metadata = header["__metadata__"]
+        del metadata["header_checksum"]
+        metadata["checksum"] = digest.hexdigest()
+        text = json.dumps(sorted(metadata.items()))
+        metadata["header_checksum"] = hashlib.sha256(text.encode()).hexdigest()
+
+    edit_headers(folder, edit)
+
+
+def change_reader(draw, folder):
+    """A file of the processor or the tokenizer, or the card: damaged, replaced by another, or gone."""
+    name = draw(st.sampled_from([name for name in READER if name in folder]))
+    raw, how = bytearray(folder[name]), draw(st.sampled_from(["flip", "cut", "other", "entry", "gone", "link"]))
+    if how == "flip":
+        for place in draw(st.lists(st.integers(0, len(raw) - 1), min_size=1, max_size=4, unique=True)):
+            raw[place] ^= draw(st.integers(1, 255))
+        folder[name] = bytes(raw)
+    elif how == "cut":
+        folder[name] = bytes(raw[: draw(st.integers(0, len(raw) - 1))])
+    elif how == "entry" and name.endswith(".json"):
+        values = json.loads(raw)
+        values[draw(st.sampled_from([*values, "auto_map", "extra"]))] = draw(VALUES)
+        folder[name] = json.dumps(values).encode()
+    elif how == "gone":
+        del folder[name]
+    elif how == "link":
+        folder[name] = Special("link", draw(st.sampled_from(["nowhere", "."])))
+    else:
+        folder[name] = draw(st.sampled_from(RAW_JSON))
+
+
 DAMAGE = (flip_bytes, cut, write_length, write_header, write_index, name_shards)
 WRITING = (change_metadata, change_config, change_config, change_config, change_config_text, name_base)
 AROUND = (add_files, replace_code, replace_by_special, remove)
+READER = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja", "README.md")
 CHANGES = {change.__name__: change for change in (*DAMAGE, *WRITING, *AROUND, change_tensors)}
+
+
+def any_of(draw, choices):
+    """One of them, each as likely: hypothesis draws some far more often than others."""
+    return random.Random(draw(st.integers(0, 2**32 - 1))).choice(choices)
 
 
 @st.composite
@@ -361,7 +416,7 @@ def changed_folders(draw, folder):
     folder, done = Folder(folder), []
 
     def make(*changes):
-        change = draw(st.sampled_from(changes))
+        change = any_of(draw, changes)
         done.append(change.__name__)
         change(draw, folder)
 
@@ -378,6 +433,14 @@ def changed_folders(draw, folder):
         if draw(st.integers(0, 3)) == 0 and adapter_files(folder):
             make(*AROUND)
     return done, folder
+
+
+@st.composite
+def changed_by(draw, change, folder):
+    """The same by one `change`, of those that no checksum tells of."""
+    folder = Folder(folder)
+    change(draw, folder)
+    return [change.__name__], folder
 
 
 def write_out(folder, place):

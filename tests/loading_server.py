@@ -2,7 +2,8 @@
 
 `python loading_server.py <root>` saves a base, an encoder and `ADAPTERS` under <root>, then answers requests
 
-    {"folder": ..., "adapter": a name in ADAPTERS, "by_name": base and encoder from where the config says}
+    {"folder": ..., "adapter": a name in ADAPTERS, "by_name": base and encoder from where the config says,
+     "reader": whether its processor is loaded too}
 
 with {"outcome": "equal", "different", "error", "hung" or "died", and what else a test wants to know}.
 """
@@ -21,10 +22,11 @@ from pathlib import Path
 import torch
 import transformers.modeling_utils
 from conftest import PAPER, batch, make_base, make_encoder, shake
+from test_processing_moextend import build_processor
 from transformers.activations import ACT2FN
 
 import modeling_moextend
-from modeling_moextend import MoExtendForCausalLM, adapter_file_moextend
+from modeling_moextend import MoExtendForCausalLM, MoExtendProcessor, adapter_file_moextend
 
 PLAN = {1: [0], 3: [2, 5]}
 ADAPTERS = {  # name -> (has an encoder, choices, max_shard_size)
@@ -98,6 +100,10 @@ def prepare(root):
         encoder = str(root / "encoder") if has_encoder else None
         model = shake(MoExtendForCausalLM.from_base(str(root / "base"), PLAN, encoder=encoder, **choices)).eval()
         model.save_pretrained(root / name, max_shard_size=size)
+        if has_encoder:
+            (root / name / "README.md").write_text("# An adapter")
+            build_processor().save_pretrained(root / name)
+            MoExtendProcessor.from_pretrained(root / name)
         ready["models"][name] = model
         for by_name in (True, False):  # warms up
             warm = dict(ready, base=copy.deepcopy(ready["base"]), encoder=copy.deepcopy(ready["encoder"]))
@@ -116,8 +122,11 @@ def load(folder, name, by_name, ready):
     return MoExtendForCausalLM.from_pretrained(folder, base=ready["base"], encoder=encoder)
 
 
-def meant(model, values):
-    """`model`, with those entries changed that `values` (of a header's config) may change without a tensor."""
+def meant(model, stored):
+    """`model`, with the tensors that a file holds, and those entries that its config may change without a tensor."""
+    values = json.loads(stored.metadata["config"])
+    for name, tensor in model.adapter_tensors().items():
+        tensor.data.copy_(stored.tensors[name])
     for entry, default in MEANING.items():
         setattr(model.config, entry, values.get(entry, default))
     if model.projector is not None:
@@ -133,6 +142,8 @@ def attempt(request, ready):
     begun, before, seen["watching"] = own_seconds(), own_megabytes(), True
     try:
         loaded, error = load(folder, name, request["by_name"], ready), None
+        if request["reader"]:
+            MoExtendProcessor.from_pretrained(folder)
     except BaseException as caught:
         loaded, error = None, caught
     seen["watching"] = False
@@ -142,9 +153,11 @@ def attempt(request, ready):
     if error is not None:
         return answer | described(error)
     json.dumps(loaded.config.to_dict())  # can be saved again
-    values = json.loads(adapter_file_moextend.read_adapter(folder).metadata["config"])
-    found, expected = logits(loaded, has_encoder), logits(meant(ready["models"][name], values), has_encoder)
-    equal = found == expected if isinstance(expected, str) else torch.equal(found, expected)
+    stored = adapter_file_moextend.read_adapter(folder)
+    found, expected = logits(loaded, has_encoder), logits(meant(ready["models"][name], stored), has_encoder)
+    if not isinstance(expected, str):
+        found, expected = (torch.nan_to_num(one, nan=1e9).tolist() for one in (found, expected))
+    equal = found == expected
     return answer | {"outcome": "equal" if equal else "different"}
 
 

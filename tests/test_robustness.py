@@ -19,7 +19,20 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PAPER, batch, make_base, shake
-from hostile import CHANGES, FILE, INDEX, Folder, changed_folders, packed, unpacked, write_out
+from hostile import (
+    CHANGES,
+    FILE,
+    INDEX,
+    Folder,
+    any_of,
+    change_reader,
+    change_values,
+    changed_by,
+    changed_folders,
+    packed,
+    unpacked,
+    write_out,
+)
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from loading_server import ADAPTERS, MEGABYTES, SECONDS
@@ -41,6 +54,7 @@ WORDS = (
     "missing: ",
     "shape: ",
     "unexpected: ",
+    "The processor of ",
 )
 NAMED = re.compile("|".join((*WORDS, *ENTRIES, *MoExtendConfig().to_dict())))
 
@@ -71,8 +85,8 @@ class Server:
     def in_memory(folder):
         return Folder({path.name: path.read_bytes() for path in sorted(folder.iterdir())})
 
-    def load(self, adapter, folder, by_name=False):
-        request = {"adapter": adapter, "folder": str(folder), "by_name": by_name}
+    def load(self, adapter, folder, by_name=False, reader=False):
+        request = {"adapter": adapter, "folder": str(folder), "by_name": by_name, "reader": reader}
         print(json.dumps(request), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 
@@ -134,8 +148,8 @@ def complaint(answer, server, folder, by_name):
     return None
 
 
-def load_changed(server, examples, tmp_path):
-    """Loads `examples` changed folders; returns what came of them, (change, outcome) -> number."""
+def load_changed(server, examples, tmp_path, folders=changed_folders, adapters=None):
+    """Loads `examples` changed `folders`; returns what came of them, (change, outcome) -> number."""
     counts, numbers = Counter(), iter(range(10**9))
 
     @settings(
@@ -148,12 +162,12 @@ def load_changed(server, examples, tmp_path):
     )
     @given(st.data())
     def load_one(data):
-        adapter = data.draw(st.sampled_from(sorted(ADAPTERS)))
-        done, files = data.draw(changed_folders(server.folders[adapter]))
+        adapter = any_of(data.draw, adapters or sorted(ADAPTERS))
+        done, files = data.draw(folders(server.folders[adapter]))
         by_name = "name_base" in done or data.draw(st.integers(0, 3)) == 0
         folder = tmp_path / str(next(numbers))
         write_out(files, folder)
-        answer = server.load(adapter, folder, by_name)
+        answer = server.load(adapter, folder, by_name, reader="change_reader" in done)
         wrong = complaint(answer, server, folder, by_name)
         assert wrong is None, f"{done} of {adapter} (by_name={by_name}) in {folder} {wrong}: {answer}"
         counts.update((change, answer["outcome"]) for change in done)
@@ -171,6 +185,15 @@ def test_a_changed_folder_loads_bit_equal_or_gives_one_clear_error(server, examp
     for change in CHANGES:
         assert counts[change, "error"] + counts[change, "equal"] >= examples / 100, (change, counts)
     assert min(sum(n for key, n in counts.items() if outcome in key) for outcome in ("error", "equal")) > examples / 20
+
+
+@pytest.mark.parametrize("examples", [30, pytest.param(1000, marks=pytest.mark.slow)])
+def test_other_values_load_as_they_are_and_a_damaged_processor_gives_one_clear_error(server, examples, tmp_path):
+    """What no checksum tells of: NaN, infinity and others, every checksum right; the files beside the adapter."""
+    counts = load_changed(server, examples, tmp_path, partial(changed_by, change_values))
+    assert counts["change_values", "equal"] == examples, counts
+    counts = load_changed(server, examples, tmp_path, partial(changed_by, change_reader), ["eyes"])
+    assert min(counts["change_reader", outcome] for outcome in ("error", "equal")) >= examples / 10, counts
 
 
 # ---------------------------------------------------------------- one by one: what is said
