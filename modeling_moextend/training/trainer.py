@@ -501,7 +501,8 @@ class MoExtendSFTTrainer(SFTTrainer):
 
 
 class AdapterReport(TrainerCallback):
-    """Says before the first step what trains and what it costs; with `verify_base`, holds the base to its hashes."""
+    """Says before the first step what trains and what it costs, and stops at a gradient that is not finite; with
+    `verify_base`, holds the base to its hashes."""
 
     def __init__(self, trainer: MoExtendSFTTrainer):
         self.trainer = trainer
