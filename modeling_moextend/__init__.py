@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what `LAZY` names, for editors and type checkers
     from .extender.router_shift import RouterShift
     from .publishing.card import create_card
     from .training.config import MoExtendSFTConfig
+    from .training.reference import use_reference
     from .training.trainer import MoExtendSFTTrainer
 
 __version__ = "0.2.0"
@@ -25,6 +26,7 @@ __version__ = "0.2.0"
 LAZY = {  # these import trl, datasets or matplotlib, which the model itself does not need
     "MoExtendSFTConfig": "training.config",
     "MoExtendSFTTrainer": "training.trainer",
+    "use_reference": "training.reference",
     "RouterShift": "extender.router_shift",
     "measure_router_shift": "extender.router_probe",
     "load_llava": "data.llava",
@@ -54,6 +56,7 @@ __all__ = [
     "load_processor",
     "measure_router_shift",
     "threshold_curve",
+    "use_reference",
     "write_report",
 ]
 

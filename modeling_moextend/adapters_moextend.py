@@ -272,6 +272,11 @@ class AdapterSwitch:
     def enable_adapters(self) -> None:
         self.passes.change(switched_on=True)
 
+    def reference(self, adapter_names: str | list[str] | None = None) -> nn.Module:
+        """This model without the adapter that trains, or by `adapter_names`, for `ref_model=` of TRL's trainers: the
+        same tensors, no second base. See `modeling_moextend.training.reference`, of the package."""
+        return from_package("training.reference", "A reference model").Reference(self, adapter_names)
+
     def select_adapters(self, adapter_names: list | None = None, *batches: torch.Tensor | None) -> Selection:
         """The `Selection` for a pass that begins now. `adapter_names`: for each item of the batch (the first of
         `batches` that is not `None`) a name, a list of names that take part together, or "__base__" for the base

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
+
+from modeling_moextend import MoExtendForCausalLM
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -104,3 +107,34 @@ def test_the_command_for_two_cpu_processes_trains_one_adapter(tmp_path):
 def test_the_command_for_gpus_is_refused_without_any(tmp_path):
     done = launch(launches()["gpu"].replace("examples/", "--num_processes 2 examples/"), cwd=tmp_path)
     assert done.returncode == 1 and "This is one of 2 processes that were launched as one training" in done.stderr
+
+
+# ------------------------------------------------------------------ training by preference
+
+
+@pytest.fixture(scope="module")
+def first_adapter(tmp_path_factory):
+    """The adapter that dpo.py and grpo.py begin with."""
+    folder = tmp_path_factory.mktemp("preference") / "start"
+    run("preference.py", "--start", folder)
+    return folder
+
+
+@pytest.mark.parametrize("script", ["dpo.py", "grpo.py"])
+def test_training_by_preference_improves_on_held_out_questions(first_adapter, script, tmp_path):
+    """From bare names to sentences, by pairs of answers or by a reward, and of the base's own text not a bit."""
+    printed = run(script, "--start", first_adapter, "--output_dir", tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    before, after = results["before"], results["after"]
+    assert before["sentences"] <= 0.1 and after["sentences"] >= 0.9
+    assert results["base_bit_equal"] and before["base_text"] == after["base_text"] and after["base_text"]["bit_equal"]
+    assert "every logit bit-equal" in printed and "adapter in" in printed
+    model = MoExtendForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    chat = [
+        {"role": "system", "content": "Answer in a full sentence."},
+        {"role": "user", "content": "Where is `Decimal` defined?"},
+    ]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    answer = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer, skip_special_tokens=True).startswith("In `")
