@@ -20,7 +20,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
-from transformers.utils import cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from .configuration_moextend import MoExtendConfig
 from .folder_moextend import all_or_nothing, check_location, locked
@@ -31,6 +31,7 @@ INDEX = FILE + ".index.json"
 FORMAT = 1
 MAX_JSON = 8 * 2**20  # bytes of an index or of a config, many times what a large base needs
 MAX_SHARDS = 4096
+ONE_FILE = "1000TB"
 MAX_DEPTH = 32
 UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, OverflowError)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -76,9 +77,11 @@ def shipped_code():
     return sorted(Path(__file__).parent.glob("*_moextend.py"))
 
 
-def write_folder(folder, tensors, config, max_shard_size="50GB", with_code=True):
+def write_folder(folder, tensors, config, max_shard_size="50GB", with_code=True, trainer_names=()):
     """Writes a whole adapter folder: the shipped code, config.json, and tensors with the config in their header.
-    Shards get names of their own, and the rename of the index puts them all in place at once."""
+    Shards get names of their own, and the rename of the index puts them all in place at once.
+    `trainer_names`: what they are called in the model; by them transformers' `Trainer` finds the tensors, which looks
+    for the files of a whole model, and hands them to `load_state_dict`."""
     with all_or_nothing(folder, stale=FORMER_CODE if with_code else ()) as put:
         for source in shipped_code() if with_code else ():
             target = Path(folder) / source.name
@@ -86,7 +89,10 @@ def write_folder(folder, tensors, config, max_shard_size="50GB", with_code=True)
                 put(source.name, lambda path, source=source: shutil.copyfile(source, path))
         text = config.to_json_string(use_diff=False)
         put("config.json", lambda path: path.write_text(text, encoding="utf-8"))
-        put_adapter(put, tensors, config, max_shard_size)
+        put_adapter(put, tensors, config, ONE_FILE if trainer_names else max_shard_size)
+        if trainer_names:
+            index = json.dumps({"metadata": {}, "weight_map": dict.fromkeys(trainer_names, FILE)})
+            put(SAFE_WEIGHTS_INDEX_NAME, lambda path: path.write_text(index, encoding="utf-8"))
 
 
 def put_adapter(put, tensors, config, max_shard_size):

@@ -1,14 +1,17 @@
 """How a model begins and ends: from a base, from a saved adapter, to a folder, to the Hub, back to the base."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from huggingface_hub import CommitInfo
+from torch.nn.modules.module import _IncompatibleKeys
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .adapter_file_moextend import check_keywords, read_adapter, write_folder
+from .adapter_file_moextend import StoredAdapter, check_keywords, check_tensors, read_adapter, write_folder
 from .adapters_moextend import DEFAULT
 from .base_checks_moextend import check_in_memory
 from .compatibility_moextend import check_dependencies
@@ -118,7 +121,8 @@ class Persistence:
 
         Args:
             adapter_name: which one; default: the one that trains, or the only active one.
-            adapter_dtype: dtype or its name for the new tensors in the file; default: the base's.
+            adapter_dtype: dtype or its name for the new tensors in the file; default: the base's; in a checkpoint of
+                transformers' `Trainer` or a trainer of TRL's, float32, so that the run can go on from it.
             with_code: `False` leaves the code out, as in the checkpoints of a run: the package loads the folder then.
             max_shard_size, push_to_hub, **kwargs: as in transformers (`repo_id`, `token`, `private`, ...).
 
@@ -136,7 +140,9 @@ class Persistence:
         hub = from_package("publishing.hub", PUBLISHING) if push_to_hub else None
         if hub is not None:
             hub.check_published(config)
-        dtype = getattr(torch, adapter_dtype) if isinstance(adapter_dtype, str) else adapter_dtype or self.base.dtype
+        for_trainer = "state_dict" in kwargs and folder.name.startswith(PREFIX_CHECKPOINT_DIR)  # `Trainer` gives both
+        default = torch.float32 if for_trainer else self.base.dtype
+        dtype = getattr(torch, adapter_dtype) if isinstance(adapter_dtype, str) else adapter_dtype or default
         tensors = gather(self.adapter_tensors(adapter_name), dtype, keep=writes)
         check_in_memory(self, adapter_name)
         if not writes:
@@ -145,10 +151,29 @@ class Persistence:
         config = config.published(with_code)
         config.generation_config = self.changed_generation(config.generation_config)
         folder.mkdir(parents=True, exist_ok=True)
-        write_folder(folder, tensors, config, max_shard_size, with_code)
+        names = self.names_of_adapter(adapter_name) if for_trainer else ()
+        write_folder(folder, tensors, config, max_shard_size, with_code, names)
         if hub is not None:
             options = {name: kwargs[name] for name in PUSH_KWARGS if name in kwargs}
             hub.upload(folder, options.pop("repo_id", folder.name), config, **options)
+
+    def names_of_adapter(self, adapter_name: str | None = None) -> list[str]:
+        """What the tensors of an adapter are called in `state_dict()`."""
+        own = {id(tensor) for tensor in self.adapter_tensors(adapter_name).values()}
+        return [name for name, tensor in self.state_dict(keep_vars=True).items() if id(tensor) in own]
+
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], *args, **kwargs) -> NamedTuple:
+        """As in PyTorch. Tensors by role, as in an adapter's file and `get_adapter_state_dict`, replace those of the
+        adapter that trains: all of them, or `ValueError`. `Trainer` reads its checkpoints so."""
+        if not any(name.startswith(("layers.", "gate.", "projector.")) for name in state_dict):
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        live = self.adapter_tensors()
+        check_tensors({name: tensor.shape for name, tensor in live.items()}, StoredAdapter({}, dict(state_dict), {}))
+        with torch.no_grad():
+            for name, tensor in live.items():
+                tensor.copy_(state_dict[name])
+        self._keys_to_ignore_on_save = {*self.state_dict()} - {*self.names_of_adapter()}  # `Trainer` misses no others
+        return _IncompatibleKeys([], [])
 
     def changed_generation(self, values: dict | None) -> dict | None:
         """`values` of an adapter's config, and what of `generation_config` has changed since the model was made."""
