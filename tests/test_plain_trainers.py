@@ -1,4 +1,4 @@
-"""transformers' `Trainer` and TRL's `SFTTrainer` go on from a checkpoint, which is an adapter, and take the best one back."""
+"""Trainer and TRL's trainers go on from a checkpoint, which is an adapter, and take the best one back."""
 
 import json
 import logging
