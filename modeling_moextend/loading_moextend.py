@@ -169,7 +169,8 @@ def load_base(name_or_path, auto_class, **kwargs):
 
 def check_no_adapter(name_or_path, options):
     """Refuses an adapter in the place of a base, before it is loaded: its own base might be itself, without end."""
-    hub = {key: options[key] for key in (*SHARED_HUB_KWARGS, "revision", "subfolder") if key in options}
+    names = (*SHARED_HUB_KWARGS, "revision", "subfolder")
+    hub = {name: options[name] for name in names if options.get(name) is not None}
     try:
         values, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub)
         model_type = values.get("model_type") or find_adapter_config_file(name_or_path, **hub)
