@@ -60,11 +60,16 @@ def answer(
 
 def main() -> None:
     args = parse()
+    entries = json.loads(Path(args.questions).read_text(encoding="utf-8"))[: args.max_questions]
+    folder, answers = args.image_folder or Path(args.questions).parent, []
+    missing = [entry["image"] for entry in entries if not Path(folder, entry["image"]).is_file()]
+    if missing:  # before a model is loaded
+        raise SystemExit(
+            f"{len(missing)} images are not in {folder}, the first of them {missing[0]}: pass --image_folder."
+        )
     locations = {key: value for key in ("base", "encoder") if (value := getattr(args, key)) is not None}
     model = AutoModelForCausalLM.from_pretrained(args.adapter, trust_remote_code=True, **locations)
     processor = AutoProcessor.from_pretrained(args.adapter, trust_remote_code=True)
-    entries = json.loads(Path(args.questions).read_text(encoding="utf-8"))[: args.max_questions]
-    folder, answers = args.image_folder or Path(args.questions).parent, []
     for start in tqdm(range(0, len(entries), args.batch_size), desc="answering", file=sys.stderr):
         answers += answer(model, processor, entries[start : start + args.batch_size], folder, args.zero_images)
     if args.output:
@@ -73,4 +78,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nStopped: nothing was written; the same command begins anew", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -19,6 +19,8 @@ from modeling_moextend import MoExtendForCausalLM, load_processor
 from modeling_moextend.data.files import read_documents, read_questions
 from modeling_moextend.evaluation.report import evaluate_adapter, read_point, write_report
 from modeling_moextend.publishing.card import create_card
+from modeling_moextend.tools.interrupts import run_script
+from modeling_moextend.tools.places import check_location
 
 THRESHOLDS = [-1.0, -0.5, 0.0, 0.5, 1.0]
 
@@ -62,6 +64,10 @@ def load(args: argparse.Namespace) -> tuple[MoExtendForCausalLM, PreTrainedToken
 
 def main() -> None:
     args = parse()
+    for role in ("adapter", "base", "encoder"):  # all of it before hours of measuring
+        if getattr(args, role) is not None:
+            check_location(role, getattr(args, role))
+    Path(args.output).mkdir(parents=True, exist_ok=True)
     documents = read_documents(args.text)
     questions = read_questions(args.questions, args.image_folder, args.max_questions) if args.questions else []
     points = [read_point(path) for path in args.compare]
@@ -81,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

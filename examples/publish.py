@@ -14,6 +14,7 @@ an option for the card is given.
 import argparse
 
 from modeling_moextend.publishing.hub import publish_folder
+from modeling_moextend.tools.interrupts import run_script
 
 CARD = ("license", "language", "datasets")
 
@@ -47,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "nothing was published; the same command begins anew")

@@ -29,8 +29,9 @@ from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.processing_moextend import MoExtendProcessor, to_rgb
 from modeling_moextend.publishing.facts import folder_card, read_facts, write_facts
 from modeling_moextend.tools.hashes import base_tensors_hash
+from modeling_moextend.tools.interrupts import run_script
 from modeling_moextend.training.config import MoExtendSFTConfig
-from modeling_moextend.training.stages import STAGES, StagesConfig, run_stages
+from modeling_moextend.training.stages import STAGES, StagesConfig, check_paths, run_stages
 
 HERE = Path(__file__).resolve().parent
 EASY_VQA = Path("outputs/easy-vqa")
@@ -65,6 +66,7 @@ def parse() -> tuple[QuickstartConfig, StagesConfig, MoExtendSFTConfig]:
     if len(own_files) in (1, 2):
         raise ValueError("Replace --data, --align_data and --test together: they are the parts of one data set.")
     missing = [str(path) for path in own_files if path.suffix in (".json", ".jsonl") and not path.exists()]
+    missing += [path for path in [quick.held_out_text] if path is not None and not Path(path).is_file()]
     if missing:
         raise ValueError(f"No such file: {', '.join(missing)}.")
     return quick, replace(config, base=repository_path(config.base), encoder=repository_path(config.encoder)), args
@@ -120,13 +122,14 @@ def main() -> None:
     logging.set_verbosity_error()
     if Path(config.data).parent == EASY_VQA:
         easy_vqa_data.write(EASY_VQA)
+    check_paths(config)
+    known = read_questions(config.data, config.image_folder, split="train")
+    asked = read_questions(quick.test, config.image_folder, quick.max_questions)
     before = base_tensors_hash(MoExtendForCausalLM.from_base(config.base, encoder=config.encoder, dtype=config.dtype))
     model = run_stages(config, args).eval()
     results = {"training_seconds": time.time() - start, "tensors": len(model.adapter_tensors())}
     results["base_and_encoder_bit_equal"] = base_tensors_hash(model) == before
     results["adapter_bytes"] = Path(args.output_dir, "moextend_adapter.safetensors").stat().st_size
-    known = read_questions(config.data, config.image_folder, split="train")
-    asked = read_questions(quick.test, config.image_folder, quick.max_questions)
     questions = write_questions(asked, Path(args.output_dir, "questions"))
     answered = {
         "untrained extension": answers(save_untrained(model, config, args), config, questions),
@@ -172,4 +175,4 @@ def show(results: dict[str, Any], text: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

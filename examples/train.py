@@ -13,6 +13,7 @@ from pathlib import Path
 from trl import TrlParser
 
 from modeling_moextend.publishing.hub import publish_folder
+from modeling_moextend.tools.interrupts import run_script
 from modeling_moextend.training.config import MoExtendSFTConfig
 from modeling_moextend.training.stages import StagesConfig, run_stages
 
@@ -29,4 +30,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -895,6 +895,20 @@ def test_push_with_a_base_that_is_not_on_the_hub_is_refused(hub, tmp_path, moext
     assert code == 1 and "'org/nothing', which is not on the Hub" in text and REPO not in hub.repos
 
 
+def test_ctrl_c_ends_with_one_line(monkeypatch, capsys, tmp_path):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("modeling_moextend.cli.commands.inspect_adapter", stop)
+    assert cli.main(["inspect", str(tmp_path)]) == 130
+    assert (
+        capsys.readouterr().err
+        == "moextend: stopped; nothing was left half-written, and the same command begins anew\n"
+    )
+    assert cli.main(["inspect", str(tmp_path), "--json"]) == 130
+    assert json.loads(capsys.readouterr().out)["exit_code"] == 130
+
+
 if __name__ == "__main__":
     os.environ["COLUMNS"] = "100"
     DOCUMENT.write_text(document(), encoding="utf-8")

@@ -313,6 +313,9 @@ def test_questions_end_with_their_answer(tmp_path):
     system, ask, last = ({"role": r, "content": c} for r, c in (("system", "s"), ("user", "q"), ("assistant", "a")))
     rows = [{"messages": [system, ask, last]}, {"messages": [ask, last], "images": ["1.png"], "answers": ["a", "b"]}]
     path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match="Entry 1 of .*questions.jsonl: image .*1.png does not exist"):
+        read_questions(path)
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
     assert read_questions(path) == [
         {"prompt": [system, ask], "answer": "a", "images": []},
         {"prompt": [ask], "answer": "a", "images": [str(tmp_path / "1.png")], "answers": ["a", "b"]},

@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -138,3 +141,53 @@ def test_training_by_preference_improves_on_held_out_questions(first_adapter, sc
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     answer = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert tokenizer.decode(answer, skip_special_tokens=True).startswith("In `")
+
+
+# ------------------------------------------------------------------ wrong paths, and Ctrl-C
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "answer.py --adapter nowhere --questions {0}/questions.json",
+            "1 images are not in .*, the first of them a.png",
+        ),
+        (
+            "evaluate_adapter.py --adapter a/b/c --text {0}/text.jsonl --output {0}/r",
+            "adapter='a/b/c': there is no such",
+        ),
+        (
+            "evaluate_adapter.py --adapter {0} --text {0}/text.jsonl --output {0}/r --base x/y/z",
+            "base='x/y/z': there is",
+        ),
+        ("train.py --base x/y/z --data no.json --stages extend --output_dir {0}/o --bf16 false", "(?s)x/y/z.*no.json"),
+        ("quickstart.py --held_out_text no.jsonl", "No such file: no.jsonl"),
+    ],
+)
+def test_wrong_paths_are_said_before_anything_is_loaded(tmp_path, command, message):
+    turns = [{"from": "human", "value": "<image> what ?"}, {"from": "gpt", "value": "a"}]
+    (tmp_path / "questions.json").write_text(json.dumps([{"image": "a.png", "conversations": turns}]))
+    (tmp_path / "text.jsonl").write_text('{"domain": "a", "text": "b"}')
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(AssertionError, match=message):
+        run(*command.format(tmp_path).split())
+
+
+def test_ctrl_c_in_a_training_says_where_it_stopped(tmp_path):
+    run("easy_vqa_data.py", tmp_path / "outputs" / "easy-vqa")
+    for name in ("assets", "configuration", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    command = [sys.executable, "examples/train.py", "--config", "configuration/recipes/easy_vqa.yaml"]
+    command += ["--save_strategy", "steps", "--save_steps", "1", "--logging_steps", "1", "--disable_tqdm", "true"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    with subprocess.Popen(command, **streams, env={**os.environ, **ENVIRONMENT}) as training:
+        while not (tmp_path / "outputs/easy-vqa/adapter/align/checkpoint-2/trainer_state.json").exists():
+            assert training.poll() is None, training.stderr.read()[-3000:]
+            time.sleep(0.1)
+        training.send_signal(signal.SIGINT)
+        _, errors = training.communicate(timeout=120)
+    assert training.returncode == 130 and "Traceback" not in errors
+    assert re.search(
+        r"\nStopped: in stage align at step \d+ of 100; resume_from_checkpoint=True .*checkpoint-\d+\n$", errors
+    )

@@ -289,9 +289,11 @@ def test_launched_processes_that_do_not_know_of_each_other_are_refused(tmp_path,
 
 def test_a_second_training_in_a_folder_is_refused(tmp_path):
     trainer = make_trainer(tmp_path / "out")
+    (tmp_path / "out").mkdir()
     command = f"""
-from modeling_moextend.tools.files import alone_in
-with alone_in({str(tmp_path / "out")!r}, "train"):
+import fcntl
+with open({str(tmp_path / "out" / ".train.lock")!r}, "a") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
     print("there", flush=True)
     input()
 """

@@ -1,5 +1,6 @@
 """Retention text sampled from the base, its cache on disk, and the distance that keeps prompts the base's."""
 
+import json
 import os
 from types import SimpleNamespace
 
@@ -293,6 +294,43 @@ def test_a_half_written_file_is_never_read(tmp_path, monkeypatch, where):
     assert not list((tmp_path / "killed").glob("*.parquet"))
     assert sample(tmp_path / "killed") == expected
     assert files(tmp_path / "whole") == [path.name for path in (tmp_path / "killed").glob("*.parquet")]
+
+
+def test_a_sampling_that_was_stopped_goes_on_and_gives_the_same_text(tmp_path, monkeypatch):
+    model, passes = gated(), []
+    expected = sample(tmp_path / "whole", model, batch_size=1)
+    generate = model.generate
+
+    def stop(**inputs):
+        passes.append(inputs)
+        if len(passes) == 4:
+            raise KeyboardInterrupt
+        return generate(**inputs)
+
+    monkeypatch.setattr(model, "generate", stop)
+    message = (
+        r"while sampling retention text, 3 of 8 sequences are there, in .*unfinished.jsonl; the same command goes on"
+    )
+    with pytest.raises(KeyboardInterrupt, match=message):
+        sample(tmp_path / "stopped", model, batch_size=1)
+    (unfinished,) = (tmp_path / "stopped").iterdir()
+    assert [json.loads(line)["input_ids"] for line in unfinished.read_text().splitlines()] == [
+        [r] for r in expected[:3]
+    ]
+    with open(unfinished, "a") as file:  # as a kill in the middle of a line leaves it
+        file.write('{"input_ids": [[1, 2')
+    assert sample(tmp_path / "stopped", model, batch_size=1) == expected
+    assert len(passes) == 4 + 5  # three are not sampled again
+    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("line", ["no json", '{"input_ids": [[1]], "random_state": {}}', '{"a": 1}', "[]", "null"])
+def test_lines_that_are_no_samples_are_sampled_anew(tmp_path, line):
+    expected = sample(tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    path.with_suffix(".unfinished.jsonl").write_text(line + "\n")
+    assert sample(tmp_path) == expected
 
 
 def test_a_damaged_file_is_told_and_sampled_anew(tmp_path):

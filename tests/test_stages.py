@@ -14,6 +14,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from trl import TrlParser
 
 from modeling_moextend import MoExtendForCausalLM
+from modeling_moextend.tools.interrupts import run_script
+from modeling_moextend.tools.places import check_location
 from modeling_moextend.training.config import MoExtendSFTConfig
 from modeling_moextend.training.stages import StagesConfig, build_model, load_any, load_data, read_plan, run_stages
 from modeling_moextend.training.trainer import MoExtendSFTTrainer
@@ -297,6 +299,82 @@ def test_what_a_later_stage_would_refuse_is_refused_before_the_first_step(folder
     with pytest.raises((ValueError, OSError), match=message):
         run_stages(*parse(*options(folders, **encoder, **values)))
     assert "stage align" not in capsys.readouterr().out
+
+
+WRONG = {
+    "base": "no/such/base",
+    "encoder": "~/no-encoder",
+    "adapter": "./none",
+    "data": "nowhere.json",
+    "align_data": "nowhere.jsonl",
+    "eval_data": "/no/folder",
+    "retention_data": "nothing.jsonl",
+    "image_folder": "no-images",
+    "plan": "plan.json",
+}
+
+
+@pytest.mark.parametrize("name", [*WRONG, "all of them"])
+def test_wrong_paths_are_found_before_anything_is_loaded(folders, name, monkeypatch):
+    for step in ("load_data", "load_processor", "build_model"):
+        monkeypatch.setattr(f"modeling_moextend.training.stages.{step}", lambda *args: pytest.fail("it was loaded"))
+    wrong = WRONG if name == "all of them" else {name: WRONG[name]}
+    encoder = {"encoder": folders / "encoder", "align_data": folders / "data.json"}
+    stages = ("align", "finetune") if "plan" in wrong else ("align", "extend", "finetune")
+    arguments = options(folders, **encoder, **{} if name == "all of them" else {"adapter": folders / "base"})
+    arguments += [part for option, value in wrong.items() for part in (f"--{option}", value)]
+    with pytest.raises(ValueError, match="Nothing was loaded or trained") as refusal:
+        run_stages(*parse(*arguments, "--stages", *stages))
+    lines = str(refusal.value).splitlines()[1:]
+    assert len(lines) == len(wrong)
+    assert all(any(f"{option}={value!r}" in line for line in lines) for option, value in wrong.items())
+
+
+def test_a_folder_without_a_model_and_a_name_that_the_hub_lacks_are_no_base(folders):
+    (folders / "empty").mkdir()
+    for base, error, message in (
+        (folders / "empty", ValueError, "holds no config.json"),
+        (folders / "data.json", ValueError, "is a file: give a folder"),
+        ("me/nowhere", OSError, "base='me/nowhere' is no folder here, and can't be read from the Hub"),
+    ):
+        with pytest.raises(error, match=message):
+            check_location("base", base)
+    with pytest.raises(ValueError, match="encoder='nowhere/at/all': there is no such folder"):
+        MoExtendForCausalLM.from_base(folders / "base", {1: [0]}, encoder="nowhere/at/all")
+
+
+def test_whoever_stops_a_run_is_told_where_and_how_to_go_on(folders, monkeypatch, capsys):
+    encoder = {"encoder": folders / "encoder", "align_data": folders / "data.json"}
+    arguments = options(folders, **encoder, max_steps=3, save_strategy="steps", save_steps=1)
+
+    def stop_at(step):
+        def on_step_end(self, args, state, control, **kwargs):
+            if (args.stage, state.global_step) == step:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr("modeling_moextend.training.trainer.AdapterReport.on_step_end", on_step_end)
+
+    def stopped():
+        with pytest.raises(SystemExit) as end:
+            run_script(lambda: run_stages(*parse(*arguments)))
+        assert end.value.code == 130
+        return capsys.readouterr().err.splitlines()[-1]
+
+    stop_at(("align", 1))
+    assert stopped().startswith("Stopped: in stage align at step 1 of 2; no checkpoint is there")
+    stop_at(("finetune", 2))
+    assert stopped() == (
+        "Stopped: in stage finetune at step 2 of 3; resume_from_checkpoint=True (--resume_from_checkpoint true) goes "
+        f"on from {folders / 'out' / 'checkpoint-1'}"
+    )
+    monkeypatch.setattr(
+        "modeling_moextend.training.stages.extend", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    assert stopped().endswith(f"go on with --stages extend finetune --adapter {folders / 'out' / 'align'}")
+    monkeypatch.setattr(
+        "modeling_moextend.training.stages.build_model", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    assert stopped() == "Stopped: nothing was written; the same command begins anew"
 
 
 @pytest.mark.parametrize(

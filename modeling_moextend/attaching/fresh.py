@@ -11,7 +11,8 @@ from ..adapter_file_moextend import check_keywords, check_source
 from ..base_checks_moextend import base_rule, check_loaded, check_plan
 from ..configuration_moextend import normalise_plan
 from ..families_moextend import find_moe_layers
-from ..loading_moextend import ENCODER_KWARGS, load_base, undone_on_error
+from ..loading_moextend import ENCODER_KWARGS, SHARED_HUB_KWARGS, load_base, undone_on_error
+from ..tools.places import check_location
 from .choices import routing_choices
 from .layouts import check_request
 from .parts import identity, load_new_encoder
@@ -79,6 +80,8 @@ def from_base(
         )
     if not isinstance(base, PreTrainedModel):
         check_request(base, kwargs)
+        if encoder is not None and not isinstance(encoder, PreTrainedModel):  # before a base that takes minutes
+            check_location("encoder", encoder, **{key: kwargs[key] for key in SHARED_HUB_KWARGS if key in kwargs})
         base = load_base(base, cls.auto_base_class, **kwargs)
     check_loaded(base)
     check_causal_lm(base, cls.auto_base_class)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from ..publishing.hub import publish_folder
 from ..tools.base_weights import Unusable
 from ..tools.inspection import diff_adapters, inspect_adapter
+from ..tools.interrupts import STOPPED
 from ..tools.merge import merge
 from ..tools.verification import PROMPT, verify_adapter
 
@@ -28,6 +29,7 @@ exit codes:
   0  all is well: read, every check passed, equal, written, pushed
   1  a problem was found: a check failed, the adapters differ, the merge or push was refused
   2  wrong usage, or something can't be read: not there, damaged, no network
+  130  stopped by Ctrl-C
 They mean the same for every command: of a damaged adapter verify too ends with 2."""
 EXPECTED = (OSError, ValueError, ImportError, HTTPError, SafetensorError)  # the last but one: no network
 AS_WRITTEN = argparse.RawDescriptionHelpFormatter
@@ -40,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parsed(sys.argv[1:] if argv is None else argv)
     try:
         result = args.run(args)
+    except KeyboardInterrupt:
+        return failed("stopped; nothing was left half-written, and the same command begins anew", STOPPED, args.json)
     except Exception as error:
         if not isinstance(error, EXPECTED):  # a fault of ours
             Terminal(stderr=True).say(traceback.format_exc(), allowed="\n")

@@ -56,7 +56,7 @@ def question(index: int, record: dict[str, Any], path: str | os.PathLike, folder
     """One record with `messages` as {"prompt", "answer", "images"} and, where it has them, "answers".
 
     Raises:
-        ValueError: names the record's index.
+        ValueError: names the record's index, and what is wrong: no answer at its end, or an image that is not there.
     """
     messages = record.get("messages") or []
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
@@ -67,6 +67,9 @@ def question(index: int, record: dict[str, Any], path: str | os.PathLike, folder
     images = [image if isinstance(image, str) else image["path"] for image in record.get("images") or []]
     result = {"prompt": messages[:-1], "answer": as_text(messages[-1]["content"])}
     result["images"] = [str(Path(folder, image)) for image in images]
+    missing = [image for image in result["images"] if not os.path.isfile(image)]
+    if missing:
+        raise ValueError(f"Entry {index} of {path}: image {missing[0]} does not exist (paths begin at {folder}).")
     return result | ({"answers": record["answers"]} if record.get("answers") else {})
 
 

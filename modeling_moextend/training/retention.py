@@ -7,6 +7,7 @@ all code through.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -26,7 +27,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ..folder_moextend import locked
 from ..tools.files import replace_file
+from ..tools.interrupts import stopped_at
 from ..tools.modes import evaluation_mode
 
 if TYPE_CHECKING:
@@ -73,17 +76,31 @@ def sample_retention(
     settings |= {"image": drawn_image_token(model)}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     path = Path(cache_dir or Path(HF_HOME, "moextend"), f"self-retention-{key}.parquet")
-    if path.is_file():
+    damaged = path.is_file()
+    if damaged:
         try:
-            return Dataset.from_parquet(str(path), keep_in_memory=True)["input_ids"][:]
+            return read_samples(path)
         except (DatasetGenerationError, OSError, pyarrow.ArrowException) as error:
             warnings.warn(f"{path} can't be read ({error}): the text is sampled anew.", stacklevel=2)
     path.parent.mkdir(parents=True, exist_ok=True)  # before hours of sampling, not after
     generator = torch.Generator().manual_seed(seed)
     starts = [start_of(kind, tokenizer, model, generator) for kind in cycle(STARTS, -(-tokens // length), tokenizer)]
-    sequences = draw(model, starts, length, batch_size, seed, progress)
-    replace_file(path, lambda unfinished: Dataset.from_dict({"input_ids": sequences}).to_parquet(str(unfinished)))
+    sampled = path.with_suffix(".unfinished.jsonl")
+    sampled.touch()
+    with locked(sampled):  # another process that samples the same text is waited for
+        if path.is_file() and not damaged:
+            sequences = read_samples(path)
+        else:
+            sequences = draw(model, starts, length, batch_size, seed, progress, sampled)
+            table = Dataset.from_dict({"input_ids": sequences})
+            replace_file(path, lambda unfinished: table.to_parquet(str(unfinished)))
+    sampled.unlink(missing_ok=True)
     return sequences
+
+
+def read_samples(path: Path) -> list[list[int]]:
+    """Token id lists of a file that `sample_retention` wrote."""
+    return Dataset.from_parquet(str(path), keep_in_memory=True)["input_ids"][:]
 
 
 def cycle(kinds: Iterable[str], number: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -136,9 +153,23 @@ def start_of(
 
 @torch.no_grad()
 def draw(
-    model: MoExtendForCausalLM, starts: list[list[int]], length: int, batch_size: int, seed: int, progress: bool
+    model: MoExtendForCausalLM,
+    starts: list[list[int]],
+    length: int,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+    path: Path | None = None,
 ) -> list[list[int]]:
-    """Samples one sequence of `length` a start. The process's own random numbers stay as they are."""
+    """Samples one sequence of `length` a start. The process's own random numbers stay as they are.
+
+    Args:
+        path: JSON lines to which every batch is added as it comes, with the random state after it; those that are
+            there already are not sampled again.
+
+    Raises:
+        KeyboardInterrupt: says how many are there.
+    """
     image = drawn_image_token(model)
     settings = GenerationConfig(
         do_sample=True,
@@ -150,20 +181,91 @@ def draw(
         eos_token_id=model.config.get_text_config().vocab_size,  # never drawn: a chat goes on with its next turn
         suppress_tokens=None if image is None else [image],
     )
-    device, sequences = model.get_input_embeddings().weight.device, []
+    device = model.get_input_embeddings().weight.device
+    groups = batches(starts, batch_size)
+    done, state = read_batches_of(path, groups, length, device)
     own_config = model.generation_config
     devices = [device] if device.type == "cuda" else []
     model.generation_config = GenerationConfig()  # generate fills in from it what `settings` leaves open
     try:
-        with torch.random.fork_rng(devices), evaluation_mode(model), model.disable_adapter():
+        with (
+            torch.random.fork_rng(devices),
+            evaluation_mode(model),
+            model.disable_adapter(),
+            stopped_at(
+                lambda: (
+                    f"while sampling retention text, {sum(map(len, done))} of {len(starts)} sequences are there"
+                    + (f", in {path}; the same command goes on with the next" if path is not None else "")
+                )
+            ),
+        ):
             torch.manual_seed(seed)
-            for batch in tqdm(batches(starts, batch_size), desc="sampling retention text", disable=not progress):
+            if state is not None:
+                set_random_state(state, device)
+            bar = {
+                "desc": "sampling retention text",
+                "disable": not progress,
+                "initial": len(done),
+                "total": len(groups),
+            }
+            for batch in tqdm(groups[len(done) :], **bar):
                 ids = torch.tensor(batch, device=device)
                 output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-                sequences += output.tolist()
+                done.append(output.tolist())
+                if path is not None:
+                    add_batch(path, done[-1], random_state(device))
     finally:
         model.generation_config = own_config
-    return sequences
+    return [sequence for batch in done for sequence in batch]
+
+
+def random_state(device: torch.device) -> dict[str, str]:
+    """What torch's next random numbers depend on, by kind of device, as text."""
+    states = {"cpu": torch.random.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {kind: base64.b64encode(state.numpy().tobytes()).decode() for kind, state in states.items()}
+
+
+def set_random_state(states: dict[str, str], device: torch.device) -> None:
+    """Back to what `random_state` gave."""
+    tensors = {
+        kind: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for kind, text in states.items()
+    }
+    torch.random.set_rng_state(tensors["cpu"])
+    if "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"], device)
+
+
+def add_batch(path: Path, batch: list[list[int]], state: dict[str, str]) -> None:
+    """One more line: a batch's token ids, and the random state after it."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"input_ids": batch, "random_state": state}) + "\n")
+
+
+def read_batches_of(
+    path: Path | None, groups: list[list[list[int]]], length: int, device: torch.device
+) -> tuple[list[list[list[int]]], dict[str, str] | None]:
+    """(batches, random state after them) of a sampling that was stopped; a line that is cut off goes, and all of them
+    where they are no samples of `groups` or come from another kind of device."""
+    batches_, state, size = [], None, 0
+    lines = path.read_bytes().splitlines(keepends=True) if path is not None and path.is_file() else []
+    for line, starts in zip(lines, groups, strict=False):
+        try:
+            entry = json.loads(line)
+            fits = all(
+                len(ids) == length and ids[: len(start)] == start
+                for ids, start in zip(entry["input_ids"], starts, strict=True)
+            )
+            if not (fits and line.endswith(b"\n") and ("cuda" in entry["random_state"]) == (device.type == "cuda")):
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        batches_.append(entry["input_ids"])
+        state, size = entry["random_state"], size + len(line)
+    if lines:
+        os.truncate(path, size)
+    return batches_, state
 
 
 def batches(starts: list[list[int]], size: int) -> list[list[list[int]]]:

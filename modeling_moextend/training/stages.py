@@ -3,8 +3,10 @@
 import json
 import os
 import re
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,9 @@ from ..families_moextend import find_moe_layers
 from ..modeling_moextend import MoExtendForCausalLM
 from ..tools.files import alone_in, write_text
 from ..tools.inspection import ROUTING
+from ..tools.interrupts import stopped_at
 from ..tools.modes import is_moextend
+from ..tools.places import check_location, hub_id
 from .checkpoints import checkpoint_to_resume
 from .config import MoExtendSFTConfig
 from .trainer import MoExtendSFTTrainer
@@ -185,6 +189,62 @@ def load_data(name: str, config: StagesConfig) -> Dataset | IterableDataset:
             return data
         return (data if config.streaming else data.with_format(None)).map(plain_text, remove_columns=["images", "id"])
     return load_any(name, streaming=config.streaming)
+
+
+def check_paths(config: StagesConfig) -> None:
+    """Refuses wrong paths of data, images, base, encoder and adapter before any of them is read.
+
+    Raises:
+        ValueError: one message with all that are wrong.
+        OSError: the Hub can't be read.
+    """
+    problems = []
+    for role in ("base", "encoder", "adapter"):
+        if getattr(config, role) is not None:
+            with noted(problems):
+                check_location(role, getattr(config, role))
+    used = [name for name in ("eval_data", "retention_data") if getattr(config, name)]
+    used += ["align_data"] * ("align" in config.stages) + ["data"] * (config.stages != ["align"])
+    for name in used:
+        with noted(problems):
+            check_data(name, getattr(config, name))
+    if config.image_folder is not None and not os.path.isdir(config.image_folder):
+        problems.append(f"image_folder={config.image_folder!r}: there is no such folder.")
+    if config.plan is not None:
+        with noted(problems):
+            read_plan(config)
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise ValueError(f"Nothing was loaded or trained, for not everything is where the options say:{lines}")
+
+
+@contextmanager
+def noted(problems: list[str]) -> Iterator[None]:
+    """Adds the text of a ValueError inside to `problems`."""
+    try:
+        yield
+    except ValueError as error:
+        problems.append(str(error))
+
+
+def check_data(option: str, name: str) -> None:
+    """Refuses a JSON(L) file or folder that is not there.
+
+    Raises:
+        ValueError: says what was looked for.
+    """
+    if name.endswith(JSON_FILES):
+        if not os.path.isfile(name):
+            raise ValueError(f"{option}={name!r}: there is no such file.")
+    elif not os.path.exists(name) and hub_id(name) is None:
+        raise ValueError(f"{option}={name!r}: there is no such folder, and it is no Hub id like me/my-data.")
+
+
+def where_in_extend(config: StagesConfig, args: MoExtendSFTConfig) -> str:
+    """What to say to whoever stops stage extend."""
+    begun = "align" in config.stages
+    adapter = f" --adapter {os.path.join(args.output_dir, 'align')}" * begun
+    return f"in stage extend, which has no checkpoints; go on with --stages {' '.join(config.stages[begun:])}{adapter}"
 
 
 def is_llava(name: str) -> bool:
@@ -411,23 +471,25 @@ def run_alone(config: StagesConfig, args: MoExtendSFTConfig) -> MoExtendForCausa
     if resumed == "finetune":
         check_resumed_plan(checkpoint, config)
         config = replace(config, adapter=checkpoint, plan=None, stages=["finetune"])
-    processor = load_processor(config.adapter or config.base, config.encoder, args.assistant_only_loss)
-    model = build_model(config, processor)
+    check_paths(config)
     captions = load_data(config.align_data, config) if "align" in config.stages else None
     data = held_out = None
     if config.stages != ["align"]:
         data, held_out = split_held_out(load_data(config.data, config), config)
     eval_data = load_data(config.eval_data, config) if config.eval_data else None
+    retention_data = load_any(config.retention_data) if config.retention_data else None
+    processor = load_processor(config.adapter or config.base, config.encoder, args.assistant_only_loss)
+    model = build_model(config, processor)
     check_before(model, config, args, held_out)
     if "align" in config.stages:
         align(model, processor, captions, config, args, checkpoint if resumed == "align" else None)
     if "extend" in config.stages:
-        model = with_experts(model, extend(model, processor, data, held_out, config, args), config)
+        with stopped_at(partial(where_in_extend, config, args)):
+            model = with_experts(model, extend(model, processor, data, held_out, config, args), config)
     elif config.plan is not None:
         model = with_experts(model, read_plan(config), config)
     if "finetune" in config.stages:
-        datasets_ = {"train_dataset": data, "eval_dataset": eval_data}
-        datasets_["retention_dataset"] = load_any(config.retention_data) if config.retention_data else None
+        datasets_ = {"train_dataset": data, "eval_dataset": eval_data, "retention_dataset": retention_data}
         trainer = MoExtendSFTTrainer(model=model, args=args, processing_class=processor, **datasets_)
         trainer.train(resume_from_checkpoint=checkpoint if resumed == "finetune" else None)
         trainer.save_model(args.output_dir)

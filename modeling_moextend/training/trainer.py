@@ -32,8 +32,16 @@ from ..routing_moextend import RoutingRecord
 from ..tensors_moextend import DTensor, not_finite, reshard, stored_dtype
 from ..tools.files import alone_in, write_text
 from ..tools.hashes import base_tensors_hash
+from ..tools.interrupts import stopped_at
 from ..tools.modes import dtypes_kept
-from .checkpoints import TRAINER_STATE, begin_checkpoint, checkpoint_to_resume, read_record, write_record
+from .checkpoints import (
+    TRAINER_STATE,
+    begin_checkpoint,
+    checkpoint_to_resume,
+    last_checkpoint,
+    read_record,
+    write_record,
+)
 from .checks import (
     allow_missing_base,
     check_arguments,
@@ -186,8 +194,17 @@ class MoExtendSFTTrainer(SFTTrainer):
                 "make a new trainer."
             )
         check_frozen(self.core)
-        with alone_in(self.args.output_dir, "train") if self.is_world_process_zero() else nullcontext():
+        alone = alone_in(self.args.output_dir, "train") if self.is_world_process_zero() else nullcontext()
+        with alone, stopped_at(self._where):
             return self._train_alone(resume_from_checkpoint, **kwargs)
+
+    def _where(self):
+        """What to say to whoever stops the training: how far it came, and how to go on."""
+        last, _ = last_checkpoint(self.args.output_dir)
+        begins = "no checkpoint is there (save_strategy, save_steps), so the same command begins anew"
+        goes_on = f"resume_from_checkpoint=True (--resume_from_checkpoint true) goes on from {last}"
+        step = f"step {self.state.global_step} of {self.state.max_steps}" if self.state.max_steps else "its beginning"
+        return f"in stage {self.args.stage} at {step}; {begins if last is None else goes_on}"
 
     def _train_alone(self, resume_from_checkpoint, **kwargs):
         """As `train`, of which there is no other in this folder."""
