@@ -289,7 +289,7 @@ def test_launched_processes_that_do_not_know_of_each_other_are_refused(tmp_path,
 
 def test_a_second_training_in_a_folder_is_refused(tmp_path):
     trainer = make_trainer(tmp_path / "out")
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out").mkdir(exist_ok=True)
     command = f"""
 import fcntl
 with open({str(tmp_path / "out" / ".train.lock")!r}, "a") as file:
