@@ -66,7 +66,7 @@ def test_a_run_stops_at_the_first_loss_that_is_not_finite(tmp_path):
     with pytest.raises(ValueError, match=r"stopped in step 3: task_loss is nan.*lower learning_rate"):
         trainer.train()
     with pytest.raises(ValueError, match=r"can't be saved: NaN or infinity in layers\.\d"):
-        trainer.save_model()
+        trainer.model.save_pretrained(tmp_path)
     assert bytes_of(tmp_path) == before
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
 
@@ -116,6 +116,9 @@ def test_a_mad_learning_rate_saves_nothing(tmp_path):
     trainer = make_trainer(tmp_path, learning_rate=1e30, max_steps=4)
     with pytest.raises(ValueError, match=r"stopped in step 2: task_loss is nan"):
         trainer.train()
+    assert all(tensor.isfinite().all() for tensor in trainer.trainable.values()), "huge, and of no use"
+    with pytest.raises(ValueError, match=r"stopped in step 2: .*model.save_pretrained\(folder\) saves it all"):
+        trainer.save_model()
     trainer = make_trainer(tmp_path, learning_rate=1e39, max_steps=1)  # of one step no loss tells
     trainer.train()
     with pytest.raises(ValueError, match=r"can't be saved: NaN or infinity in layers.*untouched"):

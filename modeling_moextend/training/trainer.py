@@ -105,7 +105,8 @@ class MoExtendSFTTrainer(SFTTrainer):
     versions, device) than the one that wrote it is refused, unless `args.check_resume` is `False`.
 
     A run stops with a `ValueError` at the first loss or gradient that is not finite (a gradient scaled for float16 is
-    skipped instead, as long as its scale is above 1), and no tensor with NaN or infinity is ever saved.
+    skipped instead, as long as its scale is above 1). After such a loss it saves nothing; NaN and infinity are never
+    saved.
 
     Runs under DDP, FSDP2 and DeepSpeed ZeRO-1 and 2 (see `configuration/accelerate`); call `save_model` and
     `push_to_hub` on every process.
@@ -158,6 +159,7 @@ class MoExtendSFTTrainer(SFTTrainer):
         self.retention_dataset, self.gate_report = retention_dataset, None
         self._throughput = {}  # mode -> [tokens, start in seconds]
         self._in_checkpoint = False
+        self._diverged = None  # what is wrong with the loss, once it is no longer finite
         self._given = {name: name_of(kwargs[name]) for name in GIVEN if kwargs.get(name) is not None}
         self._run = None
         self.add_callback(AdapterReport(self))
@@ -194,6 +196,7 @@ class MoExtendSFTTrainer(SFTTrainer):
                 "make a new trainer."
             )
         check_frozen(self.core)
+        self._diverged = None
         alone = alone_in(self.args.output_dir, "train") if self.is_world_process_zero() else nullcontext()
         with alone, stopped_at(self._where):
             return self._train_alone(resume_from_checkpoint, **kwargs)
@@ -340,7 +343,8 @@ class MoExtendSFTTrainer(SFTTrainer):
         metrics, tokens = self._metrics[mode], totals.pop()
         wrong = [f"{name} is {total}" for name, total in zip(parts, totals, strict=False) if not math.isfinite(total)]
         if wrong and mode == "train":
-            raise ValueError(diverged_message(self.state.global_step + 1, ", ".join(wrong)))
+            self._diverged = diverged_message(self.state.global_step + 1, ", ".join(wrong))
+            raise ValueError(self._diverged)
         for name in parts:
             metrics[name].append(totals.pop(0) / self.accelerator.num_processes)
         shares = {layer: count / max(tokens, 1) for layer, count in zip(counts, totals, strict=True)}
@@ -394,6 +398,8 @@ class MoExtendSFTTrainer(SFTTrainer):
 
         Every process comes here: together they make sharded tensors whole, and one of them writes.
         """
+        if self._diverged is not None:
+            raise ValueError(f"{self._diverged} model.save_pretrained(folder) saves it all the same.")
         output_dir = self.args.output_dir if output_dir is None else output_dir
         dtype = torch.float32 if self._in_checkpoint else torch_dtype(self.args.adapter_dtype)
         options = {"adapter_dtype": dtype, "with_code": not self._in_checkpoint}
@@ -607,8 +613,9 @@ def gradients(parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tens
 def diverged_message(step: int, found: str) -> str:
     return (
         f"Training stopped in step {step}: {found}. What was saved before is untouched; this model's adapter may be "
-        "ruined. Begin anew, or resume from the last checkpoint, with a lower learning_rate or max_grad_norm. In the "
-        "first step it is more likely the base: load one that overflows in float16 with dtype='bfloat16' or 'float32'."
+        "ruined. Begin anew with a lower learning_rate or max_grad_norm, from the base or from the last checkpoint "
+        "(MoExtendForCausalLM.from_pretrained(<checkpoint>)). In the first step it is more likely the base: load one "
+        "that overflows in float16 with dtype='bfloat16' or 'float32'."
     )
 
 
