@@ -2,6 +2,7 @@
 
 import gc
 import re
+import shutil
 
 import pytest
 import torch
@@ -160,6 +161,19 @@ def test_a_model_loaded_as_remote_code_has_a_reference(tokenizer, tmp_path):
     assert not same(tensors(model), before)
     with model.eval().disable_adapter():
         assert torch.equal(logits(trainer.ref_model, **text()), logits(model, **text()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_a_resumed_run_ends_as_one_that_never_stopped(kind, tokenizer, tmp_path):
+    model, again = extended(), extended()
+    trainer_of(kind, model, tmp_path, tokenizer, max_steps=3).train()
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    trainer = trainer_of(kind, again, tmp_path, tokenizer, max_steps=3)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
+    assert same(tensors(again), tensors(model))
 
 
 def test_checkpointing_changes_no_loss(tokenizer, tmp_path):
