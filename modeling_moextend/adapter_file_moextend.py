@@ -217,7 +217,7 @@ def find_tensor(header, name, dtypes=DTYPES):
 def read_tensor(file, header, name, dtypes=DTYPES):
     """A tensor of an open file, in memory of its own."""
     dtype, shape, first = find_tensor(header, name, dtypes)
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")  # whatever the default device is
     fill(file, header, first, tensor)
     return tensor
 

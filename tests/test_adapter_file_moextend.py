@@ -213,6 +213,19 @@ def test_after_loading_only_the_adapters_tensors_are_trainable(saved):
     assert not model.training
 
 
+def test_a_file_is_read_the_same_whatever_the_default_device_is(saved, tmp_path):
+    """On another one than the CPU it was called damaged; to load a model there is transformers' affair."""
+    folder = saved[1]
+    make_base().save_pretrained(tmp_path / "base")
+    expected = read_adapter(folder).tensors
+    with torch.device("meta"):
+        found = read_adapter(folder).tensors
+        with pytest.raises(RuntimeError, match="meta device context manager"):
+            MoExtendForCausalLM.from_pretrained(folder, base=tmp_path / "base")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_loaded_tensors_do_not_hang_on_the_file(saved):
     model, folder = saved
     again = MoExtendForCausalLM.from_pretrained(folder, base=make_base())

@@ -163,7 +163,7 @@ class Checkpoint:
         """
         self.empty(key, shape)
         dtype, _, first = find_tensor(self.header_of(key), key, BASE_DTYPES)
-        values = torch.empty(len(indices), dtype=dtype)
+        values = torch.empty(len(indices), dtype=dtype, device="cpu")  # whatever the default device is
         with readable(self.paths[key]), open(self.paths[key], "rb") as file:
             for slot, index in zip(values.split(1), indices.tolist(), strict=True):
                 fill(file, self.header_of(key), first + index * dtype.itemsize, slot)
