@@ -107,7 +107,7 @@ def test_a_packed_checkpoint_is_refused_before_its_weights_are_read(
 )
 def test_a_base_to_be_sharded_is_refused_before_anything_is_read(options):
     with pytest.raises(ValueError, match=f"{SHARDED}: {next(iter(options))} was given.*device_map.*FSDP2"):
-        extend("no such folder", **options)
+        extend("nobody/nothing", **options)
 
 
 def test_an_adapter_refuses_a_base_to_be_sharded_as_well(tmp_path):
