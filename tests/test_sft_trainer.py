@@ -571,6 +571,7 @@ def test_verify_base_passes_an_honest_run(tmp_path):
     make_trainer(tmp_path, images=True, verify_base=True).train()
 
 
+@pytest.mark.filterwarnings("ignore:.return_outputs=True.:FutureWarning")  # TRL's own call of it
 @pytest.mark.parametrize("dtype, way", [("bf16", "evaluate"), ("fp16", "predict")])
 def test_a_full_evaluation_in_half_precision_leaves_every_bit_as_it_was(tmp_path, dtype, way):
     """Before and after training; a run after it ends as one without."""
