@@ -140,7 +140,8 @@ def main() -> None:
     results["accuracy"] |= {name: accuracy(asked, texts) for name, texts in answered.items()}
     text = Path(quick.held_out_text or f"{config.base}/held_out.jsonl")
     if text.exists():
-        results["base_text"] = base_on_text(model, AutoTokenizer.from_pretrained(config.base), text)
+        tokenizer = AutoTokenizer.from_pretrained(config.base, trust_remote_code=False)
+        results["base_text"] = base_on_text(model, tokenizer, text)
     results["seconds"] = time.time() - start
     Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     records = [{"": name, **{k: percent(v) for k, v in part.items()}} for name, part in results["accuracy"].items()]
