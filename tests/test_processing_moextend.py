@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
 )
-from trl.chat_template_utils import is_chat_template_stop_token_trained
+from trl.chat_template_utils import is_chat_template_stop_token_trained, qwen3_chat_template
 
 from modeling_moextend.configuration_moextend import count_image_tokens
 from modeling_moextend.data.llava import load_llava
@@ -36,6 +36,7 @@ TEXT_ONLY = (
     "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ message['content'] + eos_token }}{% endif %}"
     "{% endfor %}"
 )
+CHAT = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog"}]
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 
@@ -446,6 +447,31 @@ def test_assistant_mask_is_right_behind_expanded_images(side):
     assert batch["assistant_masks"].sum(dim=1).tolist() == [6 + 2, 4, 3]
     assert (batch["input_ids"] == 260).sum(dim=1).tolist() == [8, 0, 4]
     assert batch["pixel_values"].shape[0] == 3
+
+
+def saved_base(folder, chat_template):
+    build_tokenizer(chat_template).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "template", [None, TEXT_ONLY, {"default": TEXT_ONLY, "other": "x"}], ids=["none", "one", "two"]
+)
+def test_a_text_only_base_gets_a_template_that_marks_the_assistant(tmp_path, template, caplog):
+    base = saved_base(tmp_path, template)
+    tokenizer = load_processor(base, assistant_only_loss=True)
+    batch = tokenizer.apply_chat_template(
+        CHAT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, add_special_tokens=False
+    )
+    marked = [number for number, mask in zip(batch["input_ids"], batch["assistant_masks"], strict=True) if mask]
+    assert tokenizer.decode(marked) == " A dog</s>"
+    assert ("does not mark the assistant's text" in caplog.text) == (template is not None)
+    assert load_processor(base).chat_template == template  # the base's own stays where nothing has to be marked
+
+
+@pytest.mark.parametrize("template", [default_chat_template(), qwen3_chat_template], ids=["marked", "TRL's"])
+def test_a_template_that_can_be_marked_stays(tmp_path, template):
+    assert load_processor(saved_base(tmp_path, template), assistant_only_loss=True).chat_template == template
 
 
 def test_assistant_mask_with_truncation():

@@ -89,7 +89,8 @@ def load_processor(
         name_or_path: the base, or an adapter saved with its processor.
         encoder: CLIP or SigLIP vision checkpoint; `None`: the tokenizer alone.
         assistant_only_loss: whether the chat template must mark the assistant's text. A base's own that does not gives
-            way to LLaVA's format, with a warning; else the base's own stays.
+            way to LLaVA's format, with a warning, unless TRL knows how to mark it (text only); else the base's own
+            stays. A base without one gets LLaVA's, with an encoder in any case.
         trust_remote_code: whether code that comes with the tokenizer may run; nothing asks for it at a prompt.
 
     Returns:
@@ -105,19 +106,36 @@ def load_processor(
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=bool(trust_remote_code))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if encoder is None:
-        return tokenizer
     template = tokenizer.chat_template
     template = template.get("default") if isinstance(template, dict) else template
-    if template and assistant_only_loss and not re.search(r"{%-?\s*generation\s*-?%}", template):
-        logger.warning("The base's chat template does not mark the assistant's text: using LLaVA's, USER: ASSISTANT:.")
+    marked = template and re.search(r"{%-?\s*generation\s*-?%}", template)
+    if assistant_only_loss and not marked and not (encoder is None and trl_marks(tokenizer)):
+        if template:
+            problem = "The base's chat template does not mark the assistant's text"
+            logger.warning(f"{problem}: using LLaVA's, USER: ASSISTANT:.")
         template = default_chat_template()
-    elif template and "image" not in template:
+        if encoder is None:
+            tokenizer.chat_template = template
+    if encoder is None:
+        return tokenizer
+    if template and "image" not in template:
         template = with_image_parts(template)
     with readable(f"The image processor of {encoder}"):  # CLIP's or SigLIP's, which have no code of their own
         image_processor = AutoImageProcessor.from_pretrained(encoder, backend="pil", trust_remote_code=False)
         encoder_config, _ = PreTrainedConfig.get_config_dict(encoder)
     return MoExtendProcessor.from_encoder(tokenizer, image_processor, encoder_config, chat_template=template)
+
+
+def trl_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether TRL has the tokenizer's chat template with the assistant's text marked, which it then trains with."""
+    if not tokenizer.chat_template:
+        return False
+    from trl.chat_template_utils import get_training_chat_template
+
+    try:
+        return get_training_chat_template(tokenizer) is not None
+    except ValueError:  # it does not know the template
+        return False
 
 
 def text_tokenizer(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
