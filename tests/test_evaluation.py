@@ -303,6 +303,9 @@ def test_documents_are_read_line_by_line(tmp_path):
     path.write_text(json.dumps(rows[0]) + "\n" + json.dumps({"text": "b"}))
     with pytest.raises(ValueError, match="Line 2 of .*text.jsonl must be"):
         read_documents(path)
+    path.write_text(json.dumps(rows[0]) + '\n{"domain": ')
+    with pytest.raises(ValueError, match="Line 2 of .*text.jsonl is not valid JSON"):
+        read_documents(path)
     path.write_text("\n")
     with pytest.raises(ValueError, match="holds no document"):
         read_documents(path)
@@ -324,6 +327,30 @@ def test_questions_end_with_their_answer(tmp_path):
     path.write_text(json.dumps({"messages": [last, ask]}))
     with pytest.raises(ValueError, match="Entry 0 of .* must hold `messages` that end with the assistant's"):
         read_questions(path)
+
+
+@pytest.mark.parametrize(
+    "bad, problem",
+    [
+        (7, "`messages` that end with the assistant's"),
+        ({"text": "a"}, "its messages are None, not a list of messages"),
+        ({"messages": [{"role": "user", "content": "q"}, "a"]}, "message 1 of its messages is a, without a role"),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant"}]}, "or without content"),
+        (
+            {
+                "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+                "images": [{"bytes": "x"}],
+            },
+            r"the paths of its images, not \[None\]",
+        ),
+    ],
+)
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_entry_that_is_no_question_is_named(tmp_path, bad, problem, number):
+    good = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, [good] * number + [bad])))
+    with pytest.raises(ValueError, match=f"Entry {number} of .*q.jsonl must hold .*{problem}"):
+        read_questions(tmp_path / "q.jsonl")
 
 
 @pytest.mark.parametrize("relative", [True, False])

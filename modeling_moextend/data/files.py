@@ -7,18 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from .llava import load_llava, read_entries
+from .rows import messages_problem
 
 
 def read_documents(path: str | os.PathLike) -> list[dict[str, Any]]:
     """[{"domain", "text"}] of JSON lines; a document may hold "messages" (a chat) in place of "text".
 
     Raises:
-        ValueError: names the line that holds neither, or no domain; an empty file.
+        ValueError: names the line that is no JSON, holds neither, or no domain; an empty file.
     """
     documents = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip():
-            document = json.loads(line)
+            try:
+                document = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"Line {number} of {path} is not valid JSON: {error}") from error
             if not isinstance(document, dict) or "domain" not in document or not {"text", "messages"} & set(document):
                 raise ValueError(f'Line {number} of {path} must be {{"domain": ..., "text": ... or "messages": ...}}.')
             documents.append(document)
@@ -42,7 +46,7 @@ def read_questions(
         ValueError: an empty file; an entry whose last message is not the assistant's.
     """
     records, folder = [entry for _, entry in read_entries(path)], image_folder or Path(path).parent
-    if records and "conversations" in records[0]:
+    if records and isinstance(records[0], dict) and "conversations" in records[0]:
         samples = load_llava(path, folder, prompt_completion=True).with_format(None)  # images stay files
         records = [{**sample, "messages": [*sample["prompt"], *sample["completion"]]} for sample in samples]
         folder = ""  # is in the paths already
@@ -58,13 +62,16 @@ def question(index: int, record: dict[str, Any], path: str | os.PathLike, folder
     Raises:
         ValueError: names the record's index, and what is wrong: no answer at its end, or an image that is not there.
     """
-    messages = record.get("messages") or []
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+    messages = record.get("messages") if isinstance(record, dict) else None
+    problem = messages_problem(messages, "messages", True)
+    if problem is not None or len(messages) < 2 or messages[-1].get("role") != "assistant":
         raise ValueError(
             f"Entry {index} of {path} must hold `messages` that end with the assistant's, the reference answer, or "
-            "LLaVA's `conversations`."
+            f"LLaVA's `conversations`{'' if problem is None else f'; {problem}'}."
         )
-    images = [image if isinstance(image, str) else image["path"] for image in record.get("images") or []]
+    images = [image.get("path") if isinstance(image, dict) else image for image in record.get("images") or []]
+    if not all(isinstance(image, str) for image in images):
+        raise ValueError(f"Entry {index} of {path} must hold the paths of its images, not {str(images)[:200]}.")
     result = {"prompt": messages[:-1], "answer": as_text(messages[-1]["content"])}
     result["images"] = [str(Path(folder, image)) for image in images]
     missing = [image for image in result["images"] if not os.path.isfile(image)]

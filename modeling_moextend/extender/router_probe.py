@@ -27,6 +27,7 @@ from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig, SFTTrainer
 
 from ..data.collators import MaskImageLabels
+from ..data.rows import check_datasets
 from ..data.tokens import check_trainer_tokens
 from ..evaluation.compare import count_selected
 from ..families_moextend import MoELayer, find_moe_layers
@@ -78,7 +79,7 @@ def measure_router_shift(
     Raises:
         ValueError: an empty dataset, or a model without MoE layers or with layers of different numbers of experts.
     """
-    check_datasets(train_dataset, eval_dataset)
+    check_samples(train_dataset, eval_dataset)
     layers = find_moe_layers(model.get_decoder())
     if len({layer.num_experts for layer in layers.values()}) > 1:
         raise ValueError("measure_router_shift needs the same number of experts in every MoE layer.")
@@ -87,11 +88,11 @@ def measure_router_shift(
         stack.enter_context(restored(model))
         stack.enter_context(new_experts_off(model))
         stack.enter_context(router_deltas(model, layers))
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         trainer = trainer_class(
             model=model,
             args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            **check_datasets(args, processing_class, datasets, trainer_kwargs),
             processing_class=processing_class,
             **trainer_kwargs,
         )
@@ -127,7 +128,7 @@ def without_saving(args: SFTConfig) -> SFTConfig:
     return args
 
 
-def check_datasets(train_dataset: Dataset | IterableDataset, eval_dataset: Dataset | IterableDataset) -> None:
+def check_samples(train_dataset: Dataset | IterableDataset, eval_dataset: Dataset | IterableDataset) -> None:
     """Refuses empty datasets, and warns where samples are counted that were trained on.
 
     Raises:

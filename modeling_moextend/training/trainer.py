@@ -25,6 +25,7 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..data.collators import MaskImageLabels
+from ..data.rows import check_datasets, check_rows
 from ..data.tokens import check_trainer_tokens
 from ..publishing.facts import folder_card, write_facts
 from ..publishing.hub import check_published, upload
@@ -137,8 +138,11 @@ class MoExtendSFTTrainer(SFTTrainer):
         if args.push_to_hub:  # said before the training, not after it
             check_published(model.config)
         check_retention(model, args, retention_dataset)
+        retention_dataset = check_rows(retention_dataset, "retention", args.dataset_text_field, False)
         if kwargs.get("processing_class") is None:
             kwargs["processing_class"] = default_processor(model, args.assistant_only_loss)
+        datasets = {name: kwargs[name] for name in ("train_dataset", "eval_dataset") if name in kwargs}
+        kwargs |= check_datasets(args, kwargs["processing_class"], datasets, kwargs)
         original, args.router_aux_loss_coef = args.router_aux_loss_coef, 0.0
         try:
             super().__init__(model, args, **kwargs)
