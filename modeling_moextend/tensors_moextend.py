@@ -197,8 +197,8 @@ def sample_values(sizes, read):
 
 
 def snapshot(module):
-    """name -> (shape, up to 256 values, evenly spread) of every tensor that is saved with `module`, new ones left out:
-    what a change of a tensor shows in. `None` in place of the values of one that is quantised, sharded, or on meta."""
+    """name -> (shape, values at `places`) of every tensor that is saved with `module`, new ones left out: what shows a
+    change of it. `None` in place of the values of one that is quantised, sharded, or on the meta device."""
     found = {}
     for prefix, owner in module.named_modules() if module is not None else ():
         if "moextend" in prefix.split("."):
@@ -207,11 +207,20 @@ def snapshot(module):
             for name, tensor in {**owner._parameters, **owner._buffers}.items():
                 if tensor is None or name in owner._non_persistent_buffers_set:
                     continue
-                count = min(256, tensor.numel()) * (is_plain(tensor) and not tensor.is_meta)
-                indices = torch.linspace(0, max(tensor.numel() - 1, 0), count, dtype=torch.float64).long()
-                values = values_at(tensor.detach(), indices).cpu() if count else None
+                plain = is_plain(tensor) and not tensor.is_meta
+                values = values_at(tensor.detach(), places(tensor.shape)).cpu() if plain else None
                 found[f"{prefix}.{name}".lstrip(".")] = tensor.shape, values
     return found
+
+
+def places(shape):
+    """Indices into a flattened tensor: one in each row, along the diagonal, so that no row and, where there are as
+    many rows, no column changes unseen; of one with few rows, up to 4096 evenly spread."""
+    count, width = shape.numel(), shape[-1] if shape else 1
+    if count < 256 * width:
+        return torch.linspace(0, max(count - 1, 0), min(count, 4096), dtype=torch.float64).long()
+    rows = torch.arange(count // max(width, 1))
+    return rows * width + rows % max(width, 1)
 
 
 def changed_tensors(before, after):

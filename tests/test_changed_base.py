@@ -31,6 +31,10 @@ def scaled(path):
     return change
 
 
+def zeroed(path, *where):
+    return lambda model: model.base.get_parameter(path).data[where].zero_()
+
+
 def with_more_tokens(model):
     model.base.resize_token_embeddings(len(model.base.get_input_embeddings().weight) + 1, mean_resizing=False)
 
@@ -52,6 +56,9 @@ CHANGES = {  # what somebody does to a base -> what the refusal names first
     "a norm": (scaled("model.norm.weight"), "model.norm.weight (1 tensors"),
     "a head": (scaled("lm_head.weight"), "lm_head.weight (1 tensors"),
     "experts": (scaled("model.layers.1.mlp.experts.down_proj"), "model.layers.1.mlp.experts.down_proj (1"),
+    "one token": (zeroed("model.embed_tokens.weight", 7), "model.embed_tokens.weight (1 tensors"),
+    "a neuron": (zeroed("model.layers.1.mlp.experts.down_proj", 3, 11), "experts.down_proj (1 tensors"),
+    "a column": (zeroed("lm_head.weight", slice(None), 5), "lm_head.weight (1 tensors"),
     "another head": (with_another_head, "lm_head.weight (1 tensors"),
     "more tokens": (with_more_tokens, "lm_head.weight, model.embed_tokens.weight (2 tensors"),
     "NaN": (lambda model: model.base.lm_head.weight.data.fill_(torch.nan), "lm_head.weight (1 tensors"),
