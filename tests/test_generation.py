@@ -64,7 +64,11 @@ TWO_ROWS = ids([5, 6, "image", 7, "image", 8], [9, "image", 10])
 # ---------------------------------------------------------------- with and without a cache
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"num_beams": 3}, marks=pytest.mark.slow), {"num_beams": 3, "num_return_sequences": 2}],
+    ids=str,
+)
 @pytest.mark.parametrize("prompt", ["text", "one image", "images in rows"])
 def test_a_cache_changes_no_token(model, options, prompt):
     inputs = {
@@ -160,7 +164,17 @@ def test_a_seeing_assistant_changes_no_token(model, seed):
     assert torch.equal(generate(model, **inputs, assistant_model=assistant), generate(model, **inputs))
 
 
-@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        *[
+            pytest.param(one, marks=pytest.mark.slow)
+            for one in ({"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 2})
+        ],
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "prompt",
     [[5, 6, "image", 7, 5, 6], [5, 6, "image", 5, 6, 7, 5, 6], [5, 6, 7, "image", 8, 5, 6], ["image", 5, "image"]],

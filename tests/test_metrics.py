@@ -144,6 +144,7 @@ def run(code, folder=ROOT, **environment):
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_the_evaluate_library_loads_them_by_path_without_a_hub(tmp_path):
     code = (
         "import evaluate; m = evaluate.load('modeling_moextend/metrics/exact_match.py');"

@@ -309,7 +309,7 @@ def test_a_detached_base_can_be_extended_again():
 
 @pytest.mark.parametrize("choices", [MODALITY, {**MODALITY, "calibration": "all"}, EXCLUSIVE], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("implementation", ["eager", pytest.param("batched_mm", marks=pytest.mark.slow), "grouped_mm"])
 def test_batches_without_an_image_are_bit_equal_to_the_base(family, implementation, dtype, choices):
     base = make_base(family, dtype, experts_implementation=implementation)
     expected = frozen_copy(base)(**batch()).logits

@@ -59,7 +59,7 @@ def warned(caplog, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("kind", [Trainer, SFTTrainer])
+@pytest.mark.parametrize("kind", [pytest.param(Trainer, marks=pytest.mark.slow), SFTTrainer])
 def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_never_stopped(kind, tmp_path, warned):
     whole = make_trainer(kind, tmp_path)
     whole.train()

@@ -283,7 +283,7 @@ def test_a_stranger_cannot_push_and_a_token_can_be_given(hub, model, monkeypatch
 # ---------------------------------------------------------------- what fails
 
 
-@pytest.mark.parametrize("how", ["500", "drop"])
+@pytest.mark.parametrize("how", ["500", pytest.param("drop", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("request_", ["PUT /lfs/", f"POST /api/models/{REPO}/commit", f"POST /api/models/{REPO}/pre"])
 def test_a_push_that_fails_changes_nothing_and_can_be_run_again(hub, model, request_, how):
     model.push_to_hub(REPO)

@@ -124,8 +124,9 @@ def text(rows=2, length=9):
 
 @pytest.mark.parametrize(
     "kind, start",
-    [*[(kind, "fresh") for kind in TRAINERS], ("dpo", "loaded"), ("grpo", "loaded")]
-    + [pytest.param(kind, "loaded", marks=pytest.mark.slow) for kind in ("kto", "rloo")],
+    [("dpo", "loaded"), ("grpo", "fresh")]
+    + [pytest.param(kind, "fresh", marks=pytest.mark.slow) for kind in TRAINERS if kind != "grpo"]
+    + [pytest.param(kind, "loaded", marks=pytest.mark.slow) for kind in TRAINERS if kind != "dpo"],
 )
 def test_a_trainer_of_trls_trains_the_adapter_and_nothing_else(kind, start, tokenizer, tmp_path):
     """Fresh: scope "all"; loaded: behind an open gate. Checkpoints and results load, bit for bit."""
@@ -224,7 +225,8 @@ def test_a_trainers_reference_is_a_second_bases(kind, tokenizer, tmp_path):
     assert torch.equal(found, expected) and found.any()
 
 
-@pytest.mark.parametrize("kind", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+@pytest.mark.slow
 def test_precomputed_log_probabilities_are_those_of_the_run(kind, tokenizer, tmp_path):
     losses = []
     for precomputed in (False, True):
@@ -245,6 +247,7 @@ def test_what_is_on_disk_is_told_apart_by_what_the_reference_computes():
     assert not same(state, other.reference().state_dict())
 
 
+@pytest.mark.slow
 def test_there_is_no_second_base_in_memory(tokenizer, tmp_path):
     model = extended()
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.base.parameters())

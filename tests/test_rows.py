@@ -121,6 +121,7 @@ def test_assistant_only_loss_needs_a_template(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_stream_of_images_trains_as_the_dataset_does(tmp_path):
     def run(data):
         given = {"train_dataset": data, "processing_class": make_processor()}

@@ -456,10 +456,10 @@ def test_the_card_is_moextends(tmp_path):
 @pytest.mark.parametrize(
     ("images", "stop", "order"),
     [
-        (False, 3, "random"),
+        pytest.param(False, 3, "random", marks=pytest.mark.slow),
         (False, 5, "random"),
-        (False, 6, "random"),
-        (False, 6, "group_by_length"),
+        pytest.param(False, 6, "random", marks=pytest.mark.slow),
+        pytest.param(False, 6, "group_by_length", marks=pytest.mark.slow),
         (True, 3, "random"),
     ],
 )
@@ -729,7 +729,9 @@ def test_the_gate_learns_before_the_first_step_and_never_after(tmp_path):
     assert trainer.state.log_history[0]["new_expert_share"] > 0.8
 
 
-@pytest.mark.parametrize("kind", ["text", "prompt-completion", "messages"])
+@pytest.mark.parametrize(
+    "kind", ["text", *[pytest.param(kind, marks=pytest.mark.slow) for kind in ("prompt-completion", "messages")]]
+)
 def test_retention_text_comes_in_any_format(tmp_path, kind):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHAT
@@ -910,7 +912,7 @@ def test_checkpointing_changes_no_loss_of_a_gated_run(tmp_path):
         torch.testing.assert_close(tensor, runs[1][1][name], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("gated", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_base_spread_over_devices_trains_as_one_that_is_not(tmp_path, gated):
     make_base().save_pretrained(tmp_path / "base")
     near = ["model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.3", "model.norm", "lm_head"]

@@ -219,6 +219,7 @@ def test_a_later_stage_goes_on_from_an_earlier_one(folders):
     assert model.config.extended_layers == plan
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_seed_are_equal(folders):
     encoder = {"encoder": folders / "encoder", "align_data": folders / "data.json"}
     models = [run_stages(*parse(*options(folders, **encoder, output_dir=folders / name))) for name in ("one", "two")]
@@ -227,7 +228,7 @@ def test_two_runs_with_one_seed_are_equal(folders):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("stage", ["align", "finetune"])
+@pytest.mark.parametrize("stage", [pytest.param("align", marks=pytest.mark.slow), "finetune"])
 def test_a_resumed_run_ends_as_one_that_ran_through_and_repeats_no_stage(folders, stage, capsys):
     encoder = {"encoder": folders / "encoder", "align_data": folders / "data.json"}
     steps = {"max_steps": 4, "align_max_steps": 4, "save_strategy": "steps", "save_steps": 2}

@@ -178,8 +178,9 @@ def test_backward_sees_what_forward_saw(change, checkpointing, model, made):
     assert expected and same(found, expected)
 
 
+@pytest.mark.parametrize("share", [0.25, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("flip", ["set_adapter", "load and delete", "on and off"])
-def test_random_threads_never_mix_adapter_sets(flip, model, made):
+def test_random_threads_never_mix_adapter_sets(flip, share, model, made):
     """Plain passes, passes by name or switched off, and whole generations, beside a thread that changes the model."""
     by_set = {}
     for names in SETS:
@@ -236,7 +237,9 @@ def test_random_threads_never_mix_adapter_sets(flip, model, made):
             errors.append(traceback.format_exc())
 
     numbers = {"plain": 150, "by name": 100, "off": 100, "generate": 25, "generate by name": 25}
-    workers = [threading.Thread(target=loop, args=(name, check, numbers[name])) for name, check in checks.items()]
+    workers = [
+        threading.Thread(target=loop, args=(name, check, int(share * numbers[name]))) for name, check in checks.items()
+    ]
     changer = threading.Thread(target=loop, args=("change", changes[flip]))
     for thread in (changer, *workers):
         thread.start()
@@ -245,7 +248,7 @@ def test_random_threads_never_mix_adapter_sets(flip, model, made):
     done.set()
     changer.join()
     assert not errors, errors[0]
-    assert counts["change"] >= 20 and counts.total() - counts["change"] >= 275
+    assert counts["change"] >= 5 and counts.total() - counts["change"] >= 250 * share
 
 
 @pytest.mark.slow
