@@ -13,7 +13,7 @@ from test_sft_trainer import make_model, make_trainer, tensors
 from torch import nn
 
 from modeling_moextend import MoExtendForCausalLM
-from modeling_moextend.tensors_moextend import changed_tensors, snapshot
+from modeling_moextend.tensors_moextend import bits_of, changed_tensors, snapshot
 
 LORA = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
 QUERY = "model.layers.0.self_attn.q_proj"
@@ -33,6 +33,14 @@ def scaled(path):
 
 def zeroed(path, *where):
     return lambda model: model.base.get_parameter(path).data[where].zero_()
+
+
+def swapped(path, one, other):
+    def change(model):
+        weight = model.base.get_parameter(path).data
+        weight[[one, other]] = weight[[other, one]]
+
+    return change
 
 
 def with_more_tokens(model):
@@ -62,6 +70,8 @@ CHANGES = {  # what somebody does to a base -> what the refusal names first
     "another head": (with_another_head, "lm_head.weight (1 tensors"),
     "more tokens": (with_more_tokens, "lm_head.weight, model.embed_tokens.weight (2 tensors"),
     "NaN": (lambda model: model.base.lm_head.weight.data.fill_(torch.nan), "lm_head.weight (1 tensors"),
+    "a value": (zeroed("model.embed_tokens.weight", 7, 3), "model.embed_tokens.weight (1 tensors"),
+    "two tokens": (swapped("model.embed_tokens.weight", 7, 9), "model.embed_tokens.weight (1 tensors"),
     "rounded": (lambda model: model.bfloat16().float(), "lm_head.weight, model.embed_tokens.weight, "),
     "the encoder": (with_another_encoder, "The encoder in memory is no longer the one that was loaded: "),
 }
@@ -106,6 +116,19 @@ def test_what_is_loaded_merged_is_no_change(tmp_path):
     copy.deepcopy(model).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="a different base than the adapter was made on"):
         MoExtendForCausalLM.from_pretrained(tmp_path, base=make_base())
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (8,), (2, 3), (4, 8), (2, 3, 5), (2, 4, 8)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_one_value_of_a_tensor_shows_in_its_bits(shape, dtype):
+    tensor = torch.randn(shape, dtype=dtype)
+    elsewhere = torch.cat([tensor.view(-1)[:1], tensor.view(-1)])[1:].view(shape)
+    assert bits_of(elsewhere) == bits_of(tensor)
+    assert bits_of(torch.stack([tensor, tensor], -1)[..., 0]) == bits_of(tensor)
+    for index in range(tensor.numel()):
+        other = tensor.clone()
+        other.view(-1)[index].neg_()
+        assert bits_of(other) != bits_of(tensor)
 
 
 def test_quantised_and_empty_weights_count_as_unchanged():
