@@ -155,6 +155,11 @@ def test_a_model_inside_another_is_not_trained(tmp_path, name):
         make_trainer(tmp_path, WRAPPED[name](make_model()))
 
 
+def test_a_body_is_not_trained(tmp_path):
+    with pytest.raises(ValueError, match="MoExtendModel has no head.*MoExtendForCausalLM"):
+        make_trainer(tmp_path, make_model().model)
+
+
 def test_a_base_that_asks_for_gradients_is_not_trained(tmp_path):
     model = make_model(encoder=True)
     model.base.lm_head.requires_grad_(True)

@@ -45,6 +45,11 @@ def check_model(model: object) -> None:
             "adapter not (PEFT, torch.compile and their like). Pass the MoExtend model itself; torch_compile=True in "
             "the arguments compiles it."
         )
+    if not model.can_generate():
+        raise ValueError(
+            f"{type(model).__name__} has no head, so there is nothing to predict. Pass the model that it is the body "
+            "of, or load it with MoExtendForCausalLM.from_pretrained(folder)."
+        )
     check_frozen(model)
     check_in_memory(model, model.resolve_name())
     check_gradients(model)
