@@ -79,7 +79,11 @@ class MoExtendConfig(PreTrainedConfig):
         names of kernels on the Hub, so that code would be fetched."""
         private = {name for name in config_dict if name.startswith("_") and name != "_name_or_path"}
         ours = {name: config_dict[name] for name in config_dict if name not in {*CALLERS, *private}}
-        return super().from_dict(ours, **kwargs)
+        called = {"generation_config": kwargs.pop("generation_config", None)}  # a call's is for the model
+        found = super().from_dict(ours, **kwargs)
+        if called["generation_config"] is not None and kwargs.get("return_unused_kwargs"):
+            found[1].update(called)
+        return found
 
     @property
     def num_image_tokens(self) -> int:

@@ -100,6 +100,8 @@ class Persistence:
         with undone_on_error(*parts):
             model = cls(own_config, *parts, adapter_name=adapter_name, stored=stored)
         model.require_gradients_of(adapter_name)
+        if kwargs.get("generation_config") is not None:  # the base's has it; the call's wins over the adapter's
+            model.generation_config = kwargs["generation_config"]
         if kwargs.get("output_loading_info"):  # what is missing, unexpected or misshapen was refused
             return model.eval(), {key: set() for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         return model.eval()
@@ -180,6 +182,9 @@ class Persistence:
         if getattr(self, "generation_config", None) is None:  # a body
             return values
         now, before = self.generation_config.to_dict(), self.initial_generation
+        for name, value in now.items():  # as JSON has it
+            now[name] = list(value) if isinstance(value, (set, tuple)) else value
+            now[name] = value.tolist() if hasattr(value, "tolist") else now[name]
         changed = {name: now[name] for name in now if name[0] != "_" and now[name] != before.get(name)}
         if not is_generation(changed):
             raise ValueError(

@@ -1,7 +1,9 @@
 """How a model generates is saved with its adapter: the end token that it was trained to write, for one."""
 
+import copy
 import json
 
+import numpy
 import pytest
 import torch
 from conftest import batch, make_base, shake
@@ -66,6 +68,38 @@ def test_only_what_is_not_the_bases_is_saved_and_it_stays(base, tmp_path):
     assert values(MoExtendForCausalLM.from_pretrained(tmp_path / "copy")) == values(model)
     first.model.save_pretrained(tmp_path / "body", adapter_name="second")
     assert values(MoExtendForCausalLM.from_pretrained(tmp_path / "body")) == values(model)
+
+
+def test_what_a_loaded_base_was_told_before_is_saved(base, tmp_path):
+    for folder in (base, None):  # None: it has no checkpoint
+        loaded = make_base() if folder is None else AutoModelForCausalLM.from_pretrained(folder)
+        before = copy.deepcopy(loaded)
+        loaded.generation_config.update(eos_token_id=[5, 6], max_new_tokens=None)
+        model = shake(MoExtendForCausalLM.from_base(loaded, {1: [0]}, **NATIVE))
+        model.save_pretrained(tmp_path / "adapter")
+        again = MoExtendForCausalLM.from_pretrained(tmp_path / "adapter", base=before)
+        assert values(again) == values(model) and again.generation_config.eos_token_id == [5, 6]
+    unchanged = MoExtendForCausalLM.from_base(AutoModelForCausalLM.from_pretrained(base), {1: [0]}, **NATIVE)
+    unchanged.save_pretrained(tmp_path / "unchanged")
+    assert MoExtendForCausalLM.from_pretrained(tmp_path / "unchanged").config.generation_config is None
+
+
+@pytest.mark.parametrize("given", [(3, 5), {3, 5}, torch.tensor([3, 5]), numpy.array([3, 5])])
+def test_what_json_has_by_another_name_is_saved(base, tmp_path, given):
+    model = MoExtendForCausalLM.from_base(base, {1: [0]}, **NATIVE)
+    model.generation_config.eos_token_id = given
+    model.save_pretrained(tmp_path / "adapter")
+    assert MoExtendForCausalLM.from_pretrained(tmp_path / "adapter").generation_config.eos_token_id == [3, 5]
+
+
+def test_a_call_says_how_to_generate(base, tmp_path):
+    model = MoExtendForCausalLM.from_base(base, {1: [0]}, **NATIVE)
+    model.generation_config.eos_token_id = 5
+    model.save_pretrained(tmp_path / "adapter")
+    for auto in (AutoModelForCausalLM, MoExtendForCausalLM):
+        own = GenerationConfig(eos_token_id=6)
+        loaded = auto.from_pretrained(tmp_path / "adapter", trust_remote_code=True, generation_config=own)
+        assert loaded.generation_config.eos_token_id == 6
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from ..adapter_file_moextend import check_keywords, check_source
 from ..base_checks_moextend import base_rule, check_loaded, check_plan
@@ -13,6 +13,7 @@ from ..configuration_moextend import normalise_plan
 from ..families_moextend import find_moe_layers
 from ..loading_moextend import ENCODER_KWARGS, SHARED_HUB_KWARGS, load_base, undone_on_error
 from ..tools.places import check_location
+from ..validation_moextend import is_generation
 from .choices import routing_choices
 from .layouts import check_request
 from .parts import identity, load_new_encoder
@@ -71,6 +72,7 @@ def from_base(
         check_keywords("from_base", kwargs, ())
     else:
         check_keywords("from_base", kwargs, ENCODER_KWARGS)
+    loaded = isinstance(base, PreTrainedModel)
     plan = normalise_plan(extended_layers)
     choices = routing_choices(scope, selection, calibration, paper, has_encoder=encoder is not None)
     if not plan and encoder is None:
@@ -104,7 +106,23 @@ def from_base(
     )
     rule = base_rule(config, layers)
     with undone_on_error(base, encoder), self_checked(layers, plan, rule, adapter_name):
-        return cls(config, base, encoder, adapter_name=adapter_name)
+        model = cls(config, base, encoder, adapter_name=adapter_name)
+    if loaded and hasattr(model, "initial_generation"):
+        model.initial_generation |= stored_generation(base)
+    return model
+
+
+def stored_generation(base: PreTrainedModel) -> dict[str, Any]:
+    """What the checkpoint of a loaded base says of generating, where it is not what the base does by now: an adapter
+    is loaded onto the checkpoint."""
+    config, now = base.config, base.generation_config.to_dict()
+    try:
+        place = {"revision": getattr(config, "_commit_hash", None), "local_files_only": True}
+        stored = GenerationConfig.from_pretrained(config.name_or_path, **place).to_dict()
+    except (OSError, ValueError):  # not there: the base had made its own of its config
+        stored = GenerationConfig.from_model_config(config).to_dict()
+    changed = {name for name in now if name[0] != "_" and now[name] != stored.get(name)}
+    return {name: stored.get(name) for name in changed} if is_generation({name: now[name] for name in changed}) else {}
 
 
 def check_causal_lm(base: PreTrainedModel, auto_class: type) -> None:
