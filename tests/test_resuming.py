@@ -28,6 +28,7 @@ from test_sft_trainer import (
 from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback
 
 from modeling_moextend import MoExtendForCausalLM
+from modeling_moextend.adapter_file_moextend import FILE
 from modeling_moextend.training.checkpoints import RECORD, TRAINER_STATE, last_checkpoint, problem_of
 from modeling_moextend.training.config import MoExtendSFTConfig
 from modeling_moextend.training.run_record import NOT_COMPARED, batch_hash, data_hash
@@ -78,6 +79,31 @@ def test_one_file_that_is_short_or_missing_is_named(run, name):
         assert f"{name} ({size // 2:,} of {size:,} bytes)" in problem_of(path.parent)
     path.unlink()
     assert name in problem_of(path.parent)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "3", '"x"', '{"global_step": "x"}', '{"files": 3, "run": {}}'])
+@pytest.mark.parametrize("name", [TRAINER_STATE, "run.json"])
+def test_a_record_of_something_else_is_passed_over(run, name, text):
+    last, *_ = sorted(run.glob("checkpoint-*"), reverse=True)
+    (last / name).write_text(text)
+    checkpoint, [unfinished] = last_checkpoint(run)
+    assert checkpoint != last and f"{last} is not a complete checkpoint: its {name} can't be read" in str(unfinished)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *((name, "zeros") for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", FILE)),
+        *((name, "a bit") for name in ("optimizer.pt", FILE)),
+    ],
+)
+def test_a_file_of_its_size_and_other_content_is_named(run, name, damage):
+    last, *_ = sorted(run.glob("checkpoint-*"), reverse=True)
+    content = bytearray((last / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (last / name).write_bytes(bytes(len(content)) if damage == "zeros" else content)
+    checkpoint, [unfinished] = last_checkpoint(run)
+    assert checkpoint != last and "not as they were written: " in str(unfinished) and name in str(unfinished)
 
 
 def test_after_a_full_disk_the_run_goes_on_from_the_last_whole_checkpoint(written, tmp_path, monkeypatch, capsys):

@@ -10,14 +10,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..adapter_file_moextend import read_adapter
+from transformers import TrainerState
+
+from ..adapter_file_moextend import FILE, check_tensors, read_adapter
 from ..tools.files import write_text
 
 TRAINER_STATE = "trainer_state.json"
 RECORD = "run.json"
+ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")  # by torch.save, with checksums
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -62,13 +66,13 @@ def problem_of(folder: Path) -> str | None:
     """Why a run can't go on from this checkpoint; `None` where it is whole."""
     if not folder.is_dir():
         return "there is no such folder."
-    for name in (TRAINER_STATE, RECORD):
+    for name, check in ((TRAINER_STATE, check_state), (RECORD, check_record)):
         try:
             if name != RECORD or (folder / name).exists():
-                json.loads((folder / name).read_text(encoding="utf-8"))
+                check(folder)
         except FileNotFoundError:
             return f"it has no {name}, which is written last."
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             return f"its {name} can't be read ({error})."
     if not list(folder.glob("rng_state*.pth")):
         return "it has no rng_state.pth, as save_only_model=True leaves it: only a new run can begin there."
@@ -81,7 +85,42 @@ def problem_of(folder: Path) -> str | None:
         for name, size in record["files"].items()
         if sizes.get(name) != size
     ]
+    wrong = wrong or damaged_files(folder)
     return f"not as they were written: {', '.join(wrong)}." if wrong else None
+
+
+def check_state(folder: Path) -> None:
+    """Refuses a state of Trainer's that is not one, with whatever error that makes."""
+    state = TrainerState.load_from_json(str(folder / TRAINER_STATE))
+    if type(state.global_step) is not int or state.max_steps < 1 or not isinstance(state.log_history, list):
+        raise ValueError("it does not say how far the run came")
+
+
+def check_record(folder: Path) -> None:
+    """Refuses a record that `write_record` did not write, with whatever error that makes."""
+    record = read_record(folder)
+    if not isinstance(record, dict) or not all(isinstance(record.get(part), dict) for part in ("files", "run")):
+        raise ValueError("it is no record of a run")
+    if not all(isinstance(part, dict) for part in record["run"].values()):
+        raise ValueError("it is no record of a run")
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """Those files that a run goes on from whose content is not what was written: a disk that lost its power may leave
+    zeros where a file was."""
+    wrong = []
+    for path in sorted(path for pattern in ARCHIVES for path in folder.glob(pattern)):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                wrong += [f"{path.name} ({name})" for name in (archive.testzip(),) if name is not None]
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            wrong.append(f"{path.name} ({error})")
+    try:
+        stored = read_adapter(folder)
+        check_tensors({name: tensor.shape for name, tensor in stored.tensors.items()}, stored)
+    except (OSError, ValueError) as error:
+        wrong.append(f"{FILE} ({error})")
+    return wrong
 
 
 def problem_without_record(folder: Path) -> str | None:
