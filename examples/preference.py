@@ -77,7 +77,7 @@ def options(description: str, output_dir: str | None = None, max_steps: int | No
 def begin(base: str, folder: str) -> tuple[MoExtendForCausalLM, PreTrainedTokenizerBase]:
     """The adapter to begin with, ready to train, and the base's tokenizer; made and saved where `folder` has none."""
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left", trust_remote_code=False)
     if not Path(folder, "config.json").exists():
         make(base, folder, tokenizer)
     model = MoExtendForCausalLM.from_pretrained(folder, base=base, dtype="float32" if CPU else "bfloat16")

@@ -19,6 +19,7 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
 )
@@ -467,6 +468,12 @@ def test_a_text_only_base_gets_a_template_that_marks_the_assistant(tmp_path, tem
     assert tokenizer.decode(marked) == " A dog</s>"
     assert ("does not mark the assistant's text" in caplog.text) == (template is not None)
     assert load_processor(base).chat_template == template  # the base's own stays where nothing has to be marked
+
+
+def test_no_template_is_run_to_see_whether_it_can_be_marked(tmp_path, monkeypatch):
+    base = saved_base(tmp_path, "{% if tools %}{% endif %}{{ messages }}<image>")
+    monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", lambda *args, **kwargs: pytest.fail("it ran"))
+    assert load_processor(base, assistant_only_loss=True).chat_template == default_chat_template()
 
 
 @pytest.mark.parametrize("template", [default_chat_template(), qwen3_chat_template], ids=["marked", "TRL's"])

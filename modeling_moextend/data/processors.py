@@ -109,7 +109,7 @@ def load_processor(
     template = tokenizer.chat_template
     template = template.get("default") if isinstance(template, dict) else template
     marked = template and re.search(r"{%-?\s*generation\s*-?%}", template)
-    if assistant_only_loss and not marked and not (encoder is None and trl_marks(tokenizer)):
+    if assistant_only_loss and not marked and not (encoder is None and trl_marks(template)):
         if template:
             problem = "The base's chat template does not mark the assistant's text"
             logger.warning(f"{problem}: using LLaVA's, USER: ASSISTANT:.")
@@ -126,16 +126,13 @@ def load_processor(
     return MoExtendProcessor.from_encoder(tokenizer, image_processor, encoder_config, chat_template=template)
 
 
-def trl_marks(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether TRL has the tokenizer's chat template with the assistant's text marked, which it then trains with."""
-    if not tokenizer.chat_template:
-        return False
-    from trl.chat_template_utils import get_training_chat_template
+def trl_marks(chat_template: object) -> bool:
+    """Whether TRL has this chat template with the assistant's text marked, which it then trains with. It is looked up
+    as text: TRL's own function runs a template that it does not know, and a stranger's need not come to an end."""
+    from trl import chat_template_utils as known
 
-    try:
-        return get_training_chat_template(tokenizer) is not None
-    except ValueError:  # it does not know the template
-        return False
+    trained = [name for name in vars(known) if name.endswith("_training_chat_template")]
+    return chat_template in [getattr(known, name.replace("_training", ""), None) for name in trained if chat_template]
 
 
 def text_tokenizer(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
