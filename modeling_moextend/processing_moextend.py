@@ -6,6 +6,7 @@ Letters: B samples, S tokens, I images in the batch, P image tokens an image.
 import contextlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Self
 
@@ -100,6 +101,18 @@ def check_files(name_or_path, hub_kwargs):
             raise ValueError(f"{path} asks for an audio tokenizer, and this is a processor of text and images.")
 
 
+def check_merges(name_or_path, hub_kwargs):
+    """Refuses a tokenizer.json whose merges lack the prefix that it names: the tokenizers library ends the process over
+    it, with no error to catch."""
+    path = cached_file(name_or_path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    text = Path(path).read_text("utf-8") if path is not None else ""
+    if re.search(r'"continuing_subword_prefix"\s*:\s*"[^"]', text):
+        model = json.loads(text)["model"]
+        merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model.get("merges") or ()]
+        if not all(second.startswith(model["continuing_subword_prefix"]) for _, second in merges):
+            raise ValueError(f"{path} has merges without its continuing_subword_prefix.")
+
+
 class MoExtendProcessor(ProcessorMixin):
     """Image processor, tokenizer and chat template in one; each image token in the text becomes `num_image_tokens`.
 
@@ -152,7 +165,9 @@ class MoExtendProcessor(ProcessorMixin):
         name = pretrained_model_name_or_path
         kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # of `None` transformers asks at a prompt
         with readable(f"The processor of {name}"):
-            check_files(name, {key: kwargs[key] for key in HUB_KWARGS if kwargs.get(key)})
+            hub_kwargs = {key: kwargs[key] for key in HUB_KWARGS if kwargs.get(key)}
+            check_files(name, hub_kwargs)
+            check_merges(name, hub_kwargs)
             return super().from_pretrained(name, *args, **kwargs)
 
     @classmethod

@@ -4,9 +4,11 @@ import base64
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -611,6 +613,20 @@ def test_a_damaged_folder_is_one_clear_error(name, content, stored, tmp_path):
         ) as e:
             load(folder)
         assert type(e.value) in (ValueError, OSError) and str(e.value).isprintable()
+
+
+def test_merges_that_would_end_the_process_are_one_clear_error(tmp_path):
+    folder = shutil.copytree(Path(__file__).parents[1] / "assets" / "tiny-moe", tmp_path / "base")
+    values = json.loads((folder / "tokenizer.json").read_text())
+    for prefix in ("", "\0"):
+        values["model"]["continuing_subword_prefix"] = prefix
+        (folder / "tokenizer.json").write_text(json.dumps(values))
+        if not prefix:
+            load_processor(folder)
+    with pytest.raises(ValueError, match="merges without its continuing_subword_prefix"):
+        load_processor(folder)
+    with pytest.raises(ValueError, match="merges without its continuing_subword_prefix"):
+        MoExtendProcessor.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("content", DAMAGE)

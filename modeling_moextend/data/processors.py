@@ -15,7 +15,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..configuration_moextend import as_config, count_image_tokens
-from ..processing_moextend import IMAGE_TOKEN, MoExtendProcessor, readable
+from ..processing_moextend import IMAGE_TOKEN, MoExtendProcessor, check_merges, readable
 
 logger = logging.get_logger(__name__)
 
@@ -103,6 +103,7 @@ def load_processor(
     if os.path.exists(os.path.join(name_or_path, "processor_config.json")):
         return MoExtendProcessor.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     with readable(f"The tokenizer of {name_or_path}"):
+        check_merges(name_or_path, {})
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=bool(trust_remote_code))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
