@@ -64,7 +64,8 @@ AutoConfig.register("moextend", MoExtendConfig)
 AutoModel.register(MoExtendConfig, MoExtendModel)
 AutoModelForCausalLM.register(MoExtendConfig, MoExtendForCausalLM)
 AutoModelForImageTextToText.register(MoExtendConfig, MoExtendForCausalLM)
-AutoProcessor.register(MoExtendConfig, MoExtendProcessor)
+# Not under MoExtendConfig: a saved processor names its class, and an adapter without one has a tokenizer to fall back on.
+AutoProcessor.register(MoExtendProcessor, MoExtendProcessor)
 
 
 def __getattr__(name):

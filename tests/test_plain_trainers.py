@@ -7,8 +7,9 @@ import shutil
 import pytest
 import torch
 from conftest import PAPER, batch, make_base, make_encoder
+from datasets import Dataset
 from test_sft_trainer import PLAN, WORDS, losses, make_texts, make_tokenizer, tensors, text_data
-from transformers import Trainer, TrainingArguments
+from transformers import AutoTokenizer, ProcessorMixin, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from modeling_moextend import MoExtendForCausalLM
@@ -132,3 +133,16 @@ def test_an_adapters_own_state_is_loaded_by_role(tmp_path):
     whole = make_model(dtype=torch.float32, **encoder)
     whole.load_state_dict(one.state_dict())
     assert torch.equal(whole(**batch()).logits, one(**batch()).logits)
+
+
+def test_a_trainer_that_is_given_no_tokenizer_finds_the_one_beside_the_adapter(tmp_path):
+    base, folder = "assets/tiny-moe", tmp_path / "adapter"
+    MoExtendForCausalLM.from_base(base, {1: [0]}, scope="all").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    settings = {**SETTINGS, "max_steps": 1, "save_strategy": "no", "eval_strategy": "no"}
+    data = Dataset.from_dict({"text": ["The function returns a list."] * 2})
+    model = MoExtendForCausalLM.from_pretrained(folder)
+    trainer = SFTTrainer(model, args=SFTConfig(str(tmp_path / "out"), **settings), train_dataset=data)
+    trainer.train()
+    assert not isinstance(trainer.processing_class, ProcessorMixin)
+    assert len(trainer.processing_class) == 4096
