@@ -64,7 +64,7 @@ AutoConfig.register("moextend", MoExtendConfig)
 AutoModel.register(MoExtendConfig, MoExtendModel)
 AutoModelForCausalLM.register(MoExtendConfig, MoExtendForCausalLM)
 AutoModelForImageTextToText.register(MoExtendConfig, MoExtendForCausalLM)
-# Not under MoExtendConfig: a saved processor names its class, and an adapter without one has a tokenizer to fall back on.
+# Not under MoExtendConfig: a saved processor names its class, and an adapter without one has its tokenizer.
 AutoProcessor.register(MoExtendProcessor, MoExtendProcessor)
 
 

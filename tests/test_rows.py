@@ -72,9 +72,33 @@ def test_a_dataset_in_no_known_format(row, problem, stream):
         check([row], stream=stream)
 
 
+@pytest.mark.parametrize(
+    "row", [{"text": "<image> a"}, {"input_ids": [1]}, {"conversations": [{"from": "user", "value": "a"}]}]
+)
+def test_beside_images_only_what_is_read_there_is_known(row):
+    rows = Dataset.from_list([{**row, "images": [Image.new("RGB", (4, 4))]}])
+    with pytest.raises(
+        ValueError, match="'images', and, beside images, none that is known.*for images one of the first"
+    ):
+        check_rows(rows, "train", "text", False)
+    if "text" in row:
+        assert check_rows(rows, "train", "text", False, drops_columns=False) is rows
+
+
+def test_a_dataset_without_rows_is_named():
+    for rows in (Dataset.from_list([]), Dataset.from_list([GOOD]).select([])):
+        with pytest.raises(ValueError, match="The eval dataset is empty"):
+            check_rows(rows, "eval", "text", True)
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_a_streams_own_format_is_read(kind):
+    rows = Dataset.from_list([{"input_ids": [1, 2]}, {"input_ids": [3]}]).to_iterable_dataset().with_format(kind)
+    assert [row["input_ids"].tolist() for row in check_rows(rows, "train", "text", False)] == [[1, 2], [3]]
+
+
 def test_what_cannot_be_known_is_left_alone():
     assert check_rows(None, "eval", "text", True) is None
-    assert list(check_rows(Dataset.from_list([]), "train", "text", True)) == []
     made = Dataset.from_list([{"a": "x"}]).with_transform(lambda rows: {"text": rows["a"]})
     assert list(check_rows(made, "train", "text", False)) == [{"text": "x"}]
     image = Image.new("RGB", (4, 4))

@@ -13,14 +13,20 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
 COLUMNS = ("input_ids", "prompt", "completion", "messages", "conversations")  # and the one with text
+IMAGE_COLUMNS = ("prompt", "completion", "messages")  # the one with text only where Trainer leaves it there
 EXPECTED = (
     "`messages` ([{{'role': 'user', 'content': ...}}, {{'role': 'assistant', 'content': ...}}, ...]), `prompt` and "
-    "`completion` (texts, or lists of such messages), `{text}` or tokenised `input_ids`; for images also `images`"
+    "`completion` (texts, or lists of such messages), `{text}` or tokenised `input_ids`; for images one of the first "
+    "two and `images`"
 )
 
 
 def check_rows(
-    dataset: Dataset | IterableDataset | None, name: str, text_field: str, assistant_only_loss: bool
+    dataset: Dataset | IterableDataset | None,
+    name: str,
+    text_field: str,
+    assistant_only_loss: bool,
+    drops_columns: bool = True,
 ) -> Dataset | IterableDataset | None:
     """Refuses rows in no format that TRL's `SFTTrainer` knows, and, with `assistant_only_loss`, those without a turn
     of the assistant. A stream's rows are looked at as they come.
@@ -30,6 +36,7 @@ def check_rows(
         name: what errors call it.
         text_field: the column that holds text.
         assistant_only_loss: whether nothing but the assistant's turns is trained on.
+        drops_columns: Trainer's `remove_unused_columns`, by which text beside images goes.
 
     Returns:
         the dataset; a stream as one that checks each row.
@@ -37,16 +44,19 @@ def check_rows(
     Raises:
         ValueError: names the dataset, the row, and what was expected.
     """
-    sample = next(iter(dataset), None) if dataset is not None else None
+    if dataset is None:
+        return None
+    sample = next(iter(dataset), None)
     if sample is None:
-        return dataset
-    columns = (*COLUMNS, text_field)
-    if not set(sample) & set(columns):
-        raise ValueError(
-            f"The {name} dataset has the columns {', '.join(map(repr, sample))}, and none that is known. Expected: "
-            f"{EXPECTED.format(text=text_field)}."
-        )
+        raise ValueError(f"The {name} dataset is empty: give rows, or leave it out.")
     images = bool({"image", "images"} & set(sample))
+    columns = (*(IMAGE_COLUMNS if images else COLUMNS), *(() if images and drops_columns else (text_field,)))
+    if not set(sample) & set(columns):
+        beside = ", beside images," if images else ""
+        raise ValueError(
+            f"The {name} dataset has the columns {', '.join(map(repr, sample))}, and{beside} none that is known. "
+            f"Expected: {EXPECTED.format(text=text_field)}."
+        )
     options = {"images": images, "text_field": text_field, "assistant_only_loss": assistant_only_loss}
 
     def check(row, number):
@@ -68,11 +78,12 @@ def check_rows(
 
 def row_problem(row: dict[str, Any], images: bool, text_field: str, assistant_only_loss: bool) -> str | None:
     """What is wrong with a row, or `None`; the formats in the order in which TRL looks for them."""
-    if "input_ids" in row:
-        return None if row["input_ids"] else "its input_ids are empty"
+    if "input_ids" in row and not images:
+        ids = row["input_ids"]  # in a stream's own format, which may be a tensor
+        return "its input_ids are empty" if ids is None or len(ids) == 0 else None
     if "prompt" in row and not images:
         return pair_problem(row)
-    for name in ("messages", "conversations"):
+    for name in ("messages",) if images else ("messages", "conversations"):
         if name in row:
             return messages_problem(row[name], name, assistant_only_loss)
     if text_field in row:
@@ -132,7 +143,12 @@ def check_datasets(
     own = options.get("formatting_func") or (args.dataset_kwargs or {}).get("skip_prepare_dataset")
     if own or options.get("data_collator"):
         return datasets
-    check = partial(check_rows, text_field=args.dataset_text_field, assistant_only_loss=args.assistant_only_loss)
+    check = partial(
+        check_rows,
+        text_field=args.dataset_text_field,
+        assistant_only_loss=args.assistant_only_loss,
+        drops_columns=args.remove_unused_columns,
+    )
 
     def checked(given: Any, name: str) -> Any:
         if isinstance(given, dict):
