@@ -347,6 +347,32 @@ def test_a_row_with_a_token_past_the_embedding_is_named_before_training(tmp_path
         streamed.train()
 
 
+@pytest.mark.parametrize("wrong", [500, -3])
+def test_an_id_that_is_no_token_is_named_before_training(tmp_path, wrong):
+    data = Dataset.from_dict({"input_ids": [[1, 2], [2, 3], [1, wrong]]})
+    known = {"model": make_model(), "processing_class": make_tokenizer(), "train_dataset": data}
+    with pytest.raises(ValueError, match=f"Row 2 of the train dataset.*: {wrong} is no token .* has 96 rows"):
+        MoExtendSFTTrainer(**known, args=config(tmp_path))
+    MoExtendSFTTrainer(**known, args=config(tmp_path), data_collator=list)  # which may put something in its place
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_token_past_the_embedding_in_retention_text_is_named(tmp_path, stream):
+    texts = [*lines(13), "a <tool> b"]
+    rows = Dataset.from_dict({"text": texts})
+    trainer = gated_trainer(
+        tmp_path,
+        retention_dataset=rows.to_iterable_dataset() if stream else rows,
+        tokenizer=added(make_tokenizer()),
+        retention_tokens=10**6,
+    )
+    where = (
+        "A row of the retention" if stream else f"Row {len(texts) - 1} of the retention dataset, as it is tokenised"
+    )
+    with pytest.raises(ValueError, match=f"{where}.*: '<tool>' has the id 96, .* has 96 rows"):
+        trainer.train()
+
+
 def test_a_batch_of_images_with_a_token_past_the_embedding_is_named(tmp_path):
     rows = [{**row, "messages": [{"role": "user", "content": "<|x|>"}, *row["messages"][1:]]} for row in image_data(2)]
     trainer = MoExtendSFTTrainer(

@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute as pc
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from ..loading_moextend import is_multimodal
 from .processors import text_tokenizer
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from trl import SFTTrainer
 
 
@@ -31,9 +34,11 @@ class KnownTokens:
 
     def __post_init__(self):
         self.vocab_size = self.model.get_input_embeddings().num_embeddings
-        image = self.model.config.image_token_id if getattr(self.model, "encoder", None) is not None else None
+        self.image = self.model.config.image_token_id if getattr(self.model, "encoder", None) is not None else None
+        base = getattr(self.model, "base", self.model).config
+        self.puts_own = is_multimodal(base)  # images of its own, perhaps where there is no embedding
         vocab = text_tokenizer(self.tokenizer).get_vocab().items()
-        self.unknown = {number: token for token, number in vocab if number >= self.vocab_size and number != image}
+        self.unknown = {number: token for token, number in vocab if number >= self.vocab_size and number != self.image}
 
     def check(self, ids: Iterable[int], where: str) -> None:
         """Refuses token ids past the embedding that are not the image token.
@@ -48,6 +53,35 @@ class KnownTokens:
                 "rows and is never resized. Take the base's own tokenizer, without tokens added to it; to pad with, "
                 "tokenizer.pad_token = tokenizer.eos_token."
             )
+
+    def checked(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A tokenised row of streamed retention text, once it is checked."""
+        self.check(row["input_ids"], "A row of the retention dataset")
+        return row
+
+    def check_dataset(self, dataset: Dataset, name: str, read_as_they_are: bool) -> None:
+        """Refuses a tokenised dataset with such an id; if its ids are `read_as_they_are`, and not by a collator of the
+        user's, also one that is no token at all.
+
+        Raises:
+            ValueError: names the row; see `check`.
+        """
+        row, kind = 0, getattr(dataset.features["input_ids"], "feature", None)
+        if not str(getattr(kind, "dtype", None)).startswith(("int", "uint")):
+            return
+        for table in dataset.select_columns("input_ids").with_format("arrow").iter(1000):
+            extremes = pc.min_max(pc.list_flatten(table["input_ids"])).as_py()
+            if extremes["min"] is not None and not 0 <= extremes["min"] <= extremes["max"] < self.vocab_size:
+                for number, ids in enumerate(table["input_ids"].to_pylist(), start=row):
+                    where = f"Row {number} of the {name} dataset, as it is tokenised"
+                    self.check(ids, where)
+                    wrong = [one for one in ids if not 0 <= one < self.vocab_size and one != self.image]
+                    if wrong and read_as_they_are and not self.puts_own:
+                        raise ValueError(
+                            f"{where}: {wrong[0]} is no token of the tokenizer, and the base's embedding has "
+                            f"{self.vocab_size} rows. Tokenise it with the base's own tokenizer."
+                        )
+            row += len(table)
 
 
 @dataclass
@@ -70,15 +104,16 @@ def check_trainer_tokens(trainer: SFTTrainer) -> None:
     Raises:
         ValueError: see `KnownTokens.check`.
     """
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
     known = KnownTokens(trainer.model, trainer.processing_class)
-    if not known.unknown:
-        return
     tokenizer = text_tokenizer(trainer.processing_class)
     for role in ("pad_token", "eos_token"):
         known.check([getattr(tokenizer, f"{role}_id")], f"The tokenizer's {role}")
+    trls = isinstance(trainer.data_collator, DataCollatorForLanguageModeling)
     datasets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
     for name, dataset in {"train": trainer.train_dataset, **datasets}.items():
         if hasattr(dataset, "__len__") and "input_ids" in dataset.column_names:  # not a stream
-            for row, ids in enumerate(dataset["input_ids"]):
-                known.check(ids, f"Row {row} of the {name} dataset, as it is tokenised")
-    trainer.data_collator = CheckTokens(trainer.data_collator, known)
+            known.check_dataset(dataset, name, trls)
+    if known.unknown:
+        trainer.data_collator = CheckTokens(trainer.data_collator, known)

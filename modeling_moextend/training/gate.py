@@ -20,6 +20,7 @@ from trl import SFTTrainer
 
 from ..data.collators import pad_ids
 from ..data.processors import text_tokenizer
+from ..data.tokens import KnownTokens
 from ..gate_moextend import GatedPass, TokenGate
 from ..layers_moextend import input_device
 from ..tools.modes import evaluation_mode
@@ -280,7 +281,11 @@ def retention_from_dataset(trainer: SFTTrainer) -> Iterator[dict[str, Any]] | No
     reader.args.assistant_only_loss, reader.args.max_length = False, None
     tokenizer = text_tokenizer(trainer.processing_class)
     data = reader._prepare_dataset(trainer.retention_dataset, tokenizer, reader.args, False, None, "retention")
-    length = trainer.args.retention_length
+    known, length = KnownTokens(trainer.model, tokenizer), trainer.args.retention_length
+    if hasattr(data, "__len__"):
+        known.check_dataset(data, "retention", True)
+    elif known.unknown:
+        data = data.map(known.checked)
     return ({"input_ids": text["input_ids"][:length]} for text in data.shuffle(seed=reader.args.seed))
 
 
