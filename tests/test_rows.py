@@ -156,3 +156,12 @@ def test_a_stream_of_images_trains_as_the_dataset_does(tmp_path):
 
     data = image_data(8)
     assert run(data) == run(data.to_iterable_dataset()) == run(IterableDataset.from_generator(data.__iter__))
+
+
+def test_rows_of_which_truncation_leaves_none_are_named(tmp_path):
+    options = {"max_length": 2, "completion_only_loss": True}
+    data = Dataset.from_list([{"prompt": "a dog " * 9, "completion": "b"}] * 3)
+    with pytest.raises(ValueError, match="No row of train_dataset is left to train on: cut at max_length=2.*Raise"):
+        MoExtendSFTTrainer(
+            model=make_model(), args=config(tmp_path, **options), train_dataset=data, processing_class=make_tokenizer()
+        )

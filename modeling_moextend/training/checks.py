@@ -155,6 +155,19 @@ def default_processor(
     return processor
 
 
+def check_rows_left(dataset: Dataset | IterableDataset | None, args: MoExtendSFTConfig) -> None:
+    """Refuses data of which TRL, which leaves out rows without a token to learn, has left no row.
+
+    Raises:
+        ValueError: says what to change.
+    """
+    if hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(
+            f"No row of train_dataset is left to train on: cut at max_length={args.max_length}, none has a token that "
+            "counts for the loss. Raise max_length, shorten the prompts, or give other data."
+        )
+
+
 def check_image_token(model: MoExtendForCausalLM, processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> None:
     """Refuses a processor that writes another image token than the model looks for.
 

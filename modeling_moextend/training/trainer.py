@@ -53,6 +53,7 @@ from .checks import (
     check_model,
     check_options,
     check_retention,
+    check_rows_left,
     check_sharding,
     default_processor,
     say_unsharded,
@@ -148,6 +149,7 @@ class MoExtendSFTTrainer(SFTTrainer):
             super().__init__(model, args, **kwargs)
         finally:
             args.router_aux_loss_coef = original
+        check_rows_left(self.train_dataset, args)
         check_sharding(self.accelerator, self.model)
         say_unsharded(self.accelerator)
         check_image_token(self.model, self.processing_class)
