@@ -79,11 +79,9 @@ class MoExtendConfig(PreTrainedConfig):
         names of kernels on the Hub, so that code would be fetched."""
         private = {name for name in config_dict if name.startswith("_") and name != "_name_or_path"}
         ours = {name: config_dict[name] for name in config_dict if name not in {*CALLERS, *private}}
-        called = {"generation_config": kwargs.pop("generation_config", None)}  # a call's is for the model
-        found = super().from_dict(ours, **kwargs)
-        if called["generation_config"] is not None and kwargs.get("return_unused_kwargs"):
-            found[1].update(called)
-        return found
+        called = {name: kwargs.pop(name) for name in ("generation_config",) if hasattr(kwargs.get(name), "to_dict")}
+        found = super().from_dict(ours, **kwargs)  # without what is for the model
+        return (found[0], found[1] | called) if isinstance(found, tuple) else found
 
     @property
     def num_image_tokens(self) -> int:

@@ -100,6 +100,8 @@ def test_a_call_says_how_to_generate(base, tmp_path):
         own = GenerationConfig(eos_token_id=6)
         loaded = auto.from_pretrained(tmp_path / "adapter", trust_remote_code=True, generation_config=own)
         assert loaded.generation_config.eos_token_id == 6
+    config = model.config_class.from_pretrained(tmp_path / "adapter", generation_config={"eos_token_id": 7})
+    assert config.generation_config == {"eos_token_id": 7}, "a config's own entry, as every other"
 
 
 @pytest.mark.parametrize("native", [True, False])
