@@ -102,8 +102,8 @@ def check_files(name_or_path, hub_kwargs):
 
 
 def check_merges(name_or_path, hub_kwargs):
-    """Refuses a tokenizer.json whose merges lack the prefix that it names: the tokenizers library ends the process over
-    it, with no error to catch."""
+    """Refuses a tokenizer.json that the tokenizers library ends the process over, with no error to catch: of merges
+    that lack the prefix it names."""
     path = cached_file(name_or_path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs)
     text = Path(path).read_text("utf-8") if path is not None else ""
     if re.search(r'"continuing_subword_prefix"\s*:\s*"[^"]', text):

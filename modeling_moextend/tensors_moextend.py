@@ -197,8 +197,8 @@ def sample_values(sizes, read):
 
 
 def snapshot(module):
-    """name -> (shape, values at `places`, `bits_of` it) of every tensor that is saved with `module`, new ones left out:
-    what shows a change of it. `None` in place of both of one that is quantised, sharded, or on the meta device."""
+    """name -> (shape, values at `places`, `bits_of` it) of every tensor saved with `module`, new ones left out: what
+    shows a change of it. `None` in place of both of one that is quantised, sharded, or on the meta device."""
     found = {}
     for prefix, owner in module.named_modules() if module is not None else ():
         if "moextend" in prefix.split("."):
