@@ -62,11 +62,16 @@ def main() -> None:
     args = parse()
     entries = json.loads(Path(args.questions).read_text(encoding="utf-8"))[: args.max_questions]
     folder, answers = args.image_folder or Path(args.questions).parent, []
+    blind = [index for index, entry in enumerate(entries) if not isinstance(entry.get("image"), str)]
+    if blind:
+        raise SystemExit(f"Entry {blind[0]} of {args.questions} has no image: leave questions without one out.")
     missing = [entry["image"] for entry in entries if not Path(folder, entry["image"]).is_file()]
     if missing:  # before a model is loaded
         raise SystemExit(
             f"{len(missing)} images are not in {folder}, the first of them {missing[0]}: pass --image_folder."
         )
+    if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     locations = {key: value for key in ("base", "encoder") if (value := getattr(args, key)) is not None}
     model = AutoModelForCausalLM.from_pretrained(args.adapter, trust_remote_code=True, **locations)
     processor = AutoProcessor.from_pretrained(args.adapter, trust_remote_code=True)

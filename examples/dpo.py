@@ -10,6 +10,8 @@ from datasets import Dataset
 from preference import SETTINGS, begin, measure, options, questions, report
 from trl import DPOConfig, DPOTrainer
 
+from modeling_moextend.tools.interrupts import run_script
+
 
 def main() -> None:
     chosen = options(__doc__, "outputs/preference/dpo", max_steps=24)
@@ -29,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

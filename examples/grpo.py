@@ -12,6 +12,7 @@ from preference import SETTINGS, begin, in_a_sentence, measure, options, questio
 from trl import GRPOConfig, GRPOTrainer
 
 from modeling_moextend import use_reference
+from modeling_moextend.tools.interrupts import run_script
 
 
 def main() -> None:
@@ -34,4 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -30,6 +30,7 @@ from modeling_moextend import (
 )
 from modeling_moextend.data import files
 from modeling_moextend.tools.hashes import base_tensors_hash
+from modeling_moextend.tools.interrupts import run_script
 
 BASE = Path(__file__).resolve().parents[1] / "assets/tiny-moe"
 PLAN = {2: [0, 1, 2, 3], 3: [0, 1, 2, 3]}
@@ -71,7 +72,12 @@ def options(description: str, output_dir: str | None = None, max_steps: int | No
     if output_dir is not None:
         parser.add_argument("--output_dir", default=output_dir, help="where the trained adapter and the results go")
         parser.add_argument("--max_steps", type=int, default=max_steps, help="of training by preference")
-    return parser.parse_args()
+    chosen = parser.parse_args()
+    if not Path(chosen.base, "held_out.jsonl").is_file():  # before anything is loaded
+        parser.error(f"argument --base: {chosen.base} is no folder with a base and held_out.jsonl")
+    if Path(chosen.start).is_file():
+        parser.error(f"argument --start: {chosen.start} is a file, and an adapter is a folder")
+    return chosen
 
 
 def begin(base: str, folder: str) -> tuple[MoExtendForCausalLM, PreTrainedTokenizerBase]:
@@ -152,7 +158,11 @@ def report(before: dict[str, Any], after: dict[str, Any], folder: str) -> None:
     print(f"Base tensors before and after: {'bit-equal' if same else 'CHANGED'}; adapter in {folder}")
 
 
-if __name__ == "__main__":
+def main() -> None:
     chosen = options(__doc__)
     begin(chosen.base, chosen.start)
     print(f"Adapter in {chosen.start}")
+
+
+if __name__ == "__main__":
+    run_script(main)

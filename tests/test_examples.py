@@ -163,15 +163,24 @@ def test_training_by_preference_improves_on_held_out_questions(first_adapter, sc
         ),
         ("train.py --base x/y/z --data no.json --stages extend --output_dir {0}/o --bf16 false", "(?s)x/y/z.*no.json"),
         ("quickstart.py --held_out_text no.jsonl", "No such file: no.jsonl"),
+        ("dpo.py --base x/y/z", "argument --base: x/y/z is no folder with a base and held_out.jsonl"),
+        ("grpo.py --start {0}/text.jsonl", "argument --start: .*text.jsonl is a file"),
+        ("answer.py --adapter nowhere --questions {0}/blind.json", "Entry 1 of .*blind.json has no image"),
     ],
 )
 def test_wrong_paths_are_said_before_anything_is_loaded(tmp_path, command, message):
     turns = [{"from": "human", "value": "<image> what ?"}, {"from": "gpt", "value": "a"}]
     (tmp_path / "questions.json").write_text(json.dumps([{"image": "a.png", "conversations": turns}]))
+    (tmp_path / "blind.json").write_text(json.dumps([{"image": "a.png", "conversations": turns}, {}]))
     (tmp_path / "text.jsonl").write_text('{"domain": "a", "text": "b"}')
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(AssertionError, match=message):
         run(*command.format(tmp_path).split())
+
+
+@pytest.mark.parametrize("name", ["train", "quickstart", "dpo", "grpo", "preference", "evaluate_adapter", "publish"])
+def test_every_script_that_takes_long_ends_with_one_line(name):
+    assert "\n    run_script(main" in (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
 
 
 def test_ctrl_c_in_a_training_says_where_it_stopped(tmp_path):
