@@ -134,7 +134,8 @@ class AdapterSwitch:
                 was trained on; tensors that don't fit. The model is as it was.
             TypeError: an unknown argument.
         """
-        check_keywords("load_adapter", hub_kwargs, HUB_KWARGS)
+        named = ("adapter_name", "encoder", "is_trainable", "check_base", "check_trained_on")
+        check_keywords("load_adapter", hub_kwargs, (*HUB_KWARGS, *named))
         with self.passes.lock:
             check_new_name(adapter_name, self)
             stored = read_adapter(name_or_path, **hub_kwargs)

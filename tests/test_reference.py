@@ -389,7 +389,7 @@ def test_use_reference_is_refused_where_a_reference_is_already(tokenizer, tmp_pa
     with pytest.raises(ValueError, match=r"made with beta=0\.0.*this is a GRPOTrainer with beta=0\.1"):
         use_reference(made, 0.2)
     made.ref_model, made.beta = None, 0.0
-    for beta in (0.0, -1.0, float("nan"), float("inf")):
+    for beta in (0.0, -1.0, float("nan"), float("inf"), None):
         with pytest.raises(ValueError, match=re.escape(f"beta={beta!r} must be above 0 and finite")):
             use_reference(made, beta)
     plain = SFTTrainer(

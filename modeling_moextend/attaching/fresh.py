@@ -68,6 +68,8 @@ def from_base(
     """
     if not isinstance(base, PreTrainedModel):
         check_source("The base", base)
+        if os.path.isfile(base):
+            raise ValueError(f"The base {str(base)!r} is a file: give the folder that it lies in, or a Hub id.")
     elif not isinstance(encoder, str | os.PathLike):
         check_keywords("from_base", kwargs, ())
     else:

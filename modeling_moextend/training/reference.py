@@ -125,7 +125,7 @@ def use_reference(trainer: Trainer, beta: float, reference: Reference | None = N
             f"is a {type(trainer).__name__} with beta={getattr(trainer, 'beta', None)!r}. DPOTrainer and KTOTrainer "
             "take ref_model=model.reference()."
         )
-    if not (beta > 0 and math.isfinite(beta)):
+    if not (isinstance(beta, int | float) and beta > 0 and math.isfinite(beta)):
         raise ValueError(f"beta={beta!r} must be above 0 and finite; without a reference, leave use_reference out.")
     model = trainer.accelerator.unwrap_model(trainer.model)
     trainer.ref_model = model.reference() if reference is None else reference
