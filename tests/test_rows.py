@@ -165,3 +165,14 @@ def test_rows_of_which_truncation_leaves_none_are_named(tmp_path):
         MoExtendSFTTrainer(
             model=make_model(), args=config(tmp_path, **options), train_dataset=data, processing_class=make_tokenizer()
         )
+
+
+@pytest.mark.parametrize("part", ["train", "eval", "held out"])
+def test_a_row_that_the_chat_template_refuses_is_named(tmp_path, part):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = default_chat_template()
+    good, bad = Dataset.from_list([GOOD] * 3), Dataset.from_list([GOOD, {"messages": [USER, {**USER, "role": "x"}]}])
+    data = {"train_dataset": bad if part == "train" else good}
+    data["eval_dataset"] = {part: bad} if part == "held out" else bad if part == "eval" else None
+    with pytest.raises(ValueError, match=f"Row 1 of the {part} dataset can't be rendered .*: Unknown role: x"):
+        MoExtendSFTTrainer(make_model(), config(tmp_path), processing_class=tokenizer, **data)

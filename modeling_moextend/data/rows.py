@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -156,6 +157,45 @@ def check_datasets(
         return check(given, name) if is_dataset(given) else given
 
     return {key: checked(dataset, key.removesuffix("_dataset")) for key, dataset in datasets.items()}
+
+
+@contextmanager
+def template_errors_named(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin, datasets: dict[str, Any]
+) -> Iterator[None]:
+    """Gives what a chat template raises in the block, of a role that it does not know, say, the number of the row.
+
+    Raises:
+        ValueError: names the dataset and the row.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.split(".")[0] == "jinja2":
+            for key, given in datasets.items():
+                name = key.removesuffix("_dataset")
+                for part, dataset in given.items() if isinstance(given, dict) else [(name, given)]:
+                    row = first_not_rendered(processing_class, dataset)
+                    if row is not None:
+                        raise ValueError(
+                            f"Row {row} of the {part} dataset can't be rendered by the chat template: {error}. Write "
+                            "it with the roles that the template knows, or give a tokenizer with another template."
+                        ) from error
+        raise
+
+
+def first_not_rendered(processing_class: PreTrainedTokenizerBase | ProcessorMixin, dataset: Any) -> int | None:
+    """The first row of a dataset whose chat the template refuses; `None`: there is none, or it is a stream."""
+    for number, row in enumerate(dataset) if hasattr(dataset, "__len__") else ():
+        chat = row.get("messages") or row.get("conversations") or [*row.get("prompt", []), *row.get("completion", [])]
+        turns = [one for one in chat if isinstance(one, dict)]
+        turns = [{**one, "role": one.get("role") or one.get("from")} for one in turns]
+        turns = [{**one, "content": one.get("content") or one.get("value")} for one in turns]
+        try:
+            processing_class.apply_chat_template(turns, tokenize=False)
+        except Exception:  # whatever a template raises
+            return number
+    return None
 
 
 def is_dataset(given: object) -> bool:

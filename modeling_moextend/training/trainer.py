@@ -25,7 +25,7 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..data.collators import MaskImageLabels
-from ..data.rows import check_datasets, check_rows
+from ..data.rows import check_datasets, check_rows, template_errors_named
 from ..data.tokens import check_trainer_tokens
 from ..publishing.facts import folder_card, write_facts
 from ..publishing.hub import check_published, upload
@@ -146,7 +146,8 @@ class MoExtendSFTTrainer(SFTTrainer):
         kwargs |= check_datasets(args, kwargs["processing_class"], datasets, kwargs)
         original, args.router_aux_loss_coef = args.router_aux_loss_coef, 0.0
         try:
-            super().__init__(model, args, **kwargs)
+            with template_errors_named(kwargs["processing_class"], datasets):
+                super().__init__(model, args, **kwargs)
         finally:
             args.router_aux_loss_coef = original
         check_rows_left(self.train_dataset, args)
