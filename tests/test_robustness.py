@@ -178,7 +178,7 @@ def load_changed(server, examples, tmp_path, folders=changed_folders, adapters=N
     return counts
 
 
-@pytest.mark.parametrize("examples", [100, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [200, pytest.param(2000, marks=pytest.mark.slow)])
 def test_a_changed_folder_loads_bit_equal_or_gives_one_clear_error(server, examples, tmp_path):
     counts = load_changed(server, examples, tmp_path)
     assert counts["examples"] >= examples
