@@ -852,6 +852,7 @@ for path in sorted({os.path.realpath(os.fsdecode(path)) for path in opened}):
 """
 
 
+@pytest.mark.slow
 def test_only_adapter_base_and_encoder_are_opened(tmp_path):
     make_base().save_pretrained(tmp_path / "base")
     make_encoder().save_pretrained(tmp_path / "encoder")

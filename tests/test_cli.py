@@ -428,6 +428,7 @@ def test_a_config_that_is_none_is_code_2(command, config, adapter, moextend, cap
 
 
 @pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.slow
 def test_a_config_on_the_hub_that_is_none_is_code_2(config, hub, adapter, moextend):
     write_config(adapter, CONFIGS[config])
     hub.add(REPO, adapter)

@@ -1054,6 +1054,7 @@ def test_a_model_with_a_gate_can_be_deep_copied_and_pickled():
     assert torch.equal(model(text(2)).logits, expected)
 
 
+@pytest.mark.slow
 def test_a_gated_adapter_loads_with_transformers_alone(tmp_path):
     make_base("qwen3_moe").save_pretrained(tmp_path / "base")
     model = opened(base=AutoModelForCausalLM.from_pretrained(tmp_path / "base"), gate_threshold=0.125)

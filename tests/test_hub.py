@@ -91,6 +91,7 @@ def published(tmp_path_factory):
         yield hub, expected
 
 
+@pytest.mark.slow
 def test_revisions_tokens_and_caches_are_as_for_any_model(published, tmp_path):
     hub, expected = published
     script = """

@@ -158,6 +158,7 @@ def test_everything_loads_with_transformers_alone(published):
     assert torch.equal(again(**inputs).logits, expected)
 
 
+@pytest.mark.slow
 def test_without_peft_nothing_is_different(published):
     root, model, inputs = published
     child = run(root, START, WITHOUT_PEFT, LOAD, END)

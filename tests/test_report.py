@@ -281,6 +281,7 @@ def test_the_callback_measures_a_step_once(tmp_path, monkeypatch):
     assert len(asked) == 2
 
 
+@pytest.mark.slow
 def test_training_goes_on_as_if_nobody_had_measured(tmp_path):
     plain = train(tmp_path / "plain", [])
     measured = train(tmp_path / "measured", [ReportCallback(DOCUMENTS, QUESTIONS, **OPTIONS)])

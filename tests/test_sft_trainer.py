@@ -766,6 +766,7 @@ def test_retention_text_comes_in_any_format(tmp_path, kind):
     assert trainer.gate_report.routed > 0.7 and trainer.gate_report.captured < 0.2
 
 
+@pytest.mark.slow
 def test_retention_text_may_be_tokenised_or_streamed(tmp_path):
     ids = [make_tokenizer()(text)["input_ids"] for text in lines(13)]
     given = [Dataset.from_dict({"input_ids": ids}), retention_data().to_iterable_dataset()]
@@ -785,6 +786,7 @@ def test_without_retention_text_the_trainer_says_so_and_samples_it(tmp_path, cap
     assert [len(row) for row in rows] == [16] * 13  # 200 tokens and a bit
 
 
+@pytest.mark.slow
 def test_asked_for_its_own_text_the_trainer_samples_without_a_word(tmp_path, capsys, monkeypatch):
     trainer = gated_trainer(tmp_path, retention_dataset=None, retention="self", max_steps=1)
     trainer.train()
@@ -833,6 +835,7 @@ def test_zero_steps_leave_the_gate_and_sample_nothing(tmp_path):
     assert trainer.gate_report is None and not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_training_twice_gives_the_same_adapter_and_the_process_its_random_numbers(tmp_path):
     ends = []
     for draws in (1, 2):

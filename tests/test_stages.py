@@ -209,6 +209,7 @@ def test_three_stages_in_a_row_give_an_adapter_that_loads(folders):
     assert not aligned.config.extended_layers and aligned.projector is not None
 
 
+@pytest.mark.slow
 def test_a_later_stage_goes_on_from_an_earlier_one(folders):
     encoder = {"encoder": folders / "encoder", "align_data": folders / "data.json"}
     arguments = options(folders, **encoder, output_dir=folders / "one")
@@ -474,6 +475,7 @@ def test_retention_text_is_read_from_a_file(folders):
     assert len(data) == 20 and data.column_names == ["text"]
 
 
+@pytest.mark.slow
 def test_a_text_only_run_trains_its_gate_on_the_given_retention_text(folders, capsys):
     entries = json.loads((folders / "data.json").read_text())
     for entry in entries:
