@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from .configuration_moextend import MoExtendConfig
-from .folder_moextend import all_or_nothing, check_location, locked
+from .folder_moextend import all_or_nothing, check_link, locked
 from .validation_moextend import short
 
 FILE = "moextend_adapter.safetensors"
@@ -306,9 +306,9 @@ def find_files(name_or_path, hub_kwargs):
             if isinstance(error.__cause__, LocalEntryNotFoundError):
                 raise OSError(f"{name_or_path} is no folder here, and the Hub can't be reached. ({error})") from error
             raise OSError(f"{name_or_path} holds no MoExtend adapter: neither {FILE} nor {INDEX} is there.") from error
-        check_location(single, name_or_path)
+        check_link(single, name_or_path)
         return [single]
-    check_location(index, name_or_path)
+    check_link(index, name_or_path)
     shards = shards_of(index)
     paths = {shard: cached_file(name_or_path, shard, **optional) for shard in shards}
     missing = [shard for shard, path in paths.items() if path is None]
@@ -316,7 +316,7 @@ def find_files(name_or_path, hub_kwargs):
         names = ", ".join(missing[:8])
         raise ValueError(f"{name_or_path} lacks {len(missing)} of {len(shards)} adapter files: {names}.")
     for path in paths.values():
-        check_location(path, name_or_path)
+        check_link(path, name_or_path)
     return list(paths.values())
 
 

@@ -85,7 +85,7 @@ def write_whole(path, write):
         os.fsync(file.fileno())
 
 
-def check_location(path, folder):
+def check_link(path, folder):
     """Refuses links that lead out of the adapter's folder; in a Hub cache, to elsewhere than the blobs beside it."""
     own, target = Path(folder).resolve(), Path(path).resolve()
     blobs = [parent.parent / "blobs" for parent in own.parents if parent.name == "snapshots"]

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.tokenization_utils_base import AddedToken
 from transformers.utils import PROCESSOR_NAME, cached_file
 
-from .folder_moextend import check_location
+from .folder_moextend import check_link
 from .package_moextend import from_package
 
 IMAGE_TOKEN = "<image>"
@@ -94,7 +94,7 @@ def check_files(name_or_path, hub_kwargs):
     folder = Path(name_or_path, hub_kwargs.get("subfolder") or "")
     for path in [*folder.glob("*"), *folder.glob("*/*.jinja")] if folder.is_dir() else ():
         if path.suffix in (".json", ".jinja", ".model", ".txt"):
-            check_location(path, name_or_path)
+            check_link(path, name_or_path)
     for name in (PROCESSOR_NAME, AUDIO):
         path = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
         if path is not None and (name == AUDIO or "audio_tokenizer" in json.loads(Path(path).read_text("utf-8"))):

@@ -873,6 +873,7 @@ DAMAGED_REPORTS = ["[]", "{", "{}", '{"card": []}', '{"card": {}}', '{"card": {"
 
 
 @pytest.mark.parametrize("text", [*DAMAGED_FACTS, *DAMAGED_REPORTS])
+@pytest.mark.slow
 def test_push_with_damaged_facts_for_the_card_is_code_2(text, hub, tmp_path, moextend):
     line = ["push", save_pair(tmp_path, PLAN), REPO, "--base", BASE]
     if text in DAMAGED_FACTS:

@@ -77,6 +77,7 @@ def read_all(checkpoint, model, name, shape):
     return checkpoint.values(model, name, shape, torch.arange(shape.numel())).view(shape)
 
 
+@pytest.mark.slow
 def test_parameters_and_fingerprint_from_disk_are_those_of_the_loaded_base(base, tmp_path):
     base.save_pretrained(tmp_path, max_shard_size="30KB")
     checkpoint = Checkpoint(tmp_path)
@@ -147,6 +148,7 @@ def test_an_index_that_leads_elsewhere_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+@pytest.mark.slow
 def test_a_standalone_checkpoint_needs_nothing_else(family, tmp_path):
     expected = logits(save_pair(tmp_path, family, {1: [0], 3: [2, 5]}, scope="all"))
     done = merge(tmp_path / "adapter", tmp_path / "merged")

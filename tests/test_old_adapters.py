@@ -91,6 +91,7 @@ def test_every_tensor_is_the_files(version, name, monkeypatch):
     assert [key for key in stored if not torch.equal(tensors[key], stored[key].float())] == []
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_the_code_that_came_with_it(old_logits, monkeypatch):
     version, expected = old_logits
     monkeypatch.chdir(version)

@@ -75,6 +75,7 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_never_stopped(kind, tmp_
 
 
 @pytest.mark.parametrize("kind", [Trainer, SFTTrainer])
+@pytest.mark.slow
 def test_the_best_model_comes_back_at_the_end(kind, tmp_path, warned):
     choice = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     trainer = make_trainer(kind, tmp_path, max_steps=3, save_steps=1, eval_steps=1, **choice)  # best: the highest loss

@@ -519,6 +519,7 @@ processor.save_pretrained(again)
 """
 
 
+@pytest.mark.slow
 def test_loads_in_a_process_without_the_package(tmp_path):
     folder, again = tmp_path / "adapter", tmp_path / "again"
     processor = build_processor()

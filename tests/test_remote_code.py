@@ -188,6 +188,7 @@ found["written"] = (root / "pushed").exists()
 """
 
 
+@pytest.mark.slow
 def test_what_needs_the_package_says_so_and_leaves_the_model_as_it_was(published):
     root, *_ = published
     child = run(root, START, LOAD, ALONE, END)

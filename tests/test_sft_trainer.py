@@ -389,6 +389,7 @@ def test_a_batch_of_images_with_a_token_past_the_embedding_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("images", [False, True])
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, images):
     scope = {"scope": "modality"} if images else {}
     runs = []
@@ -872,6 +873,7 @@ def test_the_first_retention_loss_is_that_of_the_prompts(tmp_path):
     assert expected > 1e-3
 
 
+@pytest.mark.slow
 def test_the_retention_loss_keeps_prompts_nearer_to_the_base(tmp_path):
     last = {}
     for weight in (1e-6, 30.0):

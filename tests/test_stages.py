@@ -195,6 +195,7 @@ def options(folders, **values):
     return [part for name, value in (defaults | values).items() for part in (f"--{name}", str(value))]
 
 
+@pytest.mark.slow
 def test_three_stages_in_a_row_give_an_adapter_that_loads(folders):
     encoder = {"encoder": folders / "encoder", "align_data": folders / "data.json"}
     routing = {"scope": "modality", "selection": "exclusive", "calibration": "none", "new_experts": 2}
@@ -345,6 +346,7 @@ def test_a_folder_without_a_model_and_a_name_that_the_hub_lacks_are_no_base(fold
         MoExtendForCausalLM.from_base(folders / "base", {1: [0]}, encoder="nowhere/at/all")
 
 
+@pytest.mark.slow
 def test_whoever_stops_a_run_is_told_where_and_how_to_go_on(folders, monkeypatch, capsys):
     encoder = {"encoder": folders / "encoder", "align_data": folders / "data.json"}
     arguments = options(folders, **encoder, max_steps=3, save_strategy="steps", save_steps=1)

@@ -66,7 +66,8 @@ def from_base(
             range; nothing to add; no causal LM; choices without meaning. A base given as a model stays as it was.
         ImportError: only the code of an adapter is there, and not the package, which finds a base's routing rule.
     """
-    if not isinstance(base, PreTrainedModel):
+    loaded = isinstance(base, PreTrainedModel)
+    if not loaded:
         check_source("The base", base)
         if os.path.isfile(base):
             raise ValueError(f"The base {str(base)!r} is a file: give the folder that it lies in, or a Hub id.")
@@ -74,7 +75,6 @@ def from_base(
         check_keywords("from_base", kwargs, ())
     else:
         check_keywords("from_base", kwargs, ENCODER_KWARGS)
-    loaded = isinstance(base, PreTrainedModel)
     plan = normalise_plan(extended_layers)
     choices = routing_choices(scope, selection, calibration, paper, has_encoder=encoder is not None)
     if not plan and encoder is None:
@@ -82,7 +82,7 @@ def from_base(
             "Nothing to add: extended_layers is empty and there is no encoder. Name layers and source experts, "
             "like extended_layers={2: [1]}, or pass encoder=... to begin with a projector."
         )
-    if not isinstance(base, PreTrainedModel):
+    if not loaded:
         check_request(base, kwargs)
         if encoder is not None and not isinstance(encoder, PreTrainedModel):  # before a base that takes minutes
             check_location("encoder", encoder, **{key: kwargs[key] for key in SHARED_HUB_KWARGS if key in kwargs})

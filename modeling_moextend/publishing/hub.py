@@ -17,7 +17,7 @@ from huggingface_hub.utils import is_jinja_available
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
-from ..adapter_file_moextend import check_location, parse_json, write_folder
+from ..adapter_file_moextend import check_link, parse_json, write_folder
 from ..configuration_moextend import MoExtendConfig
 from ..tensors_moextend import check_finite
 from ..tools.base_weights import TOKENIZER, unusable
@@ -84,7 +84,7 @@ def published_files(folder: Path) -> list[str]:
         pictures = PICTURE.findall((folder / "README.md").read_text(encoding="utf-8"))
         names |= {name for name in pictures if (folder / name).is_file()}
     for name in names:
-        check_location(folder / name, folder)
+        check_link(folder / name, folder)
     return sorted(names)
 
 
