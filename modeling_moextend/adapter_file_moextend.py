@@ -1,25 +1,20 @@
-"""The adapter's file: only new tensors, named by role, with a header that says what they belong to.
+"""The adapter's file: only new tensors, named by role, with a header that says what they belong to."""
 
-Reading checks everything before any model is touched; writing leaves either the old adapter or the new one, whenever
-the process dies.
-"""
-
-import contextlib
 import hashlib
 import json
-import math
 import os
 import secrets
 import shutil
 from collections import Counter
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.utils import validate_repo_id
-from safetensors.torch import save_file
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from .configuration_moextend import MoExtendConfig
@@ -33,12 +28,10 @@ MAX_JSON = 8 * 2**20  # bytes of an index or of a config, many times what a larg
 MAX_SHARDS = 4096
 ONE_FILE = "1000TB"
 MAX_DEPTH = 32
-UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, OverflowError)
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-FORMER_CODE = tuple(  # files that shipped with version 0.1.0 and no longer do: removed where the code is written anew
-    f"{name}_moextend.py"
-    for name in "adapter entries generation hub layouts pretrained selfcheck state switch together".split()
-)
+UNREADABLE = (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, OverflowError)
+DTYPES = ("F64", "F32", "BF16", "F16")  # by safetensors' names
+FORMER = "adapter entries generation hub layouts pretrained selfcheck state switch together".split()
+FORMER_CODE = [f"{name}_moextend.py" for name in FORMER]  # of version 0.1.0: goes where the code is written anew
 
 
 class StoredAdapter(NamedTuple):
@@ -50,10 +43,7 @@ class StoredAdapter(NamedTuple):
     files: tuple = ()  # their names
 
     def config_for_loading(self) -> MoExtendConfig:
-        """Its `MoExtendConfig`, checked against the sizes of its tensors.
-
-        Of the base's own config only the kind is read: the base that is loaded brings the rest.
-        """
+        """Its `MoExtendConfig`, of its size; of the base's own only the kind is read: the base brings the rest."""
         base_config = self.values.get("text_config")
         if isinstance(base_config, dict):
             base_config = {name: base_config[name] for name in ("model_type",) if name in base_config}
@@ -65,23 +55,18 @@ class StoredAdapter(NamedTuple):
                 rows[part[1]] = max(rows.get(part[1], 0), len(tensor))
         named, stored = sum(map(len, config.extended_layers.values())), sum(rows.values())
         if named > 2 * stored + 16:  # what little is missing gets named later, beside the new experts of the model
-            raise ValueError(
-                f"The adapter does not fit itself; nothing was loaded: extended_layers names {named} new experts, and "
-                f"the file has tensors of {stored}."
-            )
+            raise damaged("The adapter", f"extended_layers names {named} experts, and there are tensors of {stored}")
         return config
 
 
 def shipped_code():
-    """Paths of the files that go with every adapter."""
     return sorted(Path(__file__).parent.glob("*_moextend.py"))
 
 
 def write_folder(folder, tensors, config, max_shard_size="50GB", with_code=True, trainer_names=()):
     """Writes a whole adapter folder: the shipped code, config.json, and tensors with the config in their header.
-    Shards get names of their own, and the rename of the index puts them all in place at once.
-    `trainer_names`: what they are called in the model; by them transformers' `Trainer` finds the tensors, which looks
-    for the files of a whole model, and hands them to `load_state_dict`."""
+    `trainer_names`: what these are called in the model; by them transformers' `Trainer`, which looks for the files of
+    a whole model, finds the tensors, and hands them to `load_state_dict`."""
     with all_or_nothing(folder, stale=FORMER_CODE if with_code else ()) as put:
         for source in shipped_code() if with_code else ():
             target = Path(folder) / source.name
@@ -118,8 +103,8 @@ def header(config, tensors):
         "config": json.dumps(config.to_dict(), sort_keys=True, default=str),
         "base_fingerprint": config.base_fingerprint or "",
         "encoder_fingerprint": config.encoder_fingerprint or "",
+        "checksum": checksum(tensors),
     }
-    metadata["checksum"] = checksum(tensors)
     return metadata | {"header_checksum": header_checksum(metadata)}
 
 
@@ -143,14 +128,10 @@ def tensor_bytes(tensor):
 
 
 def read_adapter(name_or_path: str | os.PathLike, **hub_kwargs) -> StoredAdapter:
-    """Reads an adapter's files: -> `StoredAdapter`. Whether it fits a model is for `check_tensors` to say.
-
-    Raises:
-        OSError: no adapter there, or the Hub can't be reached.
-        ValueError: a damaged or truncated file, a missing shard, a link to elsewhere, or a newer format.
-    """
+    """Reads an adapter's files. Whether it fits a model is for `check_tensors` to say. `OSError`: no adapter there, or
+    the Hub can't be reached; `ValueError`: a damaged file, a missing shard, a link to elsewhere, or a newer format."""
     check_source("The adapter", name_or_path)
-    with locked(name_or_path, alone=False) if os.path.isdir(name_or_path) else contextlib.nullcontext():
+    with locked(name_or_path, alone=False):
         files = find_files(name_or_path, hub_kwargs)
         return joined({path: read_file(path) for path in files})
 
@@ -161,19 +142,29 @@ def joined(contents):
     for path, (found, metadata) in contents.items():
         check_format(path, metadata)
         if first not in (None, metadata) or tensors.keys() & found.keys():
-            raise ValueError(f"The adapter is damaged: {path} is of another save than {paths[0]}. Nothing was loaded.")
+            raise damaged("The adapter", f"{path} is of another save than {paths[0]}")
         tensors, first = tensors | found, metadata
     values = parse_json(first["config"], f"{paths[0]} is damaged: the config in its header")
     return StoredAdapter(values, tensors, first, tuple(Path(path).name for path in paths))
 
 
-class FileHeader(NamedTuple):
-    """The header of a safetensors file."""
-
-    entries: dict  # tensor's name -> {"dtype": ..., "shape": [...], "data_offsets": [begin, end]}
-    metadata: dict
-    start: int  # of the data in the file
-    state: tuple  # of the file when the header was read; see `state_of`
+def read_file(path):
+    """(tensors, header metadata) of a safetensors file. It is not mapped into memory, as safetensors does by itself:
+    where one is cut short meanwhile, as by a copy over the old file, that would end the process (SIGBUS)."""
+    try:
+        with open(path, "rb") as file:
+            state, data = state_of(file), file.read()
+            if state_of(file) != state or len(data) != state[1]:
+                raise ValueError("it was overwritten while it was read")
+        end = 8 + min(int.from_bytes(data[:8], "little"), 2 * MAX_JSON + 1)
+        entries = parse_json(data[8:end].decode(), "its header", 2 * MAX_JSON)
+        metadata = entries.pop("__metadata__", None) or {}
+        for name, entry in entries.items():
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"wrong dtype: {name!r} is {short(entry['dtype'])}; allowed: {', '.join(DTYPES)}")
+        return load(data), metadata
+    except UNREADABLE as error:
+        raise damaged(path, short(str(error))) from error
 
 
 def state_of(file):
@@ -182,67 +173,11 @@ def state_of(file):
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def read_header(file, longest=2 * MAX_JSON):
-    """The `FileHeader` of an open safetensors file. Nothing here maps a file into memory, as safetensors does ("pread"
-    too): where one is cut short meanwhile, as by a copy over the old file, that would end the process (SIGBUS)."""
-    state, size = state_of(file), int.from_bytes(file.read(8), "little")
-    if size > longest:
-        raise ValueError(f"a header of {size} bytes")
-    entries = parse_json(file.read(size).decode(), "its header", longest)
-    metadata, end = entries.pop("__metadata__", None) or {}, 0
-    if not all(isinstance(text, str) for text in metadata.values()):
-        raise ValueError("its metadata are no texts")
-    for begin, stop in sorted(entry["data_offsets"] for entry in entries.values()):
-        if begin != end or stop < begin:
-            raise ValueError(f"a tensor begins at byte {begin}, not at {end}")
-        end = stop
-    if 8 + size + end != state[1]:
-        raise ValueError(f"{8 + size + end} bytes are needed, and it has {state[1]}")
-    return FileHeader(entries, metadata, 8 + size, state)
-
-
-def find_tensor(header, name, dtypes=DTYPES):
-    """(dtype, shape, first byte) of a tensor in its file; `dtypes`: allowed ones, by safetensors' names."""
-    entry = header.entries[name]
-    dtype, shape, (begin, end) = dtypes.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
-    if dtype is None:
-        raise ValueError(f"wrong dtype: {shown(name)} is {short(entry['dtype'])}; allowed: {', '.join(dtypes)}")
-    if len(shape) > 64 or not all(type(size) is int and 0 <= size < 2**63 for size in shape):
-        raise ValueError(f"{shown(name)} has the shape {short(shape)}")
-    if math.prod(shape) * dtype.itemsize != end - begin:
-        raise ValueError(f"{shown(name)} has {end - begin} bytes, which are not {short(shape)} of {dtype}")
-    return dtype, shape, header.start + begin
-
-
-def read_tensor(file, header, name, dtypes=DTYPES):
-    """A tensor of an open file, in memory of its own."""
-    dtype, shape, first = find_tensor(header, name, dtypes)
-    tensor = torch.empty(shape, dtype=dtype, device="cpu")  # whatever the default device is
-    fill(file, header, first, tensor)
-    return tensor
-
-
-def fill(file, header, first, tensor):
-    """Reads a tensor's values, which begin at a byte of an open file."""
-    file.seek(first)
-    count = file.readinto(tensor.reshape(-1).view(torch.uint8).numpy())
-    if count != tensor.nbytes or state_of(file) != header.state:
-        raise ValueError("it was overwritten while it was read")
-
-
-def read_file(path, read=read_tensor):
-    """(tensors, header metadata) of one safetensors file; `read`: makes a tensor, as `read_tensor` does."""
-    try:
-        with open(path, "rb") as file:
-            header = read_header(file)
-            return {name: read(file, header, name) for name in sorted(header.entries)}, header.metadata
-    except UNREADABLE as error:
-        reason = f"{path} is damaged or truncated ({short(str(error))})."
-        raise ValueError(f"{reason} Nothing was loaded; fetch or save the adapter again.") from error
+def damaged(what, why):
+    return ValueError(f"{what} is damaged or truncated: {why}. Nothing was loaded; fetch or save the adapter again.")
 
 
 def parse_json(text, what, longest=MAX_JSON):
-    """The mapping that JSON `text` holds."""
     try:
         if len(text) > longest:
             raise ValueError(f"it is longer than {longest} characters")
@@ -268,23 +203,15 @@ def depth(value):
     return 1 + max(map(depth, inner), default=0)
 
 
-def check_given(what, given):
+def check_source(what, given):
     """Refuses what is no name of a folder or a Hub id, as a place where `what` lies."""
     if not isinstance(given, str | os.PathLike):
         raise ValueError(
             f"{what} must be a folder or a Hub id (a base or encoder also a loaded model of transformers; of PEFT's, "
             f"what merge_and_unload() returns), not {type(given).__name__}."
         )
-
-
-def check_source(what, given):
-    """Refuses what can be neither a folder nor a Hub id."""
-    check_given(what, given)
-    if not os.path.exists(given):
-        try:
-            validate_repo_id(str(given))
-        except HFValidationError as error:
-            raise OSError(f"{what} {str(given)!r} is no folder here, and no Hub id like owner/name.") from error
+    if os.path.isfile(given):  # of which transformers would read any as a config
+        raise ValueError(f"{what} {str(given)!r} is a file: give the folder that it lies in, or a Hub id.")
 
 
 def check_keywords(function, given, allowed):
@@ -298,23 +225,21 @@ def check_keywords(function, given, allowed):
 def find_files(name_or_path, hub_kwargs):
     """Paths of the adapter's files; the index wins over a single file."""
     optional = {"_raise_exceptions_for_missing_entries": False, **hub_kwargs}
-    index = cached_file(name_or_path, INDEX, **optional)
-    if index is None:
-        try:
-            single = cached_file(name_or_path, FILE, **hub_kwargs)
-        except OSError as error:
-            if isinstance(error.__cause__, LocalEntryNotFoundError):
-                raise OSError(f"{name_or_path} is no folder here, and the Hub can't be reached. ({error})") from error
-            raise OSError(f"{name_or_path} holds no MoExtend adapter: neither {FILE} nor {INDEX} is there.") from error
-        check_link(single, name_or_path)
-        return [single]
-    check_link(index, name_or_path)
-    shards = shards_of(index)
-    paths = {shard: cached_file(name_or_path, shard, **optional) for shard in shards}
+    try:
+        index = cached_file(name_or_path, INDEX, **optional)
+        paths = {FILE: cached_file(name_or_path, FILE, **hub_kwargs)} if index is None else {}
+    except OSError as error:
+        why = f"holds no MoExtend adapter: neither {FILE} nor {INDEX} is there"
+        if isinstance(error.__cause__, LocalEntryNotFoundError):
+            why = "is no folder here, and the Hub can't be reached"
+        raise OSError(f"{str(name_or_path)!r} {why}. ({error})") from error
+    if index is not None:
+        check_link(index, name_or_path)
+        paths = {shard: cached_file(name_or_path, shard, **optional) for shard in shards_of(index)}
     missing = [shard for shard, path in paths.items() if path is None]
     if missing:
         names = ", ".join(missing[:8])
-        raise ValueError(f"{name_or_path} lacks {len(missing)} of {len(shards)} adapter files: {names}.")
+        raise ValueError(f"{name_or_path} lacks {len(missing)} of {len(paths)} adapter files: {names}.")
     for path in paths.values():
         check_link(path, name_or_path)
     return list(paths.values())
@@ -327,30 +252,24 @@ def shards_of(index):
             raise ValueError(f"it has more than {MAX_JSON} bytes")
         weight_map = parse_json(Path(index).read_text(encoding="utf-8"), "it")["weight_map"]
         shards = sorted(set(weight_map.values()))
-        strange = [shard for shard in shards if not is_shard(shard)]
+        ours = [one for one in shards if one.isprintable() and fnmatch(one, "moextend_adapter*.safetensors")]
+        strange = [one for one in shards if one not in ours or Path(one).name != one]
         if strange or not 0 < len(shards) <= MAX_SHARDS:
             raise ValueError(f"no names of adapter files: {short(strange)}, among {len(shards)}")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        reason = f"{index} is damaged ({error!r})."
-        raise ValueError(f"{reason} Nothing was loaded; fetch or save the adapter again.") from error
+    except UNREADABLE as error:
+        raise damaged(index, repr(error)) from error
     return shards
-
-
-def is_shard(name):
-    """Whether `name` is that of a file beside the index."""
-    ours = name.startswith("moextend_adapter") and name.endswith(".safetensors")
-    return ours and name.isprintable() and Path(name).name == name
 
 
 def check_format(path, metadata):
     """Refuses what is no adapter, one written by a later version, and a damaged header."""
     number = metadata.get("moextend_format", "")
     if not (number.isascii() and number.isdecimal() and len(number) < 10 and int(number)) or "config" not in metadata:
-        raise ValueError(f"{path} is damaged or no MoExtend adapter: its header lacks moextend_format or config.")
+        raise damaged(path, "its header lacks moextend_format or config, so it may be no MoExtend adapter")
     if int(number) > FORMAT:
         raise ValueError(f"{path} has moextend_format {number}; this version reads up to {FORMAT}. Update moextend.")
     if metadata.get("header_checksum") not in (None, header_checksum(metadata)):
-        raise ValueError(f"{path} is damaged: its header does not match the header's checksum. Nothing was loaded.")
+        raise damaged(path, "its header does not match the header's checksum")
 
 
 def shown(name):
@@ -359,8 +278,7 @@ def shown(name):
 
 
 def check_tensors(shapes: dict, stored: StoredAdapter) -> None:
-    """Compares name -> shape of what a model needs with the tensors of a `StoredAdapter`, then these with their own
-    checksum. `ValueError`: a message with every missing, unexpected and wrongly shaped tensor; or damage."""
+    """Refuses an adapter whose tensors are not of the shapes that a model needs, all of them named, or are damaged."""
     given = stored.tensors
     problems = [f"missing: {name}" for name in sorted(shapes.keys() - given.keys())]
     problems += [f"unexpected: {shown(name)}" for name in sorted(given.keys() - shapes.keys())]
@@ -373,7 +291,4 @@ def check_tensors(shapes: dict, stored: StoredAdapter) -> None:
         lines = "\n  ".join(problems)
         raise ValueError(f"The adapter does not fit the model; nothing was loaded.\n  {lines}")
     if stored.metadata.get("checksum") not in (None, checksum(given)):
-        raise ValueError(
-            "The adapter is damaged: its tensors do not match the checksum in its header. Nothing was loaded; fetch "
-            "or save the adapter again."
-        )
+        raise damaged("The adapter", "its tensors do not match the checksum in its header")

@@ -1,8 +1,4 @@
-"""Adapters of a model, by name: attaching, loading, switching and deleting them, without touching a base tensor.
-
-Each has its own config and its own tensors; the active ones take part in a pass. Names and meaning of the methods are
-those of transformers' and PEFT's. How adapters share a token: docs/adapters.md.
-"""
+"""Adapters of a model, by name, as in transformers and PEFT. How they share a token: docs/adapters.md."""
 
 import contextlib
 import os
@@ -15,13 +11,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .adapter_file_moextend import StoredAdapter, check_keywords, check_tensors, read_adapter
+from .base_checks_moextend import base_rule
 from .compatibility_moextend import (
-    check_belongs,
     check_complete,
     check_dependencies,
-    check_known,
     check_new_name,
-    check_not_needed,
     check_together,
     dependency_names,
     listed_names,
@@ -30,7 +24,7 @@ from .compatibility_moextend import (
 from .configuration_moextend import MoExtendConfig, check_threshold
 from .gate_moextend import TokenGate
 from .layers_moextend import add_experts, attach, input_device, remove_experts
-from .loading_moextend import HUB_KWARGS, load_stored_encoder
+from .loading_moextend import HUB_KWARGS, fit_encoder, fit_to_base, load_encoder_of
 from .package_moextend import from_package
 from .routing_moextend import Rule
 from .scope_moextend import Selection
@@ -44,11 +38,8 @@ IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_int
 
 
 class Adapter(nn.Module):
-    """One adapter of a model: its config, its projector, and its frozen encoder, which adapters may share.
-
-    `layers`: decoder layer -> `NewExperts`, modules of the base's layers; `depends_on`: names of the adapters of this
-    model on top of which it was trained.
-    """
+    """One adapter of a model: config, projector, and frozen encoder, which adapters may share. `layers`: decoder layer
+    -> `NewExperts`, modules of the base's; `depends_on`: names of the adapters on top of which it was trained."""
 
     def __init__(self, config: MoExtendConfig, encoder: nn.Module | None = None, projector: Projector | None = None):
         super().__init__()
@@ -59,7 +50,7 @@ class Adapter(nn.Module):
 
     @property
     def gate(self) -> TokenGate | None:
-        """Its `TokenGate`, or `None` where there is none (another scope, or no extended layer yet)."""
+        """Its `TokenGate`; `None`: another scope, or no extended layer yet."""
         return self.layers[min(self.layers)].rows.gate if self.layers else None
 
     def finds_images(self, input_ids: torch.Tensor | None) -> bool:
@@ -119,21 +110,9 @@ class AdapterSwitch:
         check_trained_on: bool = True,
         **hub_kwargs,
     ) -> None:
-        """Loads one more adapter beside those that are there. It takes part once `set_adapter` says so.
-
-        Args:
-            name_or_path, check_base, check_trained_on: as in `from_pretrained`.
-            adapter_name: what it is called here: a name that no other adapter has.
-            encoder: as in `from_pretrained`. One that another adapter sees with already is shared.
-            is_trainable: whether its tensors ask for gradients at once, as those that `from_pretrained` loads do.
-            **hub_kwargs: `revision`, `subfolder`, `token`, `cache_dir`, `local_files_only`, `force_download`.
-
-        Raises:
-            OSError: no adapter there, or its encoder can't be found.
-            ValueError: a name that is taken or can't be one; a damaged file; another base; adapters missing that it
-                was trained on; tensors that don't fit. The model is as it was.
-            TypeError: an unknown argument.
-        """
+        """Loads one more adapter, under a name that no other has. It takes part once `set_adapter` says so. Arguments
+        and errors are those of `from_pretrained`; after an error the model is as it was. An encoder that another
+        adapter sees with is shared. `is_trainable`: whether its tensors ask for gradients at once."""
         named = ("adapter_name", "encoder", "is_trainable", "check_base", "check_trained_on")
         check_keywords("load_adapter", hub_kwargs, (*HUB_KWARGS, *named))
         with self.passes.lock:
@@ -141,10 +120,13 @@ class AdapterSwitch:
             stored = read_adapter(name_or_path, **hub_kwargs)
             config = stored.config_for_loading()
             config.name_or_path = str(name_or_path)
-            check_belongs(self, config, name_or_path, check_base)
+            fit_to_base(config, self.base, self.moe_layers, check_base, f"Load {name_or_path} on its own base")
+            base_rule(config, self.moe_layers)
             if check_trained_on:
                 check_dependencies(config, self.fingerprints(), name_or_path)
-            encoder = load_stored_encoder(self, config, encoder, check_base, (name_or_path, hub_kwargs))
+            location, options = (name_or_path, hub_kwargs), {"dtype": self.base.dtype, **hub_kwargs}
+            encoder = load_encoder_of(config, encoder, location, options, self.adapters.values())
+            encoder = fit_encoder(config, encoder, self.base, check_base)
             self.attach_adapter(adapter_name, config, self.fitting_tensors(config, stored), encoder)
             self.find_dependencies()
             self.require_gradients_of(adapter_name, is_trainable)
@@ -156,28 +138,23 @@ class AdapterSwitch:
             logger.warning(f"The adapter holds NaN or infinity, and so may its answers: {', '.join(names[:8])}.")
         return moved_to_layers(stored.tensors, self.moe_layers, input_device(self.base), self.base.dtype)
 
-    def add_adapter(
-        self, adapter_name: str = DEFAULT, extended_layers: dict[int, list[int]] | None = None, **options
-    ) -> None:
+    def add_adapter(self, adapter_name: str = DEFAULT, *args: object, **options: object) -> None:
         """Adds a new adapter on top of the active ones: `modeling_moextend.attaching.add_adapter`, of the package."""
-        from_package("attaching", ADDING).add_adapter(self, adapter_name, extended_layers, **options)
+        from_package("attaching", ADDING).add_adapter(self, adapter_name, *args, **options)
 
     def extend(self, plan: dict[int, list[int]]) -> None:
-        """Adds new experts, {decoder layer: [source experts]}, to the adapter that trains, and keeps its projector:
-        `modeling_moextend.attaching.extend`, of the package."""
+        """Adds new experts to the adapter that trains: `modeling_moextend.attaching.extend`, of the package."""
         from_package("attaching", ADDING).extend(self, plan)
 
     def delete_adapter(self, adapter_names: str | list[str]) -> None:
-        """Deletes an adapter, or a list of them; those that stay are what they were. Where no active one stays, the
-        next is set, as PEFT has it: the first that was not trained on top of others. `ValueError`: an unknown name,
-        all adapters of the model, or one that another was trained on top of."""
+        """Deletes adapters. Where no active one stays, the next is set, as PEFT has it: the first that was not trained
+        on top of others. `ValueError`: an unknown name, all adapters, or one that another was trained on top of."""
         with self.passes.lock:
-            names = listed_names(adapter_names)
-            check_known(names, self.adapters)
+            names = listed_names(adapter_names, self.adapters)
             staying = [name for name in self.adapters if name not in names]
             if not staying:
                 raise ValueError(f"{names} are all adapters of this model. To get the base back, use model.detach().")
-            check_not_needed(self.adapters, staying)
+            check_complete(self.adapters, staying, deleting=True)
             active = [name for name in self.passes.current.active if name in staying]
             following = [] if active else [name for name in staying if not self.adapters[name].depends_on][:1]
             self.activate(active or following)
@@ -190,22 +167,13 @@ class AdapterSwitch:
     def set_adapter(
         self, adapter_name: str | list[str], inference_mode: bool = False, *, check_trained_on: bool = True
     ) -> None:
-        """Makes an adapter, or a list of adapters, the active ones, and no other. Of the base no tensor is touched.
-
-        Unless `inference_mode`, their tensors ask for gradients, as PEFT has it; those that another was trained on top
-        of stay frozen.
-
-        Raises:
-            ValueError: an unknown name; a name twice; none; adapters that can't share tokens, with the reason; one
-                without loaded ones that it was trained on top of (unless `check_trained_on=False`).
-        """
+        """Makes an adapter, or a list of adapters, the active ones. Unless `inference_mode`, their tensors ask for
+        gradients, as PEFT has it; those that another was trained on top of stay frozen. `ValueError`: an unknown name,
+        one twice, none; adapters that can't share tokens; one without loaded ones that it was trained on top of."""
         with self.passes.lock:
-            names = listed_names(adapter_name)
+            names = listed_names(adapter_name, self.adapters)
             if not names:
-                raise ValueError(
-                    "set_adapter needs at least one adapter; to leave the base alone, use disable_adapters()."
-                )
-            check_known(names, self.adapters)
+                raise ValueError("set_adapter needs at least one adapter; to use the base: disable_adapters().")
             if check_trained_on:
                 check_complete(self.adapters, names)
             check_together({name: self.adapters[name].config for name in names}, self)
@@ -219,8 +187,7 @@ class AdapterSwitch:
         return [name for name in names if name not in below]
 
     def find_dependencies(self) -> None:
-        """Notes which adapters of this model each one was trained on top of, in whichever order they were loaded; a
-        second copy of one that is known already adds nothing."""
+        """Notes which adapters of this model each one was trained on top of, in whichever order they were loaded."""
         lacking = {n: one for n, one in self.adapters.items() if len(one.depends_on) < len(one.config.trained_on)}
         fingerprints = self.fingerprints() if lacking else {}
         for name, adapter in lacking.items():
@@ -248,7 +215,7 @@ class AdapterSwitch:
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The name of the adapter that takes part, as PEFT has it; a list where there are several, or none."""
+        """The adapter that takes part, as PEFT has it; a list where there are several, or none."""
         names = self.active_adapters()
         return names[0] if len(names) == 1 else names
 
@@ -274,14 +241,12 @@ class AdapterSwitch:
         self.passes.change(switched_on=True)
 
     def reference(self, adapter_names: str | list[str] | None = None) -> nn.Module:
-        """This model without the adapter that trains, or by `adapter_names`, for `ref_model=` of TRL's trainers: the
-        same tensors, no second base. See `modeling_moextend.training.reference`, of the package."""
+        """For `ref_model=` of TRL's trainers: `modeling_moextend.training.reference.Reference`, of the package."""
         return from_package("training.reference", "A reference model").Reference(self, adapter_names)
 
     def select_adapters(self, adapter_names: list | None = None, *batches: torch.Tensor | None) -> Selection:
-        """The `Selection` for a pass that begins now. `adapter_names`: for each item of the batch (the first of
-        `batches` that is not `None`) a name, a list of names that take part together, or "__base__" for the base
-        alone; `None`: the active adapters, for all of them."""
+        """The `Selection` for a pass that begins now: the active adapters, or what `adapter_names` says of each item
+        of the batch (see `forward`), the first of `batches` that is not `None`."""
         chosen, num_items = self.passes.selection(), next((len(one) for one in batches if one is not None), None)
         return chosen if adapter_names is None else select_per_item(self, chosen, adapter_names, num_items)
 
@@ -292,17 +257,13 @@ class AdapterSwitch:
         return current.trained or next(iter((*current.active, *current.adapters)))
 
     def resolve_name(self, adapter_name: str | None = None) -> str:
-        """`adapter_name`, if there is such an adapter; for `None` the one that trains, or the only active one.
-        `ValueError`: an unknown name; none given where several are active, or none is."""
+        """`adapter_name`; for `None` that of the adapter that trains, or is active alone. `ValueError`: an unknown
+        name; none given where several are active."""
         current = self.passes.current
         if adapter_name is None and current.trained is None:
-            raise ValueError(
-                f"Active adapters are {list(current.active)}, so it takes a name to say which one is meant: "
-                f"adapter_name=<one of {list(self.adapters)}>."
-            )
-        name = current.trained if adapter_name is None else adapter_name
-        check_known([name], self.adapters)
-        return name
+            meant = f"which one is meant: adapter_name=<one of {list(self.adapters)}>"
+            raise ValueError(f"Active adapters are {list(current.active)}, so it takes a name to say {meant}.")
+        return listed_names([current.trained if adapter_name is None else adapter_name], self.adapters)[0]
 
     @property
     def vision_adapter(self) -> Adapter | None:
@@ -329,11 +290,7 @@ class AdapterSwitch:
 
     @property
     def gate_threshold(self) -> float:
-        """With `scope="gate"`: a token may use new experts when its routing margin is above this (default 0).
-
-        Saved with the adapter. Higher: less of the new task, less forgetting; see `evaluation.threshold_curve`.
-        Setting it raises `ValueError` for another scope or what is no finite number.
-        """
+        """With `scope="gate"`: a token may use new experts when its routing margin is above this. Saved with it."""
         return self.config.gate_threshold
 
     @gate_threshold.setter

@@ -1,8 +1,4 @@
-"""May this base be extended, and is it the adapter's own: layout, plan, rule, fingerprint, each refusal by name.
-
-New experts run because the base's routers and experts are called. A base whose experts or router are packed, sharded
-or passed over would load and answer, wrongly. What works, and how it was checked: docs/layouts.md.
-"""
+"""May this base be extended, and is it the adapter's own: layout (docs/layouts.md), plan, rule and fingerprint."""
 
 import functools
 
@@ -16,15 +12,7 @@ from .package_moextend import from_package
 from .routing_moextend import Rule
 from .tensors_moextend import DTensor, changed_tensors, is_plain, same_fingerprint, snapshot
 
-DISTRIBUTED = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
 QUANTISED_LINEAR = ("bitsandbytes", "torchao")  # quantise only nn.Linear, so experts and routers stay as they are
-DEQUANTISE = {
-    "mxfp4": "quantization_config=Mxfp4Config(dequantize=True)",
-    "fp8": "quantization_config=FineGrainedFP8Config(dequantize=True)",
-    "mxfp8": "quantization_config=FineGrainedFP8Config(dequantize=True)",
-    "compressed-tensors": "quantization_config=CompressedTensorsConfig(dequantize=True)",
-    "gguf": "quantization_config=GgufConfig(dequantize=True)",
-}
 
 
 def quantisation_of(config):
@@ -33,36 +21,20 @@ def quantisation_of(config):
     return next((one.quantization_config for one in configs if getattr(one, "quantization_config", None)), None)
 
 
-def check_method(quantisation):
+def check_method(quantisation, advice="Load it dequantised, or the checkpoint that it was quantised from, "):
     """Refuses every quantisation but those of linear layers alone that were tried."""
     method = str(getattr(quantisation.quant_method, "value", quantisation.quant_method))
-    if method in QUANTISED_LINEAR:
-        return
-    advice = DEQUANTISE.get(method)
-    advice = f"Load it with {advice}, " if advice else "Load the checkpoint that it was quantised from, "
-    if getattr(quantisation, "dequantize", False):  # the checkpoint is not quantised, and would be now
-        advice = "Leave out quantization_config, "
-    raise ValueError(
-        f"The base is quantised with {method!r}, and new experts can't be copied from packed experts. Allowed: no "
-        f"quantisation, or that of linear layers alone by {' or '.join(QUANTISED_LINEAR)}. {advice}in bfloat16 where "
-        "memory is short."
-    )
-
-
-def check_not_distributed(options):
-    """Refuses options of `from_pretrained` that spread a base over processes."""
-    given = [name for name in DISTRIBUTED if options.get(name) is not None]
-    if given:
-        raise ValueError(sharded_message(f"{', '.join(given)} was given"))
+    if method not in QUANTISED_LINEAR:
+        raise ValueError(
+            f"The base is quantised with {method!r}, and packed experts can't be copied. Allowed: none, or that of "
+            f"linear layers alone by {' or '.join(QUANTISED_LINEAR)}. {advice}in bfloat16 where memory is short."
+        )
 
 
 def check_loaded(base):
-    """Refuses a loaded base that carries an adapter (attached twice, one would answer for both), is sharded over
-    processes, or quantised in a way that reaches the experts."""
+    """Refuses a loaded base that carries an adapter, is sharded over processes, or quantised to its experts."""
     if base.config.model_type == "moextend" or any(is_extended(module) for module in base.modules()):
-        raise ValueError(
-            f"{type(base).__name__} is extended already: use model.extend(plan), or pass what model.detach() returns."
-        )
+        raise ValueError("The base is extended already: use model.extend(plan), or pass what model.detach() returns.")
     for name, module in base.named_modules():
         if type(module).__module__.startswith("peft.") and name.split(".")[-1] in ("experts", *ROUTER_NAMES):
             raise ValueError(
@@ -80,49 +52,40 @@ def check_loaded(base):
 
 def check_layer(index, layer):
     """Refuses to extend a `MoELayer` that is kernelised, sharded, or whose experts or router aren't plain numbers."""
-    if not runs_own_forward(layer.block):
-        raise ValueError(replaced_message(index, layer.block))
+    check_forwards(index, layer, [one for one in (layer.router, layer.experts) if not is_extended(one)])
     for module in (layer.router, layer.experts):
-        if bound_forward(module) is not None and not is_extended(module):  # it outlives the swapped class
-            raise ValueError(replaced_message(index, module))
         for name, tensor in module.named_parameters():
             if isinstance(tensor, DTensor):
                 raise ValueError(sharded_message(f"{name} of layer {index} is sharded over processes"))
             if not is_plain(tensor):
                 kind = tensor.dtype if type(tensor) is nn.Parameter else f"{type(tensor).__name__}, {tensor.dtype}"
                 raise ValueError(
-                    f"{type(module).__name__}.{name} in layer {index} of the base is quantised ({kind}): new experts "
-                    "and router rows are copied from plain float32, bfloat16 or float16 tensors. Load the base "
-                    "dequantised, or leave experts and routers out of its quantisation "
-                    "(BitsAndBytesConfig(llm_int8_skip_modules=[...]), TorchAoConfig(modules_to_not_convert=[...]))."
+                    f"{type(module).__name__}.{name} in layer {index} of the base is quantised ({kind}): load it "
+                    "dequantised, or with experts and routers left as they are (llm_int8_skip_modules=[...] of "
+                    "BitsAndBytesConfig, modules_to_not_convert=[...] of TorchAoConfig)."
                 )
 
 
 def sharded_message(found):
     return (
-        f"A base can't be extended where its tensors are spread over processes: {found}. New experts are copied from "
-        "whole experts. Load the base without distributed_config, tp_plan or enable_expert_parallel; device_map "
-        "spreads it over the devices of one process, and FSDP2 shards the extended model for training."
+        f"A base can't be extended where its tensors are spread over processes: {found}. Load it without "
+        "distributed_config, tp_plan or enable_expert_parallel; device_map spreads it over the devices of one "
+        "process, and FSDP2 shards the extended model for training."
     )
 
 
 def check_pass(model, selection):
-    """Refuses a pass in which new experts would take no part, or train on a wrong gradient: hub kernels
-    (`use_kernels=True`, `kernelize`) and other patches may put a function before a module's forward at any time."""
+    """Refuses a pass in which new experts would take no part (patches may come at any time), or train wrongly."""
     if not selection.enabled:
         return
     if torch.is_grad_enabled():
         check_gradients(model)
     for index in {layer for adapter in selection.adapters.values() for layer in adapter.layers}:
-        layer = model.moe_layers[index]
-        for module in (layer.block, layer.router, layer.experts):
-            if not runs_own_forward(module):
-                raise ValueError(replaced_message(index, module))
+        check_forwards(index, model.moe_layers[index])
 
 
 def check_ids(input_ids, embedding):
-    """Refuses `input_ids` [B, S] that `embedding` has no row for. On an accelerator, single tokens are not waited for:
-    they are what was generated."""
+    """Refuses `input_ids` [B, S] that `embedding` has no row for. An accelerator is not waited for at each new one."""
     size = embedding.num_embeddings
     unknown = (input_ids < 0) | (input_ids >= size)
     if (input_ids.shape[-1] > 1 or input_ids.device.type == "cpu") and unknown.any():
@@ -133,45 +96,35 @@ def check_ids(input_ids, embedding):
         )
 
 
-def runs_own_forward(module):
-    """Whether a call of `module` runs the forward of its class: directly, bound, or inside accelerate's hook."""
-    forward = bound_forward(module)
-    return forward is None or getattr(forward, "__func__", None) is type(module).forward
-
-
-def bound_forward(module):
-    """The forward that lies on the instance, before its class's; `None`: there is none but accelerate's hook."""
-    forward = module.__dict__.get("forward")
-    if not isinstance(forward, functools.partial):
-        return forward
-    inner = module.__dict__.get("_old_forward", forward)  # what accelerate's hook calls
-    return None if getattr(inner, "__func__", None) is type(module).forward else inner
-
-
-def replaced_message(layer, module):
-    forward = bound_forward(module)
-    found = getattr(forward, "__qualname__", type(forward).__name__)
-    return (
-        f"In layer {layer}, {found} lies before {type(module).__name__}.forward on the "
-        "instance (a hub kernel or another patch), so new experts would take no part. Load the base without "
-        "use_kernels, or with a kernel_config whose mapping leaves MoE blocks and routers out, e.g. "
-        "KernelConfig({'RMSNorm': ...}, inherit_mapping=False)."
-    )
+def check_forwards(index, layer, changing=()):
+    """Refuses a layer a call of which does not run the forward of its modules' classes: directly, bound (which would
+    outlive the class of those that are `changing` it), or inside accelerate's hook."""
+    for module in (layer.block, layer.router, layer.experts):
+        forward = module.__dict__.get("forward")
+        hooked = isinstance(forward, functools.partial)
+        forward = module.__dict__.get("_old_forward", forward) if hooked else forward  # what accelerate's hook calls
+        own = getattr(forward, "__func__", None) is type(module).forward
+        if forward is None or (own and (hooked or module not in changing)):
+            continue
+        found = getattr(forward, "__qualname__", type(forward).__name__)
+        raise ValueError(
+            f"In layer {index}, {found} lies before {type(module).__name__}.forward on the instance (a hub kernel or "
+            "another patch), so new experts would take no part. Load the base without use_kernels, or with a kernel "
+            "mapping that leaves MoE blocks and routers out: KernelConfig({'RMSNorm': ...}, inherit_mapping=False)."
+        )
 
 
 def check_gradients(model):
     """Refuses to train over a quantised base whose linear layers hand on no gradient, or a wrong one: bitsandbytes'
-    4-bit layers on a CPU with AVX512-BF16 have no backward after the first inference, and torchao's layers with
-    quantised activations never."""
+    4-bit layers on a CPU with AVX512-BF16 after the first inference, torchao's with quantised activations always."""
     if quantisation_of(model.base.config) is None or model.__dict__.get("_gradients_pass"):
         return
     for name, linear in model.base.named_modules():
         if isinstance(linear, nn.Linear) and not hands_on_gradients(linear):
             raise ValueError(
                 f"{name} of the quantised base ({type(linear).__name__}, {type(linear.weight).__name__}) hands on no "
-                "gradient on this device, so what lies below it would train on a wrong one. For inference use "
-                "torch.no_grad(). To train, load the base with BitsAndBytesConfig(load_in_8bit=True), with "
-                "TorchAoConfig(Int8WeightOnlyConfig()), or unquantised."
+                "gradient on this device. For inference use torch.no_grad(). To train, load the base with "
+                "BitsAndBytesConfig(load_in_8bit=True), TorchAoConfig(Int8WeightOnlyConfig()), or unquantised."
             )
     model.__dict__["_gradients_pass"] = True
 
@@ -196,10 +149,8 @@ def check_plan(layers, plan):
         check_layer(layer, layers[layer])
         bad = [source for source in sources if not 0 <= source < layers[layer].num_experts]
         if bad:
-            raise ValueError(
-                f"Source experts {bad} of layer {layer} are out of range: "
-                f"it has experts 0 to {layers[layer].num_experts - 1}."
-            )
+            last = layers[layer].num_experts - 1
+            raise ValueError(f"Source experts {bad} of layer {layer} are out of range: it has experts 0 to {last}.")
 
 
 def check_fingerprint(role, recorded, found, advice=None):
@@ -218,17 +169,15 @@ def check_in_memory(model, adapter_name):
         changed = changed_tensors(before, snapshot(module))
         if changed:
             raise ValueError(
-                f"The {role} in memory is no longer the one that was loaded: {', '.join(changed[:8])} "
-                f"({len(changed)} tensors changed, were added or went, as by training or a LoRA). An adapter that was "
-                f"made on it would be loaded onto the old one, so it is not saved. Load the {role} anew, and the "
-                "adapter onto it; or save the changed one (model.detach().save_pretrained(folder)) and extend that."
+                f"The {role} in memory is no longer the one that was loaded: {', '.join(changed[:8])} ({len(changed)} "
+                "tensors changed, were added or went, as by training or a LoRA), so the adapter is not saved. Load it "
+                "anew, and the adapter onto it, or save it (model.detach().save_pretrained(folder)) and extend that."
             )
 
 
 def base_rule(config, layers):
     """The routing `Rule` of the base that `layers` (index -> `MoELayer`) are of, to be kept in `config`; the layers of
-    the plan have to follow it. It was recorded when the adapter was made; the package finds it for a new base, for
-    another base than the adapter's, and for adapters of the first version, which recorded less."""
+    the plan have to follow it. The package finds it for a new base, and for adapters of the first version."""
     recorded = config.routing_rule or {}
     if set(recorded) < set(Rule._fields):
         attaching = from_package("attaching", "Finding the routing rule of a base for which none is recorded")
@@ -242,11 +191,3 @@ def base_rule(config, layers):
         )
     config.routing_rule = rule._asdict()
     return rule
-
-
-def forget_other_rule(config, layers):
-    """Takes the recorded rule out of `config` where `layers` do not follow it: the base's own is to be found then."""
-    try:
-        check_routers(layers, config.extended_layers, Rule(**(config.routing_rule or {})))
-    except (ValueError, TypeError):  # the latter: nothing recorded
-        config.routing_rule = None

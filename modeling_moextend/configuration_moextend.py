@@ -1,66 +1,28 @@
 """`MoExtendConfig`: which base, which layers got new experts, how tokens reach them, and where images come from."""
 
+import contextlib
 import copy
 import math
 from operator import index
 from typing import Self
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
-from transformers.activations import ACT2FN
 
-from .validation_moextend import nested_problems, problems_of, short
+from .validation_moextend import DEFAULTS, nested_problems, problems_of, short
 
-SCOPES = ("all", "modality", "gate")
-SELECTIONS = ("compete", "exclusive")
-CALIBRATIONS = ("all", "routed", "none")
-SELECT_FEATURES = ("patch", "full")
-CHOICES = {"scope": SCOPES, "selection": SELECTIONS, "calibration": CALIBRATIONS}
-CHOICES["encoder_select_feature"] = SELECT_FEATURES
 MAX_INDEX = 2**31
 AUTO_MAP = {
     "AutoConfig": "configuration_moextend.MoExtendConfig",
     "AutoModel": "modeling_moextend.MoExtendModel",
-    "AutoModelForCausalLM": "modeling_moextend.MoExtendForCausalLM",
-    "AutoModelForImageTextToText": "modeling_moextend.MoExtendForCausalLM",
-    # No decision model: the only auto class that `transformers serve` asks for remote code (5.23).
-    "AutoModelForDecision": "modeling_moextend.MoExtendForCausalLM",
+    **dict.fromkeys(("AutoModelForCausalLM", "AutoModelForImageTextToText"), "modeling_moextend.MoExtendForCausalLM"),
+    "AutoModelForDecision": "modeling_moextend.MoExtendForCausalLM",  # all that `transformers serve` 5.23 looks for
 }
 CALLERS = ("attn_implementation", "experts_implementation")  # what only a call says, never a file
 
-DEFAULTS = {  # what a config without the entry means; what a new adapter gets is up to `attaching.routing_choices`
-    "base_model_name_or_path": None,  # Hub id or folder of the base
-    "base_model_revision": None,  # commit the adapter was made on
-    "base_fingerprint": None,  # 1,024 base values at fixed indices, float32, base64
-    "text_config": None,  # the base's whole config, unchanged
-    "encoder_name_or_path": None,  # CLIP or SigLIP vision checkpoint; `None` for text only
-    "encoder_config": None,  # the encoder's vision config
-    "encoder_fingerprint": None,  # like `base_fingerprint`
-    "encoder_select_layer": -2,  # which hidden state of the encoder is projected (LLaVA-1.5: -2)
-    "encoder_select_feature": "patch",  # drops the class token, "full" keeps it
-    "projector_hidden_act": "gelu",  # activation between the projector's two linear layers
-    "image_token_id": None,  # id standing for an image feature; may lie past the embedding
-    "extended_layers": None,  # {decoder layer index: [source expert of each new expert]}
-    "scope": "all",  # tokens that may use new experts: "all"; "modality": from the first image token on; "gate": those
-    # that a learned, causal gate lets through
-    "selection": "compete",  # one top-k over old and new rows (the paper), or "exclusive"
-    "calibration": "all",  # the paper's; or "routed", "none"
-    "calibration_hidden_size": 16,  # inner width of the calibration
-    "gate_hidden_size": 64,  # width D of the gate
-    "gate_threshold": 0.0,  # the gate lets a token through when its routing margin is above this
-    "routing_rule": None,  # entries of `routing_moextend.Rule`; of version 0.1.0 three, the rest is found anew
-    "trained_on": None,  # adapters on top of which this one was trained, each {"name", "fingerprint", "name_or_path"}
-    "base_subfolder": None,  # where the base lies in the adapter's own folder, if it came along (`moextend merge`)
-    "encoder_subfolder": None,  # the same of the encoder
-    "generation_config": None,  # {entry: value}, what of the model's `GenerationConfig` is not the base's
-}
-
 
 class MoExtendConfig(PreTrainedConfig):
-    """Everything needed to rebuild an adapter on an unchanged base: the entries of `DEFAULTS`, and transformers' own.
-
-    Raises:
-        ValueError: values outside the allowed ones (all of them named), or a combination without meaning.
-    """
+    """Everything needed to rebuild an adapter on an unchanged base: the entries of `OWN`, and transformers' own.
+    `ValueError`: values outside the allowed ones (all of them named), or a combination without meaning."""
 
     model_type = "moextend"
     sub_configs = {"text_config": AutoConfig, "encoder_config": AutoConfig}
@@ -75,8 +37,7 @@ class MoExtendConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs) -> Self:
-        """As in transformers, without what is no file's to say: private attributes, and implementations, which may be
-        names of kernels on the Hub, so that code would be fetched."""
+        """As in transformers, without what is no file's to say: private attributes, and kernels, which are code."""
         private = {name for name in config_dict if name.startswith("_") and name != "_name_or_path"}
         ours = {name: config_dict[name] for name in config_dict if name not in {*CALLERS, *private}}
         called = {name: kwargs.pop(name) for name in ("generation_config",) if hasattr(kwargs.get(name), "to_dict")}
@@ -85,10 +46,12 @@ class MoExtendConfig(PreTrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Features (and so image tokens) one image gives; 0 without an encoder."""
-        if self.encoder_config is None:
+        """Features (and so image tokens) an image gives; 0 without an encoder."""
+        encoder = self.encoder_config
+        if encoder is None:
             return 0
-        return count_image_tokens(self.encoder_config, self.encoder_select_feature)
+        with_class = self.encoder_select_feature == "full" and has_class_token(encoder)
+        return (encoder.image_size // encoder.patch_size) ** 2 + with_class
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """A view of the language model's config: trainers write to it, and the base's own must not change. Its
@@ -113,16 +76,13 @@ class MoExtendConfig(PreTrainedConfig):
         output["extended_layers"] = {str(layer): list(sources) for layer, sources in self.extended_layers.items()}
         return output
 
-    def to_diff_dict(self) -> dict:
-        """The whole config: an adapter must not depend on a later version's defaults."""
-        return self.to_dict()
+    to_diff_dict = to_dict  # the whole config: an adapter must not depend on a later version's defaults
 
     def published(self, with_code: bool = True) -> Self:
-        """The config as it is saved: with the auto classes that load it, where the code comes along, and without the
-        places that it and those inside it were loaded from; the base of a standalone checkpoint stays where it is."""
+        """The config as it is saved: with the auto classes of its code, and without where it was loaded from."""
         config = copy.deepcopy(self)
         forget_places(config)
-        config.base_subfolder = config.encoder_subfolder = None
+        config.base_subfolder = config.encoder_subfolder = None  # those of a standalone checkpoint stay there
         config.architectures = ["MoExtendForCausalLM"]
         config.__dict__.pop("auto_map", None)
         if with_code:
@@ -166,41 +126,27 @@ def has_class_token(encoder_config):
     return "clip" in encoder_config.model_type and "siglip" not in encoder_config.model_type
 
 
-def count_image_tokens(encoder_config, select_feature="patch"):
-    """P, the features an image gives: (image_size // patch_size)^2, and the class token with "full"."""
-    config = getattr(encoder_config, "vision_config", encoder_config)
-    if select_feature not in SELECT_FEATURES:
-        raise ValueError(f"select_feature={select_feature!r} is unknown; it must be 'patch' or 'full'.")
-    patches = (config.image_size // config.patch_size) ** 2
-    return patches + (1 if select_feature == "full" and has_class_token(config) else 0)
-
-
 def normalise_plan(plan):
     """`{layer: [source experts]}` with `int` keys in ascending order; JSON has only string keys."""
-    if plan is None:
-        return {}
-    if not hasattr(plan, "items"):
-        raise ValueError(f"extended_layers must map layers to source experts, like {{2: [1]}}, not {short(plan)}.")
     try:
-        if any(isinstance(source, bool) for sources in plan.values() for source in sources):
-            raise TypeError("True and False are no experts")
+        given = {} if plan is None else plan.items()
+        if any(isinstance(source, bool) for _, sources in given for source in sources):
+            raise ValueError("True and False are no experts")
         layers = [
             (int(layer) if isinstance(layer, str) else index(layer), [index(source) for source in sources])
-            for layer, sources in plan.items()
+            for layer, sources in given
         ]
         numbers = [number for layer, sources in layers for number in (layer, *sources)]
         if len(dict(layers)) < len(layers) or not all(-MAX_INDEX < number < MAX_INDEX for number in numbers):
             raise ValueError("a layer is named twice, or a number is no index")
-    except (TypeError, ValueError) as error:
+        empty = [layer for layer, sources in layers if not sources]
+        if empty:
+            raise ValueError(f"no source expert for layers {short(empty)}: leave these layers out")
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             "extended_layers must map a layer index to a list of source experts, like {2: [1], 5: [3, 0]}; "
             f"got {short(plan)} ({short(str(error))})."
         ) from error
-    empty = [layer for layer, sources in layers if not sources]
-    if empty:
-        raise ValueError(
-            f"extended_layers names no source expert for layers {short(empty)}: leave these layers out instead."
-        )
     return dict(sorted(layers))
 
 
@@ -215,30 +161,16 @@ def check_entries(config, others):
             setattr(config, name, form(entries[name]))
         except ValueError as error:
             problems.append(str(error) if name in str(error) else f"{name}: {error}")
-    problems += choice_problems(config)
-    if not problems:  # of values that are what they should be
-        problems += meaning_problems(config)
+    check_choices(config, problems)
+
+
+def check_choices(config, problems=()):
+    """Refuses a config with `problems`, or entries that are not allowed, or have no meaning together."""
+    problems = problems or problems_of({name: getattr(config, name) for name in DEFAULTS}, type(config))
+    problems = problems or meaning_problems(config)
     if problems:
         lines = "\n  ".join(problems)
         raise ValueError(lines if len(problems) == 1 else f"The config has {len(problems)} wrong entries.\n  {lines}")
-
-
-def check_routing_choices(config):
-    """Refuses routing and vision choices that are not allowed, with the reasons."""
-    problems = choice_problems(config) or meaning_problems(config)
-    if problems:
-        raise ValueError("\n".join(problems))
-
-
-def choice_problems(config):
-    """Values that are none of the allowed ones, a line each."""
-    choices = CHOICES | {"projector_hidden_act": tuple(sorted(ACT2FN))}
-    given = {name: getattr(config, name) for name in choices}
-    return [
-        f"{name}={short(value)} is not known; allowed: {', '.join(map(repr, choices[name]))}."
-        for name, value in given.items()
-        if value not in choices[name]
-    ]
 
 
 def meaning_problems(config):
@@ -246,9 +178,8 @@ def meaning_problems(config):
     problems = []
     if config.selection == "exclusive" and config.calibration != "none":
         problems.append(
-            f"selection='exclusive' with calibration={config.calibration!r} has no meaning: the weights of new "
-            "experts already sum to what the base's own weights sum to. Use calibration='none' or "
-            "selection='compete'."
+            f"selection='exclusive' with calibration={config.calibration!r} has no meaning: weights of new experts "
+            "already sum to what the base's sum to. Use calibration='none' or selection='compete'."
         )
     if config.scope == "modality" and config.encoder_name_or_path is None and config.encoder_config is None:
         problems.append("scope='modality' needs an encoder: without images no token would ever use a new expert.")
@@ -262,14 +193,8 @@ def meaning_problems(config):
 
 
 def check_threshold(threshold):
-    """`threshold` as a float."""
-    try:
-        value = float(threshold)
-    except (TypeError, ValueError, OverflowError):
-        value = math.nan
-    if isinstance(threshold, bool) or not math.isfinite(value):
-        raise ValueError(
-            f"gate_threshold={short(threshold)} is no finite number. 0 is where the gate was trained to decide; 1e9 "
-            "lets no token through, -1e9 every one."
-        )
-    return value
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if not isinstance(threshold, bool) and math.isfinite(float(threshold)):
+            return float(threshold)
+    meaning = "0 is where the gate was trained to decide; 1e9 lets no token through, -1e9 every one"
+    raise ValueError(f"gate_threshold={short(threshold)} is no finite number. {meaning}.")

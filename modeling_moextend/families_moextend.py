@@ -1,9 +1,6 @@
-"""Families: where a base keeps its MoE layers, and whether a router works by a given rule.
+"""Families: where a base keeps its MoE layers, and whether a router still works by the rule recorded with an adapter.
 
 Letters: T tokens, E base experts, K experts a token selects, H hidden size.
-
-How a rule is found, for a base that was never extended: docs/families.md. It is recorded with every adapter; here the
-router is asked whether it still works by it, for a newer transformers may route otherwise.
 """
 
 import contextlib
@@ -29,7 +26,6 @@ EXPERTS_INTERFACE = ("_is_expert_parallel", "has_gate", "is_transposed", "down_p
 ROUTER_NAMES = ("gate", "router")
 TORCHS = "torch.nn.modules."  # modules of torch's own are no routers: an `nn.Linear` gates shared experts
 GROUPS = ("num_group", "n_group")
-CORRECTION = "e_score_correction_bias"
 
 
 class MoELayer(NamedTuple):
@@ -53,33 +49,25 @@ def plain_class(module):
 
 
 def find_moe_layers(decoder: nn.Module) -> dict[int, MoELayer]:
-    """The MoE layers of a base: decoder layer index -> `MoELayer`. `ValueError`: there are none, or none with
-    transformers' router/experts interface, or several in one decoder layer."""
-    name, family, layers = type(decoder).__name__, family_of(decoder), {}
+    """The MoE layers of a base, decoder layer index -> `MoELayer`. `ValueError`: there are none, or two in a layer."""
+    name, layers = f"{type(decoder).__name__} ({family_of(decoder)})", {}
     for path, module in decoder.named_modules():
-        experts = getattr(module, "experts", None)
-        routers = [getattr(module, name, None) for name in ROUTER_NAMES]
-        routers = [
-            one for one in routers if isinstance(one, nn.Module) and not type(one).__module__.startswith(TORCHS)
-        ]
+        experts, named = getattr(module, "experts", None), [getattr(module, name, None) for name in ROUTER_NAMES]
+        routers = [one for one in named if isinstance(one, nn.Module) and not type(one).__module__.startswith(TORCHS)]
         router = next(iter(routers), None)
         number = re.search(r"(?:^|\.)(\d+)\.", f"{path}.")
         if number and router is not None and all(hasattr(experts, attribute) for attribute in EXPERTS_INTERFACE):
             index = int(number.group(1))
             if index in layers:
-                raise ValueError(
-                    f"{name} ({family}) can't be extended: layer {index} has several MoE blocks, so it is not said "
-                    "which of them new experts belong to."
-                )
+                raise ValueError(f"{name} can't be extended: layer {index} has several MoE blocks, not one.")
             layers[index] = MoELayer(router, experts, experts.down_proj.shape[0], module)
-    if layers:
-        return layers
-    if any("experts" in type(module).__name__.lower() for module in decoder.modules()):
+    if not layers:
+        has_experts = any("experts" in type(module).__name__.lower() for module in decoder.modules())
         raise ValueError(
-            f"{name} ({family}) has experts, but not through transformers' router/experts interface (a module with "
-            "3-D `down_proj` that is called with top_k_index and top_k_weights), so this family can't be extended."
+            f"{name} has {'experts, but not' if has_experts else 'no MoE layers, so none'} through transformers' "
+            "router/experts interface (3-D `down_proj`, called with top_k_index and top_k_weights): can't be extended."
         )
-    raise ValueError(f"{name} has no MoE layers: MoExtend adds experts to a Mixture-of-Experts model.")
+    return layers
 
 
 @contextlib.contextmanager
@@ -149,60 +137,50 @@ def sibling(module, parameters, buffers=(), **attributes):
     return twin
 
 
-class NoRule(Exception):
-    """Says why a router does not work by a rule."""
-
-
 def check_routers(layers, indices, rule):
-    """Refuses layers (of those at `indices`) whose router works by another rule than `rule`, the adapter's."""
+    """Refuses layers (of those at `indices`) whose router works by another rule than the adapter's."""
     for index in indices:
         layer = layers[index]
-        try:
-            with torch.no_grad():
-                check_router(layer, rule)
-        except NoRule as error:
+        reason = other_rule(layer, rule)
+        if reason:
             raise ValueError(
                 f"Layer {index} of {family_of(layer.router)} can't be extended by this adapter. "
-                f"{plain_class(layer.router).__name__} does not follow its rule, {rule}: {error}. Leave it out, "
+                f"{plain_class(layer.router).__name__} does not follow its rule, {rule}: {reason}. Leave it out, "
                 "or pass the base that the adapter was made on; a newer transformers may route otherwise."
-            ) from error
+            )
 
 
-def check_router(layer, rule):
-    """Raises `NoRule` where a router answers random tokens otherwise than `rule` says; computed in float32, whatever
-    the base is loaded in. Without weights (meta device) there is nothing to ask."""
+@torch.no_grad()
+def other_rule(layer, rule):
+    """In which way a router, in float32, does not follow `rule`; `None`: in none, or it has no weights (on meta)."""
     twin, bias = float_twin(layer.router).eval(), correction_of(layer, rule)
     if any(tensor.is_meta for tensor in twin.parameters()):
-        return
+        return None
     if rule.correction and bias is None:
-        raise NoRule(f"it has no {rule.correction}")
+        return f"it has no {rule.correction}"
     bias = None if bias is None else bias.float()
     args = (bias,) if ":" in rule.correction else ()
     try:
         rows, own_bias = twin.get_parameter(rule.rows), tensor_at(twin, bias_path(rule))
         scale = twin.get_parameter(rule.expert_scale) if rule.expert_scale else None
         tokens = sample_tokens(rows)
-        missing = [p.name for p in asked_for(layer.router)[len(args) :] if goes_by(p, twin, tokens, args)]
+        missing = further_inputs(layer.router, twin, tokens, args)
         output = RouterOutput(*call_router(twin, tokens, *args))
         logits = F.linear(INPUTS[rule.inputs](twin, tokens), rows, own_bias)[:, : layer.num_experts]
         logits = scale_logits(logits, rule)
         made_by = rule_with_shared_experts(rule, logits, output) if rule.shared else rule
         answered = logits if rule.answers == "logits" else SCORES[rule.score](logits)
+        keys = choice_keys(logits, rule, bias)
+        weights = expert_weights(logits, output.top_k_index, made_by, expert_scale=scale)
         differs = {
             "it also depends on " + ", ".join(missing): missing,
             "its logits are made otherwise": not close(answered, output.router_logits),
-            "it chooses otherwise": not is_top_k(
-                output.top_k_index, choice_keys(logits, rule, bias), num_groups(layer.router)
-            ),
-            "its weights are made otherwise": not close(
-                expert_weights(logits, output.top_k_index, made_by, expert_scale=scale), output.top_k_weights
-            ),
+            "it chooses otherwise": not is_top_k(output.top_k_index, keys, num_groups(layer.router)),
+            "its weights are made otherwise": not close(weights, output.top_k_weights),
         }
     except Exception as error:  # a tensor that the rule names is not there; whatever a family's code raises
-        raise NoRule(f"it can't be asked ({type(error).__name__}: {error})") from error
-    for reason, found in differs.items():
-        if found:
-            raise NoRule(reason)
+        return f"it can't be asked ({type(error).__name__}: {error})"
+    return next((reason for reason, found in differs.items() if found), None)
 
 
 def float_twin(module):
@@ -220,8 +198,7 @@ def float_twin(module):
 
 
 def sample_tokens(rows):
-    """Random tokens [T, H] whose logits are near zero, nearly equal, sharp, and far below zero, by turns: what a rule
-    does to small sums shows where scores are small."""
+    """Random tokens [T, H] whose logits are near zero, nearly equal, sharp, and far below zero, by turns."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(4, 16, rows.shape[-1], generator=generator, device="cpu").to(rows.device)
     tokens[1] *= 0.05
@@ -235,16 +212,18 @@ def asked_for(router):
     return list(inspect.signature(plain_class(router).forward).parameters.values())[2:]
 
 
-def goes_by(parameter, twin, tokens, args):
-    """Whether an answer depends on a further parameter of the router's forward. An optional one may lie idle in this
-    setting: then the answer is the same for an argument that nothing can be done with."""
-    if parameter.default is parameter.empty:
-        return True
-    try:
-        answers = call_router(twin, tokens, *args), call_router(twin, tokens, *args, **{parameter.name: object()})
-        return not all(torch.equal(*pair) for pair in zip(*answers, strict=True))
-    except Exception:  # whatever a family's code raises
-        return True
+def further_inputs(router, twin, tokens, args):
+    """Names of a router's parameters, after hidden states and `args`, by which its answer goes. An optional one may
+    lie idle in this setting: then the answer is the same for an argument that is of no use."""
+
+    def idle(parameter):
+        try:
+            answers = call_router(twin, tokens, *args), call_router(twin, tokens, *args, **{parameter.name: object()})
+            return all(torch.equal(*pair) for pair in zip(*answers, strict=True))
+        except Exception:  # whatever a family's code raises
+            return False
+
+    return [one.name for one in asked_for(router)[len(args) :] if one.default is one.empty or not idle(one)]
 
 
 def close(found, answered):
@@ -252,19 +231,15 @@ def close(found, answered):
 
 
 def is_top_k(index, keys, groups, slack=1e-6):
-    """Whether `index` [T, K] holds the best of `keys` [T, E], up to `slack`: the best of all, or of the experts in the
-    groups chosen from."""
+    """Whether `index` [T, K] holds the best of `keys` [T, E], up to `slack`: of all, or of the groups chosen from."""
     chosen = torch.zeros_like(keys, dtype=torch.bool).scatter(-1, index, True)
-    if not bool((chosen.sum(dim=-1) == index.shape[-1]).all()):
-        return False
     worst_chosen = keys.masked_fill(~chosen, torch.inf).amin(dim=-1)
 
     def beaten(rivals):
         return bool((worst_chosen >= keys.masked_fill(~rivals, -torch.inf).amax(dim=-1) - slack).all())
 
-    if beaten(~chosen):
-        return True
-    if groups == 1 or keys.shape[-1] % groups:
-        return False
-    in_group = chosen.unflatten(-1, (groups, -1)).any(dim=-1, keepdim=True)
-    return beaten(in_group.expand(-1, -1, keys.shape[-1] // groups).flatten(1) & ~chosen)
+    grouped = groups if keys.shape[-1] % groups == 0 else 1
+    in_group = chosen.unflatten(-1, (grouped, -1)).any(dim=-1, keepdim=True)
+    in_group = in_group.expand(-1, -1, keys.shape[-1] // grouped).flatten(1)
+    twice = chosen.sum(dim=-1) != index.shape[-1]
+    return not bool(twice.any()) and (beaten(~chosen) or beaten(in_group & ~chosen))

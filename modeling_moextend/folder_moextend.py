@@ -18,15 +18,14 @@ def all_or_nothing(folder, stale=()):
     """Yields `put(name, write)`: `write(path)` makes a file, beside its place. Nothing else changes inside the block.
 
     At its end files take their places, in the order in which they were put: the last one (the adapter, or the index of
-    its shards) is the moment at which the folder becomes the new one. Then adapter files that were not put, and those
-    named `stale`, go. Where something fails, as on a full disk, all is left as it was.
-
-    Raises:
-        OSError: says what failed.
+    its shards) makes the folder the new one. Then adapter files that were not put go, and those named `stale`. Where
+    something fails, as on a full disk, all is left as it was: an `OSError` says what failed.
     """
     folder, unfinished = Path(folder), {}
     with locked(folder):
-        old = existing_files(folder) | {name for name in stale if (folder / name).is_file()}
+        patterns = ("moextend_adapter*", "config.json.*.tmp", "*_moextend.py.*.tmp")  # .tmp: a killed process left it
+        found = (path for pattern in (*patterns, *stale) for path in folder.glob(pattern))
+        old = {path.name for path in found if path.is_file() or path.is_symlink()}
 
         def put(name, write):
             unfinished[name] = folder / f"{name}.{secrets.token_hex(4)}.tmp"
@@ -37,9 +36,7 @@ def all_or_nothing(folder, stale=()):
             for name, path in unfinished.items():
                 os.replace(path, folder / name)
         except (SafetensorError, OSError) as error:
-            raise OSError(
-                f"The adapter can't be saved to {folder} ({error}). What was there before is untouched."
-            ) from error
+            raise OSError(f"Saving to {folder} failed ({error}). What was there before is untouched.") from error
         finally:
             for path in unfinished.values():
                 path.unlink(missing_ok=True)
@@ -49,17 +46,13 @@ def all_or_nothing(folder, stale=()):
 
 @contextlib.contextmanager
 def locked(folder, alone=True):
-    """Waits until no other process changes `folder`, and keeps those that want to waiting inside the block.
-
-    `alone=False` is for readers, of which there may be several. The folder itself is locked, so that nothing is left
-    behind, and the lock ends with the process. Where there is none (Windows, some network disks) one goes on without.
-    """
+    """Waits until no other process changes `folder`, and keeps those that want to waiting inside the block; readers,
+    `alone=False`, may be several. The folder itself is locked, so that nothing is left behind, and the lock ends with
+    the process. Where there is none (Windows, some network disks) one goes on without."""
     lock = None
-    try:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no folder, no name of one, no such lock
         lock = os.open(folder, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-    except (OSError, AttributeError):
-        pass
     try:
         yield
     finally:
@@ -67,12 +60,6 @@ def locked(folder, alone=True):
             with contextlib.suppress(OSError, AttributeError):
                 fcntl.flock(lock, fcntl.LOCK_UN)  # closing alone would not do where a forked process has it open too
             os.close(lock)
-
-
-def existing_files(folder):
-    """Names of adapter files already in `folder`, and of what a killed process left unfinished."""
-    patterns = ("moextend_adapter*", "config.json.*.tmp", "*_moextend.py.*.tmp")
-    return {path.name for pattern in patterns for path in folder.glob(pattern) if path.is_file() or path.is_symlink()}
 
 
 def write_whole(path, write):

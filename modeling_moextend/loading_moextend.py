@@ -15,13 +15,14 @@ from transformers import (
 from transformers.utils.hub import resolve_revision
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_config_file
 
-from .adapter_file_moextend import check_given, check_keywords
-from .base_checks_moextend import check_fingerprint, check_loaded, check_not_distributed, check_plan, forget_other_rule
-from .configuration_moextend import check_routing_choices
-from .families_moextend import find_moe_layers
+from .adapter_file_moextend import check_keywords, check_source
+from .base_checks_moextend import check_fingerprint, check_loaded, check_plan
+from .configuration_moextend import check_choices
+from .families_moextend import check_routers, find_moe_layers
 from .layers_moextend import detach, input_device
+from .routing_moextend import Rule
 from .tensors_moextend import fingerprint, same_fingerprint
-from .vision_moextend import load_encoder, vision_tower
+from .vision_moextend import load_encoder, load_whole, vision_tower
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 SHARED_HUB_KWARGS = ("cache_dir", "local_files_only", "token")
@@ -29,99 +30,88 @@ ENCODER_KWARGS = ("dtype", "torch_dtype", "use_safetensors", *SHARED_HUB_KWARGS)
 
 
 def load_parts(stored, base, encoder, auto_class, check_base, options, location=None):
-    """Base and encoder of an adapter with the config `stored`, each loaded unless given as a model, and checked
-    against it; their configs become part of it. The other arguments are those of `from_pretrained`, what the base is
-    loaded with, and (folder or Hub id, keywords for the Hub) of the adapter: see `within`."""
-    if has_encoder(stored, encoder) and not isinstance(encoder, PreTrainedModel):
-        chosen = {key: options[key] for key in ENCODER_KWARGS if key in options}
-        encoder = load_stored("encoder", encoder, stored, load_encoder, location, **chosen)
+    """Base and encoder of an adapter with config `stored`, which takes theirs, each loaded unless given as a model,
+    and checked. `options`: for the base; `location`: (folder or Hub id, keywords for the Hub) of the adapter."""
+    encoder = load_encoder_of(stored, encoder, location, options)
     if not isinstance(base, PreTrainedModel):
         auto_class = auto_class_for(stored.text_config, auto_class)
         base = load_stored("base", base, stored, load_base, location, auto_class=auto_class, **options)
     else:  # what else would be for its from_pretrained
         check_keywords("from_pretrained with a loaded base", options, (*ENCODER_KWARGS, "trust_remote_code"))
     check_loaded(base)
+    fit_to_base(stored, base, find_moe_layers(base.get_decoder()), check_base)
+    return base, fit_encoder(stored, encoder, base, check_base)
+
+
+def fit_to_base(stored, base, layers, check_base, advice=None):
+    """Takes an adapter's config to a loaded base with MoE `layers`; refuses another one than its own."""
     stored.set_text_config(base.config)
-    if encoder is not None:
-        encoder = vision_tower(encoder).to(input_device(base))
-        stored.encoder_config = copy.deepcopy(encoder.config)
-        check_routing_choices(stored)  # a hidden state that this encoder has
-        if stored.image_token_id is None:
-            raise ValueError("image_token_id=None must be an integer: the adapter has an encoder.")
-    for role, module in (("base", base.get_decoder()), ("encoder", encoder)):
-        recorded = getattr(stored, f"{role}_fingerprint")
-        if module is not None and check_base and recorded:
-            check_fingerprint(role, recorded, fingerprint(module))
-    layers = find_moe_layers(base.get_decoder())
+    if check_base and stored.base_fingerprint:
+        check_fingerprint("base", stored.base_fingerprint, fingerprint(base.get_decoder()), advice)
     check_plan(layers, stored.extended_layers)
     if not check_base:
-        forget_other_rule(stored, layers)
-    return base, encoder
+        try:
+            check_routers(layers, stored.extended_layers, Rule(**(stored.routing_rule or {})))
+        except (ValueError, TypeError):  # another rule, or none recorded: the base's own is to be found
+            stored.routing_rule = None
 
 
-def load_stored_encoder(model, stored, encoder, check_base, location):
-    """The encoder of a stored adapter that is loaded beside others; one of theirs, where it is the same."""
-    if not has_encoder(stored, encoder):
-        return None
-    for adapter in model.adapters.values() if encoder is None and stored.encoder_fingerprint else ():
+def load_encoder_of(stored, given, location, options, adapters=()):
+    """The encoder of an adapter with config `stored`, if it has one: `given`, or that of `adapters`, or loaded."""
+    if given is not None and stored.encoder_config is None:
+        raise ValueError("The adapter has no encoder, so it can't see: leave out encoder=...")
+    if stored.encoder_config is None or isinstance(given, PreTrainedModel):
+        return given
+    for adapter in adapters if given is None and stored.encoder_fingerprint else ():
         known = adapter.config.encoder_fingerprint
         if adapter.encoder is not None and known and same_fingerprint(known, stored.encoder_fingerprint):
             return adapter.encoder
-    if not isinstance(encoder, PreTrainedModel):
-        options = {key: location[1][key] for key in SHARED_HUB_KWARGS if key in location[1]}
-        encoder = load_stored("encoder", encoder, stored, load_encoder, location, dtype=model.base.dtype, **options)
-    encoder = vision_tower(encoder).to(input_device(model.base))
+    options = {key: options[key] for key in ENCODER_KWARGS if key in options}
+    return load_stored("encoder", given, stored, load_encoder, location, **options)
+
+
+def fit_encoder(stored, encoder, base, check_base):
+    """The vision tower of `encoder` beside the base, whose config becomes part of `stored`; refuses another one."""
+    if encoder is None:
+        return None
+    encoder = vision_tower(encoder).to(input_device(base))
+    stored.encoder_config = copy.deepcopy(encoder.config)
+    check_choices(stored)  # a hidden state that this encoder has
+    if stored.image_token_id is None:
+        raise ValueError("image_token_id=None must be an integer: the adapter has an encoder.")
     if check_base and stored.encoder_fingerprint:
         check_fingerprint("encoder", stored.encoder_fingerprint, fingerprint(encoder))
     return encoder
 
 
-def has_encoder(stored, given):
-    """Whether an adapter with config `stored` has an encoder; refuses one that is `given` to an adapter without."""
-    if given is not None and stored.encoder_config is None:
-        raise ValueError("The adapter has no encoder, so it can't see: leave out encoder=...")
-    return stored.encoder_config is not None
-
-
 def load_stored(role, given, config, loader, location=None, **kwargs):
-    """Base or encoder, from where the call or else the adapter's config says; see `location_of`."""
+    """Base or encoder, from where the call or else the adapter's config says."""
     path, inside = location_of(role, given, config, location)
-    check_given(f"The adapter's {role}", path)
-    if Path(path).exists() and not Path(path).is_dir():  # transformers would read any file as a config
-        raise ValueError(f"The adapter's {role} {str(path)!r} is a file: pass {role}=<folder or Hub id>.")
     try:
+        check_source(f"The adapter's {role}", path)
         return loader(path, **kwargs, **inside)
     except (OSError, ValueError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(
-            f"The adapter's {role} {str(path)!r} can't be loaded: pass {role}=<folder or Hub id> if it lies "
-            "elsewhere, or use_safetensors=False if it has only pickled weights and you trust them. "
-            f"({error})"
+            f"The adapter's {role} {str(path)!r} can't be loaded: pass {role}=<folder or Hub id> if it is elsewhere, "
+            f"or use_safetensors=False if it has only pickled weights and you trust them. ({error})"
         ) from error
 
 
 def location_of(role, given, config, location=None):
-    """Where the "base" or "encoder" of an adapter with `config` lies: (folder or Hub id, keywords for the Hub).
-
-    `given`: what the user says, which wins; `location`: the same of the adapter, if parts of it may lie there.
-    """
-    if given is not None:
-        return given, {}
+    """Where the "base" or "encoder" of an adapter lies, (folder or Hub id, keywords for the Hub): as `given`, or in
+    its own folder or repository at `location`, or where its `config` says."""
     subfolder = getattr(config, f"{role}_subfolder")
-    if subfolder is not None and location is not None:
-        return within(*location, subfolder)
     name, revision = config.encoder_name_or_path, None
     if role == "base":
         name, revision = config.base_model_name_or_path, config.base_model_revision
-    if name is None:
-        raise ValueError(f"The adapter does not say where its {role} lies: pass {role}=<folder or Hub id>.")
-    return name, {"revision": revision} if revision else {}
-
-
-def within(name_or_path, hub_kwargs, subfolder):
-    """Where a subfolder of an adapter's own folder or repository lies: (folder or Hub id, keywords for the Hub)."""
-    path = "/".join(filter(None, (hub_kwargs.get("subfolder"), subfolder)))
-    folder = Path(name_or_path)
+    if given is not None or subfolder is None or location is None:
+        name, revision = (name, revision) if given is None else (given, None)
+        if name is None:
+            raise ValueError(f"The adapter does not say where its {role} lies: pass {role}=<folder or Hub id>.")
+        return name, {"revision": revision} if revision else {}
+    name_or_path, hub_kwargs = location
+    path, folder = "/".join(filter(None, (hub_kwargs.get("subfolder"), subfolder))), Path(name_or_path)
     if not folder.is_dir():
         return name_or_path, {"subfolder": path, "revision": hub_kwargs.get("revision")}
     if not (folder / path).resolve().is_relative_to(folder.resolve()):
@@ -131,37 +121,27 @@ def within(name_or_path, hub_kwargs, subfolder):
 
 def check_folder(folder, config):
     """Refuses to write over the config.json of a base or encoder."""
-    for role in ("base_model", "encoder"):
-        path = getattr(config, f"{role}_name_or_path")
+    for role, path in (("base", config.base_model_name_or_path), ("encoder", config.encoder_name_or_path)):
         if path is not None and Path(path).is_dir() and folder.resolve() == Path(path).resolve():
-            role = role.removesuffix("_model")
             raise ValueError(f"{folder} is the folder of the adapter's {role}: save the adapter elsewhere.")
     if config.base_subfolder and (folder / config.base_subfolder).is_dir():
         raise ValueError(f"{folder} is a standalone checkpoint with a base of its own: save the adapter elsewhere.")
 
 
 def load_base(name_or_path, auto_class, **kwargs):
-    """A base from its checkpoint; from safetensors only, unless `use_safetensors=False` allows pickled weights. Its
-    config remembers the commit (`_commit_hash`, which transformers itself sets no longer)."""
-    kwargs["use_safetensors"] = kwargs.get("use_safetensors", True) or None  # False would refuse safetensors
+    """A base from its checkpoint; its config remembers the commit, `_commit_hash`, as transformers does no longer."""
     kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # of `None` transformers asks at a prompt
-    check_not_distributed(kwargs)
     check_no_adapter(name_or_path, kwargs)
     shared = {key: kwargs[key] for key in SHARED_HUB_KWARGS if key in kwargs}
     kwargs["revision"] = resolve_revision(name_or_path, kwargs.pop("revision", None), **shared)
     try:
-        base, loading = auto_class.from_pretrained(name_or_path, **{**kwargs, "output_loading_info": True})
+        base = load_whole("base", auto_class, name_or_path, **kwargs)
     except ValueError as error:
-        if "Unrecognized configuration class" in str(error):
-            if auto_class is AutoModelForCausalLM:  # a language model inside a multimodal one
-                return load_base(name_or_path, AutoModelForImageTextToText, **kwargs)
-            raise ValueError(
-                f"base={name_or_path!r} is no causal LM: transformers has no causal head for it."
-            ) from error
-        raise
-    missing = sorted(loading["missing_keys"])
-    if missing:  # transformers would go on with random values in their place
-        raise ValueError(f"base={name_or_path!r} is incomplete or no causal LM: it lacks {', '.join(missing[:8])}.")
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        if auto_class is AutoModelForCausalLM:  # a language model inside a multimodal one
+            return load_base(name_or_path, AutoModelForImageTextToText, **kwargs)
+        raise ValueError(f"base={name_or_path!r} is no causal LM: transformers has no causal head for it.") from error
     if isinstance(kwargs["revision"], ResolvedRevision):
         base.config._commit_hash = kwargs["revision"].resolved
     return base
@@ -169,8 +149,7 @@ def load_base(name_or_path, auto_class, **kwargs):
 
 def check_no_adapter(name_or_path, options):
     """Refuses an adapter in the place of a base, before it is loaded: its own base might be itself, without end."""
-    names = (*SHARED_HUB_KWARGS, "revision", "subfolder")
-    hub = {name: options[name] for name in names if options.get(name) is not None}
+    hub = {name: options[name] for name in HUB_KWARGS if options.get(name) is not None}
     try:
         values, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub)
         model_type = values.get("model_type") or find_adapter_config_file(name_or_path, **hub)
@@ -181,10 +160,8 @@ def check_no_adapter(name_or_path, options):
     if model_type == "moextend":
         raise ValueError(f"base={str(name_or_path)!r} is extended already: it is an adapter. Pass base=<its base>.")
     if model_type and model_type.endswith(ADAPTER_CONFIG_NAME):
-        raise ValueError(
-            f"base={str(name_or_path)!r} is a PEFT adapter and no model: pass the model that it was trained on, with "
-            "it merged (merge_and_unload()) or without."
-        )
+        name = str(name_or_path)
+        raise ValueError(f"base={name!r} is a PEFT adapter and no model: merge it into its own (merge_and_unload()).")
 
 
 def is_multimodal(config):
@@ -194,8 +171,7 @@ def is_multimodal(config):
 
 def auto_class_for(config, auto_class):
     """The auto class of a base with a causal head: multimodal ones have one of their own."""
-    own = auto_class is AutoModelForCausalLM and is_multimodal(config)
-    return AutoModelForImageTextToText if own else auto_class
+    return AutoModelForImageTextToText if auto_class is AutoModelForCausalLM and is_multimodal(config) else auto_class
 
 
 @contextlib.contextmanager

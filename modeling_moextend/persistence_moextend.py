@@ -25,8 +25,7 @@ from .validation_moextend import GENERATION, is_generation, short
 UNLOADED = ("_from_auto", "adapter_kwargs", "output_loading_info")  # keywords that are not for the base
 PUSH_KWARGS = ("repo_id", "token", "private", "revision", "create_pr", "commit_message", "commit_description")
 PUSH_KWARGS += ("card", "report", "shift", "tags")
-# What transformers' own save_pretrained takes and an adapter has no use for.
-IGNORED_KWARGS = ("state_dict", "save_function", "safe_serialization", "variant")
+IGNORED_KWARGS = ("state_dict", "save_function", "safe_serialization", "variant")  # of transformers' save_pretrained
 IGNORED_KWARGS += ("save_peft_format", "save_original_format")
 Parts = str | os.PathLike | PreTrainedModel  # where a base or encoder lies, or the loaded model
 PUBLISHING = "Publishing (save_pretrained to a folder works without)"
@@ -39,13 +38,8 @@ class Persistence:
 
     @classmethod
     def from_base(cls, base: Parts, extended_layers: dict[int, list[int]] | None = None, **options) -> Self:
-        """Attaches new experts, and an encoder, to a pretrained MoE causal LM that was never extended.
-
-        `base`: Hub id, folder, or a loaded model; `extended_layers`: decoder layer index -> source experts, one new
-        expert for each; `options`: see `modeling_moextend.attaching.from_base`, of the package.
-        """
-        attaching = from_package("attaching", "Extending a base that was never extended")
-        return attaching.from_base(cls, base, extended_layers, **options)
+        """Extends a new base by {decoder layer: [source experts]}: `attaching.from_base`, of the package, says all."""
+        return from_package("attaching", "Extending a new base").from_base(cls, base, extended_layers, **options)
 
     def detach(self) -> PreTrainedModel:
         """Takes all adapters off and returns the base, bit for bit what it was."""
@@ -67,20 +61,17 @@ class Persistence:
         adapter_name: str = DEFAULT,
         **kwargs,
     ) -> Self:
-        """Loads base and encoder (from safetensors) and puts the adapter on top.
+        """Loads base and encoder (from safetensors) and puts the adapter on top, a folder or Hub id.
 
         Args:
-            pretrained_model_name_or_path: the adapter's folder or Hub id.
             base, encoder: where they lie, if elsewhere than the config says; or loaded models.
             check_base: `False` loads onto another base than the adapter was made on (its fingerprint differs).
             check_trained_on: `False` loads an adapter without those that it was trained on top of.
             adapter_name: what the adapter is called in this model, where more are to come.
             **kwargs: to the base's `from_pretrained`.
 
-        Raises:
-            OSError: no adapter there, or the base or encoder can't be found.
-            ValueError: a damaged file, missing, unexpected or misshapen tensors (all named), another base, or an
-                adapter that was trained on top of others.
+        `OSError`: adapter, base or encoder can't be found; `ValueError`: a damaged file, tensors that do not fit (all
+        named), another base, adapters missing that it was trained on top of.
         """
         name_or_path = pretrained_model_name_or_path
         hub = {key: value for key in HUB_KWARGS if (value := kwargs.pop(key, None)) is not None}
@@ -88,12 +79,10 @@ class Persistence:
         own_config = stored.config_for_loading()  # the header's wins over config.json
         if check_trained_on:
             check_dependencies(own_config, {}, name_or_path)
-        options = {key: value for key, value in kwargs.items() if key not in UNLOADED}
+        called = {name: getattr(config, f"_{name}", None) for name in CALLERS}  # where AutoModel has put these
+        options = {key: value for key, value in called.items() if value is not None}
+        options |= {key: value for key, value in kwargs.items() if key not in UNLOADED}
         options |= {key: hub[key] for key in SHARED_HUB_KWARGS if key in hub}
-        for name in CALLERS:  # AutoModel has moved these into the config
-            value = getattr(config, f"_{name}", None)
-            if value is not None:
-                options.setdefault(name, value)
         location = name_or_path, hub
         parts = load_parts(own_config, base, encoder, cls.auto_base_class, check_base, options, location)
         own_config.name_or_path = str(name_or_path)
@@ -117,22 +106,19 @@ class Persistence:
         push_to_hub: bool = False,
         **kwargs,
     ) -> None:
-        """Writes one adapter: config.json, moextend_adapter.safetensors, the shipped code. Never a base tensor.
-
-        Where parameters are sharded (FSDP2), every process calls this, with `is_main_process` true on one of them.
+        """Writes one adapter: config.json, moextend_adapter.safetensors, the shipped code. Never a base tensor. Where
+        parameters are sharded (FSDP2), every process calls this, with `is_main_process` true on one of them.
 
         Args:
             adapter_name: which one; default: the one that trains, or the only active one.
             adapter_dtype: dtype or its name for the new tensors in the file; default: the base's; in a checkpoint of
                 transformers' `Trainer` or a trainer of TRL's, float32, so that the run can go on from it.
             with_code: `False` leaves the code out, as in the checkpoints of a run: the package loads the folder then.
-            max_shard_size, push_to_hub, **kwargs: as in transformers (`repo_id`, `token`, `private`, ...).
+            max_shard_size, push_to_hub, **kwargs: as in transformers; an unknown one is a `TypeError`.
 
         Raises:
-            ValueError: the folder is the base's or the encoder's, which would lose its config.json; no name where
-                several adapters are active; NaN or infinity in a tensor, as stored; a base or encoder that has
-                changed since it was loaded, all names.
-            TypeError: an unknown argument.
+            ValueError: the folder is the base's or the encoder's; no name where several adapters are active; NaN or
+                infinity in a tensor, as stored; a base or encoder that has changed since it was loaded.
         """
         folder, writes = Path(save_directory), kwargs.pop("is_main_process", True)
         check_keywords("save_pretrained", kwargs, (*PUSH_KWARGS, *IGNORED_KWARGS))
@@ -165,8 +151,8 @@ class Persistence:
         return [name for name, tensor in self.state_dict(keep_vars=True).items() if id(tensor) in own]
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], *args, **kwargs) -> NamedTuple:
-        """As in PyTorch. Tensors by role, as in an adapter's file and `get_adapter_state_dict`, replace those of the
-        adapter that trains: all of them, or `ValueError`. `Trainer` reads its checkpoints so."""
+        """As in PyTorch; tensors by role, as in an adapter's file, replace those of the adapter that trains: all of
+        them, or `ValueError`. `Trainer` reads its checkpoints so."""
         if not any(name.startswith(("layers.", "gate.", "projector.")) for name in state_dict):
             return super().load_state_dict(state_dict, *args, **kwargs)
         live = self.adapter_tensors()

@@ -4,22 +4,19 @@ Adapters are shared, so a config may be damaged, or made to do harm: to run code
 """
 
 import base64
-import binascii
 import os
 import re
 import reprlib
 
 import torch
 from transformers import GenerationConfig
+from transformers.activations import ACT2FN
 
 from .routing_moextend import SCORES, Rule
 
 FINGERPRINT_SIZE = 1024
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 NESTED_COUNT = 10**6  # no base has more layers, heads, experts or labels; some configs make a list that long
-
 PLAIN_NAME = re.compile(r"\w[\w.-]*")  # of a folder: no dot in front, so neither hidden nor "..", and no separator
-
 SHORT = reprlib.Repr()  # for messages: what was given may be huge
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 200
 SHORT.maxlist = SHORT.maxtuple = SHORT.maxdict = 16
@@ -30,31 +27,26 @@ def is_name(value):
     return isinstance(value, str) and 0 < len(value) <= 4096 and value.isprintable()
 
 
-def is_flag(value):
-    return isinstance(value, bool)
-
-
-def is_mapping(value):
-    return isinstance(value, dict)
-
-
 def is_whole(low, high):
     """A test for integers from `low` to `high`; `True` and `False` are none."""
-    return lambda value: isinstance(value, int) and not is_flag(value) and low <= value <= high
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def one_of(*allowed):
+    return lambda value: value in allowed, f"one of {', '.join(map(repr, allowed))}"
 
 
 def is_fingerprint(value):
     try:
         return isinstance(value, str) and len(base64.b64decode(value, validate=True)) == 4 * FINGERPRINT_SIZE
-    except (binascii.Error, ValueError):
+    except ValueError:
         return False
 
 
 def is_rule(value):
-    """Whether `Rule(**value)` is a rule whose fields have their types."""
-    if not is_mapping(value) or not set(Rule._fields) - set(Rule._field_defaults) <= set(value) <= set(Rule._fields):
+    fields, small = set(Rule._fields), is_whole(-(2**53), 2**53)
+    if not isinstance(value, dict) or not fields - set(Rule._field_defaults) <= set(value) <= fields:
         return False
-    small = is_whole(-(2**53), 2**53)
     for name, field in value.items():
         forms = (field, float(field)) if small(field) else (field,)  # JSON may write 1.0 or 1
         if not any(isinstance(form, Rule.__annotations__[name]) for form in forms):
@@ -65,7 +57,7 @@ def is_rule(value):
 def is_trained_on(value):
     texts = {"name": str, "fingerprint": str | None, "name_or_path": str | None}
     return isinstance(value, list) and all(
-        is_mapping(entry)
+        isinstance(entry, dict)
         and {"name", "fingerprint"} <= set(entry) <= set(texts)
         and all(isinstance(text, texts[key]) for key, text in entry.items())
         for entry in value
@@ -75,7 +67,7 @@ def is_trained_on(value):
 def is_generation(value):
     """Whether these are entries for a `GenerationConfig`: what of them has a meaning, transformers knows."""
     kinds = str | int | float | list | None
-    return is_mapping(value) and not any(
+    return isinstance(value, dict) and not any(
         hides(name, GenerationConfig) or name.startswith("_") or not isinstance(entry, kinds)
         for name, entry in value.items()
     )
@@ -83,8 +75,8 @@ def is_generation(value):
 
 NAME = (is_name, "a text of 1 to 4096 printable characters")
 PLACE = (lambda value: value == "" or is_name(os.fspath(value) if isinstance(value, os.PathLike) else value), NAME[1])
-FLAG = (is_flag, "true or false")
-MAPPING = (is_mapping, "a mapping")
+FLAG = (lambda value: isinstance(value, bool), "true or false")
+MAPPING = (lambda value: isinstance(value, dict), "a mapping")
 FINGERPRINT = (is_fingerprint, f"{FINGERPRINT_SIZE} float32 values in base64")
 SUBFOLDER = (
     lambda value: isinstance(value, str) and all(PLAIN_NAME.fullmatch(part) for part in value.split("/")),
@@ -97,29 +89,40 @@ DTYPE = (
     "the name of a torch dtype",
 )
 LABELS = (
-    lambda value: is_mapping(value) and all(str(key).isdecimal() and len(str(key)) < 10 for key in value),
+    lambda value: isinstance(value, dict) and all(str(key).isdecimal() and len(str(key)) < 10 for key in value),
     "a mapping of integers",
 )
-IMPLEMENTATION = (lambda value: is_mapping(value) or is_name(value), "a name, or a mapping to names")
-
+IMPLEMENTATION = (lambda value: isinstance(value, dict) or is_name(value), "a name, or a mapping to names")
 GENERATION = (is_generation, "a mapping of a GenerationConfig's entries to texts, numbers, true, false, or lists")
 
-OWN = {  # entry -> (test, what passes it, in words); the others have a function in configuration_moextend.py
-    "base_model_name_or_path": NAME,
-    "base_model_revision": NAME,
-    "base_fingerprint": FINGERPRINT,
-    "encoder_name_or_path": NAME,
-    "encoder_fingerprint": FINGERPRINT,
-    "encoder_select_layer": (is_whole(-1000, 1000), "an integer"),
-    "image_token_id": (is_whole(-(2**31), 2**31 - 1), "an integer of 32 bits"),
-    "calibration_hidden_size": SIZE,
-    "gate_hidden_size": SIZE,
-    "base_subfolder": SUBFOLDER,
-    "encoder_subfolder": SUBFOLDER,
-    "generation_config": GENERATION,
-    "trained_on": (is_trained_on, 'a list of {"name": ..., "fingerprint": ...}, one for each adapter that was below'),
-    "routing_rule": (is_rule, f"a mapping with fields of a routing rule ({', '.join(Rule._fields)})"),
+FORMED = (lambda value: True, "what a function of configuration_moextend.py makes of it")
+
+OWN = {  # entry -> default (what a config without it means), test, what passes it, in words
+    "base_model_name_or_path": (None, *NAME),  # Hub id or folder of the base
+    "base_model_revision": (None, *NAME),  # commit the adapter was made on
+    "base_fingerprint": (None, *FINGERPRINT),  # 1,024 base values at fixed indices, float32, base64
+    "text_config": (None, *FORMED),  # the base's whole config, unchanged
+    "encoder_name_or_path": (None, *NAME),  # CLIP or SigLIP vision checkpoint; `None` for text only
+    "encoder_config": (None, *FORMED),  # the encoder's vision config
+    "encoder_fingerprint": (None, *FINGERPRINT),  # like `base_fingerprint`
+    "encoder_select_layer": (-2, is_whole(-1000, 1000), "an integer"),  # its hidden state (LLaVA-1.5: -2)
+    "encoder_select_feature": ("patch", *one_of("patch", "full")),  # "patch" drops the class token
+    "projector_hidden_act": ("gelu", *one_of(*sorted(ACT2FN))),  # between the projector's two linear layers
+    "image_token_id": (None, is_whole(-(2**31), 2**31 - 1), "an integer of 32 bits"),  # may lie past the embedding
+    "extended_layers": (None, *FORMED),  # {decoder layer index: [source expert of each new expert]}
+    "scope": ("all", *one_of("all", "modality", "gate")),  # who may use new experts: see scope_moextend.py
+    "selection": ("compete", *one_of("compete", "exclusive")),  # one top-k over old and new rows (the paper), or not
+    "calibration": ("all", *one_of("all", "routed", "none")),  # "all": the paper's
+    "calibration_hidden_size": (16, *SIZE),  # inner width of the calibration
+    "gate_hidden_size": (64, *SIZE),  # width D of the gate
+    "gate_threshold": (0.0, *FORMED),  # the gate lets a token through when its routing margin is above this
+    "routing_rule": (None, is_rule, f"a mapping with fields of a routing rule ({', '.join(Rule._fields)})"),
+    "trained_on": (None, is_trained_on, 'a list of {"name": ..., "fingerprint": ...}, one for each adapter below'),
+    "base_subfolder": (None, *SUBFOLDER),  # where it lies in the adapter's own folder, if it came along
+    "encoder_subfolder": (None, *SUBFOLDER),
+    "generation_config": (None, *GENERATION),  # what of the model's `GenerationConfig` is not the base's
 }
+DEFAULTS = {name: default for name, (default, *_) in OWN.items()}
 INHERITED = {  # what a config of transformers has beside its own; the two implementations only where a call gives them
     **dict.fromkeys(("_name_or_path", "name_or_path"), PLACE),
     **dict.fromkeys(("attn_implementation", "experts_implementation"), IMPLEMENTATION),
@@ -129,14 +132,14 @@ INHERITED = {  # what a config of transformers has beside its own; the two imple
     **dict.fromkeys(("is_encoder_decoder", "output_attentions", "output_hidden_states", "return_dict"), FLAG),
     "architectures": (lambda value: isinstance(value, (list, tuple)) and all(map(is_name, value)), "a list of names"),
     "id2label": LABELS,
-    "model_type": (lambda value: value == "moextend", "'moextend'"),
-    "problem_type": (lambda value: value in PROBLEM_TYPES, f"one of {PROBLEM_TYPES}"),
-    "quantization_config": (lambda value: is_mapping(value) or hasattr(value, "to_dict"), "a mapping"),
+    "model_type": one_of("moextend"),
+    "problem_type": one_of("regression", "single_label_classification", "multi_label_classification"),
+    "quantization_config": (lambda value: isinstance(value, dict) or hasattr(value, "to_dict"), "a mapping"),
     "tie_word_embeddings": FLAG,
     "transformers_version": NAME,
 }
-ENTRIES = OWN | INHERITED
-REQUIRED = ("encoder_select_layer", "calibration_hidden_size", "gate_hidden_size", "model_type", "num_labels")
+ENTRIES = {name: (test, words) for name, (_, test, words) in OWN.items()} | INHERITED
+REQUIRED = {"model_type", "num_labels", *(name for name, default in DEFAULTS.items() if default is not None)}
 
 
 def problems_of(entries, config_class):
@@ -154,11 +157,10 @@ def problems_of(entries, config_class):
 
 def nested_problems(entries, config_class):
     """The same for the config of a base or encoder, whose entries are transformers' own to know."""
-    count = is_whole(-NESTED_COUNT, NESTED_COUNT)
     problems = [
         f"{name}={short(value)} is no number that a model could have."
         for name, value in entries.items()
-        if name.startswith(("num_", "n_")) and isinstance(value, int) and not is_flag(value) and not count(value)
+        if name.startswith(("num_", "n_")) and type(value) is int and abs(value) > NESTED_COUNT
     ]
     methods = [name for name in entries if name.startswith("__") or callable(getattr(config_class, name, None))]
     return problems + [f"{short(name)} can't be an entry: a config has a method of that name." for name in methods]

@@ -1,7 +1,5 @@
 """Vision: a frozen encoder and a projector put image features where the image tokens stand (LLaVA-1.5).
 
-Generation is the base's own; here is which images belong to which pass, item and column of scores.
-
 Letters: B items, S tokens, I images in the batch, P features an image, H hidden size of the base, D of the encoder.
 """
 
@@ -40,9 +38,8 @@ class Projector(nn.Module):
 
 @contextlib.contextmanager
 def projector_tied(embedding, projector):
-    """Inside the block, token embeddings [B, S, H] are tied to a projector that trains, with gradient zero: a batch
-    without images gives it gradients through every layer, as one with images does on another process. Sharded layers
-    are gathered again for backward by all processes or by none."""
+    """Inside the block, token embeddings are tied to a projector that trains, with gradient zero: sharded layers are
+    gathered for backward by all processes or by none, whether their batch has images or not."""
     trained = [] if projector is None or not torch.is_grad_enabled() else list(projector.parameters())
     if not any(parameter.requires_grad for parameter in trained):
         yield
@@ -61,13 +58,18 @@ def load_encoder(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
     config = as_config(values)
     config = getattr(config, "vision_config", config)
     check_encoder(name_or_path, config.model_type or values["model_type"])  # an unknown config has none
-    kwargs["use_safetensors"] = kwargs.get("use_safetensors", True) or None  # None: pickled if there is nothing else
-    kwargs |= {"config": config, "trust_remote_code": False, "output_loading_info": True}
-    encoder, loading = AutoModel.from_pretrained(name_or_path, **kwargs)
-    missing = sorted(loading["missing_keys"])
+    kwargs |= {"config": config, "trust_remote_code": False}
+    return load_whole("encoder", AutoModel, name_or_path, **kwargs).requires_grad_(False).eval()
+
+
+def load_whole(role, auto_class, name_or_path, **kwargs):
+    """A model from safetensors only, unless `use_safetensors=False` allows pickled weights, with none missing."""
+    kwargs["use_safetensors"] = kwargs.get("use_safetensors", True) or None  # False would refuse safetensors
+    model, loading = auto_class.from_pretrained(name_or_path, **{**kwargs, "output_loading_info": True})
+    missing = ", ".join(sorted(loading["missing_keys"])[:8])
     if missing:  # transformers would go on with random values in their place
-        raise ValueError(f"encoder={str(name_or_path)!r} is incomplete: it lacks {', '.join(missing[:8])}.")
-    return encoder.requires_grad_(False).eval()
+        raise ValueError(f"{role}={str(name_or_path)!r} is incomplete, or no model of the kind: it lacks {missing}.")
+    return model
 
 
 def vision_tower(model: PreTrainedModel) -> PreTrainedModel:
@@ -80,7 +82,6 @@ def vision_tower(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def check_encoder(given, model_type):
-    """Refuses what is no CLIP or SigLIP vision model."""
     if model_type not in VISION_MODEL_TYPES:
         raise ValueError(
             f"encoder={given!r} is a {model_type!r} model; an encoder must be a CLIP or SigLIP vision model "
@@ -130,11 +131,8 @@ def images_per_item(input_ids, config):
 
 
 def select_images(pixel_values, input_ids, past_length, config):
-    """The images of `pixel_values` [I, 3, h, w] whose tokens come after the cached `past_length` tokens.
-
-    `input_ids` [B, S] is the whole conversation. A user who hands on a cache gives either the images of the whole
-    conversation or only the new ones; their number shows which of the two.
-    """
+    """The images of `pixel_values` [I, 3, h, w] whose tokens come after the cached `past_length` tokens. A user who
+    hands on a cache gives either the images of the whole conversation `input_ids` [B, S] or only the new ones."""
     total, new = images_per_item(input_ids, config), images_per_item(input_ids[:, past_length:], config)
     if past_length == 0 or len(pixel_values) == int(new.sum()):
         return pixel_values
@@ -149,10 +147,13 @@ def select_images(pixel_values, input_ids, past_length, config):
 
 
 def expand_images(pixel_values, input_ids, expand_size, config):
-    """[I, 3, h, w] -> [I * expand_size, 3, h, w]: each item's images repeated item by item (for beams, or several
-    returned sequences). Repeating image by image would hand beams their neighbour's images."""
+    """[I, 3, h, w] -> [I * expand_size, 3, h, w]: repeated item by item, or beams would get their neighbours'."""
     items = pixel_values.split(images_per_item(input_ids, config).tolist())
     return torch.cat([images for images in items for _ in range(expand_size)])
+
+
+def of_base(name):
+    return lambda self, *args, **kwargs: getattr(self.base, name)(*args, **kwargs)
 
 
 class ImageGenerationMixin(GenerationMixin):
@@ -164,20 +165,11 @@ class ImageGenerationMixin(GenerationMixin):
         with self.passes.using(selection=self.select_adapters(adapter_names, *prompts)):
             return super().generate(inputs, *args, **kwargs)
 
-    def _supports_default_dynamic_cache(self):
-        return self.base._supports_default_dynamic_cache()
-
-    def _prepare_cache_for_generation(self, *args, **kwargs):
-        """The base's own cache: some families bring a class of theirs."""
-        return self.base._prepare_cache_for_generation(*args, **kwargs)
-
-    def _prepare_model_inputs(self, *args, **kwargs):
-        """The base's own: some families take no `inputs_embeds`."""
-        return self.base._prepare_model_inputs(*args, **kwargs)
-
-    def _prepare_position_ids_for_generation(self, *args, **kwargs):
-        """The base's own: multimodal ones have positions of several dimensions."""
-        return self.base._prepare_position_ids_for_generation(*args, **kwargs)
+    # Some families bring a cache of their own, take no `inputs_embeds`, or have positions of several dimensions.
+    _supports_default_dynamic_cache = of_base("_supports_default_dynamic_cache")
+    _prepare_cache_for_generation = of_base("_prepare_cache_for_generation")
+    _prepare_model_inputs = of_base("_prepare_model_inputs")
+    _prepare_position_ids_for_generation = of_base("_prepare_position_ids_for_generation")
 
     def _validate_model_kwargs(self, model_kwargs):
         """Without an encoder here, the base's own: what a multimodal one takes is its affair."""
@@ -187,9 +179,8 @@ class ImageGenerationMixin(GenerationMixin):
         self, input_ids: torch.Tensor, past_key_values: Cache | None = None, pixel_values: Any = None, **kwargs
     ) -> dict:
         """The base's own preparation; images go with the pass that has their tokens, and with no other."""
-        inputs = self.base.prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, pixel_values=pixel_values, **kwargs
-        )
+        given = {"past_key_values": past_key_values, "pixel_values": pixel_values, **kwargs}
+        inputs = self.base.prepare_inputs_for_generation(input_ids, **given)
         if inputs.get("input_ids") is None or self.vision_adapter is None:
             return inputs
         config = self.vision_adapter.config
@@ -204,14 +195,13 @@ class ImageGenerationMixin(GenerationMixin):
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Repeats items for beams; images are per image, not per item, and are repeated with their item."""
+        given = expand_size, is_encoder_decoder, input_ids
         if self.encoder is None:  # a multimodal base knows its own images
-            return self.base._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+            return self.base._expand_inputs_for_generation(*given, **model_kwargs)
         pixel_values = model_kwargs.pop("pixel_values", None)
         if pixel_values is not None and expand_size > 1 and self.vision_adapter is not None:
             pixel_values = expand_images(pixel_values, input_ids, expand_size, self.vision_adapter.config)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
-        )
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(*given, **model_kwargs)
         if pixel_values is not None:
             model_kwargs["pixel_values"] = pixel_values
         return input_ids, model_kwargs
@@ -240,17 +230,15 @@ class ImageGenerationMixin(GenerationMixin):
 def check_processors(generation_config, negative_prompt_ids, past_head):
     """Refuses, by name, what generates without the prompt's images, or looks image tokens up past the head."""
     scale, penalty = generation_config.guidance_scale, generation_config.encoder_repetition_penalty
-    blind = {"guidance_scale": scale not in (None, 1), "negative_prompt_ids": negative_prompt_ids is not None}
-    out_of_range = {
-        "encoder_repetition_penalty": penalty not in (None, 1),
-        "encoder_no_repeat_ngram_size": bool(generation_config.encoder_no_repeat_ngram_size),
-    }
-    used = [name for name, given in (blind | (out_of_range if past_head else {})).items() if given]
+    size = generation_config.encoder_no_repeat_ngram_size
+    given = {"guidance_scale": scale not in (None, 1), "negative_prompt_ids": negative_prompt_ids is not None}
+    given |= {"encoder_repetition_penalty": past_head and penalty not in (None, 1)}
+    given |= {"encoder_no_repeat_ngram_size": past_head and bool(size)}
+    used = [name for name in given if given[name]]
     if used:
         raise ValueError(
-            f"{' and '.join(used)} cannot be used in generate with images: guidance runs the model without the "
-            "prompt's images, and encoder_... looks up the scores of the prompt's tokens, where an image token past "
-            "the vocabulary has none. Leave it out."
+            f"{' and '.join(used)} cannot be used in generate with images: guidance runs the model without them, and "
+            "encoder_... looks up scores of the prompt's tokens, of which an image token past the vocabulary has none."
         )
 
 

@@ -26,6 +26,8 @@ from modeling_moextend.adapter_file_moextend import FILE, INDEX, read_adapter, t
 from modeling_moextend.tensors_moextend import fingerprint, same_fingerprint
 from modeling_moextend.tools.base_weights import BASE_DTYPES, Checkpoint, Unusable
 from modeling_moextend.tools.hashes import base_tensors_hash
+from modeling_moextend.tools.inspection import read_headers
+from modeling_moextend.tools.tensor_files import read_header, read_tensor
 from modeling_moextend.training.resuming import load_adapter_tensors
 
 PLAN = {1: [0], 3: [2, 5]}
@@ -281,17 +283,17 @@ def test_tensors_of_two_states_of_a_file_are_never_mixed(change, saved):
     _, folder = saved
     path, raw = folder / FILE, (folder / FILE).read_bytes()
     with open(path, "rb") as file:
-        header = adapter_file_moextend.read_header(file)
-        assert adapter_file_moextend.read_tensor(file, header, "layers.1.router.weight").shape == (1, 32)
+        header = read_header(file)
+        assert read_tensor(file, header, "layers.1.router.weight").shape == (1, 32)
         time.sleep(0.01)  # some file systems count in hundredths of a second
         if change == "replaced":  # by rename, as we save: what is open is whole
             (folder / "other").write_bytes(bytes(len(raw)))
             os.replace(folder / "other", path)
-            assert adapter_file_moextend.read_tensor(file, header, "layers.3.router.weight").shape == (2, 32)
+            assert read_tensor(file, header, "layers.3.router.weight").shape == (2, 32)
             return
         path.write_bytes({"cut": raw[:-1], "longer": raw + b"\0", "same size": bytes(len(raw))}[change])
         with pytest.raises(ValueError, match="it was overwritten while it was read"):
-            adapter_file_moextend.read_tensor(file, header, "layers.3.router.weight")
+            read_tensor(file, header, "layers.3.router.weight")
 
 
 def test_a_checkpoint_that_is_overwritten_after_it_was_opened_is_refused(tmp_path):
@@ -348,8 +350,10 @@ def test_a_header_that_does_not_fit_its_file_is_refused(name, tmp_path):
     }
     text = json.dumps({"__metadata__": {"moextend_format": "1"}, **entries}).encode()
     (tmp_path / FILE).write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
-    with pytest.raises(ValueError, match=f"{FILE} is damaged or truncated.*Nothing was loaded") as error:
+    with pytest.raises(ValueError, match=f"{FILE} is damaged or truncated.*Nothing was loaded"):
         read_adapter(tmp_path)
+    with pytest.raises(ValueError, match=f"{FILE} is damaged or truncated.*Nothing was loaded") as error:
+        read_headers(tmp_path, {})
     assert re.search(message, str(error.value)), error.value
 
 
@@ -394,7 +398,9 @@ def test_shards_of_two_adapters_are_never_mixed(tmp_path):
         extended(seed=seed).save_pretrained(tmp_path / str(seed), max_shard_size="5KB")
     ours, theirs = (sorted((tmp_path / str(seed)).glob("moextend_adapter-*")) for seed in (0, 1))
     shutil.copyfile(theirs[0], ours[0])
-    with pytest.raises(ValueError, match=f"The adapter is damaged: .* is of another save than .*{ours[0].name}"):
+    with pytest.raises(
+        ValueError, match=f"The adapter is damaged or truncated: .* is of another save than .*{ours[0].name}"
+    ):
         MoExtendForCausalLM.from_pretrained(tmp_path / "0", base=make_base())
 
 
@@ -491,7 +497,7 @@ def test_no_flipped_byte_of_the_data_gets_through(saved):
         damaged = bytearray(raw)
         damaged[place] ^= 0x10
         (folder / FILE).write_bytes(damaged)
-        assert_untouched(folder, "The adapter is damaged: its tensors do not match the checksum")
+        assert_untouched(folder, "The adapter is damaged or truncated: its tensors do not match the checksum")
 
 
 def test_a_missing_tensor_is_named(saved):
@@ -537,7 +543,7 @@ def test_a_newer_format_is_refused_by_name(saved):
 def test_other_safetensors_files_are_refused(saved, metadata):
     _, folder = saved
     save_file({"a": torch.zeros(1)}, folder / FILE, metadata)
-    assert_untouched(folder, "is damaged or no MoExtend adapter")
+    assert_untouched(folder, "is damaged or truncated: its header lacks .*no MoExtend adapter")
 
 
 def test_a_header_without_checksums_is_read(saved):

@@ -621,7 +621,7 @@ def test_the_config_that_leads_has_the_bases_implementations(made):
 
 def test_two_pairs_of_eyes_do_not_look_at_one_batch(made, tmp_path):
     model = load(made, ("a", SEEING), ("b", SEEING))
-    with pytest.raises(ValueError, match=r"Adapters \['a', 'b'\] have an encoder each; the images of one batch"):
+    with pytest.raises(ValueError, match=r"Adapters \['a', 'b'\] have an encoder each, and the images of a batch"):
         model(**inputs(), adapter_names=["a", "a", "b", "b"])
 
 

@@ -224,7 +224,7 @@ def test_an_adapter_that_no_token_selects_gets_gradients_of_zero():
         ({**COMPETE, "calibration": "routed"}, r"Adapters \['b'\] are calibrated for their own new experts"),
         ({"extended_layers": {9: [0]}}, r"Layers \[9\] are not MoE layers of this base"),
         ({"extended_layers": {}}, "Nothing to add"),
-        ({"scope": "some"}, "scope='some' is not known"),
+        ({"scope": "some"}, "scope='some' must be one of"),
         ({"adapter_name": "default"}, "An adapter 'default' is loaded already"),
     ],
     ids=str,

@@ -68,7 +68,7 @@ def test_a_layer_that_is_no_moe_layer_is_refused_with_a_list_of_those_that_are()
 
 def test_a_model_whose_layers_are_all_dense_is_refused():
     dense = AutoModelForCausalLM.from_config(small_config("qwen3_moe", mlp_only_layers=[0, 1]))
-    with pytest.raises(ValueError, match="Qwen3MoeModel has no MoE layers"):
+    with pytest.raises(ValueError, match="Qwen3MoeModel \\(qwen3_moe\\) has no MoE layers"):
         MoExtendForCausalLM.from_base(dense, {0: [0]})
 
 
@@ -87,10 +87,10 @@ def test_an_extension_by_nothing_is_refused(plan):
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        ([1, 2], "must map layers to source experts"),
+        ([1, 2], "must map a layer index to a list of source experts"),
         ({"first": [1]}, "must map a layer index to a list of source experts"),
         ({1: 3}, "must map a layer index to a list of source experts"),
-        ({1: []}, r"names no source expert for layers \[1\]"),
+        ({1: []}, r"no source expert for layers \[1\]"),
     ],
 )
 def test_a_misshapen_plan_is_refused(plan, message):
@@ -123,16 +123,16 @@ def test_a_folder_whose_model_has_no_causal_head_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["MixtralModel", "MixtralForSequenceClassification"])
 def test_a_folder_that_holds_no_language_model_head_is_refused(name, tmp_path):
     no_causal_lm()[name]().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is incomplete or no causal LM: it lacks lm_head.weight"):
+    with pytest.raises(ValueError, match="is incomplete, or no model of the kind: it lacks lm_head.weight"):
         MoExtendForCausalLM.from_base(str(tmp_path), {0: [0]})
 
 
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"scope": "some"}, "scope='some' is not known; allowed: 'all', 'modality'"),
-        ({"selection": "both"}, "selection='both' is not known; allowed: 'compete', 'exclusive'"),
-        ({"calibration": "maybe"}, "calibration='maybe' is not known; allowed: 'all', 'routed', 'none'"),
+        ({"scope": "some"}, "scope='some' must be one of 'all', 'modality', 'gate'"),
+        ({"selection": "both"}, "selection='both' must be one of 'compete', 'exclusive'"),
+        ({"calibration": "maybe"}, "calibration='maybe' must be one of 'all', 'routed', 'none'"),
         ({"calibration": "all"}, "selection='exclusive' with calibration='all' has no meaning.*selection='compete'"),
         (
             {"selection": "exclusive", "calibration": "all"},
@@ -196,7 +196,7 @@ def test_a_refused_or_failed_from_base_leaves_the_models_as_they_were(monkeypatc
             MoExtendForCausalLM.from_base(base, PLAN, encoder=encoder, **choices)
         assert (shape(base), shape(encoder)) == before
 
-    fail("projector_hidden_act='nope' is not known", projector_hidden_act="nope")
+    fail("projector_hidden_act='nope' must be one of", projector_hidden_act="nope")
     fail("encoder_select_layer=9 is out of range", encoder_select_layer=9)
     monkeypatch.setattr(adapters_moextend, "Projector", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):

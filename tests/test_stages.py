@@ -386,7 +386,7 @@ def test_whoever_stops_a_run_is_told_where_and_how_to_go_on(folders, monkeypatch
     [
         ({"calibration": "all"}, "selection='exclusive' with calibration='all' has no meaning"),
         ({"scope": "modality"}, "scope='modality' needs an encoder"),
-        ({"selection": "both"}, "selection='both' is not known"),
+        ({"selection": "both"}, "selection='both' must be one of"),
     ],
     ids=str,
 )

@@ -15,7 +15,7 @@ from ..loading_moextend import ENCODER_KWARGS, SHARED_HUB_KWARGS, load_base, und
 from ..tools.places import check_location
 from ..validation_moextend import is_generation
 from .choices import routing_choices
-from .layouts import check_request
+from .layouts import check_quantised, check_request
 from .parts import identity, load_new_encoder
 from .rules import check_family
 from .selfcheck import self_checked
@@ -69,8 +69,6 @@ def from_base(
     loaded = isinstance(base, PreTrainedModel)
     if not loaded:
         check_source("The base", base)
-        if os.path.isfile(base):
-            raise ValueError(f"The base {str(base)!r} is a file: give the folder that it lies in, or a Hub id.")
     elif not isinstance(encoder, str | os.PathLike):
         check_keywords("from_base", kwargs, ())
     else:
@@ -87,6 +85,7 @@ def from_base(
         if encoder is not None and not isinstance(encoder, PreTrainedModel):  # before a base that takes minutes
             check_location("encoder", encoder, **{key: kwargs[key] for key in SHARED_HUB_KWARGS if key in kwargs})
         base = load_base(base, cls.auto_base_class, **kwargs)
+    check_quantised(base)
     check_loaded(base)
     check_causal_lm(base, cls.auto_base_class)
     check_family(base.get_decoder())

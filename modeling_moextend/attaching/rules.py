@@ -18,15 +18,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..families_moextend import (
-    CORRECTION,
     MoELayer,
-    NoRule,
     asked_for,
     bias_path,
     call_router,
     close,
     family_of,
-    goes_by,
+    further_inputs,
     is_top_k,
     num_groups,
     plain_class,
@@ -43,6 +41,7 @@ from ..routing_moextend import (
     scale_logits,
     sparsemixer,
 )
+from ..tools.base_weights import CORRECTION
 
 EXPERT_SCALE = "per_expert_scale"
 SHARED = "n_shared_experts"
@@ -75,6 +74,10 @@ def check_family(decoder: nn.Module) -> None:
 
 
 # ---------------------------------------------------------------- the twin
+
+
+class NoRule(Exception):
+    """Says why a router does not work by a rule."""
 
 
 class Probe(NamedTuple):
@@ -115,7 +118,7 @@ def router_output(layer: MoELayer, router: nn.Module, tokens: torch.Tensor, args
 
     `args`: what it is called with beside hidden states.
     """
-    missing = [p.name for p in asked_for(layer.router)[len(args) :] if goes_by(p, router, tokens, args)]
+    missing = further_inputs(layer.router, router, tokens, args)
     if missing:
         raise NoRule(f"its choice also depends on {', '.join(missing)}, where a new row sees the hidden state alone")
     try:

@@ -14,10 +14,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..configuration_moextend import as_config, count_image_tokens
-from ..processing_moextend import IMAGE_TOKEN, MoExtendProcessor, check_merges, readable
+from ..configuration_moextend import MoExtendConfig, as_config
+from ..processing_moextend import IMAGE_TOKEN, MoExtendProcessor
+from .processor_files import check_merges, checked_files, readable
 
 logger = logging.get_logger(__name__)
+MoExtendProcessor.reading = staticmethod(checked_files)  # where the package is there, a stranger's files are checked
 
 GENERATION = re.compile(r"{%[-+]?\s*(?:end)?generation\s*[-+]?%}")
 
@@ -162,7 +164,8 @@ def processor_for(
             cannot render a message with an image.
     """
     encoder_config = as_config(encoder_config)
-    encoder_size = getattr(encoder_config, "vision_config", encoder_config).image_size
+    encoder_config = getattr(encoder_config, "vision_config", encoder_config)
+    encoder_size = encoder_config.image_size
     processor_size = pixel_size(image_processor)
     if processor_size is not None and processor_size != (encoder_size, encoder_size):
         raise ValueError(
@@ -173,7 +176,9 @@ def processor_for(
         image_processor,
         tokenizer,
         image_token=image_token,
-        num_image_tokens=count_image_tokens(encoder_config, select_feature),
+        num_image_tokens=MoExtendConfig(
+            encoder_config=encoder_config, encoder_select_feature=select_feature
+        ).num_image_tokens,
         chat_template=chat_template,
     )
     check_chat_template(processor.chat_template, tokenizer, image_token)

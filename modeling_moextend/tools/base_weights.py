@@ -19,19 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from ..adapter_file_moextend import (
-    DTYPES,
-    UNREADABLE,
-    FileHeader,
-    fill,
-    find_tensor,
-    read_header,
-    read_tensor,
-    shown,
-)
+from ..adapter_file_moextend import UNREADABLE, shown
 from ..configuration_moextend import MoExtendConfig
 from ..loading_moextend import SHARED_HUB_KWARGS, auto_class_for, check_no_adapter, location_of
 from ..tensors_moextend import PLAIN, named_owners, sample_values
+from .tensor_files import DTYPES, FileHeader, find_tensor, read_header, read_tensor
 
 TOKENIZER = (  # files of a tokenizer
     "tokenizer.json",
@@ -53,6 +45,7 @@ BASE_DTYPES = DTYPES | {  # by safetensors' names; torch has F8_E8M0 since 2.7
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
+CORRECTION = "e_score_correction_bias"  # what families call it that hold it in the router
 LONGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
 EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")  # the expert's number in a key that holds one expert
 
@@ -162,12 +155,9 @@ class Checkpoint:
             Unusable: as `tensor`.
         """
         self.empty(key, shape)
-        dtype, _, first = find_tensor(self.header_of(key), key, BASE_DTYPES)
-        values = torch.empty(len(indices), dtype=dtype, device="cpu")  # whatever the default device is
+        header = self.header_of(key)
         with readable(self.paths[key]), open(self.paths[key], "rb") as file:
-            for slot, index in zip(values.split(1), indices.tolist(), strict=True):
-                fill(file, self.header_of(key), first + index * dtype.itemsize, slot)
-        return values
+            return torch.stack([read_tensor(file, header, key, BASE_DTYPES, index) for index in indices.tolist()])
 
     def values(self, model: PreTrainedModel, name: str, shape: torch.Size, indices: torch.Tensor) -> torch.Tensor:
         """Single values of a parameter as `model` holds it, each read from what the checkpoint has in its place.

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, constants
@@ -13,24 +13,20 @@ from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from ..adapter_file_moextend import (
-    DTYPES,
     FILE,
     INDEX,
-    FileHeader,
     StoredAdapter,
     check_tensors,
     find_files,
-    find_tensor,
     joined,
     read_adapter,
-    read_file,
-    read_tensor,
     shards_of,
     tensor_bytes,
 )
 from ..configuration_moextend import MoExtendConfig
 from ..validation_moextend import short
 from .base_weights import unusable
+from .tensor_files import DTYPES, read_each, read_tensor, without_data
 
 ROUTING = ("scope", "selection", "calibration")
 # What huggingface_hub and torch make of a header that is no header; what the network does is none of these.
@@ -130,7 +126,7 @@ def read_headers(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) ->
     """
     if not is_local(name_or_path, hub_kwargs):
         return joined(remote_headers(name_or_path, hub_kwargs))
-    return joined({path: read_file(path, without_data) for path in find_files(name_or_path, hub_kwargs)})
+    return joined({path: read_each(path, without_data) for path in find_files(name_or_path, hub_kwargs)})
 
 
 def is_local(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> bool:
@@ -144,14 +140,8 @@ def read_not_finite(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any])
         return None
     checked = {}
     for path in find_files(name_or_path, hub_kwargs):
-        checked |= read_file(path, lambda *where: read_tensor(*where).isfinite().all())[0]
+        checked |= read_each(path, lambda *where: read_tensor(*where).isfinite().all())[0]
     return sorted(name for name, finite in checked.items() if not finite)
-
-
-def without_data(file: BinaryIO, header: FileHeader, name: str) -> torch.Tensor:
-    """A tensor of an open safetensors file, on the meta device."""
-    dtype, shape, _ = find_tensor(header, name)
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def empty(dtype: str, shape: list[int]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..compatibility_moextend import check_complete, check_known, check_together, listed_names
+from ..compatibility_moextend import check_complete, check_together, listed_names
 from ..scope_moextend import Selection
 from ..tensors_moextend import tensors_of
 from ..tools.hashes import base_tensors_hash, bytes_of
@@ -41,7 +41,7 @@ class Reference(nn.Module):
 
     def __init__(self, model: MoExtendForCausalLM, adapter_names: str | list[str] | None = None):
         super().__init__()
-        names = below_trained(model) if adapter_names is None else listed_names(adapter_names)
+        names = below_trained(model) if adapter_names is None else listed_names(adapter_names, model.adapters)
         check_names(model, names)
         self.config, self.projector = model.config, None
         adapters, seeing = dict(model.passes.current.adapters), list(names)
@@ -92,7 +92,6 @@ def below_trained(model: MoExtendForCausalLM) -> list[str]:
 def check_names(model: MoExtendForCausalLM, names: list[str]) -> None:
     """Refuses adapters that can't take part together, or that would move along with what trains."""
     adapters = model.passes.current.adapters
-    check_known(names, adapters)
     check_complete(adapters, names)
     check_together({name: adapters[name].config for name in names}, model)
     moving = [name for name in names if any(tensor.requires_grad for tensor in model.adapter_tensors(name).values())]

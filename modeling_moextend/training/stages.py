@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from ..attaching.choices import routing_choices
 from ..base_checks_moextend import check_plan
-from ..configuration_moextend import MoExtendConfig, check_routing_choices, normalise_plan
+from ..configuration_moextend import MoExtendConfig, check_choices, normalise_plan
 from ..data.files import as_text
 from ..data.llava import JSON_FILES, load_llava, read_entries
 from ..data.processors import load_processor
@@ -310,7 +310,7 @@ def change_routing(model: MoExtendForCausalLM, routing: dict[str, str]) -> None:
         )
     for name, value in changed.items():
         setattr(model.config, name, value)
-    check_routing_choices(model.config)
+    check_choices(model.config)
 
 
 def with_experts(model: PreTrainedModel, plan: dict[int, list[int]], config: StagesConfig) -> MoExtendForCausalLM:

@@ -1,0 +1,72 @@
+"""A processor's files, as a stranger may have made them: checked before transformers reads them."""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import PROCESSOR_NAME, cached_file
+
+from ..folder_moextend import check_link
+
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+AUDIO = "audio_tokenizer_config.json"
+
+
+@contextlib.contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Whatever transformers stumbles over in the block becomes one error, which says that `what` can't be loaded.
+
+    Raises:
+        OSError, ValueError: says what it was.
+    """
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        kind, text = OSError if isinstance(error, OSError) else ValueError, f"{type(error).__name__}: {error}"
+        text = "".join(filter(str.isprintable, text))
+        raise kind(f"{what} can't be loaded: save or fetch its files again. ({text})") from error
+
+
+@contextlib.contextmanager
+def checked_files(name_or_path: str | os.PathLike, **options: Any) -> Iterator[None]:
+    """Checks a processor's files before the block, which reads them; `options`: of its `from_pretrained`.
+
+    Raises:
+        OSError: no processor there.
+        ValueError: damaged files, links to elsewhere, or more than an image processor and a tokenizer.
+    """
+    hub_kwargs = {key: options[key] for key in HUB_KWARGS if options.get(key)}
+    with readable(f"The processor of {name_or_path}"):
+        check_files(name_or_path, hub_kwargs)
+        check_merges(name_or_path, hub_kwargs)
+        yield
+
+
+def check_files(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> None:
+    """Refuses a processor's files that are links to elsewhere, and those that would have another model loaded."""
+    folder = Path(name_or_path, hub_kwargs.get("subfolder") or "")
+    for path in [*folder.glob("*"), *folder.glob("*/*.jinja")] if folder.is_dir() else ():
+        if path.suffix in (".json", ".jinja", ".model", ".txt"):
+            check_link(path, name_or_path)
+    for name in (PROCESSOR_NAME, AUDIO):
+        path = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        if path is not None and (name == AUDIO or "audio_tokenizer" in json.loads(Path(path).read_text("utf-8"))):
+            raise ValueError(f"{path} asks for an audio tokenizer, and this is a processor of text and images.")
+
+
+def check_merges(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> None:
+    """Refuses a tokenizer.json that the tokenizers library ends the process over, with no error to catch: of merges
+    that lack the prefix it names."""
+    path = cached_file(name_or_path, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    text = Path(path).read_text("utf-8") if path is not None else ""
+    if re.search(r'"continuing_subword_prefix"\s*:\s*"[^"]', text):
+        model = json.loads(text)["model"]
+        merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model.get("merges") or ()]
+        if not all(second.startswith(model["continuing_subword_prefix"]) for _, second in merges):
+            raise ValueError(f"{path} has merges without its continuing_subword_prefix.")
