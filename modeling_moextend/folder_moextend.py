@@ -36,7 +36,7 @@ def all_or_nothing(folder, stale=()):
             for name, path in unfinished.items():
                 os.replace(path, folder / name)
         except (SafetensorError, OSError) as error:
-            raise OSError(f"Saving to {folder} failed ({error}). What was there before is untouched.") from error
+            raise OSError(f"It can't be saved to {folder} ({error}). What was there before is untouched.") from error
         finally:
             for path in unfinished.values():
                 path.unlink(missing_ok=True)

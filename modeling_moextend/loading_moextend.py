@@ -101,12 +101,12 @@ def load_stored(role, given, config, loader, location=None, **kwargs):
 def location_of(role, given, config, location=None):
     """Where the "base" or "encoder" of an adapter lies, (folder or Hub id, keywords for the Hub): as `given`, or in
     its own folder or repository at `location`, or where its `config` says."""
-    subfolder = getattr(config, f"{role}_subfolder")
-    name, revision = config.encoder_name_or_path, None
+    if given is not None:
+        return given, {}
+    subfolder, name, revision = getattr(config, f"{role}_subfolder"), config.encoder_name_or_path, None
     if role == "base":
         name, revision = config.base_model_name_or_path, config.base_model_revision
-    if given is not None or subfolder is None or location is None:
-        name, revision = (name, revision) if given is None else (given, None)
+    if subfolder is None or location is None:
         if name is None:
             raise ValueError(f"The adapter does not say where its {role} lies: pass {role}=<folder or Hub id>.")
         return name, {"revision": revision} if revision else {}

@@ -801,7 +801,7 @@ def test_words_of_the_extended_layers_can_be_names(made):
 def test_names_are_checked(made, tmp_path):
     model = load(made, ("a", COMPETE))
     before = sorted(model.state_dict())
-    with pytest.raises(ValueError, match=r"An adapter 'a' is loaded already; this model has \['a'\]"):
+    with pytest.raises(ValueError, match=r"An adapter 'a' is loaded already: choose another name"):
         model.load_adapter(made("b", COMPETE), adapter_name="a")
     for name in ("law.v2", "__base__", "", "keys", 3, "train", "training", "9"):
         with pytest.raises(ValueError, match="can't be the name of an adapter"):

@@ -110,13 +110,6 @@ def test_a_base_to_be_sharded_is_refused_before_anything_is_read(options):
         extend("nobody/nothing", **options)
 
 
-def test_an_adapter_refuses_a_base_to_be_sharded_as_well(tmp_path):
-    make_base().save_pretrained(tmp_path / "base")
-    extend(str(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=f"{SHARDED}: tp_plan was given"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", tp_plan="auto")
-
-
 def test_a_plain_checkpoint_is_not_quantised_on_the_way_by_asking_to_dequantise_it(tmp_path):
     make_base().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="quantised with 'fp8'.*Leave out quantization_config, in bfloat16"):
@@ -214,6 +207,14 @@ def test_a_sharded_base_is_refused(mesh):
     shard(base.model.layers[3].self_attn.q_proj, "weight", mesh)
     with pytest.raises(ValueError, match=f"{SHARDED}: the base's model.layers.3.self_attn.q_proj.weight is sharded"):
         extend(base)
+
+
+def test_an_adapter_refuses_a_sharded_base_as_well(mesh, tmp_path):
+    extend(make_base()).save_pretrained(tmp_path)
+    base = make_base()
+    shard(base.model.layers[3].self_attn.q_proj, "weight", mesh)
+    with pytest.raises(ValueError, match=f"{SHARDED}: the base's model.layers.3.self_attn.q_proj.weight is sharded"):
+        MoExtendForCausalLM.from_pretrained(tmp_path, base=base)
 
 
 def test_a_base_whose_experts_are_spread_over_processes_is_refused():

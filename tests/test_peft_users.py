@@ -150,12 +150,14 @@ def test_places_that_are_none_say_so(model, folder, tmp_path):
     for action, what in (
         (lambda place: MoExtendForCausalLM.from_base(place, PLAN), "The base"),
         (lambda place: MoExtendForCausalLM.from_base(make_base(), PLAN, encoder=place), "The encoder"),
-        (lambda place: MoExtendForCausalLM.from_pretrained(place), "The adapter"),
-        (lambda place: model.load_adapter(place, "x"), "The adapter"),
     ):
         for place in (nowhere, "./no/such", "a/b/c", ""):
             with pytest.raises(OSError, match=f"{what} '{place}' {NO_PLACE}"):
                 action(place)
+    for load in (MoExtendForCausalLM.from_pretrained, lambda place: model.load_adapter(place, "x")):
+        for place in (nowhere, "./no/such", "a/b/c", ""):
+            with pytest.raises(OSError, match=f"{place} holds no MoExtend adapter: neither"):
+                load(place)
 
 
 def test_a_hub_that_cannot_be_reached_is_no_missing_adapter(model, folder, tmp_path):

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from ..adapter_file_moextend import check_keywords, check_source
+from ..adapter_file_moextend import check_keywords
 from ..base_checks_moextend import base_rule, check_loaded, check_plan
 from ..configuration_moextend import normalise_plan
 from ..families_moextend import find_moe_layers
 from ..loading_moextend import ENCODER_KWARGS, SHARED_HUB_KWARGS, load_base, undone_on_error
-from ..tools.places import check_location
+from ..tools.places import check_location, check_place
 from ..validation_moextend import is_generation
 from .choices import routing_choices
 from .layouts import check_quantised, check_request
@@ -68,7 +68,7 @@ def from_base(
     """
     loaded = isinstance(base, PreTrainedModel)
     if not loaded:
-        check_source("The base", base)
+        check_place("The base", base)
     elif not isinstance(encoder, str | os.PathLike):
         check_keywords("from_base", kwargs, ())
     else:

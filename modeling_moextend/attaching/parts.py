@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..adapter_file_moextend import check_source
 from ..layers_moextend import input_device
 from ..loading_moextend import ENCODER_KWARGS, is_multimodal
 from ..tensors_moextend import fingerprint
+from ..tools.places import check_place
 from ..vision_moextend import load_encoder, vision_tower
 
 
@@ -25,7 +25,7 @@ def load_new_encoder(
             "base takes them."
         )
     if not isinstance(encoder, PreTrainedModel):
-        check_source("The encoder", encoder)
+        check_place("The encoder", encoder)
         options = {"dtype": base.dtype} if options is None else options
         try:
             encoder = load_encoder(encoder, **{key: options[key] for key in ENCODER_KWARGS if key in options})

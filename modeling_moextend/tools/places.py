@@ -9,6 +9,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
 
+from ..adapter_file_moextend import check_source
+
 
 def hub_id(name: str | None) -> str | None:
     """`name` if it can be a Hub id, None for nothing, a local folder or file, or anything the Hub would refuse."""
@@ -32,6 +34,18 @@ def local_paths(value: Any, entry: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, str) and len(Path(value).parts) > 2 and os.path.isabs(value):
         if entry.endswith(("path", "file", "dir")) or os.path.exists(value):
             yield entry, value
+
+
+def check_place(what: str, given: str | os.PathLike) -> None:
+    """Refuses what can be neither a folder nor a Hub id, as a place where `what` lies.
+
+    Raises:
+        ValueError: no name of either, or a file.
+        OSError: there is no such folder, and it can't be a Hub id.
+    """
+    check_source(what, given)
+    if not os.path.exists(given) and hub_id(str(given)) is None:
+        raise OSError(f"{what} {str(given)!r} is no folder here, and no Hub id like owner/name.")
 
 
 def check_location(role: str, name_or_path: str | os.PathLike, **hub_kwargs: Any) -> None:
