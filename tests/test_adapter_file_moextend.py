@@ -296,6 +296,13 @@ def test_tensors_of_two_states_of_a_file_are_never_mixed(change, saved):
             read_tensor(file, header, "layers.3.router.weight")
 
 
+def test_an_adapter_of_two_states_of_its_file_is_refused(saved, monkeypatch):
+    states = iter([(1, 0, 0), (2, 0, 0)])
+    monkeypatch.setattr(adapter_file_moextend, "state_of", lambda file: next(states))
+    with pytest.raises(ValueError, match=f"{FILE} is damaged or truncated: 'it was overwritten while it was read'"):
+        read_adapter(saved[1])
+
+
 def test_a_checkpoint_that_is_overwritten_after_it_was_opened_is_refused(tmp_path):
     make_base().save_pretrained(tmp_path)
     checkpoint, weights = Checkpoint(tmp_path), tmp_path / "model.safetensors"
