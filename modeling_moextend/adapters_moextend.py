@@ -22,6 +22,7 @@ from .compatibility_moextend import (
     select_per_item,
 )
 from .configuration_moextend import MoExtendConfig, check_threshold
+from .deltas_moextend import add_delta, find_sites, remove_deltas
 from .gate_moextend import TokenGate
 from .layers_moextend import add_experts, attach, input_device, remove_experts
 from .loading_moextend import HUB_KWARGS, fit_encoder, fit_to_base, load_encoder_of
@@ -39,12 +40,13 @@ IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_int
 
 class Adapter(nn.Module):
     """One adapter of a model: config, projector, and frozen encoder, which adapters may share. `layers`: decoder layer
-    -> `NewExperts`, modules of the base's; `depends_on`: names of the adapters on top of which it was trained."""
+    -> `NewExperts`, and `deltas`: name of a site -> `Delta`, modules of the base's; `depends_on`: names of the adapters
+    on top of which it was trained."""
 
     def __init__(self, config: MoExtendConfig, encoder: nn.Module | None = None, projector: Projector | None = None):
         super().__init__()
         self.config, self.encoder, self.projector = config, encoder, projector
-        self.layers, self.depends_on, self.encoder_values = {}, set(), snapshot(encoder)
+        self.layers, self.deltas, self.depends_on, self.encoder_values = {}, {}, set(), snapshot(encoder)
         if encoder is not None:
             encoder.requires_grad_(False)
 
@@ -71,20 +73,24 @@ class AdapterSwitch:
     def attach_adapter(self, name: str, config: MoExtendConfig, tensors: dict, encoder: nn.Module | None) -> None:
         """Attaches an adapter whose new tensors (by role, as in its file) fit; nobody uses it yet."""
         attach(self.moe_layers, self.passes, Rule(**config.routing_rule))
-        parts, projector = split_by_part(tensors), None
+        sites, projector = find_sites(config, self.get_decoder()), None
+        parts = split_by_part(tensors, sites)
         if encoder is not None:
             sizes = config.encoder_config.hidden_size, config.get_text_config().hidden_size
             projector = Projector(*sizes, config.projector_hidden_act, device="meta")
             projector.load_state_dict(parts["projector"], assign=True)
         adapter = Adapter(config, encoder, projector)
-        self.attach_layers(name, adapter, config.extended_layers, parts)
+        self.attach_layers(name, adapter, config.extended_layers, sites, parts)
         self.adapters[name] = adapter.train(self.training)
         self.passes.change(adapters={**self.passes.current.adapters, name: adapter})
 
-    def attach_layers(self, name: str, adapter: Adapter, plan: dict, parts: dict) -> None:
-        """Attaches new experts to the layers of `plan`, and the gate where it is among the `parts` of the tensors."""
+    def attach_layers(self, name: str, adapter: Adapter, plan: dict, sites: dict, parts: dict) -> None:
+        """Attaches new experts to the layers of `plan`, deltas to `sites`, and the gate where it is among the `parts`
+        of the tensors."""
         new = {layer: add_experts(self.moe_layers[layer], name, parts[layer], adapter.config) for layer in plan}
         adapter.layers = dict(sorted({**adapter.layers, **new}.items()))
+        added = {site: add_delta(site, sites[site], name, parts[site], self.passes) for site in sites}
+        adapter.deltas = {**adapter.deltas, **added}
         if "gate" in parts and adapter.layers:
             rows = adapter.layers[min(adapter.layers)].rows
             rows.gate = TokenGate(rows.weight.shape[-1], adapter.config.gate_hidden_size, device="meta")
@@ -96,6 +102,7 @@ class AdapterSwitch:
         self.passes.change(adapters=remaining)
         for layer in self.moe_layers.values():
             remove_experts(layer, name)
+        remove_deltas(self.get_decoder(), name)
         if name in self.adapters:
             del self.adapters[name]
 
@@ -133,10 +140,11 @@ class AdapterSwitch:
 
     def fitting_tensors(self, config: MoExtendConfig, stored: StoredAdapter) -> dict[str, torch.Tensor]:
         """The tensors of a `StoredAdapter`, once all of them fit, where and in the dtype they belong."""
-        check_tensors(tensor_shapes(config, self.moe_layers), stored)
+        sites = find_sites(config, self.get_decoder())
+        check_tensors(tensor_shapes(config, self.moe_layers, sites), stored)
         if names := not_finite(stored.tensors):
             logger.warning(f"The adapter holds NaN or infinity, and so may its answers: {', '.join(names[:8])}.")
-        return moved_to_layers(stored.tensors, self.moe_layers, input_device(self.base), self.base.dtype)
+        return moved_to_layers(stored.tensors, self.moe_layers, sites, input_device(self.base), self.base.dtype)
 
     def add_adapter(self, adapter_name: str = DEFAULT, *args: object, **options: object) -> None:
         """Adds a new adapter on top of the active ones: `modeling_moextend.attaching.add_adapter`, of the package."""

@@ -8,9 +8,11 @@ from typing import Self
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .validation_moextend import DEFAULTS, nested_problems, problems_of, short
+from .validation_moextend import DEFAULTS, is_whole, nested_problems, problems_of, short
 
+DELTAS = {"embedding": 0, "attention": 16, "output": 0}  # kind -> rank where none is given; 0: the whole matrix
 MAX_INDEX = 2**31
+is_rank = is_whole(0, 4096)
 AUTO_MAP = {
     "AutoConfig": "configuration_moextend.MoExtendConfig",
     "AutoModel": "modeling_moextend.MoExtendModel",
@@ -150,12 +152,25 @@ def normalise_plan(plan):
     return dict(sorted(layers))
 
 
+def normalise_deltas(deltas):
+    """`{kind: rank}` of an adapter's deltas, from such a mapping, or from kinds alone, with the ranks of `DELTAS`."""
+    deltas = {} if deltas is None else deltas
+    chosen = deltas if hasattr(deltas, "items") else {kind: DELTAS.get(kind) for kind in deltas}
+    wrong = {kind: rank for kind, rank in chosen.items() if kind not in DELTAS or not is_rank(rank)}
+    if wrong or isinstance(deltas, str):
+        raise ValueError(
+            f"deltas={short(deltas)} must be any of {', '.join(map(repr, DELTAS))}, as a list, or a mapping from "
+            "these to ranks (integers from 1 to 4096; 0 for whole matrices)."
+        )
+    return {kind: chosen[kind] for kind in DELTAS if kind in chosen}
+
+
 def check_entries(config, others):
     """Brings the entries of a new config into their form, or refuses them; `others` go to transformers."""
     entries = {**vars(config), **others}
     problems = problems_of(entries, type(config))
     forms = {"text_config": as_config, "encoder_config": as_config}
-    forms |= {"extended_layers": normalise_plan, "gate_threshold": check_threshold}
+    forms |= {"extended_layers": normalise_plan, "gate_threshold": check_threshold, "deltas": normalise_deltas}
     for name, form in forms.items():
         try:
             setattr(config, name, form(entries[name]))

@@ -273,10 +273,14 @@ def swap_class(module, new_class):
 
 
 def input_device(base):
-    """Where a base takes its token ids: offloaded embeddings lie elsewhere (on meta) between passes."""
-    embedding = base.get_input_embeddings()
-    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
-    return torch.device(embedding.weight.device if device is None else device)
+    """Where a base takes its token ids."""
+    return execution_device(base.get_input_embeddings())
+
+
+def execution_device(module):
+    """Where a module computes: offloaded weights lie elsewhere (on meta) between passes."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return torch.device(next(module.parameters()).device if device is None else device)
 
 
 def is_extended(module):

@@ -16,6 +16,7 @@ from .adapters_moextend import DEFAULT
 from .base_checks_moextend import check_in_memory
 from .compatibility_moextend import check_dependencies
 from .configuration_moextend import CALLERS
+from .deltas_moextend import remove_deltas
 from .layers_moextend import detach
 from .loading_moextend import HUB_KWARGS, SHARED_HUB_KWARGS, check_folder, load_parts, undone_on_error
 from .package_moextend import from_package
@@ -43,6 +44,7 @@ class Persistence:
 
     def detach(self) -> PreTrainedModel:
         """Takes all adapters off and returns the base, bit for bit what it was."""
+        remove_deltas(self.get_decoder())
         detach(self.get_decoder())
         for name in self.base_trainable:
             self.base.get_parameter(name).requires_grad_(True)
@@ -153,7 +155,7 @@ class Persistence:
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], *args, **kwargs) -> NamedTuple:
         """As in PyTorch; tensors by role, as in an adapter's file, replace those of the adapter that trains: all of
         them, or `ValueError`. `Trainer` reads its checkpoints so."""
-        if not any(name.startswith(("layers.", "gate.", "projector.")) for name in state_dict):
+        if not any(name.startswith(("layers.", "gate.", "projector.", "output.")) for name in state_dict):
             return super().load_state_dict(state_dict, *args, **kwargs)
         live = self.adapter_tensors()
         check_tensors({name: tensor.shape for name, tensor in live.items()}, StoredAdapter({}, dict(state_dict), {}))

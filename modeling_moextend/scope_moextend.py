@@ -35,11 +35,11 @@ class NewExperts(NamedTuple):
 
 
 class LayerPlan(NamedTuple):
-    """New experts of one layer in one pass."""
+    """New experts of one layer, or deltas of one shared layer, in one pass."""
 
-    parts: dict  # adapter name -> `NewExperts`
+    parts: dict  # adapter name -> `NewExperts`, or a delta
     spans: dict  # adapter name -> (first, stop): indices of its new experts, counted after the base's
-    idle: tuple  # experts of the adapters that do not take part
+    idle: tuple  # experts, or deltas, of the adapters that do not take part
 
 
 class Selection(NamedTuple):
@@ -85,7 +85,8 @@ class AdapterSet(NamedTuple):
 
 
 def layer_plans_of(adapters, names):
-    """Decoder layer -> `LayerPlan` of a pass with the adapters `names`; each layer that any of `adapters` extends."""
+    """Decoder layer, or name of a delta's site -> `LayerPlan` of a pass with the adapters `names`; all that any of
+    `adapters` has."""
     plans = {}
     for layer in sorted({layer for adapter in adapters.values() for layer in adapter.layers}):
         parts, spans, first = {}, {}, 0
@@ -96,6 +97,10 @@ def layer_plans_of(adapters, names):
                 first = spans[name][1]
         others = (adapter for name, adapter in adapters.items() if name not in parts and layer in adapter.layers)
         plans[layer] = LayerPlan(parts, spans, tuple(adapter.layers[layer].experts for adapter in others))
+    for site in {site for adapter in adapters.values() for site in adapter.deltas}:
+        deltas = {name: adapter.deltas[site] for name, adapter in adapters.items() if site in adapter.deltas}
+        parts = {name: deltas[name] for name in names if name in deltas}
+        plans[site] = LayerPlan(parts, {}, tuple(delta for name, delta in deltas.items() if name not in parts))
     return plans
 
 
@@ -103,12 +108,14 @@ def layer_plans_of(adapters, names):
 class PassPlan:
     """What one forward pass was started with; the layers read it."""
 
-    layers: dict  # decoder layer -> `LayerPlan`
+    layers: dict  # decoder layer, or name of a delta's site -> `LayerPlan`
     groups: tuple = ()  # as in `Selection`
     scopes: dict = field(default_factory=dict)  # adapter name -> [T] bool: tokens in its scope; not there: all tokens
     gates: dict = field(default_factory=dict)  # adapter name -> the `GatedPass` in which its gate decides
     records: dict | None = None  # filled with a `RoutingRecord` a layer where somebody listens
     selections: dict = field(default_factory=dict)  # adapter name -> how it selects
+    input_ids: torch.Tensor | None = None  # [B, S]
+    found: dict = field(default_factory=dict)  # what was asked already: of an adapter's scope, of a delta's site
 
     def scope(self, names, like):
         """[T] bool: tokens in the scope of at least one of `names`; `None`: every token of `like` [T, ...]."""
@@ -117,12 +124,23 @@ class PassPlan:
             return None
         return torch.stack([scope.to(like.device) for scope in scopes]).any(dim=0)
 
-    def takes_part(self, name):
-        """Whether its logits are needed: for a token in scope, a gradient or a record; else as if not loaded."""
+    def reaches(self, name):
+        """Whether any token of this pass is in the scope of the adapter."""
         if name in self.gates and self.gates[name].in_scope is None:
             return False  # a gate that was not asked lets no token through
         scope = self.gates[name].in_scope if name in self.gates else self.scopes.get(name)
-        return scope is None or self.records is not None or torch.is_grad_enabled() or bool(scope.any())
+        if scope is None:
+            return True
+        known, reached = self.found.get(name, (None, False))
+        if known is not scope:
+            known, reached = self.found[name] = scope, bool(scope.any())
+        return reached
+
+    def takes_part(self, name):
+        """Whether its logits are needed: for a token in scope, a gradient or a record; else as if not loaded."""
+        if name in self.gates and self.gates[name].in_scope is None:
+            return False
+        return self.records is not None or torch.is_grad_enabled() or self.reaches(name)
 
 
 class ThreadState(threading.local):
@@ -265,8 +283,14 @@ def plan_pass(passes, selection, inputs):
         parts += [served[name].to(inputs.tokens.device).unsqueeze(1).expand_as(inputs.tokens)] if served else []
         if parts:
             decided[name] = functools.reduce(torch.logical_and, parts).reshape(-1)
+    if inputs.input_ids is None and any("embedding" in extending[name].deltas for name in names):
+        raise ValueError(
+            "deltas=('embedding', ...) adds to what input_ids stand for, but only inputs_embeds was given. Pass "
+            "input_ids, or use an adapter without it."
+        )
     selections = {name: extending[name].selection for name in names}
-    plan = replace(plan, groups=selection.groups, scopes=decided, gates=gates, selections=selections)
+    decisions = {"groups": selection.groups, "scopes": decided, "gates": gates, "selections": selections}
+    plan = replace(plan, **decisions, input_ids=inputs.input_ids)
     return plan, {**state, **gates}
 
 

@@ -5,8 +5,10 @@ import base64
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .deltas_moextend import delta_shapes
 from .families_moextend import bias_path, onloaded
 from .gate_moextend import TokenGate
+from .layers_moextend import execution_device
 from .package_moextend import from_package
 from .routing_moextend import Rule
 from .validation_moextend import FINGERPRINT_SIZE
@@ -32,6 +34,8 @@ def tensors_of(adapter):
         if rows.calibration is not None:
             calibration = rows.calibration.named_parameters()
             tensors |= {f"layers.{layer}.calibration.{name}": tensor for name, tensor in calibration}
+    for site, delta in adapter.deltas.items():
+        tensors |= {f"{site}.{name}": tensor for name, tensor in delta.named_parameters()}
     if adapter.gate is not None:
         tensors |= {f"gate.{name}": tensor for name, tensor in adapter.gate.named_parameters()}
     if adapter.projector is not None:
@@ -39,8 +43,9 @@ def tensors_of(adapter):
     return tensors
 
 
-def tensor_shapes(config, layers):
-    """Name -> shape of every new tensor of an adapter with `config`, on a base with these MoE `layers`."""
+def tensor_shapes(config, layers, sites):
+    """Name -> shape of every new tensor of an adapter with `config`, on a base with these MoE `layers` and `Site`s of
+    its deltas."""
     shapes, rule = {}, Rule(**config.routing_rule)
     for index, sources in config.extended_layers.items():
         layer, num_new, prefix = layers[index], len(sources), f"layers.{index}"
@@ -53,6 +58,7 @@ def tensor_shapes(config, layers):
             wide, narrow = layer.num_experts + num_new, config.calibration_hidden_size
             sizes = {"fc1": (narrow, wide), "fc2": (wide, narrow)}
             shapes |= {f"{prefix}.calibration.{name}.weight": size for name, size in sizes.items()}
+    shapes |= delta_shapes(config, sites)
     modules, hidden_size = {}, config.get_text_config().hidden_size
     if config.scope == "gate" and config.extended_layers:
         size = shapes[f"layers.{min(config.extended_layers)}.router.weight"][-1]
@@ -69,13 +75,16 @@ def row_paths(rule):
     return {"weight": rule.rows, "bias": bias_path(rule), "scale": rule.expert_scale}
 
 
-def moved_to_layers(tensors, layers, device, dtype):
+def moved_to_layers(tensors, layers, sites, device, dtype):
     """An adapter's tensors where they belong, beside the base's, or on `device`; in `dtype` or their own, whichever is
     wider. Out of the file's map, and aligned."""
     found, lowest = {}, min((int(name.split(".")[1]) for name in tensors if name.startswith("layers.")), default=None)
     for name, tensor in tensors.items():
-        role, number, part = name.split(".")[:3]
-        if role != "projector":
+        site = sites.get(name.rpartition(".")[0])
+        role, number, part = (*name.split("."), "")[:3]
+        if site is not None:
+            device = execution_device(site.module)
+        elif role != "projector":
             layer = layers[lowest if role == "gate" else int(number)]
             with onloaded(layer.experts if part == "experts" else layer.router) as module:
                 device = next(module.parameters()).device
@@ -83,11 +92,11 @@ def moved_to_layers(tensors, layers, device, dtype):
     return found
 
 
-def split_by_part(tensors):
-    """An adapter's tensors by layer (`int`), "gate" and "projector", each by role."""
+def split_by_part(tensors, sites):
+    """An adapter's tensors by layer (`int`), name of a delta's site, "gate" and "projector", each by role."""
     parts = {}
     for name, tensor in tensors.items():
-        part, key = name.split(".", 1)
+        part, key = name.rsplit(".", 1) if name.rpartition(".")[0] in sites else name.split(".", 1)
         if part == "layers":
             part, key = key.split(".", 1)
         parts.setdefault(int(part) if part.isdecimal() else part, {})[key] = tensor

@@ -116,6 +116,7 @@ OWN = {  # entry -> default (what a config without it means), test, what passes 
     "calibration_hidden_size": (16, *SIZE),  # inner width of the calibration
     "gate_hidden_size": (64, *SIZE),  # width D of the gate
     "gate_threshold": (0.0, *FORMED),  # the gate lets a token through when its routing margin is above this
+    "deltas": (None, *FORMED),  # {"embedding", "attention" or "output": rank of its deltas, 0: whole matrices}
     "routing_rule": (None, is_rule, f"a mapping with fields of a routing rule ({', '.join(Rule._fields)})"),
     "trained_on": (None, is_trained_on, 'a list of {"name": ..., "fingerprint": ...}, one for each adapter below'),
     "base_subfolder": (None, *SUBFOLDER),  # where it lies in the adapter's own folder, if it came along

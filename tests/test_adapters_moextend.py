@@ -29,6 +29,7 @@ GATED_COMPETE = {**GATED, "selection": "compete"}
 SEEING = {"scope": "modality", "selection": "exclusive", **NONE}
 SEEING_COMPETE = {**SEEING, "selection": "compete"}
 SEEING_ALL = {"encoder": True, **EXCLUSIVE}
+DELTAS = {"deltas": {"embedding": 4, "attention": 2, "output": 0}}
 PLANS = {"a": {1: [0, 3], 3: [2, 5]}, "b": {0: [1, 4], 1: [2, 0], 3: [4]}, "c": {1: [5, 1], 2: [3, 3]}}
 SOME = ("mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss")  # one a rule: softmax that renormalises, and one that does
 # not; sigmoid with groups and correction bias; biases and other experts
@@ -39,6 +40,7 @@ TOGETHER = {  # what two adapters are that may be active together
     "gate and all": (GATED_COMPETE, COMPETE),
     "images and gate": (SEEING, GATED),
     "images and all": (SEEING_COMPETE, COMPETE),
+    "deltas": ({**SEEING, **DELTAS}, {**GATED, **DELTAS}),
 }
 
 

@@ -38,7 +38,7 @@ STEPS = 4
 FSDP = {"version": 2, "reshard_after_forward": True, "state_dict_type": "FULL_STATE_DICT"}
 
 
-EXCLUSIVE = {"selection": "exclusive", "calibration": "none"}
+EXCLUSIVE = {"selection": "exclusive", "calibration": "none", "deltas": {"embedding": 2, "attention": 2, "output": 0}}
 
 
 def start(folder, fsdp=None, callbacks=None, choices=None, **overrides):

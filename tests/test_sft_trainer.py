@@ -88,7 +88,15 @@ def config(folder, **overrides):
 
 
 def make_trainer(folder, model=None, images=False, train=None, **overrides):
-    keys = ("eval_dataset", "callbacks", "data_collator", "peft_config", "compute_loss_func", "retention_dataset")
+    keys = (
+        "eval_dataset",
+        "callbacks",
+        "data_collator",
+        "peft_config",
+        "compute_loss_func",
+        "retention_dataset",
+        "optimizers",
+    )
     given = {key: overrides.pop(key) for key in keys if key in overrides}
     return MoExtendSFTTrainer(
         model=model if model is not None else make_model(encoder=images),

@@ -9,7 +9,7 @@ import traceback
 import pytest
 import torch
 from conftest import batch
-from test_adapters_moextend import COMPETE, GATED_COMPETE, load, make_once
+from test_adapters_moextend import COMPETE, DELTAS, GATED_COMPETE, load, make_once
 
 from modeling_moextend import layers_moextend
 
@@ -25,8 +25,8 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def model(made):
-    """ "a" is active, "b" has a gate, "c" is loaded beside them."""
-    return load(made, ("a", COMPETE), ("b", GATED_COMPETE), ("c", COMPETE)).eval()
+    """ "a" is active, "b" has a gate and deltas, "c" is loaded beside them and has deltas too."""
+    return load(made, ("a", COMPETE), ("b", {**GATED_COMPETE, **DELTAS}), ("c", {**COMPETE, **DELTAS})).eval()
 
 
 def logits(model, **options):

@@ -1,5 +1,7 @@
 """The choices of a new adapter: who may use new experts, how they are chosen, whose weights are calibrated."""
 
+from collections.abc import Collection
+
 PAPER = {"scope": "all", "selection": "compete", "calibration": "all"}
 
 
@@ -9,6 +11,7 @@ def routing_choices(
     calibration: str | None = None,
     paper: bool = False,
     has_encoder: bool = False,
+    deltas: Collection[str] = (),
 ) -> dict[str, str]:
     """The three choices of a new adapter as a `dict`, those left at `None` filled in.
 
@@ -19,11 +22,12 @@ def routing_choices(
     | calibration | `"none"` with exclusive selection, else `"routed"` | `"all"` |
 
     Raises:
-        ValueError: `paper`, and a choice that is not the paper's.
+        ValueError: `paper`, and a choice that is not the paper's, or deltas, which it does not have.
     """
     choices = {"scope": scope, "selection": selection, "calibration": calibration}
     if paper:
         others = {name: value for name, value in choices.items() if value not in (None, PAPER[name])}
+        others |= {"deltas": list(deltas)} if deltas else {}
         if others:
             raise ValueError(f"paper=True means {PAPER}, but {others} was given: leave out one or the other.")
         return dict(PAPER)

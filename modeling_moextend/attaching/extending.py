@@ -13,6 +13,7 @@ from ..adapter_file_moextend import check_keywords
 from ..base_checks_moextend import base_rule, check_plan
 from ..compatibility_moextend import check_new_name, check_together
 from ..configuration_moextend import normalise_plan
+from ..deltas_moextend import find_sites, remove_deltas
 from ..layers_moextend import remove_experts
 from ..tensors_moextend import split_by_part
 from ..tools.places import hub_id
@@ -32,6 +33,7 @@ ENTRIES = (  # further ones of the config that a new adapter may have of its own
     "calibration_hidden_size",
     "gate_hidden_size",
     "gate_threshold",
+    "deltas",
 )
 
 
@@ -135,10 +137,10 @@ def extend(model: MoExtendPreTrainedModel, plan: dict[int, list[int]]) -> None:
         already_extended = sorted(plan.keys() & config.extended_layers.keys())
         if already_extended:
             raise ValueError(f"Layers {already_extended} have new experts already; a layer is extended once.")
-        if adapter.gate is not None and min(plan) < min(config.extended_layers):
+        if (adapter.gate is not None or adapter.deltas) and min(plan) < min(config.extended_layers):
             raise ValueError(
-                f"The gate reads the input of layer {min(config.extended_layers)}, so layer {min(plan)} below it "
-                "can't be added. Name all layers at once, or begin anew with from_base(...)."
+                f"Gate and deltas were made for layer {min(config.extended_layers)} as the lowest, so layer "
+                f"{min(plan)} below it can't be added. Name all layers at once, or begin anew with from_base(...)."
             )
         check_no_dependents(model.adapters, name)
         extended = copy.copy(config)
@@ -147,13 +149,16 @@ def extend(model: MoExtendPreTrainedModel, plan: dict[int, list[int]]) -> None:
         active = {other: model.adapters[other].config for other in model.passes.current.active}
         check_together({**active, name: extended}, model)
         with_gate = adapter.gate is None
-        tensors = start_tensors(config, layers, model.base, plan, with_gate=with_gate, with_projector=False)
+        sites = {} if adapter.deltas else find_sites(extended, model.get_decoder())
+        tensors = start_tensors(config, layers, model.base, plan, sites, with_gate=with_gate, with_projector=False)
         try:
             with self_checked(layers, plan, rule, name):
-                model.attach_layers(name, adapter, plan, split_by_part(tensors))
+                model.attach_layers(name, adapter, plan, sites, split_by_part(tensors, sites))
         except BaseException:
             for layer in plan:
                 remove_experts(layers[layer], name)
+            if sites:
+                remove_deltas(model.get_decoder(), name)
             raise
         config.extended_layers = extended.extended_layers
         model.adapters[name] = adapter

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from ..adapter_file_moextend import check_keywords
 from ..base_checks_moextend import base_rule, check_loaded, check_plan
-from ..configuration_moextend import normalise_plan
+from ..configuration_moextend import normalise_deltas, normalise_plan
 from ..families_moextend import find_moe_layers
 from ..loading_moextend import ENCODER_KWARGS, SHARED_HUB_KWARGS, load_base, undone_on_error
 from ..tools.places import check_location, check_place
@@ -41,6 +42,7 @@ def from_base(
     calibration_hidden_size: int = 16,
     gate_hidden_size: int = 64,
     gate_threshold: float = 0.0,
+    deltas: Iterable[str] | Mapping[str, int] = (),
     adapter_name: str = "default",
     **kwargs: Any,
 ) -> MoExtendPreTrainedModel:
@@ -58,6 +60,9 @@ def from_base(
         encoder: CLIP or SigLIP vision checkpoint or model; `None` for text only.
         image_token_id: stands for image features in `input_ids`; default: the first id past the embedding. With a
             processor: `processor.image_token_id`.
+        deltas: shared layers that move too, for tokens in scope alone: any of `"embedding"`, `"attention"` (its
+            projections) and `"output"` (the last hidden state); or a mapping from these to ranks (0: whole matrices),
+            as `DELTAS` of deltas_moextend.py. In decoder layers above the lowest extended one.
         adapter_name: what the adapter is called in this model, where more are to come.
         **kwargs: to the base's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
 
@@ -74,7 +79,8 @@ def from_base(
     else:
         check_keywords("from_base", kwargs, ENCODER_KWARGS)
     plan = normalise_plan(extended_layers)
-    choices = routing_choices(scope, selection, calibration, paper, has_encoder=encoder is not None)
+    deltas = normalise_deltas(deltas)
+    choices = routing_choices(scope, selection, calibration, paper, encoder is not None, deltas)
     if not plan and encoder is None:
         raise ValueError(
             "Nothing to add: extended_layers is empty and there is no encoder. Name layers and source experts, "
@@ -102,6 +108,7 @@ def from_base(
         calibration_hidden_size=calibration_hidden_size,
         gate_hidden_size=gate_hidden_size,
         gate_threshold=gate_threshold,
+        deltas=deltas,
         dtype=base.dtype,
         **choices,
     )

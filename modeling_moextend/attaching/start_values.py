@@ -5,9 +5,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration_moextend import MoExtendConfig
+from ..deltas_moextend import Site, delta_shapes, find_sites
 from ..families_moextend import MoELayer, correction_of, onloaded, tensor_at
 from ..gate_moextend import TokenGate
-from ..layers_moextend import input_device
+from ..layers_moextend import execution_device, input_device
 from ..routing_moextend import Calibration, Rule
 from ..tensors_moextend import row_paths
 from ..vision_moextend import Projector
@@ -18,6 +19,7 @@ def start_tensors(
     layers: dict[int, MoELayer],
     base: PreTrainedModel,
     plan: dict[int, list[int]] | None = None,
+    sites: dict[str, Site] | None = None,
     *,
     with_gate: bool = True,
     with_projector: bool = True,
@@ -32,10 +34,14 @@ def start_tensors(
     | calibration fc2 | zero | identity at first |
     | gate | `TokenGate`: last layer zero, bias -1 | closed: an untrained adapter is the base, bit for bit |
     | projector | nn.Linear's | learns in stage align |
+    | delta, whole | zero | the shared layer is the base's |
+    | delta of rank r: lora_A, lora_B | nn.Linear's, zero (LoRA, arXiv 2106.09685) | zero at first |
+    | delta of rank r, embedding | zero, uniform 1/sqrt(r) | tokens that no training saw keep the base's |
 
     Args:
         config: the adapter's, with its routing rule.
         layers: decoder layer -> `MoELayer` of the base.
+        sites: where deltas go, `None`: as the config says.
     """
     tensors, modules = {}, {}
     plan = config.extended_layers if plan is None else plan
@@ -57,6 +63,17 @@ def start_tensors(
         modules["projector"] = Projector(*sizes, config.projector_hidden_act, device=input_device(base))
     for part, module in modules.items():
         tensors |= named_tensors(part, module)
+    return tensors | start_deltas(config, find_sites(config, base.get_decoder()) if sites is None else sites)
+
+
+def start_deltas(config: MoExtendConfig, sites: dict[str, Site]) -> dict[str, torch.Tensor]:
+    """The tensors of all deltas at these sites, by role."""
+    tensors = {}
+    for name, shape in delta_shapes(config, sites).items():
+        site, _, part = name.rpartition(".")
+        tensors[name] = torch.zeros(shape, device=execution_device(sites[site].module))
+        if part == ("lora_B" if site.endswith(".embedding") else "lora_A"):
+            nn.init.uniform_(tensors[name], -(shape[1] ** -0.5), shape[1] ** -0.5)
     return tensors
 
 

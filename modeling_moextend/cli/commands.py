@@ -284,6 +284,9 @@ def show_inspect(console: Terminal, result: dict[str, Any]) -> None:
             revision = f" at {part['revision']}" if part["revision"] and not part["subfolder"] else ""
             console.say(f"{role}: {location}{revision} ({part['model_type']})")
     console.say(", ".join(f"{name} {result[name]}" for name in ("scope", "selection", "calibration")))
+    if result["deltas"]:
+        ranks = (f"{kind} ({f'rank {rank}' if rank else 'whole'})" for kind, rank in result["deltas"].items())
+        console.say(f"deltas of {', '.join(ranks)}")
     if result["gate_threshold"] is not None:
         console.say(f"gate threshold {result['gate_threshold']}")
     if result["not_finite"]:

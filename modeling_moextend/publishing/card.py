@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import is_jinja_available
 
 from ..configuration_moextend import MoExtendConfig
-from ..tools.inspection import dtype_name
+from ..tools.inspection import dtype_name, part_of
 from ..tools.places import hub_id
 
 TAGS = ["moextend", "moe", "mixture-of-experts", "adapter"]
@@ -108,6 +108,7 @@ def create_card(
         scope=config.scope,
         selection=config.selection,
         calibration=config.calibration,
+        deltas=config.deltas,
         license=license_link and f"[{license_name or license}]({license_link})" or license,
         datasets=[_link(name, "datasets/") for name in datasets],
         training=[(cell(name), cell(value)) for name, value in (training or {}).items() if value is not None],
@@ -191,11 +192,10 @@ def _num_new_experts(config):
 
 
 def _parts(tensors):
-    """Part of the adapter (decoder layer as `str`, "gate", "projector") -> (tensors, parameters, bytes), as text."""
+    """Part of the adapter (decoder layer as `str`, "gate", ...) -> (tensors, parameters, bytes), as text."""
     sums = {}
     for name, tensor in tensors.items():
-        first, *rest = name.split(".")
-        part = rest[0] if first == "layers" else first
+        part = part_of(name)
         count, parameters, size = sums.get(part, (0, 0, 0))
         sums[part] = count + 1, parameters + tensor.numel(), size + tensor.nbytes
     return {part: [f"{number:,}" for number in numbers] for part, numbers in sums.items()}

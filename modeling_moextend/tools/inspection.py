@@ -23,12 +23,13 @@ from ..adapter_file_moextend import (
     shards_of,
     tensor_bytes,
 )
-from ..configuration_moextend import MoExtendConfig
+from ..configuration_moextend import DELTAS, MoExtendConfig
 from ..validation_moextend import short
 from .base_weights import unusable
 from .tensor_files import DTYPES, read_each, read_tensor, without_data
 
 ROUTING = ("scope", "selection", "calibration")
+OTHERS = (*(f"{kind} deltas" for kind in DELTAS), "gate", "projector")  # parts of an adapter that are no layer's
 # What huggingface_hub and torch make of a header that is no header; what the network does is none of these.
 BROKEN_HEADER = (SafetensorsParsingError, RuntimeError, ValueError, TypeError, KeyError, AttributeError)
 
@@ -50,10 +51,10 @@ def read_whole(name_or_path: str | os.PathLike, **hub_kwargs: Any) -> StoredAdap
 def inspect_adapter(name_or_path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Any]:
     """What an adapter holds, as a JSON-ready `dict`; of a repository on the Hub only the headers are fetched.
 
-    Keys: adapter, format, base, encoder (`None`: none), scope, selection, calibration, gate_threshold (`None`: no
-    gate), num_tensors, num_parameters, num_bytes (of tensors), not_finite (names of tensors that hold NaN or infinity;
-    `None`: on the Hub, not fetched), files, layers (an entry for each extended layer), others (the same for gate and
-    projector), tensors (an entry for each).
+    Keys: adapter, format, base, encoder (`None`: none), scope, selection, calibration, deltas (kind -> rank),
+    gate_threshold (`None`: no gate), num_tensors, num_parameters, num_bytes (of tensors), not_finite (names of tensors
+    that hold NaN or infinity; `None`: on the Hub, not fetched), files, layers (an entry for each extended layer),
+    others (the same for deltas, gate and projector), tensors (an entry for each).
 
     Raises:
         OSError: no adapter there.
@@ -66,20 +67,16 @@ def inspect_adapter(name_or_path: str | os.PathLike, **hub_kwargs: Any) -> dict[
         "format": int(stored.metadata["moextend_format"]),
         "base": describe_part(config, "base", config.text_config),
         "encoder": describe_part(config, "encoder", config.encoder_config) if config.encoder_config else None,
-        **{name: getattr(config, name) for name in ROUTING},
+        **{name: getattr(config, name) for name in (*ROUTING, "deltas")},
         "gate_threshold": config.gate_threshold if config.scope == "gate" else None,
         **size_of(tensors),
         "not_finite": read_not_finite(name_or_path, hub_kwargs),
         "files": list(stored.files),
         "layers": [
-            {"layer": layer, "source_experts": sources, **size_of(with_prefix(tensors, f"layers.{layer}."))}
+            {"layer": layer, "source_experts": sources, **size_of(in_part(tensors, str(layer)))}
             for layer, sources in config.extended_layers.items()
         ],
-        "others": [
-            {"part": part, **size_of(own)}
-            for part in ("gate", "projector")
-            if (own := with_prefix(tensors, f"{part}."))
-        ],
+        "others": [{"part": part, **size_of(own)} for part in OTHERS if (own := in_part(tensors, part))],
         "tensors": [
             {"name": name, "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
             for name, tensor in sorted(tensors.items())
@@ -103,8 +100,15 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def with_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+def part_of(name: str) -> str:
+    """The part of an adapter that a tensor belongs to: a decoder layer's number, or one of `OTHERS`."""
+    first, *rest = name.split(".")
+    kind = next((kind for kind in DELTAS if kind in (first, *rest[1:2])), None)
+    return f"{kind} deltas" if kind else rest[0] if first == "layers" else first
+
+
+def in_part(tensors: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if part_of(name) == part}
 
 
 def size_of(tensors: dict[str, torch.Tensor]) -> dict[str, int]:

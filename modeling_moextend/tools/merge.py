@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 from ..adapter_file_moextend import StoredAdapter, check_tensors, parse_json, write_folder
 from ..base_checks_moextend import base_rule, check_fingerprint, check_plan
 from ..configuration_moextend import MoExtendConfig
+from ..deltas_moextend import find_sites
 from ..families_moextend import find_moe_layers
 from ..tensors_moextend import check_finite, fingerprint, tensor_shapes
 from ..vision_moextend import load_encoder
@@ -180,7 +181,7 @@ def check_fit(
     layers = find_moe_layers(base.get_decoder())
     check_plan(layers, config.extended_layers)
     base_rule(config, layers)
-    check_tensors(tensor_shapes(config, layers), stored)
+    check_tensors(tensor_shapes(config, layers, find_sites(config, base.get_decoder())), stored)
     check_finite(stored.tensors, "merged")
 
 

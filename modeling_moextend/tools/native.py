@@ -72,6 +72,11 @@ def obstacles(
         ("selection", config.selection != "compete", f"{config.selection!r}; a native router knows only 'compete'"),
         ("calibration", config.calibration != "none", f"{config.calibration!r}; a native router knows only 'none'"),
         (
+            "deltas",
+            bool(config.deltas),
+            f"of {', '.join(config.deltas)}; a native model's shared layers are the same for every token",
+        ),
+        (
             "encoder",
             config.encoder_config is not None,
             "the adapter has one; the base's architecture has no place for it",

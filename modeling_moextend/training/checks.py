@@ -18,6 +18,7 @@ from ..gate_moextend import TokenGate
 from ..tools.modes import is_moextend
 from .config import MoExtendSFTConfig
 from .gate import GateReport
+from .groups import own_settings
 
 if TYPE_CHECKING:
     from ..modeling_moextend import MoExtendForCausalLM
@@ -273,6 +274,12 @@ def check_options(args: MoExtendSFTConfig, coefficient: float, kwargs: dict[str,
         raise ValueError(
             "label_smoothing_factor and compute_loss_func run the model twice a step, and the load-balancing loss "
             "would lose its gradient. Leave them out, or set router_aux_loss_coef=0.0."
+        )
+    settings = own_settings(args)
+    if settings and (kwargs.get("optimizers") or (None,))[0] is not None:
+        raise ValueError(
+            f"The trainer was given an optimizer, whose groups are its own, and settings for {', '.join(settings)}. "
+            "Put learning rates and decay into its groups, or leave one of both out."
         )
     if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         raise ValueError(

@@ -19,7 +19,11 @@ SMALLEST = {  # smallest allowed value
     "gate_task_weight": 0.0,
     "gate_retention_weight": 0.0,
     "retention_weight": 0.0,
+    "router_learning_rate": 0.0,
+    "delta_learning_rate": 0.0,
+    "delta_weight_decay": 0.0,
 }
+OPTIONAL = ("router_learning_rate", "delta_learning_rate", "delta_weight_decay")
 
 
 @dataclass
@@ -61,6 +65,10 @@ class MoExtendSFTConfig(SFTConfig):
             base makes of the prompts, whose first words no gate can tell from its own conversations. Needs prompts
             (tokens without labels, as with `assistant_only_loss=True`) and one more forward pass of the base a step; 0
             leaves it out.
+        router_learning_rate, delta_learning_rate:
+            Peak learning rates of new router rows, and of deltas. Unset: `learning_rate`, as for new experts.
+        delta_weight_decay:
+            Weight decay of deltas. Unset: `weight_decay`, as for new experts.
         verify_base:
             Whether to hash every base and encoder tensor before the first and after the last step, and to fail if a
             single bit changed. Costs two passes over the weights (a minute or two for 47B parameters).
@@ -129,6 +137,15 @@ class MoExtendSFTConfig(SFTConfig):
             "without."
         },
     )
+    router_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of new router rows. Unset: learning_rate."}
+    )
+    delta_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of deltas. Unset: learning_rate."}
+    )
+    delta_weight_decay: float | None = field(
+        default=None, metadata={"help": "Weight decay of deltas. Unset: weight_decay."}
+    )
     verify_base: bool = field(
         default=False,
         metadata={
@@ -164,6 +181,8 @@ class MoExtendSFTConfig(SFTConfig):
             )
         for name, smallest in SMALLEST.items():
             value = getattr(self, name)
+            if value is None and name in OPTIONAL:
+                continue
             if not isinstance(value, type(smallest) | int) or not smallest <= value < math.inf:
                 kind = "an integer" if isinstance(smallest, int) else "a finite number"
                 raise ValueError(f"{name} must be {kind} of at least {smallest}, not {value!r}.")

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from ..attaching.choices import routing_choices
 from ..base_checks_moextend import check_plan
-from ..configuration_moextend import MoExtendConfig, check_choices, normalise_plan
+from ..configuration_moextend import MoExtendConfig, check_choices, normalise_deltas, normalise_plan
 from ..data.files import as_text
 from ..data.llava import JSON_FILES, load_llava, read_entries
 from ..data.processors import load_processor
@@ -100,6 +100,10 @@ class StagesConfig:
         default=None,
         metadata={"help": "'all', 'routed' (default with 'compete') or 'none' (default with 'exclusive')."},
     )
+    deltas: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Shared layers that move too, for tokens in scope alone: embedding, attention, output."},
+    )
     paper: bool = field(
         default=False, metadata={"help": "The paper's routing (all, compete, all) and one new expert a layer."}
     )
@@ -146,16 +150,16 @@ class StagesConfig:
         if self.new_experts is None:
             self.new_experts = 1 if self.paper else 4
 
-    def chosen_routing(self) -> dict[str, str]:
-        """The routing choices that were made, {name: value}: those of the options, or all three of `paper`.
+    def chosen_routing(self) -> dict[str, Any]:
+        """The choices that were made, {name: value}: those of the options (deltas too), or all three of `paper`.
 
         Raises:
-            ValueError: `paper` beside a choice that is not the paper's.
+            ValueError: `paper` beside a choice that is not the paper's; an unknown delta.
         """
-        choices = {name: getattr(self, name) for name in ROUTING}
+        choices, deltas = {name: getattr(self, name) for name in ROUTING}, normalise_deltas(self.deltas)
         if self.paper:
-            return routing_choices(**choices, paper=True)
-        return {name: value for name, value in choices.items() if value is not None}
+            return routing_choices(**choices, paper=True, deltas=deltas)
+        return {name: value for name, value in (choices | {"deltas": deltas or None}).items() if value is not None}
 
     def chosen_layers(self) -> tuple[float | None, str | list[int] | None]:
         """What `RouterShift.select` takes: (fraction, layers).
@@ -296,7 +300,7 @@ def build_model(config: StagesConfig, processor: PreTrainedTokenizerBase | Proce
     return model
 
 
-def change_routing(model: MoExtendForCausalLM, routing: dict[str, str]) -> None:
+def change_routing(model: MoExtendForCausalLM, routing: dict[str, Any]) -> None:
     """Other routing choices for an adapter that has no new experts yet, as after stage align.
 
     Raises:
@@ -430,7 +434,8 @@ def check_before(
     layers = find_moe_layers(model.get_decoder())
     has_experts = bool(getattr(model.config, "extended_layers", None))
     if not is_moextend(model):
-        MoExtendConfig(**routing_choices(**config.chosen_routing()))  # refuses what from_base would, after the probe
+        routing = {name: value for name, value in config.chosen_routing().items() if name in ROUTING}
+        MoExtendConfig(**routing_choices(**routing))  # refuses what from_base would, after the probe
     if config.plan is not None:
         check_plan(layers, read_plan(config))
     chosen = config.chosen_layers()[1]

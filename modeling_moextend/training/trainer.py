@@ -60,6 +60,7 @@ from .checks import (
 )
 from .config import MoExtendSFTConfig
 from .gate import train_gate
+from .groups import kind_of, own_settings, split_groups
 from .resuming import load_adapter_tensors
 from .retention import last_hidden_states, prompt_distance
 from .run_record import GIVEN, check_same_run, describe_run, differences, name_of, stateful_callbacks
@@ -283,6 +284,15 @@ class MoExtendSFTTrainer(SFTTrainer):
                 f"{checkpoint} has no {name}, the random state of process {self.args.process_index}: resume with as "
                 "many processes as wrote it, where each finds its files, or with check_resume=False."
             )
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in Trainer, with groups of their own for what has a learning rate or decay of its own."""
+        settings, given = own_settings(self.args), self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if settings and not given:
+            kinds = {tensor: kind_of(name) for name, tensor in self.trainable.items()}
+            split_groups(optimizer, kinds, settings)
+        return optimizer
 
     def _get_train_sampler(self, train_dataset=None):
         """Gives grouping by length random numbers of its own, per epoch: a resumed run would group otherwise."""
