@@ -22,7 +22,7 @@ def kind_of(name: str) -> str:
 
 
 def own_settings(args: MoExtendSFTConfig) -> dict[str, dict[str, float]]:
-    """Kind (see `kind_of`) -> entries of its optimiser group that differ from the others'; kinds without any are left out."""
+    """Kind (see `kind_of`) -> entries of its optimiser group that are not the others'."""
     settings = {
         "router": {"lr": args.router_learning_rate},
         "deltas": {"lr": args.delta_learning_rate, "weight_decay": args.delta_weight_decay},
