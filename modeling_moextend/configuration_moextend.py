@@ -75,6 +75,8 @@ class MoExtendConfig(PreTrainedConfig):
         """As JSON-ready `dict`: layer indices as strings, the view of `text_config` left out."""
         output = super().to_dict()
         output.pop("_text_view", None)
+        if not self.deltas:  # as in files of earlier versions
+            del output["deltas"]
         output["extended_layers"] = {str(layer): list(sources) for layer, sources in self.extended_layers.items()}
         return output
 

@@ -23,6 +23,7 @@ VISION = {
     "scope": "modality",
     "selection": "exclusive",
     "calibration": "none",
+    "deltas": {},
     "trained_on": [],
 }
 TEXT = VISION | {"encoder_name_or_path": None, "encoder_config": None}
