@@ -40,8 +40,8 @@ IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_int
 
 class Adapter(nn.Module):
     """One adapter of a model: config, projector, and frozen encoder, which adapters may share. `layers`: decoder layer
-    -> `NewExperts`, and `deltas`: name of a site -> `Delta`, modules of the base's; `depends_on`: names of the adapters
-    on top of which it was trained."""
+    -> `NewExperts`, and `deltas`: name of a site -> `Delta`, modules of the base's; `depends_on`: names of adapters on
+    top of which it was trained."""
 
     def __init__(self, config: MoExtendConfig, encoder: nn.Module | None = None, projector: Projector | None = None):
         super().__init__()
