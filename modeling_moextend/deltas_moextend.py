@@ -23,12 +23,12 @@ OF_CACHED = ("kv_b_proj",)  # expands what the cache holds, also of tokens that 
 
 
 class Delta(nn.Module):
-    """What one adapter adds to one shared layer: `weight`, or `lora_A` and `lora_B`."""
+    """What one adapter adds to one shared layer: `weight`, or `lora_A` and `lora_B`, by these names."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]):
         super().__init__()
-        for name, tensor in tensors.items():
-            self.register_parameter(name, nn.Parameter(tensor))
+        for name in sorted(tensors):  # a file may hold them in any order
+            self.register_parameter(name, nn.Parameter(tensors[name]))
 
 
 class LinearDelta(Delta):
