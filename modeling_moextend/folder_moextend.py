@@ -36,7 +36,8 @@ def all_or_nothing(folder, stale=()):
             for name, path in unfinished.items():
                 os.replace(path, folder / name)
         except (SafetensorError, OSError) as error:
-            raise OSError(f"It can't be saved to {folder} ({error}). What was there before is untouched.") from error
+            reason = f"The adapter can't be saved to {folder} ({error})"
+            raise OSError(f"{reason}. What was there before is untouched.") from error
         finally:
             for path in unfinished.values():
                 path.unlink(missing_ok=True)

@@ -171,7 +171,7 @@ def described(error):
         "outcome": "error",
         "type": type(error).__name__,
         "message": str(error),
-        "ours": raised_in.parent == Path(modeling_moextend.__file__).parent,
+        "ours": Path(modeling_moextend.__file__).parent in raised_in.parents,
         "line": f"{raised_in.name}:{trace.tb_lineno}",
     }
 
