@@ -17,6 +17,7 @@ from conftest import in_two_processes, leave_group, make_base, shake
 from safetensors.torch import load_file
 from test_sft_trainer import (
     ADAPTER,
+    GATED,
     assert_equal,
     config,
     frozen_tensors,
@@ -326,7 +327,9 @@ def test_all_processes_skip_a_push_together(folder):
 def run_gate(folder, rank, retention):
     """Process 1's gate starts elsewhere: only what process 0 hands over makes the two equal."""
     settings = {"per_device_train_batch_size": 1, "ddp_timeout": 300, "ddp_find_unused_parameters": False}
-    trainer = gated_trainer(folder, retention_dataset=retention, max_steps=3, **settings)
+    settings["retention_loss"] = "text" if retention is None else "prompts"
+    model = make_model(**GATED, deltas={"embedding": 2, "attention": 2})
+    trainer = gated_trainer(folder, model, retention_dataset=retention, max_steps=3, **settings)
     with torch.no_grad():
         for tensor in trainer.model.gate.parameters():
             tensor.add_(rank)

@@ -8,6 +8,7 @@ from modeling_moextend.training.groups import kind_of
 
 DELTAS = {"embedding": 2, "attention": 2, "output": 0}
 OWN = {"router_learning_rate": 5e-3, "delta_learning_rate": 0.0, "delta_weight_decay": 0.25}
+EMBEDDING = {"embedding_learning_rate": 0.5}
 
 
 def test_every_tensor_has_a_kind():
@@ -15,12 +16,12 @@ def test_every_tensor_has_a_kind():
     kinds = {name: kind_of(name) for name in model.adapter_tensors()}
     assert kinds["layers.1.experts.down_proj"] == kinds["projector.linear_1.weight"] == "experts"
     assert kinds["layers.1.router.weight"] == "router" and kinds["layers.1.calibration.fc1.weight"] == "experts"
-    assert kinds["layers.2.embedding.lora_A"] == kinds["layers.3.attention.o_proj.lora_B"] == "deltas"
-    assert kinds["output.weight"] == "deltas"
+    assert kinds["layers.2.embedding.lora_A"] == "embedding"
+    assert kinds["output.weight"] == kinds["layers.3.attention.o_proj.lora_B"] == "deltas"
 
 
 def test_groups_hold_what_was_asked_for_and_all_that_trains(tmp_path):
-    trainer = make_trainer(tmp_path, make_model(scope="all", deltas=DELTAS), weight_decay=0.1, **OWN)
+    trainer = make_trainer(tmp_path, make_model(scope="all", deltas=DELTAS), weight_decay=0.1, **OWN, **EMBEDDING)
     plain = make_trainer(tmp_path, make_model(scope="all", deltas=DELTAS), weight_decay=0.1)
     names = {tensor: name for name, tensor in trainer.trainable.items()}
     found = {}
@@ -28,7 +29,7 @@ def test_groups_hold_what_was_asked_for_and_all_that_trains(tmp_path):
         for parameter in group["params"]:
             found[names.pop(parameter)] = group["lr"], group["weight_decay"]
     assert not names
-    assert found["output.weight"] == found["layers.2.embedding.lora_B"] == (0.0, 0.25)
+    assert found["output.weight"] == (0.0, 0.25) and found["layers.2.embedding.lora_B"] == (0.5, 0.25)
     assert found["layers.1.router.weight"] == (5e-3, 0.1) and found["layers.1.experts.down_proj"] == (1e-2, 0.1)
     assert len(plain.create_optimizer().param_groups) == 2, "as in Trainer, where nothing was asked for"
 
@@ -40,7 +41,9 @@ def test_they_hold_in_training_and_after_a_resume(tmp_path):
     make_trainer(tmp_path, model, **settings).train()
     after = tensors(model)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert not any(kind_of(name) == "deltas" for name in moved) and "layers.1.experts.down_proj" in moved
+    assert (
+        not any(kind_of(name) in ("deltas", "embedding") for name in moved) and "layers.1.experts.down_proj" in moved
+    )
     again = make_model(scope="all", deltas=DELTAS, selection="exclusive", calibration="none")
     trainer = make_trainer(tmp_path, again, **settings)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

@@ -87,7 +87,8 @@ def check_retention(
             "all": "scope='all' has no gate that could learn from it; use scope='gate'",
         }[model.config.scope]
         raise ValueError(f"Retention text trains the gate of scope='gate'. {why}. Leave retention out.")
-    if has_text and (args.stage != "finetune" or args.gate_steps == 0):
+    in_loss = args.retention_loss == "text" and args.retention_weight > 0
+    if has_text and (args.stage != "finetune" or (args.gate_steps == 0 and not in_loss)):
         raise ValueError(
             f"Retention text trains the gate, but with stage={args.stage!r} and gate_steps={args.gate_steps} nothing "
             "does. Leave retention out, or set stage='finetune' and gate_steps above 0."

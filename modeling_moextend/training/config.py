@@ -11,6 +11,7 @@ from .trainable import STAGES
 
 ADAPTER_DTYPES = ("float32", "bfloat16", "float16")
 RETENTIONS = ("self",)
+RETENTION_LOSSES = {"prompts": 5.0, "text": 2.0}  # what is kept -> weight where none is given
 SMALLEST = {  # smallest allowed value
     "retention_tokens": 1,
     "retention_length": 8,
@@ -21,9 +22,10 @@ SMALLEST = {  # smallest allowed value
     "retention_weight": 0.0,
     "router_learning_rate": 0.0,
     "delta_learning_rate": 0.0,
+    "embedding_learning_rate": 0.0,
     "delta_weight_decay": 0.0,
 }
-OPTIONAL = ("router_learning_rate", "delta_learning_rate", "delta_weight_decay")
+OPTIONAL = ("router_learning_rate", "delta_learning_rate", "embedding_learning_rate", "delta_weight_decay")
 
 
 @dataclass
@@ -60,13 +62,17 @@ class MoExtendSFTConfig(SFTConfig):
         gate_task_weight, gate_retention_weight:
             Weights of the gate's two losses: tokens of the task that it holds back, retention tokens that it lets
             through. Where the two can't be told apart, the larger one decides.
+        retention_loss:
+            With `scope="gate"`, what the retention loss of stage `"finetune"` keeps. `"prompts"`: what the base makes
+            of the task's prompts, whose first words no gate can tell from its own conversations; needs prompts (tokens
+            without labels, as with `assistant_only_loss=True`) and one more forward pass of the base a step. `"text"`:
+            what the base says of retention text, were the gate to let all of it through; the task's prompts are free
+            to move, and a step costs eight short texts more.
         retention_weight:
-            With `scope="gate"`, weight of the retention loss of stage `"finetune"`: how far new experts move what the
-            base makes of the prompts, whose first words no gate can tell from its own conversations. Needs prompts
-            (tokens without labels, as with `assistant_only_loss=True`) and one more forward pass of the base a step; 0
-            leaves it out.
-        router_learning_rate, delta_learning_rate:
-            Peak learning rates of new router rows, and of deltas. Unset: `learning_rate`, as for new experts.
+            Weight of the retention loss. Unset: 5 for `"prompts"`, 2 for `"text"`; 0 leaves it out.
+        router_learning_rate, delta_learning_rate, embedding_learning_rate:
+            Peak learning rates of new router rows, of deltas, and of the embedding's delta, whose rows train only in
+            the steps that see their tokens. Unset: `learning_rate`, as for new experts; the embedding's: the deltas'.
         delta_weight_decay:
             Weight decay of deltas. Unset: `weight_decay`, as for new experts.
         verify_base:
@@ -130,18 +136,25 @@ class MoExtendSFTConfig(SFTConfig):
     gate_retention_weight: float = field(
         default=10.0, metadata={"help": "Weight of the gate's loss on retention tokens that it lets through."}
     )
-    retention_weight: float = field(
-        default=5.0,
+    retention_loss: str = field(
+        default="prompts",
         metadata={
-            "help": "With scope 'gate': weight of the loss that keeps the base's own continuation of the prompts; 0: "
-            "without."
+            "help": "With scope 'gate', what the retention loss keeps: the base's own continuation of the task's "
+            "'prompts', or of retention 'text' that is run with the gate open.",
+            "choices": list(RETENTION_LOSSES),
         },
+    )
+    retention_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the retention loss; 0: without. Unset: 5 for prompts, 2 for text."}
     )
     router_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of new router rows. Unset: learning_rate."}
     )
     delta_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of deltas. Unset: learning_rate."}
+    )
+    embedding_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the embedding's delta. Unset: delta_learning_rate."}
     )
     delta_weight_decay: float | None = field(
         default=None, metadata={"help": "Weight decay of deltas. Unset: weight_decay."}
@@ -179,6 +192,11 @@ class MoExtendSFTConfig(SFTConfig):
                 f"retention must be 'self' or None, not {self.retention!r}. Text of your own goes to the trainer: "
                 "MoExtendSFTTrainer(..., retention_dataset=...)."
             )
+        if self.retention_loss not in RETENTION_LOSSES:
+            allowed = ", ".join(map(repr, RETENTION_LOSSES))
+            raise ValueError(f"retention_loss must be one of {allowed}, not {self.retention_loss!r}.")
+        if self.retention_weight is None:
+            self.retention_weight = RETENTION_LOSSES[self.retention_loss]
         for name, smallest in SMALLEST.items():
             value = getattr(self, name)
             if value is None and name in OPTIONAL:

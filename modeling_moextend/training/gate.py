@@ -292,7 +292,7 @@ def retention_from_dataset(trainer: SFTTrainer) -> Iterator[dict[str, Any]] | No
 def retention_from_base(trainer: SFTTrainer) -> list[dict[str, list[int]]]:
     """Text sampled from the base as [{"input_ids"}]."""
     args = trainer.args
-    if args.retention is None:
+    if args.retention is None and trainer.gate_report is None:
         print("MoExtend, gate: no retention_dataset was given, so text is sampled from the base itself")
     sequences = sample_retention(
         trainer.accelerator.unwrap_model(trainer.model),

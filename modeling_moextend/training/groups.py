@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 
 def kind_of(name: str) -> str:
-    """What a tensor of an adapter is to the optimiser: "experts" (calibration and projector as well), "router" or
-    "deltas"."""
+    """What a tensor of an adapter is to the optimiser: "experts" (calibration and projector as well), "router",
+    "embedding" (its delta) or "deltas" (the others)."""
     if part_of(name).endswith(" deltas"):
-        return "deltas"
+        return "embedding" if part_of(name).startswith("embedding") else "deltas"
     return "router" if ".router." in name else "experts"
 
 
 def own_settings(args: MoExtendSFTConfig) -> dict[str, dict[str, float]]:
     """Kind (see `kind_of`) -> entries of its optimiser group that are not the others'."""
-    settings = {
-        "router": {"lr": args.router_learning_rate},
-        "deltas": {"lr": args.delta_learning_rate, "weight_decay": args.delta_weight_decay},
-    }
+    deltas = {"lr": args.delta_learning_rate, "weight_decay": args.delta_weight_decay}
+    settings = {"router": {"lr": args.router_learning_rate}, "deltas": deltas, "embedding": dict(deltas)}
+    if args.embedding_learning_rate is not None:
+        settings["embedding"]["lr"] = args.embedding_learning_rate
     chosen = {kind: {key: one[key] for key in one if one[key] is not None} for kind, one in settings.items()}
     return {kind: entries for kind, entries in chosen.items() if entries}
 

@@ -323,6 +323,11 @@ def closed_gate(model: MoExtendForCausalLM) -> contextlib.AbstractContextManager
     return model.passes.using(thresholds={model.leading: math.inf})
 
 
+def opened_gate(model: MoExtendForCausalLM) -> contextlib.AbstractContextManager:
+    """Inside, every token of this thread's passes is let through."""
+    return model.passes.using(thresholds={model.leading: -math.inf})
+
+
 def prompt_tokens(inputs: dict[str, Any], hidden: torch.Tensor) -> torch.Tensor:
     """[B, S] bool: tokens whose next one is of the same sequence and no label."""
     labels = inputs.get("labels")

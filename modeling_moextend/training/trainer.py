@@ -63,6 +63,7 @@ from .gate import train_gate
 from .groups import kind_of, own_settings, split_groups
 from .resuming import load_adapter_tensors
 from .retention import last_hidden_states, prompt_distance
+from .retention_text import retention_text, text_distance
 from .run_record import GIVEN, check_same_run, describe_run, differences, name_of, stateful_callbacks
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ CARD_SETTINGS = (
     "max_length",
     "seed",
 )
-CARD_GATE = ("gate_steps", "retention_weight")  # of scope "gate" only
+CARD_GATE = ("gate_steps", "retention_loss", "retention_weight")  # of scope "gate" only
 CARD_LOGS = {"task_loss": "last task loss", "train_runtime": "seconds of training"}  # what the log calls them
 
 
@@ -164,7 +165,8 @@ class MoExtendSFTTrainer(SFTTrainer):
             vocab_size = self.model.config.get_text_config().vocab_size
             self.data_collator = MaskImageLabels(self.data_collator, self.model.image_token_id, vocab_size)
         check_trainer_tokens(self)
-        self.retention_dataset, self.gate_report = retention_dataset, None
+        self.retention_dataset, self.gate_report, self.retention_text = retention_dataset, None, None
+        self._drawn = 0, 0  # step, and micro-batches that have drawn retention text in it
         self._throughput = {}  # mode -> [tokens, start in seconds]
         self._in_checkpoint = False
         self._diverged = None  # what is wrong with the loss, once it is no longer finite
@@ -237,6 +239,10 @@ class MoExtendSFTTrainer(SFTTrainer):
             check_gate_open(self.gate_report)
             if before is not None:
                 check_unchanged(before, base_tensors_hash(self.model))
+        if self._retains("text"):
+            if resume_from_checkpoint:  # with the gate that chooses its pieces
+                load_adapter_tensors(self.core, resume_from_checkpoint)
+            self.retention_text = retention_text(self)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _described_run(self):
@@ -311,13 +317,11 @@ class MoExtendSFTTrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Adds the load-balancing loss, which TRL cannot compute over layers of uneven width, and with `scope="gate"`
-        the retention loss (see `prompt_distance`); logs the parts and the routing."""
+        the retention loss (see `prompt_distance`, `text_distance`); logs the parts and the routing."""
         mode = "train" if self.model.training else "eval"
         attention_mask = inputs.get("attention_mask")
         throughput = self._throughput.setdefault(mode, [0, time.perf_counter()])
         core = self.accelerator.unwrap_model(model)
-        retains = mode == "train" and self.args.stage == "finetune" and self.args.retention_weight > 0
-        retains = retains and core.gate is not None
         with core.record_routing() as records, last_hidden_states(core) as hidden:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
@@ -328,12 +332,24 @@ class MoExtendSFTTrainer(SFTTrainer):
             balance = core.balance_loss(records, attention_mask).to(loss.device)
             loss = loss + self.router_aux_loss_coef * balance / steps
             parts["balance_loss"] = balance.detach()
-        if retains:
-            distance = prompt_distance(model, core, hidden[-1], inputs).to(loss.device)
-            loss = loss + self.args.retention_weight * distance / steps
+        if mode == "train" and self._retains():
+            of_prompts = self._retains("prompts")
+            distance = prompt_distance(model, core, hidden[-1], inputs) if of_prompts else self._text_distance(core)
+            loss = loss + self.args.retention_weight * distance.to(loss.device) / steps
             parts["retention_loss"] = distance.detach()
         throughput[0] += self._log_parts(mode, parts, records, attention_mask)
         return (loss, outputs) if return_outputs else loss
+
+    def _retains(self, *kinds):
+        """Whether training has a retention loss, of one of these kinds."""
+        has_one = self.args.stage == "finetune" and self.args.retention_weight > 0 and self.core.gate is not None
+        return has_one and (not kinds or self.args.retention_loss in kinds)
+
+    def _text_distance(self, core):
+        """The retention loss on the text of this micro-batch; every process draws its own."""
+        step, number = self.state.global_step, self._drawn[1] + 1 if self._drawn[0] == self.state.global_step else 0
+        self._drawn = step, number
+        return text_distance(core, self.retention_text.draw(self.args.seed, step, number, self.args.process_index))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As in Trainer, which leaves base, encoder and adapter in half precision after a full evaluation in it
