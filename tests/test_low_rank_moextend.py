@@ -27,6 +27,7 @@ SCOPES = {
     "paper": {"scope": "all", "selection": "compete", "calibration": "all"},
     "routed": {"scope": "all", "selection": "compete", "calibration": "routed"},
     "exclusive": EXCLUSIVE,
+    "deltas": {**EXCLUSIVE, "deltas": ("embedding", "attention", "output")},
     "gate": {"scope": "gate", "selection": "exclusive", "gate_hidden_size": 8},
     "modality": {"scope": "modality", "selection": "exclusive"},
 }
