@@ -87,7 +87,8 @@ class AdapterSwitch:
     def attach_layers(self, name: str, adapter: Adapter, plan: dict, sites: dict, parts: dict) -> None:
         """Attaches new experts to the layers of `plan`, deltas to `sites`, and the gate where it is among the `parts`
         of the tensors."""
-        new = {layer: add_experts(self.moe_layers[layer], name, parts[layer], adapter.config) for layer in plan}
+        config, layers = adapter.config, self.moe_layers
+        new = {n: add_experts(layers[n], name, parts[n], config, sources) for n, sources in plan.items()}
         adapter.layers = dict(sorted({**adapter.layers, **new}.items()))
         added = {site: add_delta(site, sites[site], name, parts[site], self.passes) for site in sites}
         adapter.deltas = {**adapter.deltas, **added}

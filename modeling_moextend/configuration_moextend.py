@@ -77,6 +77,8 @@ class MoExtendConfig(PreTrainedConfig):
         output.pop("_text_view", None)
         if not self.deltas:  # as in files of earlier versions
             del output["deltas"]
+        if self.expert_rank is None:  # as in files of earlier versions
+            del output["expert_rank"]
         output["extended_layers"] = {str(layer): list(sources) for layer, sources in self.extended_layers.items()}
         return output
 

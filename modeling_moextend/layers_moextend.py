@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from .families_moextend import bias_path, plain_class, sibling, tensor_at
 from .gate_moextend import warn_if_closed
+from .low_rank_moextend import LowRankExperts
 from .routing_moextend import (
     INPUTS,
     SCORES,
@@ -215,6 +216,7 @@ class ExtendedExperts:
         for experts, (first, stop) in parts:
             chosen = ((index >= first) & (index < stop)).reshape(-1).nonzero().squeeze(-1)
             if len(chosen):
+                experts = experts.whole(self) if isinstance(experts, LowRankExperts) else experts
                 output = run_pairs(experts, hidden_states, index, weights, chosen, first)
                 pairs = pairs.index_copy(0, chosen, output.to(pairs.dtype))
             elif isinstance(experts, nn.Module):
@@ -225,7 +227,7 @@ class ExtendedExperts:
 
 def own_parameters(modules):
     """Parameters of the modules themselves: what they share with the base's is left out."""
-    return [parameter for module in modules for parameter in module.parameters(recurse=False)]
+    return [p for module in modules for p in module.parameters(recurse=isinstance(module, LowRankExperts))]
 
 
 def run_pairs(experts, hidden_states, index, weights, chosen, first):
@@ -295,10 +297,10 @@ def attach(layers, passes, rule):
             layer.router.moextend = RouterExtension(index, layer.num_experts, passes, rule)
 
 
-def add_experts(layer, name, tensors, config):
+def add_experts(layer, name, tensors, config, sources=()):
     """Adds new experts of the adapter `name` to one attached layer, from its tensors there by role
-    ("experts.down_proj"): -> `NewExperts`. The experts' class stays swapped until `detach`, for a pass of another
-    thread may be on its way to them."""
+    ("experts.down_proj"): -> `NewExperts`; `sources`: those that deltas are to. The experts' class stays swapped until
+    `detach`, for a pass of another thread may be on its way to them."""
     part = {role: {} for role in ("experts", "router", "calibration")}
     for path, tensor in tensors.items():
         role, key = path.split(".", 1)
@@ -311,7 +313,10 @@ def add_experts(layer, name, tensors, config):
     if part["calibration"]:
         rows.calibration = Calibration(layer.num_experts + num_new, config.calibration_hidden_size, device="meta")
         rows.calibration.load_state_dict(part["calibration"], assign=True)
-    experts = sibling(layer.experts, part["experts"], num_experts=num_new, num_new=num_new)
+    if config.expert_rank is None:
+        experts = sibling(layer.experts, part["experts"], num_experts=num_new, num_new=num_new)
+    else:
+        experts = LowRankExperts(part["experts"], sources)
     if not is_extended(layer.experts):
         layer.experts.moextend = Extension(extension.layer, layer.num_experts, extension.passes)
         swap_class(layer.experts, extended_class(ExtendedExperts, type(layer.experts)))  # last: it asks `moextend`

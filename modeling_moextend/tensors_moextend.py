@@ -9,6 +9,7 @@ from .deltas_moextend import delta_shapes
 from .families_moextend import bias_path, onloaded
 from .gate_moextend import TokenGate
 from .layers_moextend import execution_device
+from .low_rank_moextend import LowRankExperts, expert_shapes
 from .package_moextend import from_package
 from .routing_moextend import Rule
 from .validation_moextend import FINGERPRINT_SIZE
@@ -29,7 +30,8 @@ def tensors_of(adapter):
     tensors = {}
     for layer, (rows, experts) in adapter.layers.items():
         for part, module in (("experts", experts), ("router", rows)):
-            own = {**module._parameters, **module._buffers}
+            low_rank = isinstance(module, LowRankExperts)
+            own = dict(module.named_parameters()) if low_rank else {**module._parameters, **module._buffers}
             tensors |= {f"layers.{layer}.{part}.{name}": own[name] for name in own if own[name] is not None}
         if rows.calibration is not None:
             calibration = rows.calibration.named_parameters()
@@ -50,8 +52,9 @@ def tensor_shapes(config, layers, sites):
     for index, sources in config.extended_layers.items():
         layer, num_new, prefix = layers[index], len(sources), f"layers.{index}"
         own = dict(layer.router.named_parameters())
-        stacks = {f"experts.{name}": p for name, p in layer.experts._parameters.items() if p is not None}
-        stacks |= {f"router.{role}": own[path] for role, path in row_paths(rule).items() if path in own}
+        experts = expert_shapes(layer.experts, num_new, config.expert_rank)
+        shapes |= {f"{prefix}.experts.{role}": shape for role, shape in experts.items()}
+        stacks = {f"router.{role}": own[path] for role, path in row_paths(rule).items() if path in own}
         shapes |= {f"{prefix}.{name}": (num_new, *tensor.shape[1:]) for name, tensor in stacks.items()}
         shapes |= {f"{prefix}.router.correction_bias": (num_new,)} if rule.correction else {}
         if config.calibration != "none":

@@ -110,6 +110,7 @@ OWN = {  # entry -> default (what a config without it means), test, what passes 
     "projector_hidden_act": ("gelu", *one_of(*sorted(ACT2FN))),  # between the projector's two linear layers
     "image_token_id": (None, is_whole(-(2**31), 2**31 - 1), "an integer of 32 bits"),  # may lie past the embedding
     "extended_layers": (None, *FORMED),  # {decoder layer index: [source expert of each new expert]}
+    "expert_rank": (None, is_whole(1, NESTED_COUNT), f"an integer from 1 to {NESTED_COUNT}"),  # `None`: whole experts
     "scope": ("all", *one_of("all", "modality", "gate")),  # who may use new experts: see scope_moextend.py
     "selection": ("compete", *one_of("compete", "exclusive")),  # one top-k over old and new rows (the paper), or not
     "calibration": ("all", *one_of("all", "routed", "none")),  # "all": the paper's

@@ -542,8 +542,8 @@ def test_all_problems_are_named_in_one_error(saved):
 
 def test_a_newer_format_is_refused_by_name(saved):
     _, folder = saved
-    rewrite(folder, lambda tensors: None, moextend_format="2")
-    assert_untouched(folder, "has moextend_format 2; this version reads up to 1. Update moextend")
+    rewrite(folder, lambda tensors: None, moextend_format="3")
+    assert_untouched(folder, "has moextend_format 3; this version reads up to 2. Update moextend")
 
 
 @pytest.mark.parametrize("metadata", [{}, {"format": "pt"}, {"moextend_format": "1"}, {"moextend_format": "one"}])

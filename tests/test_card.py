@@ -20,6 +20,7 @@ VISION = {
     "encoder_name_or_path": "openai/clip-vit-large-patch14-336",
     "encoder_config": {"model_type": "clip_vision_model"},
     "extended_layers": {5: [3, 0], 2: [1]},
+    "expert_rank": None,
     "scope": "modality",
     "selection": "exclusive",
     "calibration": "none",
@@ -73,7 +74,8 @@ def test_body_names_base_revision_encoder_and_sizes():
     assert "https://huggingface.co/openai/clip-vit-large-patch14-336" in text
     assert "| new experts | 3 |" in text
     assert "1,475,584" in text
-    assert "5.9 MB (5,912,000 bytes)" in text
+    assert "5.9 MB (5,912,000 bytes)" in text and "rank of" not in text
+    assert "| rank of a new expert's difference to its source | 8 |" in str(create_card(make_config(expert_rank=8)))
 
 
 def test_layers_are_sorted_by_number():

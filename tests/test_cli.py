@@ -41,7 +41,7 @@ PLAN = {1: [0], 3: [2, 5]}
 NATIVE = {"scope": "all", "selection": "compete", "calibration": "none"}
 DOCUMENT = ROOT / "docs" / "cli.md"
 COMMANDS_TITLE = "## Commands\n"
-COMMANDS = ("inspect", "verify", "diff", "merge", "push")
+COMMANDS = ("inspect", "verify", "diff", "merge", "compress", "push")
 
 # ---------------------------------------------------------------- helps
 
@@ -172,6 +172,7 @@ DAMAGE = {
 def command_line(command, adapter):
     """A command on an adapter that is all right, but that its base is on no Hub."""
     more = {"diff": [adapter], "merge": [adapter.parent / "merged"], "push": ["me/x"]}
+    more["compress"] = ["--rank", 2, *more["merge"]]
     return [command, adapter, *more.get(command, [])]
 
 

@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from modeling_moextend import MoExtendForCausalLM
+from modeling_moextend.low_rank_moextend import LowRankExperts
 from modeling_moextend.training.checks import allow_missing_base, check_sharding
 from modeling_moextend.training.trainer import MoExtendSFTTrainer
 
@@ -40,6 +41,7 @@ FSDP = {"version": 2, "reshard_after_forward": True, "state_dict_type": "FULL_ST
 
 
 EXCLUSIVE = {"selection": "exclusive", "calibration": "none", "deltas": {"embedding": 2, "attention": 2, "output": 0}}
+LOW_RANK = {"expert_rank": 3, "selection": "compete", "calibration": "none"}
 
 
 def start(folder, fsdp=None, callbacks=None, choices=None, **overrides):
@@ -110,6 +112,25 @@ def run_half(folder):
     """What a run on GPUs looks like: layers compute in bf16 and are recomputed for backward, steps accumulate."""
     more = {"gradient_checkpointing": True, "gradient_accumulation_steps": 2, "bf16": True, "choices": EXCLUSIVE}
     return run_and_resume(folder, {}, **more)
+
+
+def run_low_rank(folder):
+    """New experts of a low rank, in bf16 layers that are recomputed: sources and factors are gathered together."""
+    more = {"gradient_checkpointing": True, "bf16": True, "choices": LOW_RANK}
+    return run_and_resume(folder, {}, **more)
+
+
+def run_low_rank_ddp(folder):
+    return run_and_resume(folder, choices=LOW_RANK)
+
+
+def run_low_rank_full(folder):
+    """An evaluation in between: what it makes of sharded factors is not there in the next."""
+    trainer = start(folder, {}, choices=LOW_RANK)
+    trainer.train()
+    trainer.save_model(f"{folder}/final")
+    kept = [module.merged for module in trainer.model.modules() if isinstance(module, LowRankExperts)]
+    return {"history": history(trainer), "tensors": whole(trainer), "kept": kept}
 
 
 def run_shards(folder):
@@ -191,6 +212,9 @@ RUNS = {
     run.__name__: run
     for run in (
         run_ddp,  # first: accelerate remembers FSDP in the environment
+        run_low_rank_ddp,
+        run_low_rank_full,
+        run_low_rank,
         run_full,
         run_states_sharded,
         run_half,
@@ -236,9 +260,10 @@ def optimizer_names(checkpoint):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["run_full", "run_states_sharded"])
+@pytest.mark.parametrize("run", ["run_full", "run_states_sharded", "run_low_rank_full"])
 def test_sharded_training_is_the_training_of_whole_tensors(folder, run):
-    for sharded, ddp in zip(results(folder, run), results(folder, "run_ddp"), strict=True):
+    unsharded = "run_low_rank_ddp" if "low_rank" in run else "run_ddp"
+    for sharded, ddp in zip(results(folder, run), results(folder, unsharded), strict=True):
         for one, other in zip(sharded["history"], ddp["history"], strict=True):
             assert one == pytest.approx(other, rel=1e-4)
         for name, tensor in ddp["tensors"].items():
@@ -246,7 +271,12 @@ def test_sharded_training_is_the_training_of_whole_tensors(folder, run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["run_ddp", "run_full", "run_states_sharded", "run_half"])
+def test_no_process_keeps_whole_experts_of_sharded_factors(folder):
+    assert [set(result["kept"]) for result in results(folder, "run_low_rank_full")] == [{None}, {None}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["run_ddp", "run_full", "run_states_sharded", "run_half", "run_low_rank"])
 def test_whole_tensors_are_saved(folder, run):
     """In checkpoints and by `save_model`; with bf16, not the rounded copies that an evaluation leaves behind."""
     first, second = results(folder, run)
@@ -258,7 +288,9 @@ def test_whole_tensors_are_saved(folder, run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["run_ddp", "run_full", "run_states_sharded", "run_half"])
+@pytest.mark.parametrize(
+    "run", ["run_ddp", "run_full", "run_half", "run_states_sharded", "run_low_rank", "run_low_rank_ddp"]
+)
 def test_a_resumed_run_is_the_run_that_never_stopped(folder, run):
     for result in results(folder, run):
         assert result["resumed history"] == result["history"]

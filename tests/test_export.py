@@ -492,6 +492,19 @@ def test_native_logits(family, tmp_path):
     assert torch.equal(found.generate(**prompt), model.generate(**prompt))
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_of_a_low_rank_are_merged_whole(family, tmp_path):
+    save_pair(tmp_path, family, expert_rank=3, **NATIVE)
+    model = MoExtendForCausalLM.from_pretrained(tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "standalone")
+    stored = read_adapter(tmp_path / "standalone")
+    assert "expert_rank" not in stored.values and stored.metadata["moextend_format"] == "1"
+    assert not [name for name in stored.tensors if "lora" in name]
+    assert torch.equal(logits(MoExtendForCausalLM.from_pretrained(tmp_path / "standalone")), logits(model))
+    merge(tmp_path / "adapter", tmp_path / "native", native=True)
+    assert_same_but_for_rounding(AutoModelForCausalLM.from_pretrained(tmp_path / "native"), model)
+
+
 def test_native_needs_no_code_of_ours(tmp_path):
     save_pair(tmp_path)
     native(tmp_path)

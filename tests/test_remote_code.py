@@ -110,7 +110,8 @@ def published(tmp_path_factory):
     model = MoExtendForCausalLM.from_base(str(root / "base"), PLAN, encoder=str(root / "encoder"), **choices)
     shake(model).eval().save_pretrained(root / "adapter")
     build_processor().save_pretrained(root / "adapter")
-    law = MoExtendForCausalLM.from_base(str(root / "base"), {0: [1]}, scope="all", selection="exclusive")
+    exclusive = {"scope": "all", "selection": "exclusive", "expert_rank": 3}
+    law = MoExtendForCausalLM.from_base(str(root / "base"), {0: [1]}, **exclusive)
     shake(law, seed=1).save_pretrained(root / "law")
     Image.new("RGB", (40, 50), (200, 30, 90)).save(root / "picture.png")
     ids = torch.arange(3, 17).repeat(2, 1)
@@ -215,7 +216,8 @@ model.extend({0: [1]})
 found = {"trained": sorted(model.set_trainable("finetune", train_projector=False))}
 outputs["grown"] = model(**load_file(root / "inputs.safetensors")).logits
 model.save_pretrained(root / "grown")
-law.add_adapter("top", extended_layers={2: [4]}, scope="all", selection="exclusive")
+law.add_adapter("top", extended_layers={2: [4]}, scope="all", selection="exclusive", expert_rank=2)
+law.extend({3: [1]})
 with torch.no_grad():
     for tensor in law.adapter_tensors().values():
         tensor.add_(0.1)

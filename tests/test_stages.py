@@ -90,6 +90,8 @@ def test_paper_chooses_its_routing_and_one_new_expert_a_layer(values, routing, n
 def test_paper_beside_another_routing_is_refused_by_name():
     with pytest.raises(ValueError, match="paper=True means .*, but {'selection': 'exclusive'} was given"):
         StagesConfig(base="base", data="data.json", stages=["extend"], paper=True, selection="exclusive")
+    with pytest.raises(ValueError, match="paper=True means new experts that are whole copies, but expert_rank=4"):
+        StagesConfig(base="base", data="data.json", stages=["extend"], paper=True, expert_rank=4)
 
 
 def test_the_small_recipe_leaves_the_choices_to_the_defaults_or_to_paper():
@@ -276,13 +278,15 @@ def test_other_routing_may_follow_an_alignment_but_not_new_experts(folders):
     )
     assert (aligned.config.scope, aligned.config.selection) == ("all", "compete")
     routing = {"scope": "modality", "selection": "exclusive", "calibration": "none"}
-    later = options(folders, **encoder, **routing, adapter=folders / "one", output_dir=folders / "two")
+    later = options(folders, **encoder, **routing, expert_rank=2, adapter=folders / "one", output_dir=folders / "two")
     model = run_stages(*parse(*later, "--stages", "finetune", "--plan", '{"1": [0, 2]}'))
-    assert (model.config.scope, model.config.selection) == ("modality", "exclusive")
+    assert (model.config.scope, model.config.selection, model.config.expert_rank) == ("modality", "exclusive", 2)
+    assert model.adapter_tensors()["layers.1.experts.down_proj.lora_A"].shape[:2] == (2, 2)
     assert not any("calibration" in name for name in model.adapter_tensors())
-    again = options(folders, **encoder, scope="all", adapter=folders / "two", output_dir=folders / "three")
-    with pytest.raises(ValueError, match="were made for {'scope': 'modality'}"):
-        run_stages(*parse(*again, "--stages", "finetune"))
+    for other, made in (({"scope": "all"}, "'scope': 'modality'"), ({"expert_rank": 3}, "'expert_rank': 2")):
+        again = options(folders, **encoder, **other, adapter=folders / "two", output_dir=folders / "three")
+        with pytest.raises(ValueError, match=f"were made for {{{made}}}"):
+            run_stages(*parse(*again, "--stages", "finetune"))
 
 
 @pytest.mark.parametrize(
@@ -290,6 +294,7 @@ def test_other_routing_may_follow_an_alignment_but_not_new_experts(folders):
     [
         ({"layers": "0,9"}, r"\[9\] are not MoE layers"),
         ({"layers": "some"}, "must be one of all, first-half"),
+        ({"expert_rank": 1000}, "expert_rank=1000 is above"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "needs --eval_data"),
         ({"stage": "align"}, "use --stages align"),
         ({"probe_samples": 0}, "held-out samples"),

@@ -2,6 +2,8 @@
 
 from collections.abc import Collection
 
+from ..validation_moextend import ENTRIES
+
 PAPER = {"scope": "all", "selection": "compete", "calibration": "all"}
 
 
@@ -38,3 +40,19 @@ def routing_choices(
     if calibration is None:
         choices["calibration"] = "none" if choices["selection"] == "exclusive" else "routed"
     return choices
+
+
+def check_rank(expert_rank: int | None, paper: bool = False) -> None:
+    """Refuses what is no rank, and any with `paper`.
+
+    Raises:
+        ValueError: no whole number from 1 on; the paper's new experts are whole copies (Eq. 8).
+    """
+    test, words = ENTRIES["expert_rank"]
+    if expert_rank is not None and not test(expert_rank):
+        raise ValueError(f"expert_rank={expert_rank!r} must be {words}, or None for whole copies.")
+    if paper and expert_rank is not None:
+        raise ValueError(
+            f"paper=True means new experts that are whole copies, but expert_rank={expert_rank!r} was given: leave "
+            f"out one or the other. The paper's routing with low-rank experts is {PAPER} without paper=True."
+        )

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..modeling_moextend import MoExtendPreTrainedModel
 
 ENTRIES = (  # further ones of the config that a new adapter may have of its own
+    "expert_rank",
     "encoder_select_layer",
     "encoder_select_feature",
     "projector_hidden_act",

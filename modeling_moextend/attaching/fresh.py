@@ -15,7 +15,7 @@ from ..families_moextend import find_moe_layers
 from ..loading_moextend import ENCODER_KWARGS, SHARED_HUB_KWARGS, load_base, undone_on_error
 from ..tools.places import check_location, check_place
 from ..validation_moextend import is_generation
-from .choices import routing_choices
+from .choices import check_rank, routing_choices
 from .layouts import check_quantised, check_request
 from .parts import identity, load_new_encoder
 from .rules import check_family
@@ -39,6 +39,7 @@ def from_base(
     encoder_select_layer: int = -2,
     encoder_select_feature: str = "patch",
     projector_hidden_act: str = "gelu",
+    expert_rank: int | None = None,
     calibration_hidden_size: int = 16,
     gate_hidden_size: int = 64,
     gate_threshold: float = 0.0,
@@ -56,7 +57,9 @@ def from_base(
         selection: `"compete"` (base experts and new ones share one top-k) or `"exclusive"` (default).
         calibration: whose weights are calibrated: `"all"`, `"routed"` (default with `"compete"`) or `"none"`
             (default with `"exclusive"`, which takes no other).
-        paper: sets the paper's three (`"all"`, `"compete"`, `"all"`) and refuses others.
+        expert_rank: r makes a new expert its source expert plus a trained delta of rank r, which is all that the
+            adapter holds of it; `None`: a whole copy.
+        paper: sets the paper's three (`"all"`, `"compete"`, `"all"`) and refuses others, and `expert_rank`.
         encoder: CLIP or SigLIP vision checkpoint or model; `None` for text only.
         image_token_id: stands for image features in `input_ids`; default: the first id past the embedding. With a
             processor: `processor.image_token_id`.
@@ -68,7 +71,8 @@ def from_base(
 
     Raises:
         ValueError: no MoE layers; a family without the interface; a layer that is no MoE layer; a source out of
-            range; nothing to add; no causal LM; choices without meaning. A base given as a model stays as it was.
+            range; nothing to add; no causal LM; choices without meaning; a rank above a weight's smaller side. A base
+            given as a model stays as it was.
         ImportError: only the code of an adapter is there, and not the package, which finds a base's routing rule.
     """
     loaded = isinstance(base, PreTrainedModel)
@@ -81,6 +85,7 @@ def from_base(
     plan = normalise_plan(extended_layers)
     deltas = normalise_deltas(deltas)
     choices = routing_choices(scope, selection, calibration, paper, encoder is not None, deltas)
+    check_rank(expert_rank, paper)
     if not plan and encoder is None:
         raise ValueError(
             "Nothing to add: extended_layers is empty and there is no encoder. Name layers and source experts, "
@@ -105,6 +110,7 @@ def from_base(
         projector_hidden_act=projector_hidden_act,
         image_token_id=base.get_input_embeddings().weight.shape[0] if image_token_id is None else image_token_id,
         extended_layers=plan,
+        expert_rank=expert_rank,
         calibration_hidden_size=calibration_hidden_size,
         gate_hidden_size=gate_hidden_size,
         gate_threshold=gate_threshold,

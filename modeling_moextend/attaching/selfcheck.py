@@ -191,6 +191,9 @@ def check_pairs(
 def check_copies(experts: nn.Module, name: str, tokens: torch.Tensor, sources: list[int], tolerance: float) -> None:
     """Asserts that new experts are copies: what tells experts apart may lie elsewhere than in their parameters."""
     new, weights = experts.moextend.adapters[name], tokens.new_ones(len(tokens), 1)
+    if hasattr(new, "whole"):  # of a low rank, by whichever code the model was loaded with
+        with onloaded(experts):
+            new = new.whole(experts, keep=False)
     for number, source in enumerate(sources):
         expected = experts.forward(tokens.clone(), torch.full_like(weights, source, dtype=torch.long), weights)
         index = torch.full_like(weights, number, dtype=torch.long)

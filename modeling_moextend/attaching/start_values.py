@@ -1,5 +1,7 @@
 """Where every new tensor starts."""
 
+import math
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -9,6 +11,7 @@ from ..deltas_moextend import Site, delta_shapes, find_sites
 from ..families_moextend import MoELayer, correction_of, onloaded, tensor_at
 from ..gate_moextend import TokenGate
 from ..layers_moextend import execution_device, input_device
+from ..low_rank_moextend import expert_shapes
 from ..routing_moextend import Calibration, Rule
 from ..tensors_moextend import row_paths
 from ..vision_moextend import Projector
@@ -29,6 +32,7 @@ def start_tensors(
     | tensor | start | why |
     |---|---|---|
     | expert | copy of its source expert | Eq. 8: knows what the base knows |
+    | expert with a rank | lora_A as in PEFT (Kaiming), lora_B zero | its source expert, bit for bit |
     | router row, bias, correction bias, scale | copy of its source's | Eq. 8: chosen and weighed where its source is |
     | calibration fc1 | uniform, 1/sqrt(E + N) (nn.Linear's) | something to learn from |
     | calibration fc2 | zero | identity at first |
@@ -87,11 +91,23 @@ def copy_sources(layer: MoELayer, sources: list[int], config: MoExtendConfig) ->
     rule = Rule(**config.routing_rule)
     with onloaded(layer.experts), onloaded(layer.router) as router:
         check_stacked(layer)
-        stacks = {f"experts.{name}": p for name, p in layer.experts._parameters.items() if p is not None}
+        shapes = expert_shapes(layer.experts, len(sources), config.expert_rank)
+        stacks = {f"experts.{name}": layer.experts._parameters[name] for name in shapes if ".lora_" not in name}
         router_tensors = {role: tensor_at(router, path) for role, path in row_paths(rule).items() if path}
         router_tensors["correction_bias"] = correction_of(layer, rule)
         stacks |= {f"router.{role}": tensor for role, tensor in router_tensors.items() if tensor is not None}
-        return {role: tensor.detach()[sources].to(torch.float32, copy=True) for role, tensor in stacks.items()}
+        copies = {role: tensor.detach()[sources].to(torch.float32, copy=True) for role, tensor in stacks.items()}
+        factors = start_factors(shapes, layer.experts.down_proj.device)
+        return {f"experts.{role}": tensor for role, tensor in factors.items()} | copies
+
+
+def start_factors(shapes: dict[str, tuple[int, ...]], device: torch.device) -> dict[str, torch.Tensor]:
+    """Role -> start value, in float32, of the factors of low-rank experts among `shapes`."""
+    found = {role: torch.zeros(shape, device=device) for role, shape in shapes.items() if ".lora_" in role}
+    for role, tensor in found.items():
+        for factor in tensor if role.endswith("lora_A") else ():
+            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+    return found
 
 
 def check_stacked(layer: MoELayer) -> None:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from ..publishing.hub import publish_folder
 from ..tools.base_weights import Unusable
+from ..tools.compression import compress
 from ..tools.inspection import diff_adapters, inspect_adapter
 from ..tools.interrupts import STOPPED
 from ..tools.merge import merge
@@ -211,6 +212,29 @@ def merge_command(args: argparse.Namespace) -> dict[str, Any]:
     return merge(args.adapter, args.output, **{name: getattr(args, name) for name in names}, **hub_options(args))
 
 
+def compress_command(args: argparse.Namespace) -> dict[str, Any]:
+    """Write an adapter anew with new experts of a low rank.
+
+    Of each new expert the new adapter holds the difference to its source expert, cut to
+    the nearest one of that rank (a truncated singular value decomposition), and nothing
+    else changes. Says for each layer how much of the difference was lost: the norm of
+    the error relative to it (Frobenius), and the largest error of a weight.
+
+    Of the base only the source experts are read, one weight of a layer at a time. An
+    adapter that has a rank already has to have a higher one. The folder appears whole or
+    not at all.
+
+    An adapter that was trained on top of this one does not know the new one by its
+    fingerprint: load it with the old one, or with check_trained_on=False.
+
+    examples:
+      moextend compress outputs/adapter outputs/small --rank 32
+      moextend compress me/my-adapter outputs/small --rank 64 --base /data/mixtral
+    """
+    names = ("rank", "base", "check_base")
+    return compress(args.adapter, args.output, **{name: getattr(args, name) for name in names}, **hub_options(args))
+
+
 def push_command(args: argparse.Namespace) -> dict[str, Any]:
     """Publish an adapter's folder on the Hub.
 
@@ -287,6 +311,8 @@ def show_inspect(console: Terminal, result: dict[str, Any]) -> None:
     if result["deltas"]:
         ranks = (f"{kind} ({f'rank {rank}' if rank else 'whole'})" for kind, rank in result["deltas"].items())
         console.say(f"deltas of {', '.join(ranks)}")
+    if result["expert_rank"] is not None:
+        console.say(f"new experts of rank {result['expert_rank']}: each is its source expert and a low-rank delta")
     if result["gate_threshold"] is not None:
         console.say(f"gate threshold {result['gate_threshold']}")
     if result["not_finite"]:
@@ -349,6 +375,13 @@ def show_merge(console: Terminal, result: dict[str, Any]) -> None:
     console.say(
         f"{result['folder']}: a {result['kind']} checkpoint, {result['files']} files, {result['bytes']:,} bytes"
     )
+
+
+def show_compress(console: Terminal, result: dict[str, Any]) -> None:
+    lines = [[entry["layer"], number(entry["relative"]), number(entry["max_abs"])] for entry in result["layers"]]
+    console.table(["layer", "|error| / |difference to the source|", "max |error|"], lines)
+    sizes = f"{result['bytes']:,} bytes of tensors, before {result['bytes_before']:,}"
+    console.say(f"{result['folder']}: new experts of rank {result['rank']}, {sizes}")
 
 
 def show_push(console: Terminal, result: dict[str, Any]) -> None:
@@ -422,6 +455,16 @@ def build_parser() -> Parser:
         help="merge it without the adapters that it was trained on top of",
     )
     add_parts(command)
+    add_hub_options(command)
+
+    command = add_command(commands, "compress", compress_command, show_compress)
+    command.add_argument("adapter", type=adapter_location, help=ADAPTER)
+    command.add_argument("output", help="the new folder; may not exist yet")
+    command.add_argument("--rank", type=positive, required=True, metavar="R", help="of each new expert's difference")
+    command.add_argument("--base", help="folder or Hub id of the base, if it lies elsewhere than the adapter says")
+    command.add_argument(
+        "--no-check-base", dest="check_base", action="store_false", help="take another base than it was made on"
+    )
     add_hub_options(command)
 
     command = add_command(commands, "push", push_command, show_push)

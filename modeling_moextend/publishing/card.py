@@ -176,6 +176,7 @@ def _overview(config, adapter_bytes, num_parameters, tensors):
         "encoder": encoder and f"{encoder} (frozen)",
         "on top of the adapters": ", ".join(f"`{cell(entry['name'])}`" for entry in config.trained_on) or None,
         "new experts": _num_new_experts(config) or None,
+        "rank of a new expert's difference to its source": config.expert_rank,
         "tensors in the adapter": len(tensors) or None,
         "parameters in the adapter": None if num_parameters is None else f"{num_parameters:,}",
         "size of the adapter": None if adapter_bytes is None else _size(adapter_bytes),

@@ -183,6 +183,32 @@ class Checkpoint:
             values[inside] = stack.view(-1)[indices[inside] % size]
         return values
 
+    def experts(self, model: PreTrainedModel, name: str, shape: torch.Size, numbers: Sequence[int]) -> torch.Tensor:
+        """Some experts [n, ...] of a stack, in the dtype of the file, others left unread where they lie apart.
+
+        Args:
+            model, name, shape: as in `values`.
+            numbers: of the experts, n of them.
+        """
+        parameter = torch.empty(shape, device="meta")
+        parts = self.parts(model, name, parameter)
+        key, part = next(iter(parts.items()))
+        if part is parameter:
+            self.empty(key, shape)
+            header, size = self.header_of(key), shape[1:]
+            with readable(self.paths[key]), open(self.paths[key], "rb") as file:
+                starts = (number * size.numel() for number in numbers)
+                return torch.stack([read_tensor(file, header, key, BASE_DTYPES, start, size) for start in starts])
+        dtype, split = self.empty(key).dtype, partial(stored_parts, model, name)
+        if not any(EXPERT.search(key) for key in parts):
+            stack = torch.empty(shape, dtype=dtype, device="cpu")
+            self.fill(stack, split)
+            return stack[list(numbers)]
+        found = [torch.empty((1, *shape[1:]), dtype=dtype, device="cpu") for _ in numbers]
+        for number, stack in zip(numbers, found, strict=True):
+            self.fill(stack, partial(split, first=number))
+        return torch.cat(found)
+
     def parts(self, model: PreTrainedModel, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the checkpoint has in the place of a `parameter` on the meta device: key -> part of it."""
         return {name: parameter} if name in self.paths else stored_parts(model, name, parameter)

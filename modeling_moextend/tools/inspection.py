@@ -52,9 +52,9 @@ def inspect_adapter(name_or_path: str | os.PathLike, **hub_kwargs: Any) -> dict[
     """What an adapter holds, as a JSON-ready `dict`; of a repository on the Hub only the headers are fetched.
 
     Keys: adapter, format, base, encoder (`None`: none), scope, selection, calibration, deltas (kind -> rank),
-    gate_threshold (`None`: no gate), num_tensors, num_parameters, num_bytes (of tensors), not_finite (names of tensors
-    that hold NaN or infinity; `None`: on the Hub, not fetched), files, layers (an entry for each extended layer),
-    others (the same for deltas, gate and projector), tensors (an entry for each).
+    expert_rank (`None`: whole experts), gate_threshold (`None`: no gate), num_tensors, num_parameters, num_bytes (of
+    tensors), not_finite (names of tensors that hold NaN or infinity; `None`: on the Hub, not fetched), files, layers
+    (an entry for each extended layer), others (the same for deltas, gate and projector), tensors (an entry for each).
 
     Raises:
         OSError: no adapter there.
@@ -67,7 +67,7 @@ def inspect_adapter(name_or_path: str | os.PathLike, **hub_kwargs: Any) -> dict[
         "format": int(stored.metadata["moextend_format"]),
         "base": describe_part(config, "base", config.text_config),
         "encoder": describe_part(config, "encoder", config.encoder_config) if config.encoder_config else None,
-        **{name: getattr(config, name) for name in (*ROUTING, "deltas")},
+        **{name: getattr(config, name) for name in (*ROUTING, "deltas", "expert_rank")},
         "gate_threshold": config.gate_threshold if config.scope == "gate" else None,
         **size_of(tensors),
         "not_finite": read_not_finite(name_or_path, hub_kwargs),

@@ -25,6 +25,7 @@ from ..base_checks_moextend import base_rule, check_fingerprint, check_plan
 from ..configuration_moextend import MoExtendConfig
 from ..deltas_moextend import find_sites
 from ..families_moextend import find_moe_layers
+from ..low_rank_moextend import expert_shapes, whole_weights
 from ..tensors_moextend import check_finite, fingerprint, tensor_shapes
 from ..vision_moextend import load_encoder
 from .base_weights import TOKENIZER, Checkpoint, checkpoint_fingerprint, location_of_part, skeleton, unusable
@@ -53,6 +54,8 @@ def merge(
     **hub_kwargs: Any,
 ) -> dict[str, str | int]:
     """Writes a folder that holds base and adapter, whole or not at all.
+
+    Experts of a low rank are written whole, source and delta in one.
 
     Args:
         adapter: folder or Hub id.
@@ -84,17 +87,19 @@ def merge(
             checkpoint = open_part("base", base, config, adapter, hub_kwargs)
             base_config = checkpoint.config()
         check_fit(config, base_config, checkpoint, stored, check_base)
+        model = skeleton(base_config) if native or config.expert_rank else None
+        tensors = whole_tensors(config, stored.tensors, model, checkpoint)
+        config.expert_rank = None
         if native:
-            model = skeleton(base_config)
-            check_native(config, base_config, model, checkpoint, stored.tensors)
-            write_native(folder, config, base_config, model, checkpoint, stored.tensors, max_shard_size)
+            check_native(config, base_config, model, checkpoint, tensors)
+            write_native(folder, config, base_config, model, checkpoint, tensors, max_shard_size)
             copy_files(checkpoint.find, ABOUT_NATIVE, folder)
             add_generation(folder / "generation_config.json", config.generation_config)
         else:
             has_encoder = config.encoder_config is not None
             with unusable():
                 encoder = open_part("encoder", encoder, config, adapter, hub_kwargs) if has_encoder else None
-            write_standalone(folder, config, checkpoint, encoder, stored.tensors, max_shard_size, check_base)
+            write_standalone(folder, config, checkpoint, encoder, tensors, max_shard_size, check_base)
         copy_files(finder(adapter, hub_kwargs), ABOUT_ADAPTER if not native else TOKENIZER, folder)
     files = [path for path in Path(output).rglob("*") if path.is_file()]
     return {
@@ -165,8 +170,10 @@ def check_fit(
     checkpoint: Checkpoint,
     stored: StoredAdapter,
     check_base: bool,
+    change: str = "merged",
 ) -> None:
-    """Refuses another base than the adapter's, and tensors that do not fit it; no weight stays in memory.
+    """Refuses another base than the adapter's, and tensors that do not fit it, or hold NaN or infinity and so can't be
+    `change`; no weight stays in memory.
 
     Without `check_base` the config is made to say which base it is.
     """
@@ -182,7 +189,40 @@ def check_fit(
     check_plan(layers, config.extended_layers)
     base_rule(config, layers)
     check_tensors(tensor_shapes(config, layers, find_sites(config, base.get_decoder())), stored)
-    check_finite(stored.tensors, "merged")
+    check_finite(stored.tensors, change)
+
+
+def source_experts(
+    config: MoExtendConfig, model: PreTrainedModel, checkpoint: Checkpoint, rank: int
+) -> Iterator[tuple[int, torch.nn.Module, str, torch.Tensor]]:
+    """(layer, experts module, role, source experts [n, ...]) of every stack that has a delta in an adapter of `rank`.
+
+    Args:
+        config: the adapter's.
+        model, checkpoint: of the base; `model` is its `skeleton`.
+    """
+    layers, names = find_moe_layers(model.get_decoder()), {module: name for name, module in model.named_modules()}
+    for layer, sources in config.extended_layers.items():
+        experts = layers[layer].experts
+        for factor in expert_shapes(experts, len(sources), rank):
+            role, _, kind = factor.partition(".")
+            if kind == "lora_A":
+                name, shape = f"{names[experts]}.{role}", experts._parameters[role].shape
+                yield layer, experts, role, checkpoint.experts(model, name, shape, sources)
+
+
+def whole_tensors(
+    config: MoExtendConfig, tensors: dict[str, torch.Tensor], model: PreTrainedModel | None, checkpoint: Checkpoint
+) -> dict[str, torch.Tensor]:
+    """An adapter's tensors with whole experts in the place of those that have a rank; see `source_experts`."""
+    if config.expert_rank is None:
+        return tensors
+    tensors = dict(tensors)
+    for layer, experts, role, source in source_experts(config, model, checkpoint, config.expert_rank):
+        name = f"layers.{layer}.experts.{role}"
+        factors = (tensors.pop(f"{name}.{factor}") for factor in ("lora_A", "lora_B"))
+        tensors[name] = whole_weights(source, *factors, experts.is_transposed)
+    return tensors
 
 
 def base_skeleton(checkpoint: Checkpoint, config: PreTrainedConfig) -> PreTrainedModel:

@@ -5,7 +5,7 @@ over the old file, that would end the process (SIGBUS).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -72,14 +72,16 @@ def read_tensor(
     name: str,
     dtypes: dict[str, torch.dtype] = DTYPES,
     index: int | None = None,
+    size: Sequence[int] = (),
 ) -> torch.Tensor:
-    """A tensor of an open file, in memory of its own; or a scalar, its value at `index` of the flattened one.
+    """A tensor of an open file, in memory of its own; or, from `index` of the flattened one on, a part of that `size`:
+    one value if none is given.
 
     Raises:
         ValueError: as `find_tensor`; or the file was overwritten since its header was read.
     """
     dtype, shape, first = find_tensor(header, name, dtypes)
-    tensor = torch.empty(shape if index is None else (), dtype=dtype, device="cpu")  # whatever the default device is
+    tensor = torch.empty(shape if index is None else size, dtype=dtype, device="cpu")  # whatever the default device is
     file.seek(first + (index or 0) * dtype.itemsize)
     count = file.readinto(tensor.reshape(-1).view(torch.uint8).numpy())
     if count != tensor.nbytes or state_of(file) != header.state:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 HOW_TO_READ = (  # entries of the config without which the tensors of an adapter mean something else
     "extended_layers",
+    "expert_rank",
     "scope",
     "selection",
     "calibration",

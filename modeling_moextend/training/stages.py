@@ -15,7 +15,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
-from ..attaching.choices import routing_choices
+from ..attaching.choices import check_rank, routing_choices
 from ..base_checks_moextend import check_plan
 from ..configuration_moextend import MoExtendConfig, check_choices, normalise_deltas, normalise_plan
 from ..data.files import as_text
@@ -24,6 +24,7 @@ from ..data.processors import load_processor
 from ..extender.router_probe import measure_router_shift, probe_config
 from ..extender.router_shift import CHOICES
 from ..families_moextend import find_moe_layers
+from ..low_rank_moextend import expert_shapes
 from ..modeling_moextend import MoExtendForCausalLM
 from ..tools.files import alone_in, write_text
 from ..tools.inspection import ROUTING
@@ -107,6 +108,10 @@ class StagesConfig:
     paper: bool = field(
         default=False, metadata={"help": "The paper's routing (all, compete, all) and one new expert a layer."}
     )
+    expert_rank: int | None = field(
+        default=None,
+        metadata={"help": "Of a new expert train and save a delta of this rank to its source; unset: a whole copy."},
+    )
     new_experts: int | None = field(
         default=None, metadata={"help": "New experts a layer; default: 4, or 1 with --paper."}
     )
@@ -147,6 +152,7 @@ class StagesConfig:
         if self.encoder and not self.adapter and "align" not in self.stages:
             raise ValueError("Without stage align the projector is random: run it first, or start from its --adapter.")
         self.chosen_routing()
+        check_rank(self.expert_rank, self.paper)
         if self.new_experts is None:
             self.new_experts = 1 if self.paper else 4
 
@@ -160,6 +166,10 @@ class StagesConfig:
         if self.paper:
             return routing_choices(**choices, paper=True, deltas=deltas)
         return {name: value for name, value in (choices | {"deltas": deltas or None}).items() if value is not None}
+
+    def chosen_experts(self) -> dict[str, str | int]:
+        """The choices for new experts that were made: those of the routing, and the rank."""
+        return self.chosen_routing() | ({} if self.expert_rank is None else {"expert_rank": self.expert_rank})
 
     def chosen_layers(self) -> tuple[float | None, str | list[int] | None]:
         """What `RouterShift.select` takes: (fraction, layers).
@@ -291,17 +301,17 @@ def build_model(config: StagesConfig, processor: PreTrainedTokenizerBase | Proce
         model = MoExtendForCausalLM.from_pretrained(
             config.adapter, base=config.base, encoder=config.encoder, **options
         )
-        change_routing(model, config.chosen_routing())
+        change_routing(model, config.chosen_experts())
     elif config.encoder is None:
         model = AutoModelForCausalLM.from_pretrained(config.base, trust_remote_code=False, **options)
     else:
         vision = {"encoder": config.encoder, "image_token_id": processor.image_token_id}
-        model = MoExtendForCausalLM.from_base(config.base, **vision, **config.chosen_routing(), **options)
+        model = MoExtendForCausalLM.from_base(config.base, **vision, **config.chosen_experts(), **options)
     return model
 
 
 def change_routing(model: MoExtendForCausalLM, routing: dict[str, Any]) -> None:
-    """Other routing choices for an adapter that has no new experts yet, as after stage align.
+    """Other routing choices, or another rank, for an adapter that has no new experts yet, as after stage align.
 
     Raises:
         ValueError: it has new experts, which were trained for the routing they have.
@@ -322,7 +332,7 @@ def with_experts(model: PreTrainedModel, plan: dict[int, list[int]], config: Sta
     if is_moextend(model):
         model.extend(plan)
         return model
-    return MoExtendForCausalLM.from_base(model, plan, **config.chosen_routing())
+    return MoExtendForCausalLM.from_base(model, plan, **config.chosen_experts())
 
 
 def read_plan(config: StagesConfig) -> dict[int, list[int]]:
@@ -436,6 +446,8 @@ def check_before(
     if not is_moextend(model):
         routing = {name: value for name, value in config.chosen_routing().items() if name in ROUTING}
         MoExtendConfig(**routing_choices(**routing))  # refuses what from_base would, after the probe
+    for layer in layers.values():
+        expert_shapes(layer.experts, 1, config.expert_rank)  # refuses a rank that is too high
     if config.plan is not None:
         check_plan(layers, read_plan(config))
     chosen = config.chosen_layers()[1]

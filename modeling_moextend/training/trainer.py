@@ -619,10 +619,11 @@ def training_summary(
     model: MoExtendForCausalLM, trainable: dict[str, torch.nn.Parameter], args: MoExtendSFTConfig
 ) -> str:
     """One line: trainable parameters, adapter bytes on disk, optimiser bytes in memory (before any sharding)."""
-    optimizer = optimizer_bytes(args.optim, trainable.values())
+    optimizer, rank = optimizer_bytes(args.optim, trainable.values()), model.config.expert_rank
     return (
         f"MoExtend, stage {args.stage}: {sum(p.numel() for p in trainable.values()):,} trainable parameters; "
-        f"adapter {model.adapter_bytes(torch_dtype(args.adapter_dtype)) / 2**20:,.1f} MiB; "
+        f"adapter {model.adapter_bytes(torch_dtype(args.adapter_dtype)) / 2**20:,.1f} MiB"
+        f"{'' if rank is None else f' (new experts of rank {rank})'}; "
         f"optimiser {'unknown' if optimizer is None else f'{optimizer / 2**20:,.1f} MiB'} ({plain(args.optim)})"
     )
 
