@@ -23,7 +23,7 @@ from .validation_moextend import short
 
 FILE = "moextend_adapter.safetensors"
 INDEX = FILE + ".index.json"
-FORMAT = 2  # of an adapter with `expert_rank`; any other is written as 1, which earlier versions read
+FORMAT = 2  # of an adapter with `expert_rank` or deltas; any other is written as 1, which earlier versions read
 MAX_JSON = 8 * 2**20  # bytes of an index or of a config, many times what a large base needs
 MAX_SHARDS = 4096
 ONE_FILE = "1000TB"
@@ -99,7 +99,7 @@ def header(config, tensors):
     """Header metadata; every value a string. `checksum` covers the tensors, `header_checksum` everything else here."""
     metadata = {
         "format": "pt",
-        "moextend_format": str(FORMAT if config.expert_rank else 1),
+        "moextend_format": str(FORMAT if config.expert_rank or config.deltas else 1),
         "config": json.dumps(config.to_dict(), sort_keys=True, default=str),
         "base_fingerprint": config.base_fingerprint or "",
         "encoder_fingerprint": config.encoder_fingerprint or "",
