@@ -18,6 +18,7 @@ from .configuration_moextend import DELTAS
 from .families_moextend import family_of, find_moe_layers
 from .layers_moextend import Extension, keep_in_graph
 
+HYPER_CONNECTIONS = ("hc_", "hyper_connection")
 TOKEN_MIXERS = ("self_attn", "linear_attn")
 OF_CACHED = ("kv_b_proj",)  # expands what the cache holds, also of tokens that are not in this pass
 
@@ -140,6 +141,11 @@ def find_sites(config, decoder):
             " is the last: extend a lower layer as well, or use deltas=('output',)."
         )
     if "embedding" in config.deltas:
+        if any(name.startswith(HYPER_CONNECTIONS) for name, _ in decoder.named_children()):
+            raise ValueError(
+                f"The residual stream of {family_of(decoder)} is several vectors a token (hyper-connections), with no "
+                "place for an embedding's delta: leave 'embedding' out of deltas."
+            )
         embedding = decoder.get_input_embeddings()
         sites[f"layers.{min(above)}.embedding"] = Site(above[min(above)], hidden_size, embedding.weight.shape[0])
     if "attention" in config.deltas:

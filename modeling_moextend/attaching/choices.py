@@ -1,7 +1,13 @@
 """The choices of a new adapter: who may use new experts, how they are chosen, whose weights are calibrated."""
 
+import contextlib
+import copy
 from collections.abc import Collection
 
+from torch import nn
+
+from ..configuration_moextend import DELTAS, MoExtendConfig
+from ..deltas_moextend import find_sites
 from ..validation_moextend import ENTRIES
 
 PAPER = {"scope": "all", "selection": "compete", "calibration": "all"}
@@ -40,6 +46,20 @@ def routing_choices(
     if calibration is None:
         choices["calibration"] = "none" if choices["selection"] == "exclusive" else "routed"
     return choices
+
+
+def default_deltas(config: MoExtendConfig, decoder: nn.Module) -> dict[str, int]:
+    """The deltas {kind: rank} of a new adapter with `config` that names none: with a gate, those of `DELTAS` that this
+    base can have in decoder layers above the gate's; else none."""
+    chosen, trial = {}, copy.copy(config)
+    if config.scope != "gate" or not config.extended_layers:
+        return chosen
+    for kind, rank in DELTAS.items():
+        trial.deltas = {kind: rank}
+        with contextlib.suppress(ValueError):
+            find_sites(trial, decoder)
+            chosen[kind] = rank
+    return {} if chosen.keys() == {"output"} else chosen  # alone, it was not measured
 
 
 def check_rank(expert_rank: int | None, paper: bool = False) -> None:

@@ -17,7 +17,7 @@ from ..deltas_moextend import find_sites, remove_deltas
 from ..layers_moextend import remove_experts
 from ..tensors_moextend import split_by_part
 from ..tools.places import hub_id
-from .choices import routing_choices
+from .choices import default_deltas, routing_choices
 from .parts import identity, load_new_encoder
 from .selfcheck import self_checked
 from .start_values import start_tensors
@@ -94,6 +94,8 @@ def add_adapter(
             **entries,
         )
         check_together({**{name: model.adapters[name].config for name in dependencies}, adapter_name: config}, model)
+        if entries.get("deltas") is None:
+            config.deltas = default_deltas(config, model.get_decoder())
         rule = base_rule(config, layers)
         try:
             with self_checked(layers, plan, rule, adapter_name):

@@ -15,7 +15,7 @@ from ..families_moextend import find_moe_layers
 from ..loading_moextend import ENCODER_KWARGS, SHARED_HUB_KWARGS, load_base, undone_on_error
 from ..tools.places import check_location, check_place
 from ..validation_moextend import is_generation
-from .choices import check_rank, routing_choices
+from .choices import check_rank, default_deltas, routing_choices
 from .layouts import check_quantised, check_request
 from .parts import identity, load_new_encoder
 from .rules import check_family
@@ -43,7 +43,7 @@ def from_base(
     calibration_hidden_size: int = 16,
     gate_hidden_size: int = 64,
     gate_threshold: float = 0.0,
-    deltas: Iterable[str] | Mapping[str, int] = (),
+    deltas: Iterable[str] | Mapping[str, int] | None = None,
     adapter_name: str = "default",
     **kwargs: Any,
 ) -> MoExtendPreTrainedModel:
@@ -65,7 +65,8 @@ def from_base(
             processor: `processor.image_token_id`.
         deltas: shared layers that move too, for tokens in scope alone: any of `"embedding"`, `"attention"` (its
             projections) and `"output"` (the last hidden state); or a mapping from these to ranks (0: whole matrices),
-            as `DELTAS` of deltas_moextend.py. In decoder layers above the lowest extended one.
+            as in `DELTAS`. In decoder layers above the lowest extended one. Default: with scope `"gate"` all three,
+            as far as the base can have them; else none, as `()`.
         adapter_name: what the adapter is called in this model, where more are to come.
         **kwargs: to the base's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
 
@@ -83,8 +84,7 @@ def from_base(
     else:
         check_keywords("from_base", kwargs, ENCODER_KWARGS)
     plan = normalise_plan(extended_layers)
-    deltas = normalise_deltas(deltas)
-    choices = routing_choices(scope, selection, calibration, paper, encoder is not None, deltas)
+    choices = routing_choices(scope, selection, calibration, paper, encoder is not None, normalise_deltas(deltas))
     check_rank(expert_rank, paper)
     if not plan and encoder is None:
         raise ValueError(
@@ -118,6 +118,8 @@ def from_base(
         dtype=base.dtype,
         **choices,
     )
+    if deltas is None:
+        config.deltas = default_deltas(config, base.get_decoder())
     rule = base_rule(config, layers)
     with undone_on_error(base, encoder), self_checked(layers, plan, rule, adapter_name):
         model = cls(config, base, encoder, adapter_name=adapter_name)

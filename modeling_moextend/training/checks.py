@@ -16,9 +16,8 @@ from ..base_checks_moextend import check_gradients, check_in_memory
 from ..data.processors import load_processor
 from ..gate_moextend import TokenGate
 from ..tools.modes import is_moextend
-from .config import MoExtendSFTConfig
+from .config import GROUP_SETTINGS, MoExtendSFTConfig, retention_of
 from .gate import GateReport
-from .groups import own_settings
 
 if TYPE_CHECKING:
     from ..modeling_moextend import MoExtendForCausalLM
@@ -87,7 +86,8 @@ def check_retention(
             "all": "scope='all' has no gate that could learn from it; use scope='gate'",
         }[model.config.scope]
         raise ValueError(f"Retention text trains the gate of scope='gate'. {why}. Leave retention out.")
-    in_loss = args.retention_loss == "text" and args.retention_weight > 0
+    kind, weight = retention_of(args, bool(model.config.deltas))
+    in_loss = kind == "text" and weight > 0
     if has_text and (args.stage != "finetune" or (args.gate_steps == 0 and not in_loss)):
         raise ValueError(
             f"Retention text trains the gate, but with stage={args.stage!r} and gate_steps={args.gate_steps} nothing "
@@ -276,11 +276,11 @@ def check_options(args: MoExtendSFTConfig, coefficient: float, kwargs: dict[str,
             "label_smoothing_factor and compute_loss_func run the model twice a step, and the load-balancing loss "
             "would lose its gradient. Leave them out, or set router_aux_loss_coef=0.0."
         )
-    settings = own_settings(args)
+    settings = [name for name in GROUP_SETTINGS if getattr(args, name) is not None]
     if settings and (kwargs.get("optimizers") or (None,))[0] is not None:
         raise ValueError(
-            f"The trainer was given an optimizer, whose groups are its own, and settings for {', '.join(settings)}. "
-            "Put learning rates and decay into its groups, or leave one of both out."
+            f"The trainer was given an optimizer, whose groups are its own, and {', '.join(settings)}. Put learning "
+            "rates and decay into its groups, or leave one of both out."
         )
     if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         raise ValueError(

@@ -9,6 +9,7 @@ from trl import SFTConfig
 
 from .trainable import STAGES
 
+GROUP_SETTINGS = ("router_learning_rate", "delta_learning_rate", "embedding_learning_rate", "delta_weight_decay")
 ADAPTER_DTYPES = ("float32", "bfloat16", "float16")
 RETENTIONS = ("self",)
 RETENTION_LOSSES = {"prompts": 5.0, "text": 2.0}  # what is kept -> weight where none is given
@@ -25,7 +26,7 @@ SMALLEST = {  # smallest allowed value
     "embedding_learning_rate": 0.0,
     "delta_weight_decay": 0.0,
 }
-OPTIONAL = ("router_learning_rate", "delta_learning_rate", "embedding_learning_rate", "delta_weight_decay")
+OPTIONAL = (*GROUP_SETTINGS, "retention_weight")
 
 
 @dataclass
@@ -67,12 +68,14 @@ class MoExtendSFTConfig(SFTConfig):
             of the task's prompts, whose first words no gate can tell from its own conversations; needs prompts (tokens
             without labels, as with `assistant_only_loss=True`) and one more forward pass of the base a step. `"text"`:
             what the base says of retention text, were the gate to let all of it through; the task's prompts are free
-            to move, and a step costs eight short texts more.
+            to move, and a step costs eight short texts more. Unset: `"text"` for an adapter with deltas, which move
+            what reads the prompts; else `"prompts"`.
         retention_weight:
             Weight of the retention loss. Unset: 5 for `"prompts"`, 2 for `"text"`; 0 leaves it out.
         router_learning_rate, delta_learning_rate, embedding_learning_rate:
             Peak learning rates of new router rows, of deltas, and of the embedding's delta, whose rows train only in
-            the steps that see their tokens. Unset: `learning_rate`, as for new experts; the embedding's: the deltas'.
+            the steps that see their tokens. Unset: `learning_rate`, as for new experts; the embedding's: that of the
+            other deltas, times five, times the size (root mean square) of what it is added to.
         delta_weight_decay:
             Weight decay of deltas. Unset: `weight_decay`, as for new experts.
         verify_base:
@@ -136,11 +139,12 @@ class MoExtendSFTConfig(SFTConfig):
     gate_retention_weight: float = field(
         default=10.0, metadata={"help": "Weight of the gate's loss on retention tokens that it lets through."}
     )
-    retention_loss: str = field(
-        default="prompts",
+    retention_loss: str | None = field(
+        default=None,
         metadata={
             "help": "With scope 'gate', what the retention loss keeps: the base's own continuation of the task's "
-            "'prompts', or of retention 'text' that is run with the gate open.",
+            "'prompts', or of retention 'text' that is run with the gate open. Unset: text for an adapter with "
+            "deltas, else prompts.",
             "choices": list(RETENTION_LOSSES),
         },
     )
@@ -154,7 +158,8 @@ class MoExtendSFTConfig(SFTConfig):
         default=None, metadata={"help": "Peak learning rate of deltas. Unset: learning_rate."}
     )
     embedding_learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate of the embedding's delta. Unset: delta_learning_rate."}
+        default=None,
+        metadata={"help": "Peak learning rate of the embedding's delta. Unset: by what it is added to."},
     )
     delta_weight_decay: float | None = field(
         default=None, metadata={"help": "Weight decay of deltas. Unset: weight_decay."}
@@ -192,11 +197,9 @@ class MoExtendSFTConfig(SFTConfig):
                 f"retention must be 'self' or None, not {self.retention!r}. Text of your own goes to the trainer: "
                 "MoExtendSFTTrainer(..., retention_dataset=...)."
             )
-        if self.retention_loss not in RETENTION_LOSSES:
+        if self.retention_loss is not None and self.retention_loss not in RETENTION_LOSSES:
             allowed = ", ".join(map(repr, RETENTION_LOSSES))
             raise ValueError(f"retention_loss must be one of {allowed}, not {self.retention_loss!r}.")
-        if self.retention_weight is None:
-            self.retention_weight = RETENTION_LOSSES[self.retention_loss]
         for name, smallest in SMALLEST.items():
             value = getattr(self, name)
             if value is None and name in OPTIONAL:
@@ -209,6 +212,12 @@ class MoExtendSFTConfig(SFTConfig):
                 "stage='align' trains the projector and nothing else, so train_projector=False leaves nothing to "
                 "train: leave it unset, or use stage='finetune'."
             )
+
+
+def retention_of(args: MoExtendSFTConfig, has_deltas: bool) -> tuple[str, float]:
+    """(kind, weight) of the retention loss, for an adapter with or without deltas."""
+    kind = args.retention_loss or ("text" if has_deltas else "prompts")
+    return kind, RETENTION_LOSSES[kind] if args.retention_weight is None else args.retention_weight
 
 
 def check_processes(world_size: int, output_dir: str | None) -> None:

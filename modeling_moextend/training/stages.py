@@ -101,9 +101,12 @@ class StagesConfig:
         default=None,
         metadata={"help": "'all', 'routed' (default with 'compete') or 'none' (default with 'exclusive')."},
     )
-    deltas: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Shared layers that move too, for tokens in scope alone: embedding, attention, output."},
+    deltas: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Shared layers that move too, for tokens in scope alone: any of embedding, attention, output, or "
+            "'none'. Default: all three with scope 'gate', else none."
+        },
     )
     paper: bool = field(
         default=False, metadata={"help": "The paper's routing (all, compete, all) and one new expert a layer."}
@@ -162,10 +165,11 @@ class StagesConfig:
         Raises:
             ValueError: `paper` beside a choice that is not the paper's; an unknown delta.
         """
-        choices, deltas = {name: getattr(self, name) for name in ROUTING}, normalise_deltas(self.deltas)
+        choices = {name: getattr(self, name) for name in ROUTING}
+        deltas = None if self.deltas is None else normalise_deltas([kind for kind in self.deltas if kind != "none"])
         if self.paper:
-            return routing_choices(**choices, paper=True, deltas=deltas)
-        return {name: value for name, value in (choices | {"deltas": deltas or None}).items() if value is not None}
+            return routing_choices(**choices, paper=True, deltas=deltas or ())
+        return {name: value for name, value in (choices | {"deltas": deltas}).items() if value is not None}
 
     def chosen_experts(self) -> dict[str, str | int]:
         """The choices for new experts that were made: those of the routing, and the rank."""

@@ -58,9 +58,9 @@ from .checks import (
     default_processor,
     say_unsharded,
 )
-from .config import MoExtendSFTConfig
+from .config import MoExtendSFTConfig, retention_of
 from .gate import train_gate
-from .groups import kind_of, own_settings, split_groups
+from .groups import kind_of, own_settings, split_groups, stream_size
 from .resuming import load_adapter_tensors
 from .retention import last_hidden_states, prompt_distance
 from .retention_text import retention_text, text_distance
@@ -85,7 +85,7 @@ CARD_SETTINGS = (
     "max_length",
     "seed",
 )
-CARD_GATE = ("gate_steps", "retention_loss", "retention_weight")  # of scope "gate" only
+CARD_GATE = ("gate_steps",)  # of scope "gate" only
 CARD_LOGS = {"task_loss": "last task loss", "train_runtime": "seconds of training"}  # what the log calls them
 
 
@@ -166,6 +166,10 @@ class MoExtendSFTTrainer(SFTTrainer):
             self.data_collator = MaskImageLabels(self.data_collator, self.model.image_token_id, vocab_size)
         check_trainer_tokens(self)
         self.retention_dataset, self.gate_report, self.retention_text = retention_dataset, None, None
+        self.retention = "prompts", 0.0  # kind and weight of the retention loss
+        if args.stage == "finetune" and self.model.gate is not None:
+            self.retention = retention_of(args, bool(self.model.config.deltas))
+        self._stream_size = 1.0
         self._drawn = 0, 0  # step, and micro-batches that have drawn retention text in it
         self._throughput = {}  # mode -> [tokens, start in seconds]
         self._in_checkpoint = False
@@ -239,6 +243,8 @@ class MoExtendSFTTrainer(SFTTrainer):
             check_gate_open(self.gate_report)
             if before is not None:
                 check_unchanged(before, base_tensors_hash(self.model))
+        if self.args.stage == "finetune":
+            self._stream_size = stream_size(self)
         if self._retains("text"):
             if resume_from_checkpoint:  # with the gate that chooses its pieces
                 load_adapter_tensors(self.core, resume_from_checkpoint)
@@ -293,9 +299,10 @@ class MoExtendSFTTrainer(SFTTrainer):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """As in Trainer, with groups of their own for what has a learning rate or decay of its own."""
-        settings, given = own_settings(self.args), self.optimizer is not None
+        given = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        if settings and not given:
+        if not given:
+            settings = own_settings(self.args, self._stream_size)
             kinds = {tensor: kind_of(name) for name, tensor in self.trainable.items()}
             split_groups(optimizer, kinds, settings)
         return optimizer
@@ -335,15 +342,15 @@ class MoExtendSFTTrainer(SFTTrainer):
         if mode == "train" and self._retains():
             of_prompts = self._retains("prompts")
             distance = prompt_distance(model, core, hidden[-1], inputs) if of_prompts else self._text_distance(core)
-            loss = loss + self.args.retention_weight * distance.to(loss.device) / steps
+            loss = loss + self.retention[1] * distance.to(loss.device) / steps
             parts["retention_loss"] = distance.detach()
         throughput[0] += self._log_parts(mode, parts, records, attention_mask)
         return (loss, outputs) if return_outputs else loss
 
     def _retains(self, *kinds):
         """Whether training has a retention loss, of one of these kinds."""
-        has_one = self.args.stage == "finetune" and self.args.retention_weight > 0 and self.core.gate is not None
-        return has_one and (not kinds or self.args.retention_loss in kinds)
+        kind, weight = self.retention
+        return weight > 0 and (not kinds or kind in kinds)
 
     def _text_distance(self, core):
         """The retention loss on the text of this micro-batch; every process draws its own."""
@@ -549,6 +556,8 @@ class MoExtendSFTTrainer(SFTTrainer):
         """How the adapter was trained, for the card: setting -> number, text or `None`."""
         names = CARD_SETTINGS if self.core.gate is None else CARD_SETTINGS + CARD_GATE
         settings = {name: plain(getattr(self.args, name)) for name in names}
+        if self.core.gate is not None:
+            settings["retention_loss"], settings["retention_weight"] = self.retention
         settings["processes"] = self.args.world_size
         settings["steps"] = self.state.global_step or None
         for log in self.state.log_history:
