@@ -162,7 +162,7 @@ def read_file(path):
         for name, entry in entries.items():
             if entry["dtype"] not in DTYPES:
                 raise ValueError(f"wrong dtype: {name!r} is {short(entry['dtype'])}; allowed: {', '.join(DTYPES)}")
-        return load(data), metadata
+        return dict(sorted(load(data).items())), metadata  # else in another order in each process
     except UNREADABLE as error:
         raise damaged(path, short(str(error))) from error
 

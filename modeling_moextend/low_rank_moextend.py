@@ -51,7 +51,7 @@ class LowRankExperts(nn.Module):
     def __init__(self, tensors, sources):
         super().__init__()
         self.sources, self.merged = list(sources), None
-        for role, tensor in tensors.items():
+        for role, tensor in sorted(tensors.items()):  # however they come: optimiser states go by it
             name, _, factor = role.partition(".")
             if not factor:
                 self.register_parameter(name, nn.Parameter(tensor))

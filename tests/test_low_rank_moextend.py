@@ -403,6 +403,19 @@ def test_what_is_saved_loads_bit_for_bit_and_is_the_deltas_alone(family, dtype, 
     assert read_adapter(tmp_path).metadata["moextend_format"] == "2", "earlier versions say what they lack"
 
 
+def test_parameters_have_one_order_however_the_tensors_come(tmp_path):
+    """Optimiser states go by it, and what processes exchange."""
+    model = extended("gpt_oss")
+    model.save_pretrained(tmp_path)
+    assert [*read_adapter(tmp_path).tensors] == sorted(model.adapter_tensors())
+    loaded = MoExtendForCausalLM.from_pretrained(tmp_path, base=make_base("gpt_oss"))
+    (experts, _), (others, _) = low_rank_experts(model), low_rank_experts(loaded)
+    assert [name for name, _ in others.named_parameters()] == [name for name, _ in experts.named_parameters()]
+    tensors = {name: tensor.detach() for name, tensor in experts.named_parameters()}
+    twin = LowRankExperts(dict(reversed(tensors.items())), experts.sources)
+    assert [name for name, _ in twin.named_parameters()] == [*tensors]
+
+
 def test_an_adapter_without_rank_is_written_as_ever(tmp_path):
     extended(rank=None).save_pretrained(tmp_path)
     assert read_adapter(tmp_path).metadata["moextend_format"] == "1"
