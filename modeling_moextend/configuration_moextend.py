@@ -158,10 +158,10 @@ def normalise_plan(plan):
 
 def normalise_deltas(deltas):
     """`{kind: rank}` of an adapter's deltas, from such a mapping, or from kinds alone, with the ranks of `DELTAS`."""
-    deltas = {} if deltas is None else deltas
-    chosen = deltas if hasattr(deltas, "items") else {kind: DELTAS.get(kind) for kind in deltas}
-    wrong = {kind: rank for kind, rank in chosen.items() if kind not in DELTAS or not is_rank(rank)}
-    if wrong or isinstance(deltas, str):
+    chosen = deltas
+    if deltas is None or isinstance(deltas, (list, tuple, set, frozenset)):
+        chosen = {kind: DELTAS.get(kind) for kind in map(str, deltas or ())}
+    if not hasattr(chosen, "items") or any(kind not in DELTAS or not is_rank(rank) for kind, rank in chosen.items()):
         raise ValueError(
             f"deltas={short(deltas)} must be any of {', '.join(map(repr, DELTAS))}, as a list, or a mapping from "
             "these to ranks (integers from 1 to 4096; 0 for whole matrices)."

@@ -560,7 +560,13 @@ def test_inspect_names_gate_encoder_and_projector(tmp_path, moextend):
     adapter = save_pair(tmp_path, encoder=str(tmp_path / "encoder"), scope="gate")
     _, found = moextend("inspect", adapter, "--json")
     assert found["encoder"]["name_or_path"] == str(tmp_path / "encoder") and found["gate_threshold"] == 0.0
-    assert [row["part"] for row in found["others"]] == ["gate", "projector"]
+    assert [row["part"] for row in found["others"]] == [
+        "embedding deltas",
+        "attention deltas",
+        "output deltas",
+        "gate",
+        "projector",
+    ]
     parts = found["layers"] + found["others"]
     assert all(
         sum(row[name] for row in parts) == found[name] for name in ("num_tensors", "num_parameters", "num_bytes")

@@ -75,9 +75,20 @@ def test_kinds_and_ranks_are_normalised_or_refused():
     assert normalise_deltas(None) == {} == normalise_deltas([])
     assert normalise_deltas(["output", "attention"]) == {"attention": 16, "output": 0}
     assert normalise_deltas({"output": 8}) == {"output": 8}
-    for wrong in ("output", ["head"], {"output": -1}, {"output": None}, {"attention": True}, {"attention": 2.0}):
+    for wrong in ("output", True, 7, ["head"], [[]], {"output": -1}, {"output": None}, {"attention": True}):
         with pytest.raises(ValueError, match=r"deltas=.* must be any of 'embedding', 'attention', 'output'"):
             make_model(deltas=wrong)
+
+
+def test_a_gate_brings_all_that_the_base_can_have_and_other_scopes_none():
+    assert make_model("gate", None).config.deltas == {"embedding": 0, "attention": 16, "output": 0}
+    assert make_model("gate", ()).config.deltas == {} == make_model("modality", None).config.deltas
+    assert make_model("all", None).config.deltas == {} == make_model("gate", None, plan={3: [1]}).config.deltas
+    of_many = make_model("gate", None, "deepseek_v4", plan={2: [1, 2]})
+    assert of_many.config.deltas == {"attention": 16, "output": 0}
+    stacked = make_model("gate", ())
+    stacked.add_adapter("top", {0: [1]})
+    assert stacked.adapters["top"].config.deltas == {"embedding": 0, "attention": 16, "output": 0}
 
 
 @pytest.mark.parametrize("deltas", [DELTAS, WHOLE], ids=["low rank", "whole"])

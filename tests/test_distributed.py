@@ -360,7 +360,7 @@ def run_gate(folder, rank, retention):
     """Process 1's gate starts elsewhere: only what process 0 hands over makes the two equal."""
     settings = {"per_device_train_batch_size": 1, "ddp_timeout": 300, "ddp_find_unused_parameters": False}
     settings["retention_loss"] = "text" if retention is None else "prompts"
-    model = make_model(**GATED, deltas={"embedding": 2, "attention": 2})
+    model = make_model(**GATED | {"deltas": {"embedding": 2, "attention": 2}})
     trainer = gated_trainer(folder, model, retention_dataset=retention, max_steps=3, **settings)
     with torch.no_grad():
         for tensor in trainer.model.gate.parameters():

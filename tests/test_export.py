@@ -589,7 +589,8 @@ OBSTACLES = {  # condition -> options of save_pair under which it, and only it, 
     "weights": {"family": "olmoe"},
     "layers": {"plan": {0: [1], 2: [0]}},
     "number": {"plan": {0: [1], 1: [0], 2: [0, 1], 3: [4]}},
-    "scope": {**NATIVE, "scope": "gate"},
+    "scope": {**NATIVE, "scope": "gate", "deltas": ()},
+    "deltas": {**NATIVE, "deltas": ["output"]},
     "selection": {**NATIVE, "selection": "exclusive"},
     "calibration": {**NATIVE, "calibration": "routed"},
     "encoder": {**NATIVE, "encoder": True},
@@ -624,7 +625,7 @@ def test_all_failing_conditions_are_named(tmp_path):
     with pytest.raises(ValueError, match="no native form") as error:
         merge(tmp_path / "adapter", tmp_path / "native", native=True)
     lines = str(error.value).splitlines()[1:-1]
-    assert [line.split(":")[0].strip() for line in lines] == ["layers", "number", "scope", "selection"]
+    assert [line.split(":")[0].strip() for line in lines] == ["layers", "number", "scope", "selection", "deltas"]
 
 
 # ---------------------------------------------------------------- from the Hub

@@ -35,7 +35,7 @@ EVERY, NONE = -1e9, 1e9  # thresholds
 
 def gated(family="mixtral", base=None, plan=None, **choices):
     """A model with a closed gate and new experts far from the base's."""
-    choices = {**EXCLUSIVE, "gate_hidden_size": 8, **choices}
+    choices = {**EXCLUSIVE, "gate_hidden_size": 8, "deltas": (), **choices}
     base = make_base(family) if base is None else base
     torch.manual_seed(0)  # after the base, which is made but once
     base.generation_config.eos_token_id = None
@@ -1012,7 +1012,7 @@ def test_a_gate_of_another_size_is_refused_and_nothing_changes(tmp_path):
 def test_extending_below_the_gate_is_refused_and_the_model_is_unchanged():
     model = opened()
     names, expected = list(model.adapter_tensors()), model(text(2)).logits
-    with pytest.raises(ValueError, match="gate reads the input of layer 1, so layer 0 below it"):
+    with pytest.raises(ValueError, match="deltas were made for layer 1 as the lowest, so layer 0 below it"):
         model.extend({0: [1], 2: [0]})
     assert list(model.adapter_tensors()) == names and model.config.extended_layers == PLAN
     assert torch.equal(model(text(2)).logits, expected)

@@ -19,7 +19,7 @@ CHOICES = {
     "paper": {"paper": True},
     "modality": {"scope": "modality", "selection": "compete", "calibration": "none"},
     "exclusive": {"scope": "modality", "selection": "exclusive", "calibration": "none"},
-    "gate": {"scope": "gate", "selection": "exclusive", "calibration": "none"},
+    "gate": {"scope": "gate", "selection": "exclusive", "calibration": "none", "deltas": ()},
 }
 
 

@@ -98,7 +98,9 @@ def test_a_lora_is_not_added_by_add_adapter(model):
             model.add_adapter(*args, **words)
     with pytest.raises(ValueError, match="add_adapter adds new experts"):
         model.add_adapter(adapter_config=config)
-    with pytest.raises(TypeError, match="unexpected keyword arguments: nonsense. Allowed here: encoder_select_layer"):
+    with pytest.raises(
+        TypeError, match="unexpected keyword arguments: nonsense. Allowed here: expert_rank, encoder_select"
+    ):
         model.add_adapter("x", {0: [1]}, nonsense=3)
     with pytest.raises(ValueError, match=r"\{1: \[0\]\} can't be the name of an adapter"):
         model.add_adapter({1: [0]})

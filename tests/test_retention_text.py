@@ -75,7 +75,7 @@ def test_the_pieces_that_look_most_like_the_task_are_kept_with_what_the_base_say
 
 
 def test_the_distance_by_hand_and_that_it_runs_with_the_gate_open():
-    model = shake(make_model(**GATED, deltas=DELTAS))
+    model = shake(make_model(**GATED | {"deltas": DELTAS}))
     model.gate_threshold = 1e9  # what the gate decides does not count
     pieces = [*texts(6, LENGTH), *texts(2, 9, seed=1)]
     text = read_base(model, pieces, 8)
@@ -102,7 +102,7 @@ def test_what_is_drawn_depends_on_step_micro_batch_and_process_alone():
 
 @pytest.mark.parametrize("retention", ["text", None])
 def test_training_has_it_in_its_loss_from_a_dataset_and_from_the_base(tmp_path, retention):
-    model = make_model(**GATED, deltas=DELTAS)
+    model = make_model(**GATED | {"deltas": DELTAS})
     settings = {"gradient_accumulation_steps": 2, "max_steps": 2, **TEXT}
     trainer = gated_trainer(tmp_path, model, retention_dataset=retention, **settings)
     trainer.train()
@@ -114,7 +114,7 @@ def test_training_has_it_in_its_loss_from_a_dataset_and_from_the_base(tmp_path, 
 def test_it_keeps_text_nearer_to_the_base(tmp_path):
     last = {}
     for weight in (1e-6, 100.0):
-        model = make_model(**GATED, deltas=DELTAS)
+        model = make_model(**GATED | {"deltas": DELTAS})
         settings = {"learning_rate": 1e-2, "max_steps": 20, "retention_weight": weight, **TEXT}
         trainer = gated_trainer(tmp_path / str(weight), model, **settings)
         trainer.train()
@@ -124,9 +124,9 @@ def test_it_keeps_text_nearer_to_the_base(tmp_path):
 
 def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "gradient_accumulation_steps": 2, **TEXT}
-    whole = gated_trainer(tmp_path, make_model(**GATED, deltas=DELTAS), **settings)
+    whole = gated_trainer(tmp_path, make_model(**GATED | {"deltas": DELTAS}), **settings)
     whole.train()
-    resumed = gated_trainer(tmp_path, make_model(**GATED, deltas=DELTAS), **settings)
+    resumed = gated_trainer(tmp_path, make_model(**GATED | {"deltas": DELTAS}), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert losses(resumed) == losses(whole)
     assert all(torch.equal(tensor, tensors(whole.model)[name]) for name, tensor in tensors(resumed.model).items())

@@ -683,7 +683,7 @@ def test_wrong_settings_say_what_is_allowed(tmp_path):
 # ------------------------------------------------------------------ scope="gate"
 
 
-GATED = {"scope": "gate", "selection": "exclusive", "calibration": "none", "gate_hidden_size": 8}
+GATED = {"scope": "gate", "selection": "exclusive", "calibration": "none", "gate_hidden_size": 8, "deltas": ()}
 CHAT = "{% for m in messages %}{{ 'USER: ' if m['role'] == 'user' else 'ASSISTANT: ' }}{{ m['content'] }} {% endfor %}"
 
 
@@ -1008,7 +1008,7 @@ def test_a_gate_with_eyes(tmp_path, kind):
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(entries) == 3 and entries[0]["new_expert_share"] > 0.5
     for entry in entries:
-        weight = trainer.args.retention_weight
+        _, weight = trainer.retention
         parts = entry["task_loss"] + 0.01 * entry["balance_loss"] + weight * entry["retention_loss"]
         assert entry["loss"] == pytest.approx(parts, rel=1e-3)
 
@@ -1253,8 +1253,9 @@ def test_numbers_out_of_range_are_named(tmp_path, name, value):
         config(tmp_path, **{name: value})
 
 
-def test_the_adapter_may_be_off_while_the_gate_trains(tmp_path):
-    trainer = gated_trainer(tmp_path, max_steps=1)
+@pytest.mark.parametrize("loss", ["prompts", "text"])
+def test_the_adapter_may_be_off_while_the_gate_trains(tmp_path, loss):
+    trainer = gated_trainer(tmp_path, max_steps=1, retention_loss=loss)
     trainer.model.disable_adapters()
     trainer.train()
     assert trainer.gate_report.routed > 0

@@ -243,7 +243,7 @@ def train_gate(trainer: SFTTrainer) -> GateReport:
             f"retention text, {size:,.0f} MiB of memory and at most a batch more"
         )
         task = gate_inputs(model, read_batches("the task", task_samples(trainer), trainer.data_collator, args))
-        texts = retention_from_base(trainer) if texts is None else texts
+        texts = retention_from_base(trainer, args.retention_tokens) if texts is None else texts
         retention = gate_inputs(model, read_batches("retention text", texts, pad_texts, args))
         report = fit_gate(
             model.gate,
@@ -289,15 +289,15 @@ def retention_from_dataset(trainer: SFTTrainer) -> Iterator[dict[str, Any]] | No
     return ({"input_ids": text["input_ids"][:length]} for text in data.shuffle(seed=reader.args.seed))
 
 
-def retention_from_base(trainer: SFTTrainer) -> list[dict[str, list[int]]]:
-    """Text sampled from the base as [{"input_ids"}]."""
+def retention_from_base(trainer: SFTTrainer, tokens: int) -> list[dict[str, list[int]]]:
+    """Text of so many tokens sampled from the base as [{"input_ids"}]."""
     args = trainer.args
     if args.retention is None and trainer.gate_report is None:
         print("MoExtend, gate: no retention_dataset was given, so text is sampled from the base itself")
     sequences = sample_retention(
         trainer.accelerator.unwrap_model(trainer.model),
         text_tokenizer(trainer.processing_class),
-        tokens=args.retention_tokens,
+        tokens=tokens,
         length=args.retention_length,
         seed=args.seed,
         cache_dir=args.retention_cache_dir,

@@ -60,8 +60,9 @@ def retention_text(trainer: SFTTrainer) -> RetentionText:
     model, args, text = trainer.accelerator.unwrap_model(trainer.model), trainer.args, None
     samples = retention_from_dataset(trainer)  # on every process: TRL's preparation waits for all of them
     if trainer.accelerator.is_main_process:
-        samples = retention_from_base(trainer) if samples is None else samples
-        pieces = cut_pieces((sample["input_ids"] for sample in samples), args.retention_tokens, args.seed)
+        tokens = args.retention_tokens if args.gate_steps else min(args.retention_tokens, DRAWN * LENGTH)
+        samples = retention_from_base(trainer, tokens) if samples is None else samples
+        pieces = cut_pieces((sample["input_ids"] for sample in samples), tokens, args.seed)
         text = read_base(model, pieces, max(args.per_device_train_batch_size, PIECES_A_STEP), not args.disable_tqdm)
     return broadcast_object_list([text])[0]
 
@@ -96,7 +97,7 @@ def read_base(
     task to the gate."""
     batch, margins, found = pad_texts([{"input_ids": ids} for ids in pieces]), [], []
     handle = model.gate.register_forward_hook(lambda module, args, output: margins.append(output.cpu()))
-    with evaluation_mode(model), closed_gate(model):
+    with evaluation_mode(model), model.passes.using(enabled=True), closed_gate(model):
         for first in trange(0, len(pieces), batch_size, desc="reading retention text", disable=not progress):
             part = {name: tensor[first : first + batch_size] for name, tensor in batch.items()}
             on_device = {name: tensor.to(input_device(model.base)) for name, tensor in part.items()}
