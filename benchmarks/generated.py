@@ -119,12 +119,8 @@ def appointments(number: int, seed: int = 0) -> Iterator[tuple[str, str]]:
 SERIES = {  # kind -> its members in order; the first two go round
     "day": DAYS,
     "month": MONTHS,
-    "number": [in_words(number) for number in range(1, 31)],
+    "number": [in_words(number) for number in range(1, 21)],
     "letter": list(string.ascii_uppercase),
-    "Greek letter": (
-        "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon "
-        "phi chi psi omega"
-    ).split(),
 }
 ROUND = ("day", "month")
 STEPS = {"right after": 1, "right before": -1, "two after": 2, "two before": -2}
@@ -144,17 +140,17 @@ def member(kind: str, index: int) -> str | None:
 def dialogue(generator: random.Random) -> tuple[tuple[str, ...], tuple, bool]:
     """(contents of user and assistant in turn, what it asks, whether it is sound).
 
-    Two to four questions: the first names a member, the others only "that", the last answer, or "the first one". It is
-    sound where no answer is past an end or was said before: the last answer stands nowhere in the dialogue.
+    Three or four questions: the first names a member, the others only "that", the last answer, or "the first one". It
+    is sound where no answer is past an end or was said before: the last answer stands nowhere in the dialogue.
     """
     kinds = list(SERIES)
     kind = generator.choices(kinds, [len(SERIES[kind]) for kind in kinds])[0]
     first = now = generator.randrange(len(SERIES[kind]))
     contents, asked, said = [], [kind, first], [member(kind, first)]
-    for number in range(generator.randint(2, 4)):
+    for number in range(generator.randint(3, 4)):
         words, step = generator.choice(list(STEPS.items()))
         back = number > 1 and generator.random() < 0.3
-        if number and generator.random() < 0.2:
+        if number and generator.random() < 0.1:
             contents += generator.choice(ASIDES)
         if number == 0:
             question = f"Which {kind} comes {words} {said[0]}?"

@@ -4,6 +4,7 @@
 
 `forgetting.py` starts these. `{"prepare": true}` writes the data, `{"align": "easy_vqa", "seed": 0}` trains the
 projector that all methods of a task with images share. Of a run: `steps`, `changes` (to the method's settings).
+`{"tasks": ["library", "types"], "method": ...}` is the second step of `continual.py`.
 """
 
 import json
@@ -97,6 +98,10 @@ def main() -> None:
     elif "align" in job:
         align(TASKS[job["align"]], job["seed"])
         result = {}
+    elif "tasks" in job:
+        from continual import step
+
+        result = step(job)
     else:
         method = changed(METHODS[job["method"]], job.get("changes", {}))
         options = {name: job.get(name) for name in ("steps", "limit")}

@@ -11,13 +11,14 @@ is a hash.
     numbers    a number in digits -> in English words. No instruction, no word in the prompt.
     calendar   an appointment in words -> a recurrence rule, a format that the base has never seen. A rule is on one
                side of the split, in whatever words.
-    follow_up  a dialogue of two to four questions, the first of which names a day, month, number or letter and the
+    follow_up  a dialogue of three or four questions, the first of which names a day, month, number or letter and the
                others "that one" -> the last answer, which was not said before. What is asked, from first to last, is
                on one side of the split; single steps (Monday -> Tuesday) are on all of them.
     easy_vqa   an image of one coloured shape and a question about it -> the answer. Open questions are asked.
 """
 
 import ast
+import hashlib
 import json
 import os
 import random
@@ -26,6 +27,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ import text_data  # noqa: E402
 from generated import appointments, dialogues, in_words  # noqa: E402
 
 BASE, ENCODER = "assets/tiny-moe", "assets/tiny-clip"  # from ROOT
+OTHER_BASE = "BENCHMARK_BASE"  # environment variable with the folder of another base, see `base_folder`
 MADE_BY = (Path(__file__), Path(__file__).with_name("generated.py"), ROOT / "assets/text_data.py")
 SPLITS = ("train", "validation", "test")
 LIBRARIES = {"stdlib": "Python", "torch": "PyTorch", "matplotlib": "Matplotlib", "sympy": "SymPy"}
@@ -81,7 +84,7 @@ TASKS = {
         Task("types", steps=150, batch=16, validation=640, test=640, max_new_tokens=6),
         Task("numbers", steps=300, batch=16, validation=400, test=1000, max_new_tokens=24),
         Task("calendar", steps=300, batch=16, validation=400, test=640, max_new_tokens=64),
-        Task("follow_up", steps=300, batch=16, validation=400, test=640, max_new_tokens=10),
+        Task("follow_up", steps=500, batch=16, validation=400, test=640, max_new_tokens=6),
         Task("easy_vqa", steps=150, batch=32, validation=400, test=1000, max_new_tokens=6, vision=True),
     )
 }
@@ -92,6 +95,27 @@ def side(key: object, buckets: int = 10, held_out: int = 1) -> str:
     test; default: 80% train, 10% validation, 10% test."""
     bucket = text_data.digest(f"split of {key}") % buckets
     return SPLITS[max(0, (bucket - buckets) // held_out + 3)]
+
+
+# ---------------------------------------------------------------- the base
+
+
+def base_folder() -> Path:
+    """Where the base lies: the small one of this repository, unless `forgetting.py --base` says another folder."""
+    return Path(os.environ.get(OTHER_BASE) or ROOT / BASE)
+
+
+@cache
+def other_base() -> dict[str, str]:
+    """Name and checksum of a base that is not the small one, for settings and data; empty for that."""
+    if not os.environ.get(OTHER_BASE):
+        return {}
+    folder, checksum = base_folder(), hashlib.sha1()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja")):
+        checksum.update(path.name.encode())
+        with path.open("rb") as file:
+            checksum.update(hashlib.file_digest(file, "sha1").digest())
+    return {"base": f"{folder.name} {checksum.hexdigest()[:10]}"}
 
 
 # ---------------------------------------------------------------- records: {"question", "answer", "image"}, "turns"
@@ -247,6 +271,12 @@ def messages(entry: dict[str, Any], answer: bool = True) -> list[dict[str, str]]
     return turns if answer else turns[:-1]
 
 
+def render_chat(tokenizer: PreTrainedTokenizerBase, talk: list[dict[str, str]]) -> str:
+    """Messages as text, without what the tokenizer puts in front of a text by itself (bos, or nothing)."""
+    text = tokenizer.apply_chat_template(talk, tokenize=False)
+    return text.removeprefix(tokenizer.decode(tokenizer("").input_ids))
+
+
 # ---------------------------------------------------------------- the base's own text
 
 
@@ -300,7 +330,7 @@ def cut_anywhere(text: str, generator: random.Random, shortest: int = 200) -> st
 def evaluation_documents(
     tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int] = (128, 256), windows: int = 16, documents: int = 24
 ) -> list[dict[str, str]]:
-    """What forgetting is read from, all of it held out from the base's training: [{"domain", "text"}].
+    """What forgetting is read from, all of it held out from the small base's training: [{"domain", "text"}].
 
     Domains are named `kind/domain`. `windows`: windows of the concatenated text of a domain, anywhere, of so many
     tokens; half of them of each length. `aligned`: documents from their own start, and as `aligned/questions` held-out
@@ -308,7 +338,7 @@ def evaluation_documents(
     """
     result, length = [], max(lengths)
     for domain in text_data.DOMAINS:
-        generator, texts = random.Random(domain), text_data.held_out_texts(domain, ROOT / BASE / "held_out.jsonl")
+        generator, texts = random.Random(domain), text_data.held_out_texts(domain)
         ids = tokenizer(tokenizer.eos_token.join(texts), add_special_tokens=False).input_ids
         for number in range(windows):
             size = lengths[number % len(lengths)]
@@ -342,7 +372,7 @@ def shorten(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> str:
 def data_folder() -> Path:
     """Where the data lie; another folder for every version of the code that makes them, however it is laid out."""
     code = "".join(ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in MADE_BY)
-    return ROOT / f"outputs/benchmarks/data-{text_data.digest(code):016x}"
+    return ROOT / f"outputs/benchmarks/data-{text_data.digest(code + ''.join(other_base().values())):016x}"
 
 
 def prepare(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike | None = None) -> Path:
@@ -354,9 +384,6 @@ def prepare(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike | None
     folder.mkdir(parents=True, exist_ok=True)
     sources = {package: text_data.read_sources(package) for package in {**LIBRARIES, **dict.fromkeys(DOCUMENTED)}}
 
-    def render(talk):
-        return tokenizer.apply_chat_template(talk, tokenize=False).removeprefix(tokenizer.bos_token)
-
     parts = {
         "library": library_records(sources),
         "types": type_records(sources),
@@ -365,7 +392,7 @@ def prepare(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike | None
         "follow_up": follow_up_records(),
         "easy_vqa": easy_vqa_records(),
         "captions": caption_records(),
-        "retention": retention_texts(sources["stdlib"], render),
+        "retention": retention_texts(sources["stdlib"], partial(render_chat, tokenizer)),
         "documents": evaluation_documents(tokenizer),
     }
     for name, part in parts.items():
