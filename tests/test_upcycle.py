@@ -8,8 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import forgetting
 import runs
@@ -17,6 +16,8 @@ import tasks
 import upcycle
 
 from modeling_moextend import MoExtendForCausalLM
+
+ROOT = Path(__file__).parents[1]
 
 
 def make_llama(vocab_size=64, **changes):
