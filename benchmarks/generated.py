@@ -31,7 +31,7 @@ DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
 PLACES = {"first": "1", "second": "2", "third": "3", "last": "-1"}
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
-MINUTES = {"{}": 0, "a quarter past {}": 15, "half past {}": 30, "a quarter to {}": 45}
+MINUTES = {"{}": 0, "a quarter past {}": 15, "half past {}": 30}
 THINGS = (
     "Water the plants",
     "Call the office",
@@ -86,22 +86,19 @@ def every_year(generator: random.Random) -> tuple[str, str]:
 
 
 def time_of_day(generator: random.Random) -> tuple[str, str]:
-    """6:00 to 22:45 in quarters of an hour; "a quarter to seven in the evening" is 18:45."""
+    """6:00 to 22:30; "half past six in the evening" is 18:30."""
     hour, (phrase, minute) = generator.randint(6, 22), generator.choice(list(MINUTES.items()))
-    named = hour + (minute == 45)
-    part = "morning" if named < 12 else "afternoon" if named < 18 else "evening"
-    words = f"at {phrase.format(UNITS[(named - 1) % 12 + 1])} in the {part}"
+    part = "morning" if hour < 12 else "afternoon" if hour < 18 else "evening"
+    words = f"at {phrase.format(UNITS[(hour - 1) % 12 + 1])} in the {part}"
     return words, f";BYHOUR={hour}" + (f";BYMINUTE={minute}" if minute else "")
 
 
 def appointment(generator: random.Random) -> tuple[str, str]:
-    """("Call the office every other Friday at noon, ...", "FREQ=WEEKLY;INTERVAL=2;BYDAY=FR;BYHOUR=12")."""
+    """("Call the office every other Friday at six in the evening.", "FREQ=WEEKLY;INTERVAL=2;BYDAY=FR;BYHOUR=18")."""
     makers = (every_few_days, every_week, every_few_weeks, every_month, every_year)
     when, rule = generator.choice(makers)(generator)
     time, hours = time_of_day(generator)
-    number = generator.choice((0, 0, 0, generator.randint(2, 12)))
-    times = f", {in_words(number)} times" if number else ""
-    return f"{generator.choice(THINGS)} {when} {time}{times}.", rule + hours + (f";COUNT={number}" if number else "")
+    return f"{generator.choice(THINGS)} {when} {time}.", rule + hours
 
 
 def appointments(number: int, seed: int = 0) -> Iterator[tuple[str, str]]:

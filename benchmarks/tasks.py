@@ -83,7 +83,7 @@ TASKS = {
         Task("library", steps=150, batch=16, validation=400, test=640, max_new_tokens=6),
         Task("types", steps=150, batch=16, validation=640, test=640, max_new_tokens=6),
         Task("numbers", steps=300, batch=16, validation=400, test=1000, max_new_tokens=24),
-        Task("calendar", steps=300, batch=16, validation=400, test=640, max_new_tokens=64),
+        Task("calendar", steps=500, batch=16, validation=400, test=500, max_new_tokens=56),
         Task("follow_up", steps=500, batch=16, validation=400, test=640, max_new_tokens=6),
         Task("easy_vqa", steps=150, batch=32, validation=400, test=1000, max_new_tokens=6, vision=True),
     )
@@ -207,7 +207,7 @@ def number_records(highest: int = 9999) -> dict[str, list[dict[str, Any]]]:
     return records
 
 
-def calendar_records(number: int = 8000) -> dict[str, list[dict[str, Any]]]:
+def calendar_records(number: int = 6000) -> dict[str, list[dict[str, Any]]]:
     """{split: records}: appointments and their recurrence rules."""
     records = {split: [] for split in SPLITS}
     for sentence, rule in appointments(number):
