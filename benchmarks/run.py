@@ -22,7 +22,21 @@ from modeling_moextend.data.processors import text_tokenizer
 from modeling_moextend.evaluation.compare import answer, base_retention, compare_with_base, score
 
 # What runs, and what records are made of.
-STACK = ("torch", "transformers", "trl", "peft", "sympy", "matplotlib", "numpy", "pandas", "networkx")
+STACK = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "accelerate",
+    "sympy",
+    "matplotlib",
+    "numpy",
+    "pandas",
+    "networkx",
+    "scipy",
+    "scikit-learn",
+)
 SPLITS = ("validation", "test")
 READ = {"max_length": 256, "batch_size": 16, "progress": False}  # how the base's text is read
 

@@ -191,10 +191,13 @@ def load_dense(path: Path | None) -> tuple[LlamaForCausalLM, PreTrainedTokenizer
     return dense.eval(), tokenizer
 
 
-def heal(model: MixtralForCausalLM, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> int:
+def heal(
+    model: MixtralForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    packer: pretrain_lm.Packer,
+    args: argparse.Namespace,
+) -> int:
     """Trains all of `model` as the small base was trained, and saves it; returns the steps done."""
-    documents = {name: pretrain_lm.encode(tokenizer, texts) for name, texts in training_texts(tokenizer).items()}
-    packer = pretrain_lm.Packer(documents, dict.fromkeys(documents, 1.0), args.length, args.seed)
     steps = pretrain_lm.run_steps(model.train(), packer, args, tokenizer) if args.steps else 0
     pretrain_lm.save(model.eval(), tokenizer, args.output)
     return steps
@@ -205,12 +208,13 @@ def make(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(args.seed)
     dense, tokenizer = load_dense(args.dense)
     documents = held_out(tokenizer, args.length, args.documents)
-    sample = torch.tensor([ids for part in documents.values() for ids in part if len(ids) == args.length][:8])
+    texts = {name: pretrain_lm.encode(tokenizer, part) for name, part in training_texts(tokenizer).items()}
+    packer = pretrain_lm.Packer(texts, dict.fromkeys(texts, 1.0), args.length, args.seed)
     found = {"dense": perplexities(dense, documents)}
-    model = upcycle(dense, sample, args.copies, args.slices, args.seed)
+    model = upcycle(dense, packer.batch(16), args.copies, args.slices, args.seed)
     del dense
     found["before"] = perplexities(model, documents)
-    steps = heal(model, tokenizer, args)
+    steps = heal(model, tokenizer, packer, args)
     model = AutoModelForCausalLM.from_pretrained(args.output, dtype=torch.float32)
     found["after"] = perplexities(model, documents)
     use = pretrain_lm.expert_use(model, [ids for part in documents.values() for ids in part])
