@@ -106,11 +106,11 @@ def documented(package, number, functions=6):
 
 
 def test_types_has_no_large_module_no_description_twice_and_no_module_on_two_sides():
-    same = 'def f{0}():\n    """Does.\n\n    x : {1}\n        {2}\n    """'
-    twice = [("int", "A description with two kinds."), ("str", "a description, with TWO kinds")]
-    texts = "\n".join(same.format(number, *pair) for number, pair in enumerate(twice))
+    twice = 'def f{0}():\n    """Does.\n\n    x : {1}\n        {2}\n    """'
+    kinds = [("int", "Description {} with two kinds."), ("str", "description {}, with TWO kinds")]
+    texts = [twice.format(kind, kind, text.format(number)) for number in range(20) for kind, text in kinds]
     packages = {package: documented(package, 8) for package in tasks.DOCUMENTED}
-    packages["numpy"].append(tasks.text_data.parse_source(texts, "numpy.more"))
+    packages["numpy"] += [tasks.text_data.parse_source("\n".join(texts), "numpy.more")]
     found = tasks.type_records(packages)
     texts = {split: [entry["question"] for entry in part] for split, part in found.items()}
     assert len(set(sum(texts.values(), []))) == sum(map(len, texts.values())) and all(texts.values())
