@@ -118,7 +118,8 @@ def test_another_base_has_data_settings_and_results_of_its_own(healed, monkeypat
         assert args.output.name == "base-tried.jsonl" and args.tasks == ["library", "types"]
         run = forgetting.sweep(args)[0]
         assert run["base"].startswith("base ") and str(base.parent) not in json.dumps(run) and run["steps"] == 2
-        assert run["settings"] != plain["settings"] and tasks.data_folder() != folder
+        other = forgetting.describe(tasks.TASKS["types"], forgetting.METHODS["full"], 1e-3, 0)
+        assert len({each["settings"] for each in (run, other, plain)}) == 3 and tasks.data_folder() != folder
         assert tasks.base_folder() == base
         with pytest.raises(SystemExit):
             forgetting.parse(["--base", str(base), "--tasks", "easy_vqa"])
