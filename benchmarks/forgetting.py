@@ -4,6 +4,7 @@
     python benchmarks/forgetting.py --quick            # two tasks, one rate, one seed, fewer methods: 20 minutes
     python benchmarks/forgetting.py --tasks library --methods gate lora_replay
     python benchmarks/forgetting.py --ablations --tasks library --rates 1.5e-3
+    python benchmarks/forgetting.py --base outputs/benchmarks/smollm2-moe --tasks library types --methods gate full
     python benchmarks/forgetting.py --output my.jsonl  # from the start, beside the results that are here already
     python benchmarks/report.py                        # tables and picture from the results
 
@@ -22,16 +23,17 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from methods import ABLATIONS, METHODS, Method, changed
 from runs import append_run, key, latest, missing, read_runs, settings_hash, winner
-from tasks import ROOT, TASKS, Task, data_folder
+from tasks import OTHER_BASE, ROOT, TASKS, Task, data_folder, other_base
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-TABLE_TASKS = ("library", "types", "easy_vqa")  # `numbers` only where it is asked for: see its own lines in README
+TABLE_TASKS = ("library", "types", "easy_vqa")  # the others only where they are asked for: see their lines in README
 QUICK_TASKS = ("library", "easy_vqa")
 QUICK = ("paper", "modality", "gate", "full_replay", "lora_replay")
 ENVIRONMENT = {  # one thread a run: small expert loops gain nothing from two; glibc keeps large activations
@@ -55,14 +57,33 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ablations", action="store_true", help="variants of the method 'gate' instead, one run each")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, one thread each; default 2")
     parser.add_argument("--retry", action="store_true", help="run again what failed")
+    parser.add_argument("--base", type=Path, help="folder of another base, as upcycle.py writes; text tasks only")
+    parser.add_argument("--steps", type=int, help="fewer optimiser steps a run, to try it: into outputs/")
     parser.add_argument("--output", type=Path, help="default: results/forgetting.jsonl (ablations.jsonl) beside this")
     args = parser.parse_args(arguments)
     name = "ablations.jsonl" if args.ablations else "forgetting.jsonl"
-    args.output = args.output or (ROOT / "outputs/benchmarks/quick.jsonl" if args.quick else RESULTS / name)
+    aside = "quick.jsonl" if args.quick else "tried.jsonl" if args.steps else ""
+    if args.base:
+        choose_base(parser, args)
+        aside = f"{args.base.resolve().name}-{aside or name}"
+    args.output = args.output or (ROOT / "outputs/benchmarks" / aside if aside else RESULTS / name)
     args.tasks = args.tasks or list(QUICK_TASKS if args.quick else TABLE_TASKS)
     args.methods = args.methods or list(QUICK if args.quick else METHODS)
     args.seeds = args.seeds[:1] if args.quick else args.seeds
     return args
+
+
+def choose_base(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Lets this process and those of the runs take `args.base`, or says why they can't."""
+    if not (args.base / "config.json").exists():
+        parser.error(f"--base {args.base}: no folder with a config.json; benchmarks/upcycle.py writes one")
+    args.tasks = args.tasks or [name for name in TABLE_TASKS if not TASKS[name].vision]
+    if vision := [name for name in args.tasks if TASKS[name].vision]:
+        parser.error(
+            f"--base with --tasks {' '.join(vision)}: the encoder is made for the small base; give text tasks"
+        )
+    os.environ[OTHER_BASE] = str(args.base.resolve())
+    other_base.cache_clear()
 
 
 # ---------------------------------------------------------------- which runs
@@ -70,13 +91,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def describe(task: Task, method: Method, rate: float, seed: int, **more: Any) -> dict[str, Any]:
     """One run as `run.py` takes it, with its key."""
-    run = {"task": task.name, "method": method.name, "rate": rate, "seed": seed}
+    run = {"task": task.name, "method": method.name, "rate": rate, "seed": seed, **other_base()}
+    more |= {"steps": task.steps} if task != TASKS[task.name] else {}
     return {**run, "settings": settings_hash(task, method), **more}
 
 
 def pairs(args: argparse.Namespace) -> list[tuple[Task, Method]]:
     """The (task, method) pairs that were asked for."""
-    chosen = [(TASKS[task], METHODS[method]) for task in args.tasks for method in args.methods]
+    tasks = [replace(TASKS[name], steps=args.steps or TASKS[name].steps) for name in args.tasks]
+    chosen = [(task, METHODS[method]) for task in tasks for method in args.methods]
     return [(task, method) for task, method in chosen if method.fits(task)]
 
 
@@ -159,7 +182,8 @@ def run_all(args: argparse.Namespace, chosen: list[dict[str, Any]]) -> None:
     try:
         futures = {pool.submit(in_own_process, run): run for run in todo}
         for number, future in enumerate(as_completed(futures), start=1):
-            run = {**futures[future], **future.result(), "command": shlex.join(["forgetting.py", *sys.argv[1:]])}
+            command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+            run = {**futures[future], **future.result(), "command": command}
             append_run(args.output, run)
             minutes_left = (time.perf_counter() - start) / number * (len(todo) - number) / 60
             print(f"[{number}/{len(todo)}, {minutes_left:.0f} min to go] {summary_line(run)}", flush=True)

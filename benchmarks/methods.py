@@ -9,6 +9,7 @@ from typing import Any
 from tasks import Task
 
 from modeling_moextend.attaching.choices import PAPER
+from modeling_moextend.configuration_moextend import DELTAS
 
 ALL = {"scope": "all", "selection": "exclusive", "calibration": "none"}
 GATE = {"scope": "gate", "selection": "exclusive", "calibration": "none"}
@@ -54,6 +55,7 @@ class Method:
 # Four rates each: three a factor of about three apart, then the next higher one where the best of these three was the
 # highest on any task, else one beside the best.
 NEW = LORA = (5e-4, 1.5e-3, 4e-3, 1e-2)
+DELTA_RATES = (5e-4, 1.5e-3, 3e-3, 6e-3)
 METHODS = {
     method.name: method
     for method in (
@@ -61,6 +63,10 @@ METHODS = {
         Method("modality", (5e-4, 1.5e-3, 2e-3, 4e-3), {**ALL, "scope": "modality"}, vision=True),
         Method("gate", NEW, GATE, retention="real", vision=False),
         Method("gate_self", NEW, GATE, trainer={"retention": "self"}, vision=False),
+        Method("gate_deltas", DELTA_RATES, GATE | {"deltas": DELTAS}, retention="real", vision=False),
+        Method(
+            "gate_deltas_self", DELTA_RATES, GATE | {"deltas": DELTAS}, trainer={"retention": "self"}, vision=False
+        ),
         Method("full", (3e-4, 1e-3, 2e-3, 3e-3), trains="all"),
         Method("full_replay", (3e-4, 1e-3, 3e-3, 1e-2), trains="all", replay=True),
         Method("lora", LORA, trains="lora"),

@@ -3,9 +3,10 @@
     python benchmarks/report.py                                      # prints Markdown, writes results/forgetting.png
     python benchmarks/report.py benchmarks/results/ablations.jsonl
 
-Accuracy is that of the test split at the rate that won on the validation split: mean over seeds (lowest to highest).
-Then the rise of the base's perplexity in percent, mean over seeds (to the highest): of windows of text and of text
-from its own start (documents, chats, questions), in domains of the retention data and in the one left out of it.
+Accuracy is that of the validation split and of the test split at the rate that won on the validation split, which
+favours whoever had luck there: mean over seeds (lowest to highest). Then the rise of the base's perplexity in percent,
+mean over seeds (to the highest): of windows of text and of text from its own start (documents, chats, questions), in
+domains of the retention data and in the one left out of it.
 """
 
 import argparse
@@ -14,11 +15,14 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
-from runs import GROUPS, latest, read_runs, rise, spread, winner
+from methods import METHODS, changed
+from runs import GROUPS, latest, read_runs, rise, settings_hash, spread, winner
+from tasks import TASKS
 
 from modeling_moextend.evaluation.figures import draw_frontier, new_figure
 
-COLUMNS = ("method", "rate", "seeds", "accuracy", *GROUPS, "captured", "seconds")
+SPLITS = ("validation", "test")
+COLUMNS = ("method", "rate", "seeds", *SPLITS, *GROUPS, "captured", "seconds")
 
 
 def by_pair(runs: list[dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
@@ -53,7 +57,7 @@ def figures(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "rate": runs[0]["rate"],
         "seeds": len(runs),
-        "accuracy": spread([run["test"] for run in runs]),
+        **{split: spread([run[split] for run in runs]) for split in SPLITS},
         **{group: spread([rise(run, domains) for run in runs]) for group, domains in GROUPS.items()},
         "captured": spread(captured) if captured else None,
         "seconds": spread([sum(run["seconds"].values()) for run in runs]),
@@ -62,29 +66,36 @@ def figures(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def markdown(runs: list[dict[str, Any]]) -> str:
-    """One table a task, best accuracy first; methods whose runs all failed are named below."""
+    """One table a task, best test accuracy first; below it methods whose runs all failed, and outdated ones."""
     parts = []
     for task, methods in by_pair(runs).items():
-        records = {method: figures(part) for method, ran in methods.items() if (part := chosen(ran))}
+        shown = {method: part for method, ran in methods.items() if (part := chosen(ran))}
+        records = {method: figures(part) for method, part in shown.items()}
         lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-        for method, record in sorted(records.items(), key=lambda item: -item[1]["accuracy"][0]):
+        for method, record in sorted(records.items(), key=lambda item: -item[1]["test"][0]):
             lines.append("| " + " | ".join(cells(method, record)) + " |")
-        lines += shares({method: part for method, ran in methods.items() if (part := chosen(ran))})
-        failed = sorted(set(methods) - set(records))
-        parts.append(
-            "\n".join([f"### {task}", "", *lines, *(["", f"Failed: {', '.join(failed)}."] if failed else [])])
-        )
+        lines += shares(shown)
+        named = {
+            "Failed": sorted(set(methods) - set(records)),
+            "Of earlier records or settings": [method for method, part in shown.items() if outdated(part[0])],
+        }
+        for what, names in named.items():
+            lines += ["", f"{what}: {', '.join(names)}."] if names else []
+        parts.append("\n".join([f"### {task}", "", *lines]))
     return "\n\n".join(parts) + "\n"
 
 
-def shares(parts: dict[str, list[dict[str, Any]]], of: str = "full_replay") -> list[str]:
-    """Lines below a table: each method's accuracy as a share of another's, on both splits, where that was run.
+def outdated(run: dict[str, Any]) -> bool:
+    """Whether the task's records or the method's settings are others today: not to be compared with new runs."""
+    method = changed(METHODS[run.get("of", run["method"])], run.get("changes", {}))
+    return run["settings"] != settings_hash(TASKS[run["task"]], method)
 
-    The validation split chose the rates, which favours whoever had luck there; the test split was seen by no choice.
-    """
+
+def shares(parts: dict[str, list[dict[str, Any]]], of: str = "full_replay") -> list[str]:
+    """Lines below a table: each method's accuracy as a share of another's, on both splits, where that was run."""
     if of not in parts:
         return []
-    whole = {split: mean(run[split] for run in parts[of]) for split in ("test", "validation")}
+    whole = {split: mean(run[split] for run in parts[of]) for split in SPLITS}
     if not all(whole.values()):
         return []
     named = [
@@ -92,23 +103,27 @@ def shares(parts: dict[str, list[dict[str, Any]]], of: str = "full_replay") -> l
         for method, part in parts.items()
         if method != of
     ]
-    return ["", f"Accuracy as a share of {of}'s, test / validation split: {', '.join(named)}."]
+    return ["", f"Accuracy as a share of {of}'s, validation / test split: {', '.join(named)}."]
 
 
 def cells(method: str, record: dict[str, Any]) -> list[str]:
-    average, lowest, highest = (100 * value for value in record["accuracy"])
-    accuracy = f"{average:.1f}%" + (f" ({lowest:.1f} to {highest:.1f})" if record["seeds"] > 1 else "")
     rises = ["bit-equal" if record["bit_equal"] else rises_in(record[group], record["seeds"]) for group in GROUPS]
     captured = "" if record["captured"] is None else f"{100 * record['captured'][0]:.2f}%"
     return [
         method,
         f"{record['rate']:g}",
         str(record["seeds"]),
-        accuracy,
+        *(accuracy_in(record[split], record["seeds"]) for split in SPLITS),
         *rises,
         captured,
         f"{record['seconds'][0]:.0f}",
     ]
+
+
+def accuracy_in(values: tuple[float, float, float], seeds: int) -> str:
+    """Mean over seeds, and the lowest and highest where there are several."""
+    average, lowest, highest = (100 * value for value in values)
+    return f"{average:.1f}%" + (f" ({lowest:.1f} to {highest:.1f})" if seeds > 1 else "")
 
 
 def rises_in(values: tuple[float, float, float], seeds: int) -> str:

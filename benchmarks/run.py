@@ -4,6 +4,7 @@
 
 `forgetting.py` starts these. `{"prepare": true}` writes the data, `{"align": "easy_vqa", "seed": 0}` trains the
 projector that all methods of a task with images share. Of a run: `steps`, `changes` (to the method's settings).
+`{"tasks": ["library", "types"], "method": ...}` is the second step of `continual.py`.
 """
 
 import json
@@ -21,7 +22,21 @@ from modeling_moextend.data.processors import text_tokenizer
 from modeling_moextend.evaluation.compare import answer, base_retention, compare_with_base, score
 
 # What runs, and what records are made of.
-STACK = ("torch", "transformers", "trl", "peft", "sympy", "matplotlib", "numpy", "pandas", "networkx")
+STACK = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "accelerate",
+    "sympy",
+    "matplotlib",
+    "numpy",
+    "pandas",
+    "networkx",
+    "scipy",
+    "scikit-learn",
+)
 SPLITS = ("validation", "test")
 READ = {"max_length": 256, "batch_size": 16, "progress": False}  # how the base's text is read
 
@@ -97,6 +112,10 @@ def main() -> None:
     elif "align" in job:
         align(TASKS[job["align"]], job["seed"])
         result = {}
+    elif "tasks" in job:
+        from continual import step
+
+        result = step(job)
     else:
         method = changed(METHODS[job["method"]], job.get("changes", {}))
         options = {name: job.get(name) for name in ("steps", "limit")}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from methods import Method
-from tasks import Task
+from tasks import Task, other_base
 
 KEY = ("task", "method", "rate", "seed", "settings")
 VERSION = 1  # of the protocol: raise it when records, training or measures change, and old results no longer count
@@ -30,7 +30,7 @@ EVERYWHERE = tuple(domain for domains in GROUPS.values() for domain in domains)
 
 def settings_hash(task: Task, method: Method) -> str:
     """Ten characters that change with anything that a run depends on beside task, method, rate and seed."""
-    settings = {"version": VERSION, "task": asdict(task), "method": method.settings()}
+    settings = {"version": VERSION, "task": asdict(task), "method": method.settings(), **other_base()}
     return hashlib.sha1(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 

@@ -1,17 +1,24 @@
 """The tasks of the benchmark, the base's own text that methods may replay, and the text that forgetting is read from.
 
 Everything is made from what is installed: sources of Python packages (read by `assets/text_data.py`, never imported),
-numbers, easy-VQA. The same packages give the same records on every machine; a record's side of a split is a hash.
+rules (`generated.py`), easy-VQA. The same packages give the same records on every machine; a record's side of a split
+is a hash.
 
     library    the first sentence of a docstring -> which library it is from. No instruction; the base's own vocabulary
                and style. A module is on one side of the split with all of its docstrings.
     types      what a parameter is for, in a docstring's words -> its type. The question begins as questions of the
-               base's own chats do, and is in their vocabulary and style.
+               base's own chats do, and is in their vocabulary and style. A module is on one side of the split.
     numbers    a number in digits -> in English words. No instruction, no word in the prompt.
+    calendar   an appointment in words -> a recurrence rule, a format that the base has never seen. A rule is on one
+               side of the split, in whatever words.
+    follow_up  a dialogue of three or four questions, the first of which names a day, month, number or letter and the
+               others "that one" -> the last answer, which was not said before. What is asked, from first to last, is
+               on one side of the split; single steps (Monday -> Tuesday) are on all of them.
     easy_vqa   an image of one coloured shape and a question about it -> the answer. Open questions are asked.
 """
 
 import ast
+import hashlib
 import json
 import os
 import random
@@ -20,6 +27,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +37,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / "assets"), str(ROOT / "examples")]
 
 import text_data  # noqa: E402
+from generated import appointments, dialogues, in_words  # noqa: E402
 
 BASE, ENCODER = "assets/tiny-moe", "assets/tiny-clip"  # from ROOT
-MADE_BY = (Path(__file__), ROOT / "assets/text_data.py")
+OTHER_BASE = "BENCHMARK_BASE"  # environment variable with the folder of another base, see `base_folder`
+MADE_BY = (Path(__file__), Path(__file__).with_name("generated.py"), ROOT / "assets/text_data.py")
 SPLITS = ("train", "validation", "test")
 LIBRARIES = {"stdlib": "Python", "torch": "PyTorch", "matplotlib": "Matplotlib", "sympy": "SymPy"}
 KINDS = {  # how a documented type begins -> the answer
@@ -43,8 +53,14 @@ KINDS = {  # how a documented type begins -> the answer
     "ndarray": "array",
     "tuple": "sequence",
     "list": "sequence",
+    "sequence": "sequence",
+    "iterable": "sequence",
 }
-DOCUMENTED = ("numpy", "matplotlib", "sympy", "pandas", "networkx")  # packages that document types
+DOCUMENTED = (  # packages that document types
+    *("numpy", "scipy", "sklearn", "matplotlib", "sympy", "pandas", "networkx", "torch"),
+    *("transformers", "trl", "peft", "datasets", "accelerate"),
+)
+MODULE_RECORDS = 25  # of `types` from one module: under 5% of each split
 RETENTION_DOMAINS = ("code", "manual", "chat")  # of the base's own domains; science is left out
 
 
@@ -65,24 +81,49 @@ TASKS = {
     task.name: task
     for task in (
         Task("library", steps=150, batch=16, validation=400, test=640, max_new_tokens=6),
-        Task("types", steps=150, batch=16, validation=400, test=640, max_new_tokens=6),
+        Task("types", steps=150, batch=16, validation=640, test=640, max_new_tokens=6),
         Task("numbers", steps=300, batch=16, validation=400, test=1000, max_new_tokens=24),
+        Task("calendar", steps=500, batch=16, validation=400, test=500, max_new_tokens=56),
+        Task("follow_up", steps=500, batch=16, validation=400, test=640, max_new_tokens=6),
         Task("easy_vqa", steps=150, batch=32, validation=400, test=1000, max_new_tokens=6, vision=True),
     )
 }
 
 
-def side(key: object) -> str:
-    """Which split a key (a module, a number, an image) is in: 80% train, 10% validation, 10% test."""
-    bucket = text_data.digest(f"split of {key}") % 10
-    return SPLITS[max(0, bucket - 7)]
+def side(key: object, buckets: int = 10, held_out: int = 1) -> str:
+    """Which split a key (a module, a number, an image) is in: `held_out` of so many buckets are validation, as many
+    test; default: 80% train, 10% validation, 10% test."""
+    bucket = text_data.digest(f"split of {key}") % buckets
+    return SPLITS[max(0, (bucket - buckets) // held_out + 3)]
 
 
-# ---------------------------------------------------------------- records: {"question", "answer", "image"}
+# ---------------------------------------------------------------- the base
 
 
-def record(question: str, answer: str, image: str | None = None) -> dict[str, str | None]:
-    return {"question": question, "answer": answer, "image": image}
+def base_folder() -> Path:
+    """Where the base lies: the small one of this repository, unless `forgetting.py --base` says another folder."""
+    return Path(os.environ.get(OTHER_BASE) or ROOT / BASE)
+
+
+@cache
+def other_base() -> dict[str, str]:
+    """Name and checksum of a base that is not the small one, for settings and data; empty for that."""
+    if not os.environ.get(OTHER_BASE):
+        return {}
+    folder, checksum = base_folder(), hashlib.sha1()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja")):
+        checksum.update(path.name.encode())
+        with path.open("rb") as file:
+            checksum.update(hashlib.file_digest(file, "sha1").digest())
+    return {"base": f"{folder.name} {checksum.hexdigest()[:10]}"}
+
+
+# ---------------------------------------------------------------- records: {"question", "answer", "image"}, "turns"
+
+
+def record(question: str, answer: str, image: str | None = None, turns: Sequence[str] = ()) -> dict[str, Any]:
+    """`turns`: what user and assistant said before, in turn."""
+    return {"question": question, "answer": answer, "image": image, **({"turns": turns} if turns else {})}
 
 
 def library_records(sources: dict[str, list[text_data.Source]]) -> dict[str, list[dict[str, Any]]]:
@@ -109,25 +150,35 @@ def sentences(source: text_data.Source) -> list[str]:
 
 
 def type_records(sources: dict[str, list[text_data.Source]]) -> dict[str, list[dict[str, Any]]]:
-    """{split: records} from {package: sources}: as many parameters of each kind; no description comes twice."""
-    records = {split: {answer: [] for answer in KINDS.values()} for split in SPLITS}
-    seen = set()
+    """{split: records} from {package: sources}: as many parameters of each kind.
+
+    70% of the modules are train, 15% validation, 15% test. No description comes twice, whatever its case and
+    punctuation; one that is documented with two kinds never.
+    """
+    found = {}  # description without case and punctuation -> {answer: (module, description)}
     for package in DOCUMENTED:
         for source in sources[package]:
             for definition in source.definitions if not source.held_out else ():
                 for description, answer in parameters(definition.doc):
-                    if description not in seen:
-                        records[side(source.key)][answer].append(
-                            record(f"What type is this parameter? {description}", answer)
-                        )
-                    seen.add(description)
+                    words = " ".join(re.findall(r"[a-z0-9]+", description.lower()))
+                    found.setdefault(words, {}).setdefault(answer, (source.key, description))
+    records, used = {split: {answer: [] for answer in KINDS.values()} for split in SPLITS}, Counter()
+    for words in sorted(found, key=text_data.digest):
+        (answer, (module, description)), *others = found[words].items()
+        if not others and used[module] < MODULE_RECORDS:
+            used[module] += 1
+            question = f"What type is this parameter? {description}"
+            records[side(module, buckets=20, held_out=3)][answer].append(record(question, answer))
     return {split: balanced(list(groups.values()), split) for split, groups in records.items()}
 
 
 def parameters(doc: str) -> Iterator[tuple[str, str]]:
-    """(first line of a description, kind) of the parameters of a docstring in numpy's style."""
-    for kind, description in re.findall(r"^\w+ ?: (.+)\n +(\S.+)$", doc, re.MULTILINE):
-        answer = next((answer for start, answer in KINDS.items() if kind.lower().startswith(start)), None)
+    """(first line of a description, kind) of the parameters of a docstring in numpy's style or in Google's."""
+    found = re.findall(r"^\w+ ?: (.+)\n +(\S.+)$", doc, re.MULTILINE)
+    found += re.findall(r"^ +\w+ \((.+?)\):\s+(\S.+)$", doc, re.MULTILINE)
+    for kind, description in found:
+        kind = kind.lower().lstrip("`~:. ")
+        answer = next((answer for start, answer in KINDS.items() if kind.startswith(start)), None)
         if answer is not None and 15 <= len(description) <= 120:
             yield description.strip(), answer
 
@@ -139,24 +190,6 @@ def balanced(groups: list[list], seed: int | str) -> list:
     chosen = [member for group in groups for member in generator.sample(group, number)]
     generator.shuffle(chosen)
     return chosen
-
-
-UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-
-
-def in_words(number: int) -> str:
-    """4207 -> "four thousand two hundred seven" (0 to 999,999)."""
-    if number < 20:
-        return UNITS[number]
-    if number < 100:
-        return TENS[number // 10 - 2] + (f"-{UNITS[number % 10]}" if number % 10 else "")
-    size, name = (100, "hundred") if number < 1000 else (1000, "thousand")
-    rest = f" {in_words(number % size)}" if number % size else ""
-    return f"{in_words(number // size)} {name}{rest}"
 
 
 def in_digits(number: int, generator: random.Random) -> str:
@@ -171,6 +204,22 @@ def number_records(highest: int = 9999) -> dict[str, list[dict[str, Any]]]:
         records[side(number)].append(record(in_digits(number, random.Random(number)), in_words(number)))
     for split in SPLITS:
         random.Random(split).shuffle(records[split])
+    return records
+
+
+def calendar_records(number: int = 6000) -> dict[str, list[dict[str, Any]]]:
+    """{split: records}: appointments and their recurrence rules."""
+    records = {split: [] for split in SPLITS}
+    for sentence, rule in appointments(number):
+        records[side(rule)].append(record(sentence, rule))
+    return records
+
+
+def follow_up_records(number: int = 8000) -> dict[str, list[dict[str, Any]]]:
+    """{split: records}: dialogues whose last answer is asked."""
+    records = {split: [] for split in SPLITS}
+    for (*turns, question, answer), asked in dialogues(number):
+        records[side(asked)].append(record(question, answer, turns=turns))
     return records
 
 
@@ -216,9 +265,16 @@ def majority(records: list[dict[str, Any]]) -> float:
 
 
 def messages(entry: dict[str, Any], answer: bool = True) -> list[dict[str, str]]:
-    """A record as chat messages, with the assistant's answer or without."""
-    turns = [{"role": "user", "content": entry["question"]}, {"role": "assistant", "content": entry["answer"]}]
-    return turns if answer else turns[:1]
+    """A record as chat messages, with the assistant's last answer or without."""
+    contents = [*entry.get("turns", ()), entry["question"], entry["answer"]]
+    turns = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(contents)]
+    return turns if answer else turns[:-1]
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, talk: list[dict[str, str]]) -> str:
+    """Messages as text, without what the tokenizer puts in front of a text by itself (bos, or nothing)."""
+    text = tokenizer.apply_chat_template(talk, tokenize=False)
+    return text.removeprefix(tokenizer.decode(tokenizer("").input_ids))
 
 
 # ---------------------------------------------------------------- the base's own text
@@ -274,7 +330,7 @@ def cut_anywhere(text: str, generator: random.Random, shortest: int = 200) -> st
 def evaluation_documents(
     tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int] = (128, 256), windows: int = 16, documents: int = 24
 ) -> list[dict[str, str]]:
-    """What forgetting is read from, all of it held out from the base's training: [{"domain", "text"}].
+    """What forgetting is read from, all of it held out from the small base's training: [{"domain", "text"}].
 
     Domains are named `kind/domain`. `windows`: windows of the concatenated text of a domain, anywhere, of so many
     tokens; half of them of each length. `aligned`: documents from their own start, and as `aligned/questions` held-out
@@ -282,7 +338,7 @@ def evaluation_documents(
     """
     result, length = [], max(lengths)
     for domain in text_data.DOMAINS:
-        generator, texts = random.Random(domain), text_data.held_out_texts(domain, ROOT / BASE / "held_out.jsonl")
+        generator, texts = random.Random(domain), text_data.held_out_texts(domain)
         ids = tokenizer(tokenizer.eos_token.join(texts), add_special_tokens=False).input_ids
         for number in range(windows):
             size = lengths[number % len(lengths)]
@@ -316,7 +372,7 @@ def shorten(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> str:
 def data_folder() -> Path:
     """Where the data lie; another folder for every version of the code that makes them, however it is laid out."""
     code = "".join(ast.dump(ast.parse(path.read_text(encoding="utf-8"))) for path in MADE_BY)
-    return ROOT / f"outputs/benchmarks/data-{text_data.digest(code):016x}"
+    return ROOT / f"outputs/benchmarks/data-{text_data.digest(code + ''.join(other_base().values())):016x}"
 
 
 def prepare(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike | None = None) -> Path:
@@ -328,16 +384,15 @@ def prepare(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike | None
     folder.mkdir(parents=True, exist_ok=True)
     sources = {package: text_data.read_sources(package) for package in {**LIBRARIES, **dict.fromkeys(DOCUMENTED)}}
 
-    def render(talk):
-        return tokenizer.apply_chat_template(talk, tokenize=False).removeprefix(tokenizer.bos_token)
-
     parts = {
         "library": library_records(sources),
         "types": type_records(sources),
         "numbers": number_records(),
+        "calendar": calendar_records(),
+        "follow_up": follow_up_records(),
         "easy_vqa": easy_vqa_records(),
         "captions": caption_records(),
-        "retention": retention_texts(sources["stdlib"], render),
+        "retention": retention_texts(sources["stdlib"], partial(render_chat, tokenizer)),
         "documents": evaluation_documents(tokenizer),
     }
     for name, part in parts.items():

@@ -6,7 +6,7 @@ then the sum of the two means over tokens, so that long texts don't drown short 
 experts takes a load-balancing loss.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ import datasets
 import torch
 from methods import Method
 from peft import LoraConfig, inject_adapter_in_model
-from tasks import BASE, ENCODER, ROOT, Task, data_folder, messages, read, training_records
+from peft.tuners.tuners_utils import BaseTunerLayer
+from tasks import ENCODER, ROOT, Task, base_folder, data_folder, messages, read, render_chat, training_records
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 from trl import SFTConfig, SFTTrainer
 from variants import VARIANTS
 
 from modeling_moextend import MoExtendForCausalLM, MoExtendSFTConfig, MoExtendSFTTrainer
 from modeling_moextend.data.processors import load_processor, text_tokenizer
-from modeling_moextend.evaluation.compare import count_selected
+from modeling_moextend.evaluation.compare import base_of, count_selected
 from modeling_moextend.processing_moextend import to_rgb
 from modeling_moextend.tools.modes import is_moextend
 from modeling_moextend.training.stages import change_routing
@@ -39,28 +40,37 @@ LORA = LoraConfig(
 
 
 def train(
-    task: Task, method: Method, rate: float, seed: int, steps: int | None = None
+    task: Task,
+    method: Method,
+    rate: float,
+    seed: int,
+    steps: int | None = None,
+    *,
+    model: PreTrainedModel | None = None,
+    earlier: Sequence[Task] = (),
+    adapter: str = "default",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
     """Trains one run: (model, tokenizer or processor).
 
     Args:
         task, method: a `Task` and a `Method`.
         steps: fewer than the task's, for tests.
+        model: what training starts from; default: the plain base, with images behind the aligned projector.
+        earlier: tasks that `model` has learned; what is replayed, and left alone by a gate, holds their records too.
+        adapter: what new experts or a LoRA are called; those of `model` with another name stay as they are below.
     """
     steps = steps or task.steps
     processing = load_processing(task)
     records = training_records(read(task.name)["train"], steps * task.batch, seed)
     set_seed(seed)
-    model = start_model(task, seed)
+    model = start_model(task, seed) if model is None else model
     options = {"learning_rate": rate, "seed": seed, "max_steps": steps}
     if method.routing is None:
-        return train_base(model, processing, task, method, records, options), processing
-    plan = busiest_experts(
-        model, collator(processing)(tokenize(task, processing, records[:PLAN_RECORDS])), method.new_experts
-    )
-    return train_experts(
-        with_experts(model, plan, method.routing), processing, task, method, records, options
-    ), processing
+        return train_base(model, processing, task, method, records, options, earlier, adapter), processing
+    batch = collator(processing)(tokenize(task, processing, records[:PLAN_RECORDS]))
+    plan = busiest_experts(model, batch, method.new_experts)
+    model = with_experts(model, plan, method.routing, adapter)
+    return train_experts(model, processing, task, method, records, options, earlier), processing
 
 
 def train_experts(
@@ -70,15 +80,15 @@ def train_experts(
     method: Method,
     records: list[dict[str, Any]],
     options: dict[str, Any],
+    earlier: Sequence[Task] = (),
 ) -> MoExtendForCausalLM:
     """New experts, by the library's own trainer."""
     if method.variant is not None:
         VARIANTS[method.variant](model)
-    retention = (
-        {"retention_dataset": datasets.Dataset.from_list([{"text": record["text"]} for record in read("retention")])}
-        if method.retention == "real"
-        else {}
-    )
+    retention = {}
+    if method.retention == "real":
+        texts = [record["text"] for record in read("retention")] + rendered(processing, earlier, options["seed"])
+        retention = {"retention_dataset": datasets.Dataset.from_list([{"text": text} for text in texts])}
     args = arguments(MoExtendSFTConfig, task, **options, **method.trainer, assistant_only_loss=True, max_length=None)
     trainer = MoExtendSFTTrainer(
         model=model, args=args, train_dataset=conversations(task, records), processing_class=processing, **retention
@@ -94,12 +104,14 @@ def train_base(
     method: Method,
     records: list[dict[str, Any]],
     options: dict[str, Any],
+    earlier: Sequence[Task] = (),
+    adapter: str = "default",
 ) -> PreTrainedModel:
     """The plain base (and the projector), by TRL's trainer on records that are tokenised here."""
-    choose_trainable(model, method.trains)
+    choose_trainable(model, method.trains, adapter)
     samples = tokenize(task, processing, records)
     if method.replay:
-        samples = with_replay(samples, tokenize_texts(processing, len(samples), options["seed"]), task.batch)
+        samples = with_replay(samples, replayed(processing, len(samples), options["seed"], earlier), task.batch)
     args = arguments(
         SFTConfig,
         task,
@@ -159,13 +171,13 @@ def arguments(config: type[SFTConfig], task: Task, learning_rate: float, seed: i
 
 def load_base() -> PreTrainedModel:
     """The plain base in float32."""
-    return AutoModelForCausalLM.from_pretrained(str(ROOT / BASE), dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(str(base_folder()), dtype=torch.float32)
 
 
 def load_processing(task: Task) -> PreTrainedTokenizerBase | ProcessorMixin:
     """Tokenizer of a text task, processor of a task with images."""
     encoder = str(ROOT / ENCODER) if task.vision else None
-    return load_processor(str(ROOT / BASE), encoder, assistant_only_loss=True)
+    return load_processor(str(base_folder()), encoder, assistant_only_loss=True)
 
 
 def aligned_folder(seed: int) -> Path:
@@ -178,7 +190,7 @@ def align(task: Task, seed: int) -> None:
     processor = load_processing(task)
     set_seed(seed)
     model = MoExtendForCausalLM.from_base(
-        str(ROOT / BASE), encoder=str(ROOT / ENCODER), image_token_id=processor.image_token_id, dtype=torch.float32
+        str(base_folder()), encoder=str(ROOT / ENCODER), image_token_id=processor.image_token_id, dtype=torch.float32
     )
     options = {"max_steps": ALIGN_STEPS, "max_length": None, "assistant_only_loss": True}
     args = arguments(MoExtendSFTConfig, task, ALIGN_RATE, seed, stage="align", **options)
@@ -191,14 +203,21 @@ def start_model(task: Task, seed: int) -> PreTrainedModel:
     """What training starts from: the plain base; with images, the base behind the aligned projector."""
     if not task.vision:
         return load_base()
-    locations = {"base": str(ROOT / BASE), "encoder": str(ROOT / ENCODER)}
+    locations = {"base": str(base_folder()), "encoder": str(ROOT / ENCODER)}
     return MoExtendForCausalLM.from_pretrained(str(aligned_folder(seed)), dtype=torch.float32, **locations)
 
 
-def with_experts(model: PreTrainedModel, plan: dict[int, list[int]], routing: dict[str, str]) -> MoExtendForCausalLM:
-    """`model` with the plan's new experts, under a routing."""
+def with_experts(
+    model: PreTrainedModel, plan: dict[int, list[int]], routing: dict[str, str], adapter: str = "default"
+) -> MoExtendForCausalLM:
+    """`model` with the plan's new experts, under a routing: in `adapter` where it has that, else in one on top. Deltas
+    only where the routing names them."""
+    routing = {"deltas": {}, **routing}
     if not is_moextend(model):
-        return MoExtendForCausalLM.from_base(model, plan, **routing)
+        return MoExtendForCausalLM.from_base(model, plan, adapter_name=adapter, **routing)
+    if adapter not in model.adapters:
+        model.add_adapter(adapter, plan, **routing)
+        return model
     change_routing(model, routing)
     model.extend(plan)
     return model
@@ -206,9 +225,14 @@ def with_experts(model: PreTrainedModel, plan: dict[int, list[int]], routing: di
 
 @torch.inference_mode()
 def busiest_experts(model: PreTrainedModel, batch: dict[str, torch.Tensor], num_new: int) -> dict[int, list[int]]:
-    """{layer: the `num_new` base experts that the tokens of `batch` select most, busiest first}; wraps around."""
+    """{layer: the `num_new` base experts that the tokens of `batch` select most, busiest first}; wraps around.
+
+    Adapters of `model` with experts are off meanwhile: these hide what the base's own would be selected for.
+    """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    all_logits = model.eval()(**inputs, output_router_logits=True).router_logits
+    stacked = is_moextend(model) and any(part.config.extended_layers for part in model.adapters.values())
+    with base_of(model.eval(), None if stacked else model) as reference:
+        all_logits = reference(**inputs, output_router_logits=True).router_logits
     real, top_k = batch["attention_mask"].reshape(-1).bool(), model.config.get_text_config().num_experts_per_tok
     plan = {}
     for layer, logits in enumerate(all_logits):
@@ -218,17 +242,29 @@ def busiest_experts(model: PreTrainedModel, batch: dict[str, torch.Tensor], num_
     return plan
 
 
-def choose_trainable(model: PreTrainedModel, trains: str) -> None:
-    """Sets what trains: "all" of the base, its "routers", "lora" (attention and experts); and the projector."""
+def choose_trainable(model: PreTrainedModel, trains: str, adapter: str = "default") -> None:
+    """Sets what trains: "all" of the base, its "routers", "lora" (attention and experts); and the projector.
+
+    A LoRA `adapter` is new; those that are there already are active below it, and frozen.
+    """
     base = getattr(model, "base", model)
     if trains == "lora":
-        inject_adapter_in_model(LORA, base)
+        add_lora(base, adapter)
     for name, parameter in base.named_parameters():
-        trained = {"all": True, "routers": name.endswith(".gate.weight"), "lora": "lora_" in name}
+        own_lora = "lora_" in name and f".{adapter}." in name
+        trained = {"all": True, "routers": name.endswith(".gate.weight"), "lora": own_lora}
         parameter.requires_grad_(trained[trains])
     if getattr(model, "projector", None) is not None:
         model.encoder.requires_grad_(False)
         model.projector.requires_grad_(True)
+
+
+def add_lora(base: PreTrainedModel, adapter: str) -> None:
+    """A further LoRA that starts at zero; all of them are active."""
+    inject_adapter_in_model(LORA, base, adapter_name=adapter)
+    for module in base.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_adapter(list(base.peft_config))
 
 
 # ---------------------------------------------------------------- data
@@ -285,6 +321,28 @@ def tokenize_texts(
     all_ids = tokenizer(texts, truncation=True, max_length=REPLAY_TOKENS).input_ids
     ordered = [ids for start in range(0, number, group) for ids in sorted(all_ids[start : start + group], key=len)]
     return [{"input_ids": ids, "labels": ids, "picture": None} for ids in ordered]
+
+
+def replayed(
+    processing: PreTrainedTokenizerBase | ProcessorMixin, number: int, seed: int, earlier: Sequence[Task] = ()
+) -> list[dict[str, Any]]:
+    """`number` samples to replay: texts of the base's own and records of each earlier task, in turn."""
+    parts = [tokenize_texts(processing, number, seed)]
+    parts += [tokenize(task, processing, earlier_records(task, number, seed)) for task in earlier]
+    return [parts[index % len(parts)][index] for index in range(number)]
+
+
+def rendered(
+    processing: PreTrainedTokenizerBase | ProcessorMixin, earlier: Sequence[Task], seed: int, number: int = 900
+) -> list[str]:
+    """Records of earlier tasks as text, `number` of each, without the leading bos."""
+    tokenizer = text_tokenizer(processing)
+    talks = [messages(record) for task in earlier for record in earlier_records(task, number, seed)]
+    return [render_chat(tokenizer, talk) for talk in talks]
+
+
+def earlier_records(task: Task, number: int, seed: int) -> list[dict[str, Any]]:
+    return training_records(read(task.name)["train"], number, f"replay {seed}")
 
 
 def with_replay(samples: list, replayed: list, batch: int) -> list:
