@@ -13,6 +13,7 @@ from modeling_moextend.configuration_moextend import DELTAS
 
 ALL = {"scope": "all", "selection": "exclusive", "calibration": "none"}
 GATE = {"scope": "gate", "selection": "exclusive", "calibration": "none"}
+GATE_DELTAS = GATE | {"deltas": DELTAS}
 
 
 @dataclass(frozen=True)

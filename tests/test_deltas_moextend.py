@@ -84,7 +84,7 @@ def test_a_gate_brings_all_that_the_base_can_have_and_other_scopes_none():
     assert make_model("gate", None).config.deltas == {"embedding": 0, "attention": 16, "output": 0}
     assert make_model("gate", ()).config.deltas == {} == make_model("modality", None).config.deltas
     assert make_model("all", None).config.deltas == {} == make_model("gate", None, plan={3: [1]}).config.deltas
-    of_many = make_model("gate", None, "deepseek_v4", plan={2: [1, 2]})
+    of_many = make_model("gate", None, "deepseek_v4", plan={0: [1, 2]})
     assert of_many.config.deltas == {"attention": 16, "output": 0}
     stacked = make_model("gate", ())
     stacked.add_adapter("top", {0: [1]})

@@ -92,7 +92,7 @@ def split_groups(
     """
     groups = []
     for group in optimizer.param_groups:
-        parts = {}
+        parts = {} if group["params"] else {None: []}  # an empty one stays, as checkpoints have it
         for parameter in group["params"]:
             kind = kinds.get(parameter)
             parts.setdefault(kind if kind in settings else None, []).append(parameter)
