@@ -253,6 +253,20 @@ def test_what_the_machine_had_is_compared_as_well(run, part, name, value, messag
         make_trainer(run, **SAVING).train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_from_before_the_weight_of_retention_could_be_unset_is_the_same_run(run):
+    """Its default, 5, was recorded where none is given now."""
+    path = run / "checkpoint-2" / RECORD
+    record = json.loads(path.read_text())
+    del record["run"]["settings"]["retention_loss"]
+    record["run"]["settings"]["retention_weight"] = 4.0
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="retention_weight: it was 4.0, now 5.0"):
+        make_trainer(run, **SAVING).train(resume_from_checkpoint=True)
+    record["run"]["settings"]["retention_weight"] = 5.0
+    path.write_text(json.dumps(record))
+    make_trainer(run, **SAVING).train(resume_from_checkpoint=True)
+
+
 def test_a_changed_run_goes_on_when_asked_to_and_says_what_has_changed(run, capsys):
     trainer = make_trainer(run, **SAVING, check_resume=False, learning_rate=0.02)
     trainer.args.max_steps = 3

@@ -19,7 +19,7 @@ from transformers import TrainerControl
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
-from .config import MoExtendSFTConfig
+from .config import MoExtendSFTConfig, retention_of
 
 LIBRARIES = ("accelerate", "torch", "transformers", "trl")
 GIVEN = ("compute_loss_func", "data_collator", "formatting_func", "optimizers", "optimizer_cls_and_kwargs")
@@ -71,6 +71,7 @@ def describe_run(trainer: SFTTrainer, given: Mapping[str, str]) -> dict[str, dic
         "versions": {name: version(name) for name in LIBRARIES},
     }
     parts["base's config"].pop("transformers_version", None)
+    parts["settings"]["retention_weight"] = retention_of(trainer.args, bool(core.config.deltas))[1]  # also where unset
     return json.loads(json.dumps(parts, default=name_of))
 
 
