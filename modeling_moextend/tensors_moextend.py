@@ -85,13 +85,14 @@ def moved_to_layers(tensors, layers, sites, device, dtype):
     for name, tensor in tensors.items():
         site = sites.get(name.rpartition(".")[0])
         role, number, part = (*name.split("."), "")[:3]
+        place = device
         if site is not None:
-            device = execution_device(site.module)
+            place = execution_device(site.module)
         elif role != "projector":
             layer = layers[lowest if role == "gate" else int(number)]
             with onloaded(layer.experts if part == "experts" else layer.router) as module:
-                device = next(module.parameters()).device
-        found[name] = tensor.to(device, torch.promote_types(tensor.dtype, dtype), copy=True)
+                place = next(module.parameters()).device
+        found[name] = tensor.to(place, torch.promote_types(tensor.dtype, dtype), copy=True)
     return found
 
 

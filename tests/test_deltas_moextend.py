@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.adapter_file_moextend import FILE
 from modeling_moextend.configuration_moextend import normalise_deltas
-from modeling_moextend.deltas_moextend import DeltaSite, LinearDelta
+from modeling_moextend.deltas_moextend import DeltaSite, LinearDelta, find_sites
 from modeling_moextend.families_moextend import find_moe_layers
 from modeling_moextend.publishing.facts import folder_card
+from modeling_moextend.tensors_moextend import moved_to_layers
 from modeling_moextend.tools.inspection import inspect_adapter
 
 DELTAS = {"embedding": 4, "attention": 2, "output": 0}
@@ -285,6 +286,17 @@ def test_saved_and_loaded_they_are_bit_equal_and_the_base_is_untouched(scope, tm
     assert not hooks and not any("moextend" in name for name, _ in base.named_modules())
     again = MoExtendForCausalLM.from_pretrained(tmp_path, base=base, encoder=model.encoder)
     assert torch.equal(logits(again, inputs(scope)), expected)
+
+
+def test_a_projector_goes_where_ids_go_in_whatever_comes_before_it_in_the_file():
+    model = make_model("modality", {"output": 0})
+    tensors = {name: tensor.detach() for name, tensor in model.adapter_tensors().items()}
+    sites = find_sites(model.config, model.get_decoder())
+    for module in (model.get_decoder().norm, *(layer.router for layer in model.moe_layers.values())):
+        module.to("meta")  # another device
+    moved = moved_to_layers(tensors, model.moe_layers, sites, torch.device("cpu"), torch.float32)
+    assert list(moved)[-1].startswith("projector.") and moved["output.weight"].is_meta
+    assert not any(tensor.is_meta for name, tensor in moved.items() if name.startswith("projector."))
 
 
 def test_missing_unexpected_and_misshapen_deltas_are_named(tmp_path):
