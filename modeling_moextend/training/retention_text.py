@@ -97,14 +97,16 @@ def read_base(
     task to the gate."""
     batch, margins, found = pad_texts([{"input_ids": ids} for ids in pieces]), [], []
     handle = model.gate.register_forward_hook(lambda module, args, output: margins.append(output.cpu()))
-    with evaluation_mode(model), model.passes.using(enabled=True), closed_gate(model):
-        for first in trange(0, len(pieces), batch_size, desc="reading retention text", disable=not progress):
-            part = {name: tensor[first : first + batch_size] for name, tensor in batch.items()}
-            on_device = {name: tensor.to(input_device(model.base)) for name, tensor in part.items()}
-            log_probs = model(**on_device, use_cache=False).logits.float().log_softmax(-1)
-            top = log_probs.topk(min(LIKELIEST, log_probs.shape[-1] - 1))
-            found.append((top.indices.cpu(), with_rest(log_probs, top.indices).cpu()))
-    handle.remove()
+    try:
+        with evaluation_mode(model), model.passes.using(enabled=True), closed_gate(model):
+            for first in trange(0, len(pieces), batch_size, desc="reading retention text", disable=not progress):
+                part = {name: tensor[first : first + batch_size] for name, tensor in batch.items()}
+                on_device = {name: tensor.to(input_device(model.base)) for name, tensor in part.items()}
+                log_probs = model(**on_device, use_cache=False).logits.float().log_softmax(-1)
+                top = log_probs.topk(min(LIKELIEST, log_probs.shape[-1] - 1))
+                found.append((top.indices.cpu(), with_rest(log_probs, top.indices).cpu()))
+    finally:
+        handle.remove()
     margins = torch.cat(margins).masked_fill(~batch["attention_mask"].bool(), -torch.inf).amax(dim=1)
     kept = margins.argsort(descending=True, stable=True)[:KEPT]
     index, log_probs = (torch.cat(parts) for parts in zip(*found, strict=True))
