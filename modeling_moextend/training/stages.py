@@ -105,7 +105,7 @@ class StagesConfig:
         default=None,
         metadata={
             "help": "Shared layers that move too, for tokens in scope alone: any of embedding, attention, output, or "
-            "'none'. Default: all three with scope 'gate', else none."
+            "'none'. Default: all three with scope 'gate' and no encoder, else none."
         },
     )
     paper: bool = field(

@@ -169,7 +169,7 @@ class MoExtendSFTTrainer(SFTTrainer):
         self.retention = "prompts", 0.0  # kind and weight of the retention loss
         if args.stage == "finetune" and self.model.gate is not None:
             self.retention = retention_of(args, bool(self.model.config.deltas))
-        self._stream_size = 1.0
+        self._stream_size = None  # measured before the first step
         self._drawn = 0, 0  # step, and micro-batches that have drawn retention text in it
         self._throughput = {}  # mode -> [tokens, start in seconds]
         self._in_checkpoint = False
@@ -243,9 +243,9 @@ class MoExtendSFTTrainer(SFTTrainer):
             check_gate_open(self.gate_report)
             if before is not None:
                 check_unchanged(before, base_tensors_hash(self.model))
-        if self.args.stage == "finetune":
+        if self.args.stage == "finetune" and self._stream_size is None:  # a second training finds a sharded model
             self._stream_size = stream_size(self)
-        if self._retains("text"):
+        if self._retains("text") and self.retention_text is None:
             if resume_from_checkpoint:  # with the gate that chooses its pieces
                 load_adapter_tensors(self.core, resume_from_checkpoint)
             self.retention_text = retention_text(self)
@@ -302,7 +302,7 @@ class MoExtendSFTTrainer(SFTTrainer):
         given = self.optimizer is not None
         optimizer = super().create_optimizer(model)
         if not given:
-            settings = own_settings(self.args, self._stream_size)
+            settings = own_settings(self.args, self._stream_size or 1.0)
             kinds = {tensor: kind_of(name) for name, tensor in self.trainable.items()}
             split_groups(optimizer, kinds, settings)
         return optimizer
