@@ -165,7 +165,7 @@ def test_every_kind_is_felt_in_every_scope(scope, kind):
     before = logits(model, inputs(scope))
     for name, tensor in deltas_of(model).items():
         tensor.data = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name)))
-    moved = (logits(model, inputs(scope)) != before).any(dim=-1)
+    moved = ((logits(model, inputs(scope)) - before).abs() > 1e-4).any(dim=-1)  # others are equal up to rounding
     if scope == "modality":  # tokens before the image are no token of its scope
         assert not moved[0, :4].any() and moved[0, 8:].all()
     else:
