@@ -139,7 +139,8 @@ def test_a_trainer_of_trls_trains_the_adapter_and_nothing_else(kind, start, toke
     trainer = trainer_of(kind, model, tmp_path / "run", tokenizer)
     trainer.train()
     moved = {name for name, tensor in tensors(model).items() if not torch.equal(tensor, before[name])}
-    assert moved == set(trained)
+    still = set(trained) - moved  # in the first step lora_B is zero, and in the second a reward may be
+    assert moved <= set(trained) and all(name.endswith(".lora_A") for name in still)
     assert base_tensors_hash(model) == base
     trainer.save_model(tmp_path / "result")
     model.eval()
