@@ -16,14 +16,15 @@ from ..adapter_file_moextend import (
     FILE,
     INDEX,
     StoredAdapter,
+    check_source,
     check_tensors,
     find_files,
     joined,
-    read_adapter,
     shards_of,
     tensor_bytes,
 )
 from ..configuration_moextend import DELTAS, MoExtendConfig
+from ..folder_moextend import locked
 from ..validation_moextend import short
 from .base_weights import unusable
 from .tensor_files import DTYPES, read_each, read_tensor, without_data
@@ -42,7 +43,10 @@ def read_whole(name_or_path: str | os.PathLike, **hub_kwargs: Any) -> StoredAdap
         Unusable: a damaged one, or one of a newer format.
     """
     with unusable():
-        stored = read_adapter(name_or_path, **hub_kwargs)
+        check_source("The adapter", name_or_path)
+        with locked(name_or_path, alone=False):  # tensor by tensor: an adapter stands in memory once
+            paths = find_files(name_or_path, hub_kwargs)
+            stored = joined({path: read_each(path, read_tensor) for path in paths})
         check_tensors({name: tensor.shape for name, tensor in stored.tensors.items()}, stored)
         MoExtendConfig.from_dict(stored.values)  # its values are allowed ones
         return stored
