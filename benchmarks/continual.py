@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from forgetting import RESULTS, prepare, run_all
 from methods import METHODS, Method
-from report import percent
+from report import percent, present
 from run import SPLITS, exact_match, read_text
 from runs import key, latest, read_runs, rise, settings_hash
 from safetensors.torch import load_file, save_file
@@ -274,14 +274,7 @@ def plot(runs: list[dict[str, Any]], path: str | os.PathLike) -> None:
 
 def show(path: str | os.PathLike) -> None:
     """Prints the table of a results file and draws the picture beside it."""
-    runs = [run for run in read_runs(path) if not run["error"]]
-    if not runs:
-        print(f"{path} holds no step that worked yet: python benchmarks/continual.py")
-        return
-    print(markdown(runs))
-    picture = Path(path).with_suffix(".png")
-    plot(runs, picture)
-    print(f"Picture: {picture}")
+    present(path, [run for run in read_runs(path) if not run["error"]], markdown, plot, "continual.py")
 
 
 def main() -> None:

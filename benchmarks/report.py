@@ -11,6 +11,7 @@ domains of the retention data and in the one left out of it.
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
@@ -176,9 +177,20 @@ def point(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def show(path: str | os.PathLike) -> None:
     """Prints the tables of a results file and draws the picture beside it."""
-    runs = read_runs(path)
+    present(path, read_runs(path), markdown, plot, "forgetting.py")
+
+
+def present(
+    path: str | os.PathLike,
+    runs: list[dict[str, Any]],
+    markdown: Callable[[list[dict[str, Any]]], str],
+    plot: Callable[[list[dict[str, Any]], Path], None],
+    script: str,
+) -> None:
+    """Prints what `markdown` makes of `runs` and has `plot` draw a picture beside the results file `path`; without
+    runs, which script makes them."""
     if not runs:
-        print(f"{path} holds no run yet: python benchmarks/forgetting.py")
+        print(f"{path} holds no run that worked yet: python benchmarks/{script}")
         return
     print(markdown(runs))
     picture = Path(path).with_suffix(".png")

@@ -170,13 +170,14 @@ def attention_projections(layer):
     """Name -> linear layer of a decoder layer's attention, by the family's own names; `{}`: it has no attention.
 
     Those of parts inside it (indexers, forget gates) are left alone, and so are classes of the family's own and what
-    is applied to the cache.
+    is applied to the cache. Of one that carries a LoRA of PEFT's it is the base's own layer inside.
     """
     mixers = [m for name, m in layer.named_children() if name in TOKEN_MIXERS or "Attention" in type(m).__name__]
     return {
         name: linear
         for mixer in mixers
-        for name, linear in mixer.named_children()
+        for name, child in mixer.named_children()
+        for linear in (getattr(child, "base_layer", child),)
         if isinstance(linear, nn.Linear) and name not in OF_CACHED
         if not type(linear).__module__.startswith("transformers.models.")
     }

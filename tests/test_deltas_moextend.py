@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import PAPER, batch, frozen_copy, make_base, make_encoder, shake
 from families import DEFAULT, FAMILIES, VOCAB, make_family
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -462,3 +463,14 @@ def test_a_quantised_projection_has_a_delta_as_well():
     for layer in base.get_decoder().layers:
         layer.self_attn.q_proj.__class__ = Packed
     assert "layers.3.attention.q_proj.lora_A" in deltas_of(make_model(base=base))
+
+
+def test_a_projection_that_carries_a_lora_has_a_delta_as_well():
+    base = make_base()
+    expected = deltas_of(make_model()).keys()
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj", "v_proj"]), base)
+    model = make_model(base=base)
+    assert deltas_of(model).keys() == expected
+    before = logits(open_gate(model))
+    deltas_of(model)["layers.3.attention.q_proj.lora_B"].data.fill_(1.0)
+    assert not torch.equal(logits(model), before)

@@ -224,6 +224,9 @@ def compress_command(args: argparse.Namespace) -> dict[str, Any]:
     adapter that has a rank already has to have a higher one. The folder appears whole or
     not at all.
 
+    The card (README.md) stays behind, for its sizes are those of before: publishing
+    writes a new one.
+
     An adapter that was trained on top of this one does not know the new one by its
     fingerprint: load it with the old one, or with check_trained_on=False.
 

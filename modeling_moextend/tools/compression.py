@@ -11,7 +11,7 @@ from ..adapter_file_moextend import write_folder
 from ..configuration_moextend import MoExtendConfig
 from .base_weights import Checkpoint, skeleton, unusable
 from .inspection import read_whole
-from .merge import ABOUT_ADAPTER, check_fit, copy_files, finder, new_folder, open_part, source_experts
+from .merge import READER, check_fit, copy_files, finder, new_folder, open_part, source_experts
 
 FACTORS = ("lora_A", "lora_B")
 
@@ -72,7 +72,7 @@ def compress(
             errors.setdefault(layer, []).append(cut_off(delta, *factors))
         config.expert_rank = rank
         write_folder(folder, tensors, config.published())
-        copy_files(finder(adapter, hub_kwargs), ABOUT_ADAPTER, folder)
+        copy_files(finder(adapter, hub_kwargs), READER, folder)  # no card: its sizes are those of before
     return {
         "folder": str(output),
         "rank": rank,
