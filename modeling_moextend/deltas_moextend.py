@@ -68,11 +68,11 @@ class DeltaSite(Extension):
     def __init__(self, name, passes):
         super().__init__(name, 0, passes)
 
+    @torch.compiler.disable  # guards on what asks for gradients fail where adapters are switched (torch 2.13)
     def forward(self, module, args, output):
         """`output` [..., out] of the shared layer, and what its deltas add for `args[0]` [..., in]."""
         return self.add(output, args[0])
 
-    @torch.compiler.disable  # guards on what asks for gradients fail where adapters are switched (torch 2.13)
     def add(self, output, inputs):
         """`output` [B, S, out] with the deltas of this pass, for tokens in the scope of their adapter."""
         plan = self.passes.plan
@@ -106,6 +106,7 @@ class DeltaSite(Extension):
 class LayerInput(DeltaSite):
     """The site of the embedding's delta: what goes into the decoder layer above the gate's."""
 
+    @torch.compiler.disable  # as above
     def forward(self, module, args, kwargs):
         hidden_states, *others = args or (kwargs["hidden_states"],)
         deltas, input_ids = self.passes.plan.layers.get(self.layer), self.passes.plan.input_ids

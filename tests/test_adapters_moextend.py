@@ -462,7 +462,7 @@ def test_copies_and_threads_have_a_choice_of_their_own(made):
     assert torch.equal(logits(twin, batch()), logits(load(made, ("a", COMPETE)), batch()))
     expected, found = logits(model, batch()), []
     with model.passes.using(selection=model.select_adapters(["b"] * 3, range(3))):
-        thread = threading.Thread(target=lambda: found.append(logits(model, batch())))
+        thread = threading.Thread(target=lambda: found.append(logits(model, batch())), daemon=True)
         thread.start()
         thread.join()
     assert torch.equal(found[0], expected)

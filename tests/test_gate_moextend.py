@@ -1107,7 +1107,7 @@ def test_threads_decide_by_their_own_batches():
             errors.append(error)
             meeting.abort()
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in (0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -697,7 +697,7 @@ def test_threads_do_not_see_each_others_passes():
             done.wait(120)
 
     expected = model(**batch()).logits
-    other = threading.Thread(target=switch_off)
+    other = threading.Thread(target=switch_off, daemon=True)
     other.start()
     assert inside.wait(120)
     assert model.active_adapters() == ["default"] and model.passes.thread.records is None
@@ -706,7 +706,7 @@ def test_threads_do_not_see_each_others_passes():
     other.join()
     model.disable_adapters()
     seen = []
-    other = threading.Thread(target=lambda: seen.append(model.active_adapters()))
+    other = threading.Thread(target=lambda: seen.append(model.active_adapters()), daemon=True)
     other.start()
     other.join()
     assert seen == [[]] and copy.deepcopy(model).active_adapters() == []

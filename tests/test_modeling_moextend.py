@@ -503,7 +503,7 @@ def test_a_backward_pass_in_another_thread_recomputes_with_its_own_forwards_scop
     model(**image_batch()).loss.backward()
     expected = gradients(model, trained)
     model.gradient_checkpointing_enable()
-    thread = threading.Thread(target=model(**image_batch()).loss.backward)
+    thread = threading.Thread(target=model(**image_batch()).loss.backward, daemon=True)
     thread.start()
     thread.join()
     for name, gradient in gradients(model, trained).items():

@@ -77,7 +77,7 @@ def in_another_thread(change, *arguments):
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(60)
     assert not thread.is_alive() and not errors, errors
@@ -238,9 +238,10 @@ def test_random_threads_never_mix_adapter_sets(flip, share, model, made):
 
     numbers = {"plain": 150, "by name": 100, "off": 100, "generate": 25, "generate by name": 25}
     workers = [
-        threading.Thread(target=loop, args=(name, check, int(share * numbers[name]))) for name, check in checks.items()
+        threading.Thread(target=loop, args=(name, check, int(share * numbers[name])), daemon=True)
+        for name, check in checks.items()
     ]
-    changer = threading.Thread(target=loop, args=("change", changes[flip]))
+    changer = threading.Thread(target=loop, args=("change", changes[flip]), daemon=True)
     for thread in (changer, *workers):
         thread.start()
     for thread in workers:
@@ -274,11 +275,13 @@ def test_a_compiled_model_keeps_its_adapters_and_follows_the_next_ones(model, ma
             model.set_adapter(drawn.choice(SETS))
             time.sleep(0.001)
 
-    changer = threading.Thread(target=flip)
+    changer = threading.Thread(target=flip, daemon=True)
     changer.start()
-    for _ in range(60):
-        found = logits(compiled)
-        errors += [] if any(same(found, known) for known in expected.values()) else [found]
-    done.set()
-    changer.join()
+    try:
+        for _ in range(60):
+            found = logits(compiled)
+            errors += [] if any(same(found, known) for known in expected.values()) else [found]
+    finally:
+        done.set()
+        changer.join()
     assert not errors, f"{len(errors)} of 60 passes are of no adapter set"
