@@ -71,15 +71,20 @@ class DeltaSite(Extension):
     @torch.compiler.disable  # guards on what asks for gradients fail where adapters are switched (torch 2.13)
     def forward(self, module, args, output):
         """`output` [..., out] of the shared layer, and what its deltas add for `args[0]` [..., in]."""
-        return self.add(output, args[0])
+        deltas = self.deltas_of_pass()
+        return output if deltas is None else self.add(deltas, output, args[0])
 
-    def add(self, output, inputs):
-        """`output` [B, S, out] with the deltas of this pass, for tokens in the scope of their adapter."""
+    def deltas_of_pass(self):
+        """The `LayerPlan` of this layer, or `None` where it changes nothing: no token is in scope, nothing trains."""
         plan = self.passes.plan
         deltas = plan.layers.get(self.layer)
-        if deltas is None:
-            return output
-        unused = list(deltas.idle)
+        if deltas is None or not torch.is_grad_enabled() and not any(map(plan.reaches, deltas.parts)):
+            return None
+        return deltas
+
+    def add(self, deltas, output, inputs):
+        """`output` [B, S, out] with `deltas`, the layer's `LayerPlan`, for tokens in the scope of their adapter."""
+        plan, unused = self.passes.plan, list(deltas.idle)
         for name, delta in deltas.parts.items():
             if not plan.reaches(name):
                 unused.append(delta)
@@ -108,15 +113,17 @@ class LayerInput(DeltaSite):
 
     @torch.compiler.disable  # as above
     def forward(self, module, args, kwargs):
+        deltas, input_ids = self.deltas_of_pass(), self.passes.plan.input_ids
+        if deltas is None:
+            return None
         hidden_states, *others = args or (kwargs["hidden_states"],)
-        deltas, input_ids = self.passes.plan.layers.get(self.layer), self.passes.plan.input_ids
-        if deltas is not None and deltas.parts:
+        if deltas.parts:
             if input_ids is None:
                 raise ValueError(
                     "The embedding's delta needs the pass of a whole model: call the model, not its layers."
                 )
             input_ids = input_ids.to(next(next(iter(deltas.parts.values())).parameters()).device)
-        hidden_states = self.add(hidden_states, input_ids)
+        hidden_states = self.add(deltas, hidden_states, input_ids)
         return ((hidden_states, *others), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_states})
 
 
