@@ -6,6 +6,7 @@ then the sum of the two means over tokens, so that long texts don't drown short 
 experts takes a load-balancing loss.
 """
 
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from modeling_moextend.tools.modes import is_moextend
 from modeling_moextend.training.stages import change_routing
 
 CACHE = ROOT / "outputs/benchmarks"
+TRAINER = tempfile.TemporaryDirectory(prefix="moextend-benchmark-")  # a process's own: runs stand side by side
 ALIGN_STEPS, ALIGN_RATE = 100, 1e-3
 PLAN_RECORDS = 256  # of the task, which choose the source experts
 REPLAY_TOKENS = 128  # longest replayed text
@@ -149,7 +151,7 @@ class MeanPerMicroBatch(SFTTrainer):
 def arguments(config: type[SFTConfig], task: Task, learning_rate: float, seed: int, **options: Any) -> SFTConfig:
     """A trainer's arguments: what all runs share, and what this one has of its own."""
     shared = {
-        "output_dir": str(CACHE / "trainer"),
+        "output_dir": TRAINER.name,
         "per_device_train_batch_size": task.batch,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.03,  # below 1: a share of all steps

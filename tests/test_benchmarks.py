@@ -2,13 +2,15 @@
 
 import json
 import random
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
 
 import forgetting
 import generated
@@ -407,6 +409,15 @@ def small_data(monkeypatch, tmp_path):
     monkeypatch.setattr(tasks, "data_folder", lambda: tmp_path)
     only = {"numbers": {"train": rows["train"]}}  # training, and the choice of source experts, see no other split
     monkeypatch.setattr(training, "read", lambda name: only.get(name) or tasks.read(name))
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_train_in_folders_of_their_own():
+    """The trainer refuses a folder that another process is at work in, and the benchmark starts two at once."""
+    code = "import tasks, training; print(training.arguments(training.SFTConfig, tasks.TASKS['library'], 0.1, 0).output_dir)"
+    command = [sys.executable, "-c", f"import sys; sys.path.append({str(BENCHMARKS)!r}); {code}"]
+    folders = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    assert folders[0].strip() and folders[0] != folders[1]
 
 
 @pytest.mark.slow
