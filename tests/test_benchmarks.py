@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import forgetting
 import generated
@@ -414,8 +413,9 @@ def small_data(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_runs_side_by_side_train_in_folders_of_their_own():
     """The trainer refuses a folder that another process is at work in, and the benchmark starts two at once."""
-    code = "import tasks, training; print(training.arguments(training.SFTConfig, tasks.TASKS['library'], 0.1, 0).output_dir)"
-    command = [sys.executable, "-c", f"import sys; sys.path.append({str(BENCHMARKS)!r}); {code}"]
+    folder = "training.arguments(training.SFTConfig, tasks.TASKS['library'], 0.1, 0).output_dir"
+    code = f"import sys; sys.path.append({str(forgetting.HERE)!r}); import tasks, training; print({folder})"
+    command = [sys.executable, "-c", code]
     folders = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)]
     assert folders[0].strip() and folders[0] != folders[1]
 
