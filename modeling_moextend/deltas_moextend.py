@@ -49,6 +49,7 @@ class EmbeddingDelta(Delta):
         """[B, S] -> [B, S, H]"""
         weight, *others = self._parameters.values()
         rows = weight.T if others else weight
+        input_ids = input_ids.to(weight.device)
         embedded = F.embedding(input_ids.clamp(max=len(rows) - 1), rows)
         embedded = F.linear(embedded, others[0]) if others else embedded
         return embedded.masked_fill((input_ids >= len(rows)).unsqueeze(-1), 0)
@@ -78,9 +79,7 @@ class DeltaSite(Extension):
         """The `LayerPlan` of this layer, or `None` where it changes nothing: no token is in scope, nothing trains."""
         plan = self.passes.plan
         deltas = plan.layers.get(self.layer)
-        if deltas is None or not torch.is_grad_enabled() and not any(map(plan.reaches, deltas.parts)):
-            return None
-        return deltas
+        return deltas if deltas and (torch.is_grad_enabled() or any(map(plan.reaches, deltas.parts))) else None
 
     def add(self, deltas, output, inputs):
         """`output` [B, S, out] with `deltas`, the layer's `LayerPlan`, for tokens in the scope of their adapter."""
@@ -117,12 +116,8 @@ class LayerInput(DeltaSite):
         if deltas is None:
             return None
         hidden_states, *others = args or (kwargs["hidden_states"],)
-        if deltas.parts:
-            if input_ids is None:
-                raise ValueError(
-                    "The embedding's delta needs the pass of a whole model: call the model, not its layers."
-                )
-            input_ids = input_ids.to(next(next(iter(deltas.parts.values())).parameters()).device)
+        if deltas.parts and input_ids is None:
+            raise ValueError("The embedding's delta needs the pass of a whole model: call the model, not its layers.")
         hidden_states = self.add(deltas, hidden_states, input_ids)
         return ((hidden_states, *others), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_states})
 
@@ -233,10 +228,8 @@ def add_delta(name, site, adapter_name, tensors, passes):
 
 def remove_deltas(decoder, adapter_name=None):
     """Takes out the deltas of one adapter; of all, with their hooks, where no name is given."""
-    for module in decoder.modules():
-        site = module._modules.get("moextend")
-        if not isinstance(site, DeltaSite):
-            continue
+    for module in [one for one in decoder.modules() if isinstance(one._modules.get("moextend"), DeltaSite)]:
+        site = module.moextend
         if adapter_name is not None:
             site.adapters.pop(adapter_name) if adapter_name in site.adapters else None
             continue
