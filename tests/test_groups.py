@@ -2,10 +2,20 @@
 
 import pytest
 import torch
-from test_sft_trainer import GATED, gated_trainer, make_model, make_trainer, tensors
+from test_sft_trainer import (
+    GATED,
+    config,
+    gated_trainer,
+    image_data,
+    make_model,
+    make_processor,
+    make_trainer,
+    tensors,
+)
 
 from modeling_moextend.training.groups import kind_of
 from modeling_moextend.training.retention import closed_gate
+from modeling_moextend.training.trainer import MoExtendSFTTrainer
 
 DELTAS = {"embedding": 2, "attention": 2, "output": 0}
 OWN = {"router_learning_rate": 5e-3, "delta_learning_rate": 0.0, "delta_weight_decay": 0.25}
@@ -19,6 +29,18 @@ def test_every_tensor_has_a_kind():
     assert kinds["layers.1.router.weight"] == "router" and kinds["layers.1.calibration.fc1.weight"] == "experts"
     assert kinds["layers.2.embedding.lora_A"] == "embedding"
     assert kinds["output.weight"] == kinds["layers.3.attention.o_proj.lora_B"] == "deltas"
+
+
+def test_a_rate_that_is_not_given_goes_by_the_stage_and_the_bases_width(tmp_path):
+    trainer = make_trainer(tmp_path, make_model(scope="all"), learning_rate=None)
+    hidden_size = trainer.model.config.get_text_config().hidden_size
+    assert trainer.args.learning_rate == pytest.approx(0.6 / hidden_size) and hidden_size != 192
+    assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {trainer.args.learning_rate}
+    args = config(tmp_path, stage="align", learning_rate=None)
+    data, processor = image_data(), make_processor()
+    model = make_model(encoder=True)
+    trainer = MoExtendSFTTrainer(model=model, args=args, train_dataset=data, processing_class=processor)
+    assert trainer.args.learning_rate == 1e-3 and args.learning_rate is None, "another trainer may have another base"
 
 
 def test_groups_hold_what_was_asked_for_and_all_that_trains(tmp_path):

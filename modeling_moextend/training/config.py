@@ -17,6 +17,7 @@ SMALLEST = {  # smallest allowed value
     "retention_tokens": 1,
     "retention_length": 8,
     "gate_steps": 0,
+    "learning_rate": 0.0,
     "gate_learning_rate": 0.0,
     "gate_task_weight": 0.0,
     "gate_retention_weight": 0.0,
@@ -26,7 +27,7 @@ SMALLEST = {  # smallest allowed value
     "embedding_learning_rate": 0.0,
     "delta_weight_decay": 0.0,
 }
-OPTIONAL = (*GROUP_SETTINGS, "retention_weight")
+OPTIONAL = (*GROUP_SETTINGS, "learning_rate", "retention_weight")
 
 
 @dataclass
@@ -72,6 +73,9 @@ class MoExtendSFTConfig(SFTConfig):
             what reads the prompts; else `"prompts"`.
         retention_weight:
             Weight of the retention loss. Unset: 5 for `"prompts"`, 2 for `"text"`; 0 leaves it out.
+        learning_rate:
+            Peak learning rate. Unset: 1e-3 in stage `"align"`, as LLaVA-1.5's; else 0.6 / hidden size of the base,
+            for an optimiser of Adam's kind moves a wider layer's output further at one rate (arXiv 2203.03466).
         router_learning_rate, delta_learning_rate, embedding_learning_rate:
             Peak learning rates of new router rows, of deltas, and of the embedding's delta, whose rows train only in
             the steps that see their tokens. Unset: `learning_rate`, as for new experts; the embedding's: that of the
@@ -150,6 +154,10 @@ class MoExtendSFTConfig(SFTConfig):
     )
     retention_weight: float | None = field(
         default=None, metadata={"help": "Weight of the retention loss; 0: without. Unset: 5 for prompts, 2 for text."}
+    )
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate. Unset: 1e-3 in stage align, else 0.6 / hidden size of the base."},
     )
     router_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of new router rows. Unset: learning_rate."}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import time
@@ -60,7 +61,7 @@ from .checks import (
 )
 from .config import MoExtendSFTConfig, retention_of
 from .gate import train_gate
-from .groups import kind_of, own_settings, split_groups, stream_size
+from .groups import default_rate, kind_of, own_settings, split_groups, stream_size
 from .resuming import load_adapter_tensors
 from .retention import last_hidden_states, prompt_distance
 from .retention_text import retention_text, text_distance
@@ -136,6 +137,9 @@ class MoExtendSFTTrainer(SFTTrainer):
         if args is None:
             args = MoExtendSFTConfig("moextend-sft")
         check_arguments(args)
+        if args.learning_rate is None:
+            args = copy.copy(args)  # another trainer that takes them may have another base
+            args.learning_rate = default_rate(args.stage, model.config.get_text_config().hidden_size)
         coefficient = model.router_aux_loss_coef if args.router_aux_loss_coef is None else args.router_aux_loss_coef
         check_options(args, coefficient, kwargs)
         if args.push_to_hub:  # said before the training, not after it
@@ -631,6 +635,7 @@ def training_summary(
     optimizer, rank = optimizer_bytes(args.optim, trainable.values()), model.config.expert_rank
     return (
         f"MoExtend, stage {args.stage}: {sum(p.numel() for p in trainable.values()):,} trainable parameters; "
+        f"learning rate {args.learning_rate:.2g}; "
         f"adapter {model.adapter_bytes(torch_dtype(args.adapter_dtype)) / 2**20:,.1f} MiB"
         f"{'' if rank is None else f' (new experts of rank {rank})'}; "
         f"optimiser {'unknown' if optimizer is None else f'{optimizer / 2**20:,.1f} MiB'} ({plain(args.optim)})"
