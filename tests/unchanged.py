@@ -26,18 +26,25 @@ from datasets import Dataset, disable_progress_bars
 from families import FAMILIES, make_family
 from transformers import AutoTokenizer, logging
 
-from modeling_moextend import MoExtendForCausalLM, MoExtendSFTConfig, MoExtendSFTTrainer, measure_router_shift
+from modeling_moextend import (
+    MoExtendForCausalLM,
+    MoExtendSFTConfig,
+    MoExtendSFTTrainer,
+    configuration_moextend,
+    measure_router_shift,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "assets" / "tiny-moe")
 IMAGE = 96  # the first id past the vocabulary of the random bases; an image has four features
 PLAN = {0: [1, 4], 1: [2]}
+ALONE = {"deltas": ()} if hasattr(configuration_moextend, "DELTAS") else {}  # 0.1.0 has no deltas
 CHOICES = {
     "paper": {"paper": True},
     "routed": {"scope": "all", "selection": "compete", "calibration": "routed"},
     "compete": {"scope": "all", "selection": "compete", "calibration": "none"},
     "exclusive": {"scope": "all", "selection": "exclusive"},
-    "gate": {"scope": "gate"},
+    "gate": {"scope": "gate", **ALONE},
 }
 FORWARD = (
     "mixtral",
@@ -161,7 +168,7 @@ def images():
     inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
     for scope in ("all", "modality", "gate"):
         for selection in ("compete", "exclusive"):
-            model = extended(make_base(), "", scope=scope, selection=selection, encoder=make_encoder())
+            model = extended(make_base(), "", scope=scope, selection=selection, encoder=make_encoder(), **ALONE)
             key = f"{scope} {selection}"
             found[key] = outputs(model, **inputs, pixel_values=pixels)
             found[f"{key}, text"] = outputs(model, **batch())
