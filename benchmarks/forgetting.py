@@ -1,6 +1,6 @@
 """Learning against forgetting: every method on every task, one resumable command.
 
-    python benchmarks/forgetting.py                    # everything: hours; go on with the same command after a stop
+    python benchmarks/forgetting.py                    # everything: a day; go on with the same command after a stop
     python benchmarks/forgetting.py --quick            # two tasks, one rate, one seed, fewer methods: 20 minutes
     python benchmarks/forgetting.py --tasks library --methods gate lora_replay
     python benchmarks/forgetting.py --ablations --tasks library --rates 1.5e-3
@@ -33,7 +33,7 @@ from tasks import OTHER_BASE, ROOT, TASKS, Task, data_folder, other_base
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-TABLE_TASKS = ("library", "types", "easy_vqa")  # the others only where they are asked for: see their lines in README
+TABLE_TASKS = ("library", "types", "numbers", "calendar", "follow_up", "easy_vqa")
 QUICK_TASKS = ("library", "easy_vqa")
 QUICK = ("paper", "modality", "gate", "full_replay", "lora_replay")
 ENVIRONMENT = {  # one thread a run: small expert loops gain nothing from two; glibc keeps large activations

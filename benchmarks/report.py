@@ -23,6 +23,7 @@ from tasks import TASKS
 from modeling_moextend.evaluation.figures import draw_frontier, new_figure
 
 SPLITS = ("validation", "test")
+OVERVIEW = ("gate_deltas", "gate", "modality", "lora_replay", "full_replay", "full")  # its columns
 COLUMNS = ("method", "rate", "seeds", *SPLITS, *GROUPS, "captured", "seconds")
 
 
@@ -84,6 +85,28 @@ def markdown(runs: list[dict[str, Any]]) -> str:
             lines += ["", f"{what}: {', '.join(names)}."] if names else []
         parts.append("\n".join([f"### {task}", "", *lines]))
     return "\n\n".join(parts) + "\n"
+
+
+def overview(runs: list[dict[str, Any]]) -> str:
+    """A line a task, a column for each of `OVERVIEW`: accuracy on both splits, and what the base lost, means over
+    seeds; below it how many seeds, where these are fewer than three."""
+    found = {
+        task: {m: part for m in OVERVIEW if (part := chosen(ran.get(m, [])))} for task, ran in by_pair(runs).items()
+    }
+    shown = [method for method in OVERVIEW if any(method in parts for parts in found.values())]
+    lines = ["| task | " + " | ".join(shown) + " |", "|---" * (len(shown) + 1) + "|"]
+    for task, parts in found.items():
+        lines.append(f"| {task} | " + " | ".join(brief(parts[m]) if m in parts else "" for m in shown) + " |")
+    fewer = [
+        f"{task} {m} ({len(part)})" for task, parts in found.items() for m, part in parts.items() if len(part) < 3
+    ]
+    return "\n".join(lines + (["", f"Fewer than three seeds: {', '.join(fewer)}."] if fewer else [])) + "\n"
+
+
+def brief(runs: list[dict[str, Any]]) -> str:
+    """As in "91.0% / 90.1%, bit-equal": validation split, test split, rise of base perplexity; means over seeds."""
+    accuracy = " / ".join(f"{100 * mean(run[split] for run in runs):.1f}%" for split in SPLITS)
+    return f"{accuracy}, {'bit-equal' if all(run['bit_equal'] for run in runs) else percent(mean(map(rise, runs)))}"
 
 
 def outdated(run: dict[str, Any]) -> bool:
@@ -177,7 +200,7 @@ def point(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def show(path: str | os.PathLike) -> None:
     """Prints the tables of a results file and draws the picture beside it."""
-    present(path, read_runs(path), markdown, plot, "forgetting.py")
+    present(path, read_runs(path), lambda runs: overview(runs) + "\n" + markdown(runs), plot, "forgetting.py")
 
 
 def present(

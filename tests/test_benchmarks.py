@@ -356,6 +356,16 @@ def test_table_has_both_accuracies_of_the_winning_rate_and_the_rises(tmp_path):
     assert path.with_suffix(".png").stat().st_size > 10_000
 
 
+def test_the_overview_has_a_line_a_task_and_says_where_seeds_are_missing():
+    done = [line(method="full", seed=seed, validation=0.5, test=test) for seed, test in enumerate((0.4, 0.5, 0.6))]
+    done += [line(task="types", method="gate_deltas", validation=0.75, test=0.25, bit_equal=True)]
+    done += [line(task="types", method="full", error="exit code 1"), line(task="types", method="paper")]
+    text = report.overview(done)
+    assert "| task | gate_deltas | full |" in text and "| numbers |  | 50.0% / 50.0%, +0.00% |" in text
+    assert "| types | 75.0% / 25.0%, bit-equal |  |" in text
+    assert text.endswith("Fewer than three seeds: types gate_deltas (1).\n")
+
+
 def test_below_a_table_stand_the_shares_of_full_replay_on_both_splits():
     done = [line(method="full_replay", validation=0.8, test=0.5), line(method="full", validation=0.4, test=0.6)]
     text = report.markdown(done)
