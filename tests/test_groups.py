@@ -41,6 +41,8 @@ def test_a_rate_that_is_not_given_goes_by_the_stage_and_the_bases_width(tmp_path
     model = make_model(encoder=True)
     trainer = MoExtendSFTTrainer(model=model, args=args, train_dataset=data, processing_class=processor)
     assert trainer.args.learning_rate == 1e-3 and args.learning_rate is None, "another trainer may have another base"
+    with pytest.raises(ValueError, match="DeepSpeed's configuration is completed before .*: give learning_rate"):
+        config(tmp_path, learning_rate=None, deepspeed={"optimizer": {"type": "AdamW"}})
 
 
 def test_groups_hold_what_was_asked_for_and_all_that_trains(tmp_path):

@@ -190,6 +190,11 @@ class MoExtendSFTConfig(SFTConfig):
     def __post_init__(self):
         if not self.use_cpu and not torch.accelerator.is_available():
             check_processes(1, self.output_dir)  # transformers' own refusals hide what is wrong
+        if self.deepspeed and self.learning_rate is None:
+            raise ValueError(
+                "DeepSpeed's configuration is completed before the model is known, whose width says the learning rate "
+                "where none is given: give learning_rate."
+            )
         super().__post_init__()
         check_processes(self.world_size, self.output_dir)
         if self.stage not in STAGES:
