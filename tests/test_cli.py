@@ -428,6 +428,15 @@ def test_a_config_that_is_none_is_code_2(command, config, adapter, moextend, cap
     assert command == "verify" and not found["ok"] or found == {"error": found["error"], "exit_code": 2}
 
 
+@pytest.mark.parametrize("name", ["layers", "layers.", ".", "output", "layers.1.experts.down_proj.more"])
+def test_a_tensor_of_any_name_is_inspected_and_refused_where_it_counts(name, adapter, moextend):
+    rewrite(adapter, **{name: torch.zeros(1)})
+    code, text = moextend("inspect", adapter)
+    assert code == 0 and "Traceback" not in text
+    code, text = moextend("verify", adapter)
+    assert code == 1 and f"unexpected: {name}" in text and "Traceback" not in text
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.slow
 def test_a_config_on_the_hub_that_is_none_is_code_2(config, hub, adapter, moextend):

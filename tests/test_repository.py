@@ -110,9 +110,11 @@ def imported_modules(source, module):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (a.name.partition(".")[2] for a in node.names if a.name.split(".")[0] == PACKAGE.name)
+            yield from (a.name for a in node.names if a.name.split(".")[0] in OUTSIDE)
         elif isinstance(node, ast.ImportFrom):
             path = (node.module or "").split(".")
             if node.level == 0 and path[0] != PACKAGE.name:
+                yield from [node.module] if path[0] in OUTSIDE else []
                 continue
             path = here[: len(here) + 1 - node.level] + path if node.level else path[1:]
             target = ".".join(filter(None, path))
@@ -120,7 +122,8 @@ def imported_modules(source, module):
             yield from (name if name in MODULES else target for name in found)
 
 
-IMPORTERS = re.compile(r"(importlib|pkgutil|runpy|imp|builtins)\b|sys\.modules$|from_package by")
+OUTSIDE = ("benchmarks", "examples", "tests")  # of the package: they import it
+IMPORTERS = re.compile(r"(.*\.)?(importlib|pkgutil|runpy|imp|builtins)(\.|$)|sys\.modules$|.* by another name")
 ALLOWED_IMPORTS = {"importlib.metadata.version", "importlib.resources.files"}  # by name: they hand no importlib on
 
 
@@ -131,20 +134,30 @@ def hidden_imports(source, doors=()):
     docstrings = {
         id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, documented) and ast.get_docstring(node)
     }
+    called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
-            if re.match(r"modeling_moextend\.(?!py$)[a-z]", node.value):
+            if re.match(r"modeling_moextend\.(?!py$)([a-z]|$)", node.value):
                 yield repr(node.value)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names]
             if isinstance(node, ast.ImportFrom):
                 names = [f"{node.module}.{name}" for name in names]
-                renamed = any(alias.name == "from_package" and alias.asname for alias in node.names)
-                names += ["from_package by another name"] if renamed else []
+            names += [
+                f"{a.name} by another name" for a in node.names if a.name in ("from_package", "sys") and a.asname
+            ]
             yield from (name for name in names if name not in ALLOWED_IMPORTS and IMPORTERS.match(name))
         elif isinstance(node, ast.Name) and node.id in ("__import__", "exec", "eval"):
             yield ast.unparse(node)
-        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.modules":
+        elif isinstance(node, ast.Name) and node.id == "from_package" and id(node) not in called:
+            yield ast.unparse(node)
+        elif isinstance(node, ast.Attribute) and (node.attr == "from_package" or ast.unparse(node) == "sys.modules"):
+            yield ast.unparse(node)
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) in ("getattr", "vars")
+            and "sys" in map(ast.unparse, node.args)
+        ):
             yield ast.unparse(node)
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "from_package":
             asked = node.args[0].value if isinstance(node.args[0], ast.Constant) else None
@@ -175,6 +188,8 @@ def upward_imports(source, module):
         ("training.trainer", "from ..tools.merge import merge", False),
         ("training.trainer", "from .. import cli", True),
         ("training.trainer", "from ..unknown.folder import x", True),
+        ("tools.merge", "from examples.measure import x", True),
+        ("tools.merge", "import benchmarks.run", True),
         ("tools.merge", "from .. import create_card", True),  # the package's own names need all of it
     ],
 )
@@ -200,6 +215,13 @@ def test_arrow_rule(module, line, wrong):
         ("from_package('cli', 'x')", True),
         ("from_package(name, 'x')", True),
         ("from_package('tools', 'x')", False),
+        ("door = from_package\ndoor('cli', 'x')", True),
+        ("from .. import package_moextend\npackage_moextend.from_package('cli', 'x')", True),
+        ("from .package_moextend import importlib", True),
+        ("from transformers.utils.import_utils import importlib", True),
+        ("import sys as s\ns.modules['modeling_moextend' + '.cli']", True),
+        ("getattr(sys, 'modules')", True),
+        ("load(f'modeling_moextend.{name}')", True),
         ("'see modeling_moextend.cli'", False),
         ("from .routing_moextend import route", False),
     ],

@@ -108,7 +108,7 @@ def part_of(name: str) -> str:
     """The part of an adapter that a tensor belongs to: a decoder layer's number, or one of `OTHERS`."""
     first, *rest = name.split(".")
     kind = next((kind for kind in DELTAS if kind in (first, *rest[1:2])), None)
-    return f"{kind} deltas" if kind else rest[0] if first == "layers" else first
+    return f"{kind} deltas" if kind else rest[0] if rest and first == "layers" else first
 
 
 def in_part(tensors: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
