@@ -10,6 +10,7 @@ domains of the retention data and in the one left out of it.
 """
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from tasks import TASKS
 from modeling_moextend.evaluation.figures import draw_frontier, new_figure
 
 SPLITS = ("validation", "test")
+ACROSS = 3  # panels of the picture
 OVERVIEW = ("gate_deltas", "gate", "modality", "lora_replay", "full_replay", "full")  # its columns
 COLUMNS = ("method", "rate", "seeds", *SPLITS, *GROUPS, "captured", "seconds")
 
@@ -173,14 +175,19 @@ def plot(runs: list[dict[str, Any]], path: str | os.PathLike) -> None:
     tasks = {task: {m: part for m in methods if (part := chosen(methods[m]))} for task, methods in ran.items()}
     names = sorted({name for methods in tasks.values() for name in methods})
     marker_numbers = {name: number for number, name in enumerate(names)}
-    figure = new_figure(6.2 * max(1, len(tasks)), 4.6)
-    panels = figure.subplots(1, max(1, len(tasks)), squeeze=False)[0]
+    wide, high = min(ACROSS, len(tasks)), math.ceil(len(tasks) / ACROSS)
+    figure = new_figure(4.6 * wide + 1.5, 3.8 * high)
+    panels = figure.subplots(high, wide, squeeze=False).flatten()
+    for empty in panels[len(tasks) :]:
+        empty.set_axis_off()
     for axes, (task, methods) in zip(panels, tasks.items(), strict=False):
         draw_frontier(axes, [point(name, part) for name, part in methods.items()], marker_numbers)
         swept = [run for part in ran[task].values() for run in part if not run["error"]]
         validation = [100 * run["validation"] for run in swept]
         axes.plot([rise(run) for run in swept], validation, ".", color="0.6", zorder=1)
         axes.set_title(task)
+        axes.set_xlabel("rise of the base's perplexity (%)")
+        axes.set_ylabel("accuracy (%)")
     handles = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
     figure.savefig(path, dpi=150)
