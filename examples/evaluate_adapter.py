@@ -20,7 +20,7 @@ from modeling_moextend.data.files import read_documents, read_questions
 from modeling_moextend.evaluation.report import evaluate_adapter, read_point, write_report
 from modeling_moextend.publishing.card import create_card
 from modeling_moextend.tools.interrupts import run_script
-from modeling_moextend.tools.places import check_location
+from modeling_moextend.tools.locations import check_location
 
 THRESHOLDS = [-1.0, -0.5, 0.0, 0.5, 1.0]
 

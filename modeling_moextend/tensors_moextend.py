@@ -85,14 +85,14 @@ def moved_to_layers(tensors, layers, sites, device, dtype):
     for name, tensor in tensors.items():
         site = sites.get(name.rpartition(".")[0])
         role, number, part = (*name.split("."), "")[:3]
-        place = device
+        target = device
         if site is not None:
-            place = execution_device(site.module)
+            target = execution_device(site.module)
         elif role != "projector":
             layer = layers[lowest if role == "gate" else int(number)]
             with onloaded(layer.experts if part == "experts" else layer.router) as module:
-                place = next(module.parameters()).device
-        found[name] = tensor.to(place, torch.promote_types(tensor.dtype, dtype), copy=True)
+                target = next(module.parameters()).device
+        found[name] = tensor.to(target, torch.promote_types(tensor.dtype, dtype), copy=True)
     return found
 
 
@@ -210,8 +210,8 @@ def sample_values(sizes, read):
 
 
 def snapshot(module):
-    """name -> (shape, values at `places`, `bits_of` it) of every tensor saved with `module`, new ones left out: what
-    shows a change of it. `None` in place of both of one that is quantised, sharded, or on the meta device."""
+    """name -> (shape, values at `value_indices`, `bits_of` it) of every tensor saved with `module`, new ones left out:
+    what shows a change of it. `None` in place of both of one that is quantised, sharded, or on the meta device."""
     found = {}
     for prefix, owner in module.named_modules() if module is not None else ():
         if "moextend" in prefix.split("."):
@@ -222,12 +222,12 @@ def snapshot(module):
                     continue
                 content = None, None
                 if is_plain(tensor) and not tensor.is_meta:
-                    content = values_at(tensor.detach(), places(tensor.shape)).cpu(), bits_of(tensor)
+                    content = values_at(tensor.detach(), value_indices(tensor.shape)).cpu(), bits_of(tensor)
                 found[f"{prefix}.{name}".lstrip(".")] = tensor.shape, *content
     return found
 
 
-def places(shape):
+def value_indices(shape):
     """Indices into a flattened tensor: one in each row, along the diagonal, so that no row and, where there are as
     many rows, no column changes unseen; of one with few rows, up to 4096 evenly spread."""
     count, width = shape.numel(), shape[-1] if shape else 1

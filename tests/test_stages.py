@@ -15,7 +15,7 @@ from trl import TrlParser
 
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.tools.interrupts import run_script
-from modeling_moextend.tools.places import check_location
+from modeling_moextend.tools.locations import check_location
 from modeling_moextend.training.config import MoExtendSFTConfig
 from modeling_moextend.training.stages import StagesConfig, build_model, load_any, load_data, read_plan, run_stages
 from modeling_moextend.training.trainer import MoExtendSFTTrainer

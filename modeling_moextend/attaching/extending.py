@@ -16,7 +16,7 @@ from ..configuration_moextend import normalise_plan
 from ..deltas_moextend import find_sites, remove_deltas
 from ..layers_moextend import remove_experts
 from ..tensors_moextend import split_by_part
-from ..tools.places import hub_id
+from ..tools.locations import hub_id
 from .choices import default_deltas, routing_choices
 from .parts import identity, load_new_encoder
 from .selfcheck import self_checked

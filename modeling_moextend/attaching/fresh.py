@@ -13,7 +13,7 @@ from ..base_checks_moextend import base_rule, check_loaded, check_plan
 from ..configuration_moextend import normalise_deltas, normalise_plan
 from ..families_moextend import find_moe_layers
 from ..loading_moextend import ENCODER_KWARGS, SHARED_HUB_KWARGS, load_base, undone_on_error
-from ..tools.places import check_location, check_place
+from ..tools.locations import check_folder_or_id, check_location
 from ..validation_moextend import is_generation
 from .choices import check_rank, default_deltas, routing_choices
 from .layouts import check_quantised, check_request
@@ -78,7 +78,7 @@ def from_base(
     """
     loaded = isinstance(base, PreTrainedModel)
     if not loaded:
-        check_place("The base", base)
+        check_folder_or_id("The base", base)
     elif not isinstance(encoder, str | os.PathLike):
         check_keywords("from_base", kwargs, ())
     else:
@@ -133,8 +133,8 @@ def stored_generation(base: PreTrainedModel) -> dict[str, Any]:
     is loaded onto the checkpoint."""
     config, now = base.config, base.generation_config.to_dict()
     try:
-        place = {"revision": getattr(config, "_commit_hash", None), "local_files_only": True}
-        stored = GenerationConfig.from_pretrained(config.name_or_path, **place).to_dict()
+        options = {"revision": getattr(config, "_commit_hash", None), "local_files_only": True}
+        stored = GenerationConfig.from_pretrained(config.name_or_path, **options).to_dict()
     except (OSError, ValueError):  # not there: the base had made its own of its config
         stored = GenerationConfig.from_model_config(config).to_dict()
     changed = {name for name in now if name[0] != "_" and now[name] != stored.get(name)}

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..layers_moextend import input_device
 from ..loading_moextend import ENCODER_KWARGS, is_multimodal
 from ..tensors_moextend import fingerprint
-from ..tools.places import check_place
+from ..tools.locations import check_folder_or_id
 from ..vision_moextend import load_encoder, vision_tower
 
 
@@ -25,7 +25,7 @@ def load_new_encoder(
             "base takes them."
         )
     if not isinstance(encoder, PreTrainedModel):
-        check_place("The encoder", encoder)
+        check_folder_or_id("The encoder", encoder)
         options = {"dtype": base.dtype} if options is None else options
         try:
             encoder = load_encoder(encoder, **{key: options[key] for key in ENCODER_KWARGS if key in options})

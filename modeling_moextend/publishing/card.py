@@ -10,7 +10,7 @@ from huggingface_hub.utils import is_jinja_available
 
 from ..configuration_moextend import MoExtendConfig
 from ..tools.inspection import dtype_name, part_of
-from ..tools.places import hub_id
+from ..tools.locations import hub_id
 
 TAGS = ["moextend", "moe", "mixture-of-experts", "adapter"]
 

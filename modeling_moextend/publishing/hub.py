@@ -23,7 +23,7 @@ from ..tensors_moextend import check_finite
 from ..tools.base_weights import TOKENIZER, unusable
 from ..tools.files import write_text
 from ..tools.inspection import read_whole
-from ..tools.places import hub_id, local_paths
+from ..tools.locations import hub_id, local_paths
 from .facts import folder_card
 
 if TYPE_CHECKING:

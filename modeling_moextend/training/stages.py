@@ -29,8 +29,8 @@ from ..modeling_moextend import MoExtendForCausalLM
 from ..tools.files import alone_in, write_text
 from ..tools.inspection import ROUTING
 from ..tools.interrupts import stopped_at
+from ..tools.locations import check_location, hub_id
 from ..tools.modes import is_moextend
-from ..tools.places import check_location, hub_id
 from .checkpoints import checkpoint_to_resume
 from .config import MoExtendSFTConfig
 from .trainer import MoExtendSFTTrainer

@@ -36,7 +36,7 @@ def local_paths(value: Any, entry: str = "") -> Iterator[tuple[str, str]]:
             yield entry, value
 
 
-def check_place(what: str, given: str | os.PathLike) -> None:
+def check_folder_or_id(what: str, given: str | os.PathLike) -> None:
     """Refuses what can be neither a folder nor a Hub id, as a place where `what` lies.
 
     Raises:
