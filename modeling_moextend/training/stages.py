@@ -33,6 +33,7 @@ from ..tools.locations import check_location, hub_id
 from ..tools.modes import is_moextend
 from .checkpoints import checkpoint_to_resume
 from .config import MoExtendSFTConfig
+from .groups import ALIGN_RATE
 from .trainer import MoExtendSFTTrainer
 
 STAGES = ("align", "extend", "finetune")
@@ -126,7 +127,7 @@ class StagesConfig:
         default=None, metadata={"help": "In place of stage extend: its plan.json, or JSON like '{\"2\": [1]}'."}
     )
     align_max_steps: int = field(default=-1, metadata={"help": "Steps of stage align; -1: one epoch."})
-    align_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of stage align."})
+    align_learning_rate: float = field(default=ALIGN_RATE, metadata={"help": "Learning rate of stage align."})
     align_gradient_accumulation_steps: int = field(
         default=1, metadata={"help": "Micro-batches a step in stage align, in place of --gradient_accumulation_steps."}
     )
