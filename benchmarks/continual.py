@@ -2,16 +2,16 @@
 
     python benchmarks/continual.py                              # hours; go on with the same command after a stop
     python benchmarks/continual.py --steps 5 --limit 8          # does it run: minutes, into outputs/
-    python benchmarks/continual.py --methods gate full_replay --tasks types library
+    python benchmarks/continual.py --methods gate_deltas full_replay --tasks types library
 
-`gate` stacks adapters: each is trained on top of frozen ones by the library's own trainer, and retention text holds
-records of the earlier tasks beside the base's own text. `full` goes on with all weights, `lora` stacks LoRAs, each on
-frozen ones; `full_replay` and `lora_replay` replay the same texts and earlier records that `gate` has as retention
-text. Rates are fixed, those that won most often in `forgetting.py`; the order of tasks and the records are the same
-for all methods.
+`gate_deltas` (and `gate`, without deltas) stacks adapters: each is trained on top of frozen ones by the library's own
+trainer, and retention text holds records of the earlier tasks beside the base's own text. `full` goes on with all
+weights, `lora` stacks LoRAs, each on frozen ones; `full_replay` and `lora_replay` replay the same texts and earlier
+records that the gate has as retention text. Rates are fixed, those that won most often in `forgetting.py`; the order
+of tasks and the records are the same for all methods.
 
 A step is a process of its own and one line in the results file; it begins with what the step before left under
-outputs/benchmarks/continual. A line holds accuracy on every task so far (both splits), the base's text, and for `gate`
+outputs/benchmarks/continual. A line holds accuracy on every task so far (both splits), the base's text, and for a gate
 of how many earlier questions no token selects an expert of the new adapter: their logits have to be bit-equal to those
 before the step.
 """
@@ -42,7 +42,7 @@ from modeling_moextend.data.processors import text_tokenizer
 from modeling_moextend.evaluation.figures import GREYS, MARKERS, new_figure
 
 ORDER = ("library", "types", "calendar", "follow_up")
-RATES = {"gate": 4e-3, "full": 1e-3, "full_replay": 1e-3, "lora": 4e-3, "lora_replay": 4e-3}
+RATES = {"gate_deltas": 3e-3, "gate": 4e-3, "full": 1e-3, "full_replay": 1e-3, "lora": 4e-3, "lora_replay": 4e-3}
 COMPARED = 200  # questions of each earlier task whose logits are compared
 
 
@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     text_tasks = [name for name, task in TASKS.items() if not task.vision]
     parser.add_argument("--tasks", nargs="+", choices=text_tasks, default=list(ORDER), help="in the order of learning")
-    parser.add_argument("--methods", nargs="+", choices=RATES, default=["gate", "full", "full_replay", "lora"])
+    parser.add_argument("--methods", nargs="+", choices=RATES, default=["gate_deltas", "full", "full_replay", "lora"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default: 0")
     parser.add_argument("--steps", type=int, help="fewer optimiser steps a task, to try it")
     parser.add_argument("--limit", type=int, help="asks and reads so many records only, to try it")
