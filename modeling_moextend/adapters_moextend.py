@@ -34,7 +34,7 @@ from .vision_moextend import Projector
 
 logger = logging.get_logger(__name__)
 DEFAULT = "default"  # the adapter that a model is made or loaded with
-ADDING = "Adding experts to a model"
+ADDING, FUSING = "Adding experts to a model", "The inference form"
 IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 
 
@@ -231,6 +231,14 @@ class AdapterSwitch:
     def get_adapter_state_dict(self, adapter_name: str | None = None) -> dict[str, torch.Tensor]:
         """The tensors of one adapter by role, as in its file; default: of the one that trains, or is active alone."""
         return {name: tensor.detach() for name, tensor in self.adapter_tensors(adapter_name).items()}
+
+    def fuse(self) -> None:
+        """Inference form of the new experts of all adapters: `modeling_moextend.serving.fuse`, of the package."""
+        from_package("serving", FUSING).fuse(self)
+
+    def unfuse(self) -> None:
+        """Gives every parameter memory of its own again: `modeling_moextend.serving.unfuse`, of the package."""
+        from_package("serving", FUSING).unfuse(self)
 
     def enable_peft_hotswap(self, *args: object, **kwargs: object) -> None:
         """`ValueError`: new experts are not hot-swapped."""

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .families_moextend import ROUTER_NAMES, check_routers
+from .gate_moextend import is_at_hand
 from .layers_moextend import is_extended
 from .package_moextend import from_package
 from .routing_moextend import Rule
@@ -84,11 +85,14 @@ def check_pass(model, selection):
         check_forwards(index, model.moe_layers[index])
 
 
-def check_ids(input_ids, embedding):
-    """Refuses `input_ids` [B, S] that `embedding` has no row for. An accelerator is not waited for at each new one."""
-    size = embedding.num_embeddings
-    unknown = (input_ids < 0) | (input_ids >= size)
-    if (input_ids.shape[-1] > 1 or input_ids.device.type == "cpu") and unknown.any():
+def check_ids(input_ids, model):
+    """Refuses `input_ids` [B, S] that the embedding of `model` has no row for, where they are at hand; single ones, a
+    step of generation, are the model's own."""
+    if input_ids.shape[-1] == 1 or not input_ids.numel() or not is_at_hand(input_ids):
+        return
+    size, (lowest, highest) = model.get_input_embeddings().num_embeddings, torch.aminmax(input_ids)
+    if lowest < 0 or highest >= size:
+        unknown = (input_ids < 0) | (input_ids >= size)
         raise ValueError(
             f"input_ids hold {input_ids[unknown].unique().tolist()[:8]}, but the base's vocabulary has {size} tokens, "
             "and its embedding is never resized (tokenizer.convert_ids_to_tokens names them). Take the base's own "

@@ -69,8 +69,16 @@ class DeltaSite(Extension):
     def __init__(self, name, passes):
         super().__init__(name, 0, passes)
 
+    def forward(self, module, *args):
+        """As a hook on `module`: its output, or input, with what its deltas add."""
+        in_graph = self.passes.plan.fused and not torch.is_grad_enabled()
+        return (self.act if in_graph else self.act_outside)(*args)
+
     @torch.compiler.disable  # guards on what asks for gradients fail where adapters are switched (torch 2.13)
-    def forward(self, module, args, output):
+    def act_outside(self, *args):
+        return self.act(*args)
+
+    def act(self, args, output):
         """`output` [..., out] of the shared layer, and what its deltas add for `args[0]` [..., in]."""
         deltas = self.deltas_of_pass()
         return output if deltas is None else self.add(deltas, output, args[0])
@@ -92,6 +100,8 @@ class DeltaSite(Extension):
             self.check_shapes(change, scope, output)
             changed = output + change.to(output.device, output.dtype)
             output = changed if scope is None else torch.where(scope.view(*output.shape[:-1], 1), changed, output)
+        if not torch.is_grad_enabled():
+            return output
         # Those that train when first asked: what is computed again for backward must not depend on a later change.
         trained = [delta for delta in unused if any(p.requires_grad for p in delta.parameters())]
         trained = plan.found.setdefault((self.layer, "unused"), trained)
@@ -110,8 +120,7 @@ class DeltaSite(Extension):
 class LayerInput(DeltaSite):
     """The site of the embedding's delta: what goes into the decoder layer above the gate's."""
 
-    @torch.compiler.disable  # as above
-    def forward(self, module, args, kwargs):
+    def act(self, args, kwargs):
         deltas, input_ids = self.deltas_of_pass(), self.passes.plan.input_ids
         if deltas is None:
             return None

@@ -53,6 +53,11 @@ class TokenGate(nn.Module):
             return linear(self.fc2, inner).squeeze(-1)
 
 
+def is_at_hand(tensor):
+    """Whether a branch may go by the values of `tensor`: else an accelerator is waited for, or a graph breaks."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def linear(layer, hidden):
     """`layer`, computed in float32 whatever dtype a user has cast the model to."""
     return F.linear(hidden, layer.weight.float(), layer.bias.float())
@@ -94,7 +99,8 @@ class GatedPass:
         self.allowed = is_real if items is None else is_real & items.to(is_real.device).unsqueeze(1)
         known = 0 if cached is None else cached.shape[1]
         self.past_length = known if past_length is None else past_length
-        self.packed = bool((starts >= 0).any())
+        packed = (starts >= 0).any()
+        self.packed = bool(packed) if is_at_hand(packed) else packed
         self.sums = self.in_scope = None
 
     def apply_gate(self, gate, hidden_states):
@@ -110,10 +116,11 @@ class GatedPass:
         terms = terms.masked_fill(~self.allowed.to(terms.device).unsqueeze(-1), 0)
         starts = self.starts.to(terms.device).unsqueeze(-1)
         sums = terms.cumsum(dim=1)
-        if self.packed:  # one sum is taken from another, which float32 is too coarse for
-            sums = terms.to(torch.float64).cumsum(dim=1)
-            before = F.pad(sums, (0, 0, 1, 0))[:, :-1]  # what came before each token
-            sums = (sums - before.gather(1, starts.clamp(min=0).expand_as(sums))).float()
+        if self.packed is not False:  # one sum is taken from another, which float32 is too coarse for
+            exact = terms.to(torch.float64).cumsum(dim=1)
+            before = F.pad(exact, (0, 0, 1, 0))[:, :-1]  # what came before each token
+            exact = (exact - before.gather(1, starts.clamp(min=0).expand_as(exact))).float()
+            sums = exact if self.packed is True else torch.where(self.packed.to(exact.device), exact, sums)
         if self.past_length:
             cached = self.filled(sums)
             sums = sums + cached[:, -1:].masked_fill(starts >= 0, 0)

@@ -50,13 +50,18 @@ class RouterRows(nn.Module):
 class Extension(nn.Module):
     """What adapters add to a router or to experts: their modules by name, and the way to the pass under way.
 
-    layer: decoder layer index; num_base: E; passes: the model's `Passes`.
+    layer: decoder layer index; num_base: E; passes: the model's `Passes`; fused: experts in their inference form.
     """
+
+    fused = None
 
     def __init__(self, layer, num_base, passes):
         super().__init__()
         self.layer, self.num_base, self.passes = layer, num_base, passes
         self.adapters = nn.ModuleDict()
+
+    def __getstate__(self):  # a copy's parameters are no views
+        return {**self.__dict__, "fused": None}
 
 
 class RouterExtension(Extension):
@@ -65,6 +70,11 @@ class RouterExtension(Extension):
     def __init__(self, layer, num_base, passes, rule):
         super().__init__(layer, num_base, passes)
         self.rule = rule
+
+    def is_idle(self):
+        """Whether this pass asks nothing of it, as with all adapters off."""
+        plan = self.passes.plan
+        return plan.records is None and self.layer not in plan.layers
 
     def forward(self, router, hidden_states, answer, correction_bias=None):
         """`answer`, the base router's (see `RouterOutput`), extended by the new rows of this pass's adapters.
@@ -124,29 +134,30 @@ class RouterExtension(Extension):
             per_expert["correction_bias"] = own
         if rule.expert_scale:
             per_expert["scale"] = tensor_at(router, rule.expert_scale)
-        weights, index = base.top_k_weights, base.top_k_index
+        weights, index, logits = base.top_k_weights, base.top_k_index, None
         for group in plan.groups:
             in_group = [name for name in layer_plan.parts if name in group and name in names]
             if not in_group:
                 continue
-            result = self.route_group(base, new, in_group, rule, per_expert, plan, layer_plan)
+            logits, *result = self.route_group(base, new, in_group, rule, per_expert, plan, layer_plan)
             own_tokens = plan.scope(in_group, weights) if len(plan.groups) > 1 else None
             if own_tokens is not None:  # other tokens are another group's
                 pairs = zip(result, (weights, index), strict=True)
                 result = [torch.where(own_tokens.unsqueeze(-1), *pair) for pair in pairs]
             weights, index = result
-        logits = torch.cat([base_logits.float(), *new.values()], dim=-1)
+        if logits is None or logits.shape[-1] < self.num_base + sum(part.num_new for part in rows.values()):
+            logits = torch.cat([base_logits.float(), *new.values()], dim=-1)  # of those that were left out, too
         answered = logits if rule.answers == "logits" else SCORES[rule.score](logits)
         shared = shared_expert_weights(output, weights) if rule.shared else output.shared
         return RouterOutput(answered, weights, index, shared), logits
 
     def route_group(self, base, new, names, rule, per_expert, plan, layer_plan):
-        """Weights and index [T, K] where the adapters `names` share tokens.
+        """Logits [T, E + N], weights and index [T, K] where the adapters `names` share tokens.
 
         Adapters of which no token selects an expert are left out and the others asked again, so that a batch which
         does not use an adapter is computed as if that were not loaded, to the last bit.
         """
-        weights, index = self.choose(base, new, names, rule, per_expert, plan, layer_plan)
+        logits, weights, index = self.choose(base, new, names, rule, per_expert, plan, layer_plan)
         while len(names) > 1:
             spans = [[self.num_base + end for end in layer_plan.spans[name]] for name in names]
             hits = torch.stack([((index >= first) & (index < stop)).any() for first, stop in spans])
@@ -154,12 +165,12 @@ class RouterExtension(Extension):
             names = [name for name in names if name not in left_out]
             if not left_out or not names:
                 break
-            weights, index = self.choose(base, new, names, rule, per_expert, plan, layer_plan)
+            logits, weights, index = self.choose(base, new, names, rule, per_expert, plan, layer_plan)
             weights = keep_in_graph(weights, own_parameters(layer_plan.parts[name].rows for name in left_out))
-        return weights, index
+        return logits, weights, index
 
     def choose(self, base, new, names, rule, per_expert, plan, layer_plan):
-        """Weights and index [T, K] by the routing rule over base rows and those of `names`."""
+        """Logits [T, E + N], weights and index [T, K] by the routing rule over base rows and those of `names`."""
         rows = [layer_plan.parts[name].rows for name in names]
         of_all = {
             part: None if own is None else torch.cat([own.detach().reshape(-1), *(getattr(r, part) for r in rows)])
@@ -168,7 +179,7 @@ class RouterExtension(Extension):
         scopes, first = [plan.scope([name], base.router_logits) for name in names], rows[0]
         result = route(
             base,
-            torch.cat([new[name] for name in names], dim=-1),
+            torch.cat([new[name] for name in names], dim=-1) if len(names) > 1 else new[names[0]],
             rule,
             selection=first.config.selection,  # adapters that share tokens select alike; only one alone calibrates
             calibrate=first.config.calibration,
@@ -178,7 +189,8 @@ class RouterExtension(Extension):
             expert_scale=of_all["scale"],
             sizes=[part.num_new for part in rows],
         )
-        return result.top_k_weights, self.to_pass_index(result.top_k_index, names, layer_plan.spans)
+        index = self.to_pass_index(result.top_k_index, names, layer_plan.spans)
+        return result.router_logits, result.top_k_weights, index
 
     def to_pass_index(self, index, names, spans):
         """`index`, whose new experts are counted over `names` alone, counted over all adapters of this pass."""
@@ -193,8 +205,10 @@ class ExtendedRouter:
     """Mixed in before a base router's class."""
 
     def forward(self, hidden_states, *args, **kwargs):
-        beside = next(iter((*args, *kwargs.values())), None)
-        return self.moextend(self, hidden_states, super().forward(hidden_states, *args, **kwargs), beside)
+        answer, extension = super().forward(hidden_states, *args, **kwargs), self.moextend
+        if extension.is_idle():
+            return answer
+        return extension(self, hidden_states, answer, next(iter((*args, *kwargs.values())), None))
 
 
 class ExtendedExperts:
@@ -202,10 +216,12 @@ class ExtendedExperts:
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         """[T, H], [T, K], [T, K] -> [T, H]. Where no token selects a new expert, this is the base's own call."""
-        index, weights, num_base = top_k_index, top_k_weights, self.moextend.num_base
-        layer_plan = self.moextend.passes.plan.layers.get(self.moextend.layer)
-        if layer_plan is None:  # no adapter extends this layer
+        index, weights, extension = top_k_index, top_k_weights, self.moextend
+        layer_plan, num_base = extension.passes.plan.layers.get(extension.layer), extension.num_base
+        if layer_plan is None:  # no adapter extends this layer, or all are off
             return super().forward(hidden_states, index, weights)
+        if extension.fused is not None and extension.fused.serves(layer_plan.parts):
+            return extension.fused.run(hidden_states, index, weights, layer_plan.parts)
         new = {name: part.experts for name, part in layer_plan.parts.items()}
         if not new or not bool((index >= num_base).any()):
             unused = own_parameters([*new.values(), *layer_plan.idle])
@@ -226,8 +242,10 @@ class ExtendedExperts:
 
 
 def own_parameters(modules):
-    """Parameters of the modules themselves: what they share with the base's is left out."""
-    return [p for module in modules for p in module.parameters(recurse=isinstance(module, LowRankExperts))]
+    """Parameters of the modules themselves, to keep in a graph: what they share with the base's is left out; none
+    where there is no graph."""
+    asked = modules if torch.is_grad_enabled() else ()
+    return [p for module in asked for p in module.parameters(recurse=isinstance(module, LowRankExperts))]
 
 
 def run_pairs(experts, hidden_states, index, weights, chosen, first):
@@ -335,5 +353,7 @@ def detach(decoder):
     """Takes every extension off again; the base is what it was, bit for bit."""
     for module in decoder.modules():
         if is_extended(module):
+            if module.moextend.fused is not None:
+                module.moextend.fused.release()
             del module._modules["moextend"]
             swap_class(module, plain_class(module))

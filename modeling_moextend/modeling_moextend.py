@@ -33,7 +33,7 @@ from .scope_moextend import Passes, PassInputs, Selection, plan_pass, remember
 from .tensors_moextend import AdapterTensors, snapshot
 from .vision_moextend import ImageGenerationMixin, encode_images, merge_images, projector_tied
 
-# What generate and set_attn_implementation ask; not _can_compile_fullgraph: new experts run on gathered tokens.
+# What generate and set_attn_implementation ask.
 BASE_FLAGS = ("_is_stateful", "_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn")
 
 
@@ -96,6 +96,14 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
             self.hf_device_map = {f"base.{name}".rstrip("."): device for name, device in base.hf_device_map.items()}
         self.train(self.base.training)
 
+    @property
+    def _can_compile_fullgraph(self) -> bool:
+        """As the base in the inference form, where no scope keeps a state beside the cache's; else new experts run on
+        gathered tokens, which breaks the graph."""
+        current = self.passes.current
+        scopes = {one.config.scope for one in current.adapters.values() if one.config.extended_layers}
+        return bool(self.base._can_compile_fullgraph and current.fused and scopes <= {"all"})
+
     def init_weights(self) -> None:
         """Nothing: base and encoder come with their weights, new tensors with theirs (`start_values`)."""
 
@@ -107,7 +115,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
             inputs["pixel_values"], pixel_values = pixel_values, None  # seen by the base's own encoder
         inputs = self.embed(selection, inputs, pixel_values)
         projector = None if selection.vision_adapter is None else selection.vision_adapter.projector
-        with self.passes.using(plan=plan), projector_tied(self.get_input_embeddings(), projector):
+        with self.passes.using(plan=plan), projector_tied(self, projector):
             outputs = self.base(**inputs)
         remember(getattr(outputs, "past_key_values", None), state)
         return outputs
@@ -120,7 +128,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
             return {**inputs, "input_ids": None, "inputs_embeds": features}
         if embeds is None:
             if not is_multimodal(self.base.config):  # such a base may put its own images where there is no embedding
-                check_ids(inputs["input_ids"], self.get_input_embeddings())
+                check_ids(inputs["input_ids"], self)
             return inputs
         trained = [] if vision is None else vision.projector.parameters()
         return {**inputs, "inputs_embeds": keep_in_graph(embeds, trained)}
@@ -150,7 +158,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
             )
         check_image_items(selection, input_ids)
         image_token_id, embedding = vision.config.image_token_id, self.get_input_embeddings()
-        check_ids(input_ids.masked_fill(input_ids == image_token_id, 0), embedding)
+        check_ids(input_ids.masked_fill(input_ids == image_token_id, 0), self)
         if pixel_values is not None:
             selected = vision.config.encoder_select_layer, vision.config.encoder_select_feature
             features = encode_images(vision.encoder, vision.projector, pixel_values, *selected)

@@ -103,23 +103,33 @@ class Calibration(nn.Module):
 
 def scale_logits(logits, rule):
     """Logits of plain products row @ input: what the family makes of them before scoring."""
-    logits = logits * rule.multiplier
+    logits = logits if rule.multiplier == 1 else logits * rule.multiplier
     return torch.tanh(logits / rule.softcap) * rule.softcap if rule.softcap else logits
 
 
-def choice_keys(logits, rule, correction_bias=None):
-    """[T, E] -> [T, E]: whoever has the highest keys is chosen."""
-    keys = logits if rule.corrected == "logit" else SCORES[rule.score](logits)
+def choice_keys(logits, rule, correction_bias=None, scores=None):
+    """[T, E] -> [T, E]: whoever has the highest keys is chosen. `scores`: of the logits, where they are known."""
+    scores = SCORES[rule.score](logits) if scores is None and rule.corrected != "logit" else scores
+    keys = logits if rule.corrected == "logit" else scores
     return keys if correction_bias is None else keys + correction_bias
 
 
 def rule_weights(scores, index, rule):
     """Weights [T, K] of the experts `index` [T, K], from scores (or calibrated scores) [T, E + N]."""
-    weights = scores.gather(-1, index)
+    return weights_of_chosen(scores.gather(-1, index), rule)
+
+
+def weights_of_chosen(scores, rule):
+    """Weights [T, K] of chosen experts, from their scores [T, K]."""
     if rule.renormalise:
-        total = weights.sum(dim=-1, keepdim=True).clamp_min(max(rule.floor, TINY))
-        weights = weights / (total + rule.epsilon)
-    return weights * rule.scale
+        total = scores.sum(dim=-1, keepdim=True).clamp_min(max(rule.floor, TINY))
+        scores = scores / (total + rule.epsilon if is_set(rule.epsilon, 0) else total)
+    return scores * rule.scale if is_set(rule.scale, 1) else scores
+
+
+def is_set(value, neutral):
+    """Whether a number or tensor of a `Rule` is anything but the number that changes nothing."""
+    return isinstance(value, torch.Tensor) or value != neutral
 
 
 def rule_with_shared_experts(rule, base_logits, base):
@@ -197,22 +207,22 @@ def route(
         scopes = torch.stack([every if one is None else one for one in scope], dim=-1)  # [T, adapters]
         owner = torch.arange(len(sizes), device=logits.device).repeat_interleave(torch.tensor(sizes).to(logits.device))
         _, index = choose(logits, base, rule, None, correction_bias, None, ~scopes[:, owner])
-        closed, scope = ~selected_owners(index, num_base, owner)[:, owner], scopes.any(dim=-1)
+        closed, scope = ~selected_owners(index, num_base, owner, len(sizes))[:, owner], scopes.any(dim=-1)
     weights, index = choose(logits, base, rule, calibration, correction_bias, expert_scale, closed)
-    # A token is changed where it selects a new expert; calibration="all" reweights every token in scope.
-    changed = (index >= num_base).any(dim=-1)
-    if calibrate == "all":
-        changed = torch.ones_like(changed)
-    if scope is not None:
-        changed = changed & scope
-    changed = changed.unsqueeze(-1)
-    weights = torch.where(changed, weights.to(base.top_k_weights.dtype), base.top_k_weights)
-    return RouterOutput(logits, weights, torch.where(changed, index, base.top_k_index))
+    weights, changed = weights.to(base.top_k_weights.dtype), None if scope is None else scope.unsqueeze(-1)
+    # A token is changed where it selects a new expert, as it does by exclusive selection; calibration="all" reweights
+    # every token in scope.
+    if calibrate != "all" and (selection != "exclusive" or closed is not None):
+        selects_new = (index >= num_base).any(dim=-1, keepdim=True)
+        changed = selects_new if changed is None else selects_new & changed
+    if changed is not None:
+        weights = torch.where(changed, weights, base.top_k_weights)
+        index = torch.where(changed, index, base.top_k_index)
+    return RouterOutput(logits, weights, index)
 
 
-def selected_owners(index, num_base, owner):
+def selected_owners(index, num_base, owner, num_adapters):
     """[T, adapters] bool: of which adapters a token's `index` [T, K] holds an expert; owner [N]: whose each row is."""
-    num_adapters = int(owner[-1]) + 1
     owners = torch.where(index >= num_base, owner[(index - num_base).clamp(min=0)], num_adapters)
     hits = torch.zeros(len(index), num_adapters + 1, dtype=torch.bool, device=index.device)
     return hits.scatter(-1, owners, True)[:, :num_adapters]
@@ -227,13 +237,16 @@ def mask_closed(tensor, closed, value):
 
 def compete(logits, base, rule, calibration, correction_bias, expert_scale, closed=None):
     """The paper's selection (Eq. 7-10): old and new rows share one top-k. Returns weights and index, [T, K] each."""
-    num_base, num_slots = base.router_logits.shape[-1], base.top_k_index.shape[-1]
+    num_base, own = base.router_logits.shape[-1], base.top_k_index
     logits = mask_closed(logits, closed, torch.finfo(logits.dtype).min)
-    keys = mask_closed(choice_keys(logits, rule, correction_bias), closed, -torch.inf)
+    scores = SCORES[rule.score](logits)
+    keys = mask_closed(choice_keys(logits, rule, correction_bias, scores), closed, -torch.inf)
     new_index = torch.arange(num_base, logits.shape[-1], device=logits.device)
-    candidates = torch.cat([base.top_k_index, new_index.expand(len(logits), -1)], dim=-1)  # [T, K + N]
-    best = keys.gather(-1, candidates).topk(num_slots, dim=-1).indices
-    index = candidates.gather(-1, best)
+    best = torch.cat([keys.gather(-1, own), keys[:, num_base:]], dim=-1).topk(own.shape[-1], dim=-1)  # of [T, K + N]
+    index = torch.cat([own, new_index.expand(len(own), -1)], dim=-1).gather(-1, best.indices)
+    if keys is scores and calibration is None and rule.jitter is None:
+        weights = weights_of_chosen(best.values, rule)
+        return weights if expert_scale is None else weights * expert_scale[index], index
     return expert_weights(logits, index, rule, calibration, expert_scale), index
 
 
@@ -255,13 +268,16 @@ def exclusive(logits, base, rule, calibration, correction_bias, expert_scale, cl
     num_base, num_slots = base.router_logits.shape[-1], base.top_k_index.shape[-1]
     new_logits = mask_closed(logits[:, num_base:], closed, torch.finfo(logits.dtype).min)
     new_bias = None if correction_bias is None else correction_bias[num_base:]
-    keys = mask_closed(choice_keys(new_logits, rule, new_bias), closed, -torch.inf)
+    scores = SCORES[rule.score](new_logits)
+    keys = mask_closed(choice_keys(new_logits, rule, new_bias, scores), closed, -torch.inf)
     best = keys.topk(min(num_slots, new_logits.shape[-1]), dim=-1)
-    weights = rule_weights(SCORES[rule.score](new_logits), best.indices, Rule(rule.score, renormalise=True))
-    weights = weights * base.top_k_weights.float().sum(dim=-1, keepdim=True)
-    chosen = torch.where(best.values == -torch.inf, UNUSED, best.indices + num_base)
-    empty = num_slots - chosen.shape[-1]
-    return F.pad(weights, (0, empty)), F.pad(chosen, (0, empty), value=UNUSED)
+    chosen = best.values if keys is scores else scores.gather(-1, best.indices)
+    weights = weights_of_chosen(chosen, Rule(rule.score, renormalise=True))
+    weights, index = weights * base.top_k_weights.float().sum(dim=-1, keepdim=True), best.indices + num_base
+    if closed is not None:
+        index = index.masked_fill(best.values == -torch.inf, UNUSED)
+    empty = num_slots - index.shape[-1]
+    return (F.pad(weights, (0, empty)), F.pad(index, (0, empty), value=UNUSED)) if empty else (weights, index)
 
 
 def balance_loss(

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from .gate_moextend import GatedPass
+from .gate_moextend import GatedPass, is_at_hand
 
 BASE = "__base__"  # in adapter_names: an item of the batch that no adapter serves
 NEVER = torch.iinfo(torch.long).max  # slot of the first image token in an item that has none
@@ -81,6 +81,7 @@ class AdapterSet(NamedTuple):
     active: tuple = ()  # names of those that take part, ascending
     trained: str | None = None  # what is trained and saved where no name is given: the only active one, or the top one
     switched_on: bool = True  # `False` after `disable_adapters`
+    fused: bool = False  # whether experts are in their inference form
     layer_plans: dict = {}  # names -> `layer_plans_of` them
 
 
@@ -115,6 +116,7 @@ class PassPlan:
     records: dict | None = None  # filled with a `RoutingRecord` a layer where somebody listens
     selections: dict = field(default_factory=dict)  # adapter name -> how it selects
     input_ids: torch.Tensor | None = None  # [B, S]
+    fused: bool = False  # whether what no token needs may be computed, where asking would cost more
     found: dict = field(default_factory=dict)  # what was asked already: of an adapter's scope, of a delta's site
 
     def scope(self, names, like):
@@ -122,14 +124,15 @@ class PassPlan:
         scopes = [self.gates[name].in_scope if name in self.gates else self.scopes.get(name) for name in names]
         if not scopes or any(scope is None for scope in scopes):
             return None
-        return torch.stack([scope.to(like.device) for scope in scopes]).any(dim=0)
+        scopes = [scope.to(like.device) for scope in scopes]
+        return torch.stack(scopes).any(dim=0) if len(scopes) > 1 else scopes[0]
 
     def reaches(self, name):
         """Whether any token of this pass is in the scope of the adapter."""
         if name in self.gates and self.gates[name].in_scope is None:
             return False  # a gate that was not asked lets no token through
         scope = self.gates[name].in_scope if name in self.gates else self.scopes.get(name)
-        if scope is None:
+        if scope is None or (self.fused and not is_at_hand(scope)):
             return True
         known, reached = self.found.get(name, (None, False))
         if known is not scope:
@@ -170,12 +173,13 @@ class Passes:
 
     def selection(self):
         """Which adapters serve a pass that this thread begins now and that names none itself."""
-        _, active, _, switched_on, _ = current = self.current
+        current = self.current
         chosen = self.thread.selection
         if chosen is None:
             configs = {name: adapter.config for name, adapter in current.adapters.items()}
             thresholds = {name: one.gate_threshold for name, one in configs.items() if one.scope == "gate"}
-            chosen = Selection(current.adapters, active, (active,), enabled=switched_on, thresholds=thresholds)
+            active, on = current.active, current.switched_on
+            chosen = Selection(current.adapters, active, (active,), enabled=on, thresholds=thresholds)
         return chosen if self.thread.enabled is None else chosen._replace(enabled=self.thread.enabled)
 
     def layer_plans(self, selection):
@@ -253,7 +257,9 @@ class PassInputs(NamedTuple):
 
 def plan_pass(passes, selection, inputs):
     """The `PassPlan` of a pass, and the new state of its cache (key -> tensor or `GatedPass`); see `remember`."""
-    plan = PassPlan(passes.layer_plans(selection), records=passes.thread.records)
+    takes_part = selection.enabled or torch.is_grad_enabled()  # of adapters that are off, gradients stay defined
+    layers = passes.layer_plans(selection) if takes_part else {}
+    plan = PassPlan(layers, records=passes.thread.records, fused=passes.current.fused)
     extending = {name: one.config for name, one in selection.adapters.items() if one.config.extended_layers}
     if not selection.enabled or not extending:
         return plan, {}
@@ -264,8 +270,9 @@ def plan_pass(passes, selection, inputs):
             "scope='modality' finds the image tokens in input_ids, but only inputs_embeds was given. Pass input_ids "
             "(with pixel_values), or use scope='all'."
         )
-    served, past_length, state = selection.served(len(inputs.tokens)), seen_tokens(inputs.past_key_values), {}
-    gates = {}
+    served, state, gates = selection.served(len(inputs.tokens)), {}, {}
+    kept = {config.scope for config in extending.values()} != {"all"}  # whether a cache keeps anything of scope
+    past_length = seen_tokens(inputs.past_key_values) if kept else 0
     for name in (name for name in names if scopes[name] == "gate"):
         threshold = passes.thread.thresholds.get(name, selection.thresholds[name])
         gates[name] = gated_pass(name, inputs, past_length, served.get(name), threshold)

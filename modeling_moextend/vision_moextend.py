@@ -37,13 +37,14 @@ class Projector(nn.Module):
 
 
 @contextlib.contextmanager
-def projector_tied(embedding, projector):
-    """Inside the block, token embeddings are tied to a projector that trains, with gradient zero: sharded layers are
-    gathered for backward by all processes or by none, whether their batch has images or not."""
+def projector_tied(model, projector):
+    """Inside the block, token embeddings of `model` are tied to a projector that trains, with gradient zero: sharded
+    layers are gathered for backward by all processes or by none, whether their batch has images or not."""
     trained = [] if projector is None or not torch.is_grad_enabled() else list(projector.parameters())
     if not any(parameter.requires_grad for parameter in trained):
         yield
         return
+    embedding = model.get_input_embeddings()
     hook = embedding.register_forward_hook(lambda module, args, output: keep_in_graph(output, trained))
     try:
         yield

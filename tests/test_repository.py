@@ -28,6 +28,7 @@ ORDER = (  # of the package's folders; each imports only from those before it. "
     "data",
     "tools",
     "attaching",
+    "serving",
     "publishing",
     "evaluation",
     "extender",
@@ -35,7 +36,7 @@ ORDER = (  # of the package's folders; each imports only from those before it. "
     "cli",
 )
 DOORS = {  # shipped file -> what it asks the package for through `from_package`, where a user wants more than it holds
-    "adapters_moextend": {"attaching", "training.reference"},
+    "adapters_moextend": {"attaching", "serving", "training.reference"},
     "base_checks_moextend": {"attaching"},
     "modeling_moextend": {"attaching"},
     "persistence_moextend": {"attaching", "publishing.hub"},
