@@ -233,12 +233,12 @@ class ExtendedExperts:
             chosen = ((index >= first) & (index < stop)).reshape(-1).nonzero().squeeze(-1)
             if len(chosen):
                 experts = experts.whole(self) if isinstance(experts, LowRankExperts) else experts
-                output = run_pairs(experts, hidden_states, index, weights, chosen, first)
+                output = run_pairs(experts, hidden_states, index, chosen, first)
                 pairs = pairs.index_copy(0, chosen, output.to(pairs.dtype))
             elif isinstance(experts, nn.Module):
                 pairs = keep_in_graph(pairs, own_parameters([experts]))
-        pairs = keep_in_graph(pairs, own_parameters(layer_plan.idle))
-        return pairs.view(*index.shape, -1).sum(dim=1)
+        pairs = keep_in_graph(pairs, own_parameters(layer_plan.idle)).view(*index.shape, -1)
+        return (pairs * weights.unsqueeze(-1)).sum(dim=1).to(pairs.dtype)  # rounded once, as in transformers' own sum
 
 
 def own_parameters(modules):
@@ -248,13 +248,13 @@ def own_parameters(modules):
     return [p for module in asked for p in module.parameters(recurse=isinstance(module, LowRankExperts))]
 
 
-def run_pairs(experts, hidden_states, index, weights, chosen, first):
-    """Runs only the chosen (token, slot) pairs, each as a token with one expert, which any experts implementation
-    takes: -> [len(chosen), H]."""
+def run_pairs(experts, hidden_states, index, chosen, first):
+    """Runs only the chosen (token, slot) pairs, each as a token with one expert of weight 1, which any experts
+    implementation takes: -> [len(chosen), H]."""
     tokens = hidden_states[chosen // index.shape[1]]
-    dtype = experts.down_proj.dtype if isinstance(experts, nn.Module) else tokens.dtype
+    tokens = tokens.to(experts.down_proj.dtype) if isinstance(experts, nn.Module) else tokens
     expert = index.reshape(-1)[chosen].unsqueeze(-1) - first
-    return experts(tokens.to(dtype), expert, weights.reshape(-1)[chosen].unsqueeze(-1))
+    return experts(tokens, expert, tokens.new_ones(len(chosen), 1))
 
 
 def keep_in_graph(output, parameters):

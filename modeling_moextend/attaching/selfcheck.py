@@ -183,8 +183,8 @@ def check_pairs(
 ) -> None:
     """Asserts that the output is the sum of what each chosen expert gives alone: so new experts are run and added."""
     weights, index = output.top_k_weights, output.top_k_index
-    pairs = run_pairs(experts.forward, tokens, index, weights, torch.arange(index.numel(), device=index.device), 0)
-    summed = pairs.view(*index.shape, -1).float().sum(dim=1)
+    pairs = run_pairs(experts.forward, tokens, index, torch.arange(index.numel(), device=index.device), 0)
+    summed = (pairs.view(*index.shape, -1) * weights.unsqueeze(-1)).float().sum(dim=1)
     assert_near(summed, expected, tolerance, "the output of its experts is not the sum of what each of them gives")
 
 
