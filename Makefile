@@ -15,7 +15,7 @@ KERNELS ?= OMP_NUM_THREADS=1 OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=default ATEN_
 	ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart forgetting families test test-fast test-slow test-kernels quality style
+.PHONY: help quickstart forgetting speed families test test-fast test-slow test-kernels quality style
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -30,6 +30,10 @@ quickstart: $(READY_TO_RUN) ## set up, then run examples/quickstart.py (options:
 
 forgetting: $(READY_TO_TEST) ## set up, then run the benchmark of benchmarks/ (options: ARGS="--quick")
 	$(BIN)/python benchmarks/forgetting.py $(ARGS)
+
+speed: export OMP_NUM_THREADS = 1
+speed: $(READY_TO_TEST) ## set up, then measure speed and memory, one hour on one core (options: ARGS="--quick")
+	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 families: export HF_HUB_OFFLINE = 1
 families: $(READY_TO_TEST) ## extend every MoE family of transformers, write the table of the README

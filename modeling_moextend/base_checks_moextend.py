@@ -86,9 +86,8 @@ def check_pass(model, selection):
 
 
 def check_ids(input_ids, model):
-    """Refuses `input_ids` [B, S] that the embedding of `model` has no row for, where they are at hand; single ones, a
-    step of generation, are the model's own."""
-    if input_ids.shape[-1] == 1 or not input_ids.numel() or not is_at_hand(input_ids):
+    """Refuses `input_ids` [B, S] that the embedding of `model` has no row for, where they are at hand."""
+    if not input_ids.numel() or not is_at_hand(input_ids):
         return
     size, (lowest, highest) = model.get_input_embeddings().num_embeddings, torch.aminmax(input_ids)
     if lowest < 0 or highest >= size:

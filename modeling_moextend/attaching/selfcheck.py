@@ -181,11 +181,14 @@ def check_rule(layer: MoELayer, rule: Rule, logits: torch.Tensor, output: Router
 def check_pairs(
     experts: nn.Module, tokens: torch.Tensor, output: RouterOutput, expected: torch.Tensor, tolerance: float
 ) -> None:
-    """Asserts that the output is the sum of what each chosen expert gives alone: so new experts are run and added."""
+    """Asserts that the output is the sum of what each chosen expert gives alone, times its weight: so new experts are
+    run and added."""
     weights, index = output.top_k_weights, output.top_k_index
     pairs = run_pairs(experts.forward, tokens, index, torch.arange(index.numel(), device=index.device), 0)
-    summed = (pairs.view(*index.shape, -1) * weights.unsqueeze(-1)).float().sum(dim=1)
-    assert_near(summed, expected, tolerance, "the output of its experts is not the sum of what each of them gives")
+    alone = experts.forward(tokens.repeat_interleave(index.shape[1], dim=0), index.view(-1, 1), weights.view(-1, 1))
+    for each in (pairs.view(*index.shape, -1) * weights.unsqueeze(-1), alone.view(*index.shape, -1)):
+        summed = each.float().sum(dim=1)
+        assert_near(summed, expected, tolerance, "the output of its experts is not the sum of what each of them gives")
 
 
 def check_copies(experts: nn.Module, name: str, tokens: torch.Tensor, sources: list[int], tolerance: float) -> None:
