@@ -35,13 +35,15 @@ from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.adapter_file_moextend import FILE, INDEX, header_checksum, read_adapter
 from modeling_moextend.cli import commands as cli
 from modeling_moextend.tools.native import NUMBER
+from modeling_moextend.training.planning import plan_training
 
 ROOT = Path(__file__).parents[1]
 PLAN = {1: [0], 3: [2, 5]}
 NATIVE = {"scope": "all", "selection": "compete", "calibration": "none"}
 DOCUMENT = ROOT / "docs" / "cli.md"
 COMMANDS_TITLE = "## Commands\n"
-COMMANDS = ("inspect", "verify", "diff", "merge", "compress", "push")
+OF_ADAPTERS = ("inspect", "verify", "diff", "merge", "compress", "push")
+COMMANDS = (*OF_ADAPTERS[:-1], "plan", "push")
 
 # ---------------------------------------------------------------- helps
 
@@ -177,7 +179,7 @@ def command_line(command, adapter):
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", OF_ADAPTERS)
 def test_a_damaged_adapter_is_code_2(command, damage, adapter, moextend):
     content = (adapter / FILE).read_bytes()
     (adapter / FILE).write_bytes(DAMAGE[damage](content))
@@ -194,7 +196,7 @@ def test_a_damaged_adapter_is_code_2(command, damage, adapter, moextend):
     assert not (adapter.parent / "merged").exists()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", OF_ADAPTERS)
 def test_a_missing_adapter_is_code_2(command, adapter, moextend):
     places = {adapter / "nowhere": "no folder, and no Hub id", "nobody/nothing": "Hub can't be reached"}
     for place, reason in {**places, adapter.parent / "base": "holds no MoExtend adapter"}.items():
@@ -207,7 +209,7 @@ def test_a_missing_adapter_is_code_2(command, adapter, moextend):
         assert code == 2 and reason in text
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", OF_ADAPTERS)
 def test_wrong_usage_is_code_2(command, adapter, moextend):
     line = command_line(command, adapter)
     for wrong, reason in ((line[:-1], "are required"), ([*line, "--nonsense"], "--nonsense"), ([], "are required")):
@@ -218,7 +220,7 @@ def test_wrong_usage_is_code_2(command, adapter, moextend):
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty"])
-@pytest.mark.parametrize("command", [*COMMANDS, "merge --native"])
+@pytest.mark.parametrize("command", [*OF_ADAPTERS, "merge --native"])
 def test_a_damaged_base_is_code_2_where_it_is_read(command, damage, adapter, moextend):
     command, *more = command.split()
     weights = adapter.parent / "base" / "model.safetensors"
@@ -416,7 +418,7 @@ def parse_strictly(text):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", OF_ADAPTERS)
 def test_a_config_that_is_none_is_code_2(command, config, adapter, moextend, capsys):
     write_config(adapter, CONFIGS[config])
     code, text = moextend(*command_line(command, adapter))
@@ -457,7 +459,7 @@ def test_a_header_that_is_none_is_code_2(header, hub, adapter, moextend):
         assert moextend("inspect", place, "--json")[0] == 2
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", OF_ADAPTERS)
 def test_tensor_names_never_reach_the_terminal_as_they_are(command, adapter, tmp_path, moextend, wide):
     name = CONTROL.removesuffix("\ud800")  # safetensors writes none
     shutil.copytree(adapter, tmp_path / "same")
@@ -502,7 +504,7 @@ def test_diff_prints_entries_and_numbers_that_json_lacks(adapter, tmp_path, moex
 
 
 @pytest.mark.parametrize("name", ["moextend_adapter-\x1b[2J.safetensors", "moextend_adapter-\n.safetensors", CONTROL])
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", OF_ADAPTERS)
 def test_names_of_shards_never_reach_the_terminal_as_they_are(command, name, adapter, moextend, wide):
     (adapter / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
     code, text = moextend(*command_line(command, adapter))
@@ -930,3 +932,37 @@ def test_ctrl_c_ends_with_one_line(monkeypatch, capsys, tmp_path):
 if __name__ == "__main__":
     os.environ["COLUMNS"] = "100"
     DOCUMENT.write_text(document(), encoding="utf-8")
+
+
+# ---------------------------------------------------------------- plan
+
+
+def test_plan_says_what_a_run_would_take(adapter, moextend, wide):
+    base = adapter.parent / "base"
+    line = ["plan", "--base", base, "--layers", "0-1", "--new-experts", "2", "--scope", "all", "--tokens", "1e6"]
+    code, found = moextend(*line, "--gpus", "2", "--json")
+    assert code == 0 and found["layers"] == [0, 1]
+    assert found == plan_training(base, layers=[0, 1], new_experts=2, scope="all", tokens=1e6, gpus=2)
+    assert found == moextend(*line, "--base", base / "config.json", "--gpus", "2", "--json")[1] | {
+        "base": found["base"]
+    }
+    code, text = moextend(*line)
+    assert code == 0 and "MoExtend" in text and "a GPU, FSDP2" in text and "hours" in text
+    assert "does not fit" not in text and "does not fit" in moextend(*line, "--gpu-memory", "1KB")[1]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (["plan"], "--base"),
+        (["plan", "--base", "BASE", "--layers", "x"], "no layers like"),
+        (["plan", "--base", "BASE", "--gpu-memory", "80"], "no size above 0"),
+        (["plan", "--base", "BASE", "--tokens", "-1"], "no number above 0"),
+        (["plan", "--base", "BASE", "--fraction", "2"], "fraction=2.0"),
+        (["plan", "--base", "BASE", "--layers", "9"], "not MoE layers"),
+        (["plan", "--base", "/no/such/base"], "no folder here"),
+    ],
+)
+def test_a_plan_without_meaning_is_code_2(line, reason, adapter, moextend):
+    code, found = moextend(*(str(adapter.parent / "base") if word == "BASE" else word for word in line), "--json")
+    assert code == 2 and reason in found["error"]

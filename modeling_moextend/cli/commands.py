@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 
+from ..configuration_moextend import DELTAS
 from ..publishing.hub import publish_folder
 from ..tools.base_weights import Unusable
 from ..tools.compression import compress
@@ -238,6 +239,34 @@ def compress_command(args: argparse.Namespace) -> dict[str, Any]:
     return compress(args.adapter, args.output, **{name: getattr(args, name) for name in names}, **hub_options(args))
 
 
+def plan_command(args: argparse.Namespace) -> dict[str, Any]:
+    """Say what a training run would take, before a GPU is paid.
+
+    From the base's config alone: new parameters, bytes of the adapter, memory and
+    operations of a step, and hours, for new experts, for LoRA (rank 16, attention and
+    experts) and for full fine-tuning, on each GPU under DDP and FSDP2.
+
+    Parameters and bytes are exact. Memory and operations come from the sizes of the
+    layers, with every token using new experts, and lie within a tenth of small runs
+    that were measured; what the driver and gaps take is not in them, so a GPU counts
+    as full at 92%. Hours stand on --tflops, what a GPU really reaches. The loss that
+    keeps the base's text (scope gate) is not in them.
+
+    The layers that get new experts are found by stage extend; here they are the upper
+    ones, which cost least: below the lowest of them nothing is computed backward.
+
+    examples:
+      moextend plan --base mistralai/Mixtral-8x7B-Instruct-v0.1 --new-experts 1 --gpus 8
+      moextend plan --base config.json --expert-rank 64 --gpus 2 --gpu-memory 24GB
+      moextend plan --base Qwen/Qwen3-30B-A3B --layers 24-47 --tokens 5e8 --json
+    """
+    from ..training.planning import plan_training  # not above: other commands have no use for it, and it takes seconds
+
+    names = ("layers", "fraction", "new_experts", "expert_rank", "scope", "deltas", "sequence", "batch", "gpus")
+    names += ("checkpointing", "gpu_memory", "tokens", "tflops", "dtype")
+    return plan_training(args.base, **{name: getattr(args, name) for name in names}, **hub_options(args))
+
+
 def push_command(args: argparse.Namespace) -> dict[str, Any]:
     """Publish an adapter's folder on the Hub.
 
@@ -284,6 +313,34 @@ def shard_size(text: str) -> str:
     if number is None or not float(number[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size above 0 like 500MB or 2.5GB (units: KB, MB, GB, TB)")
     return text
+
+
+def byte_count(text: str) -> float:
+    """Bytes of a size like 80GB; anything else is wrong usage."""
+    shard_size(text)
+    return float(text[:-2]) * 1000 ** (1 + "KMGT".index(text[-2].upper()))
+
+
+def layer_numbers(text: str) -> list[int]:
+    """Numbers like 3,5,16-31; anything else is wrong usage."""
+    layers = []
+    for part in text.split(","):
+        number = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip())
+        if number is None:
+            raise argparse.ArgumentTypeError(f"{text!r} are no layers like 3,5,16-31")
+        layers += range(int(number[1]), int(number[2] or number[1]) + 1)
+    return layers
+
+
+def above_zero(text: str) -> float:
+    """A number above 0, as 1e9; anything else is wrong usage."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
 
 
 def positive(text: str) -> int:
@@ -387,6 +444,33 @@ def show_compress(console: Terminal, result: dict[str, Any]) -> None:
     console.say(f"{result['folder']}: new experts of rank {result['rank']}, {sizes}")
 
 
+def show_plan(console: Terminal, result: dict[str, Any]) -> None:
+    base, adapter, layers, methods = (result[name] for name in ("base", "adapter", "layers", "methods"))
+    console.say(f"base: {base['name']}, {counted(base['parameters'])} parameters, {counted(base['bytes'])}B")
+    text = f"{len(layers)} layers ({', '.join(map(str, layers))})"
+    sizes = f"{counted(adapter['parameters'])} parameters, {counted(adapter['bytes'])}B on disk"
+    console.say(f"new experts in {text}: {sizes}")
+    lines = [["parameters that train", *(counted(one["parameters"]) for one in methods.values())]]
+    lines.append(["operations a step and GPU", *(counted(one["flops"]) for one in methods.values())])
+    for part in next(iter(methods.values()))["memory"]:
+        lines.append([f"memory: {part}", *(f"{counted(one['memory'][part])}B" for one in methods.values())])
+    for way, name in (("ddp", "a GPU, DDP"), ("fsdp2", "a GPU, FSDP2")):
+        needs = [one["per_gpu"][way] for one in methods.values()]
+        lines.append([name, *(f"{counted(n['bytes'])}B{'' if n['fits'] else ': does not fit'}" for n in needs)])
+    if next(iter(methods.values()))["hours"] is not None:
+        lines.append(["hours", *(f"{one['hours']:,.1f}" for one in methods.values())])
+    console.table(["", *methods], lines)
+
+
+def counted(value: float) -> str:
+    """A number with three digits and a unit: 2.82G."""
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if value < 999.5 or unit == "P":
+            return f"{value:.3g} {unit}".rstrip() if unit else f"{value:.3g}"
+        value /= 1000
+    raise AssertionError
+
+
 def show_push(console: Terminal, result: dict[str, Any]) -> None:
     console.say(f"published: {result['url']}")
 
@@ -396,7 +480,7 @@ def show_push(console: Terminal, result: dict[str, Any]) -> None:
 
 def build_parser() -> Parser:
     """The parser of all commands."""
-    text = "Look into MoExtend adapters; check, compare, export and publish them."
+    text = "Plan MoExtend adapters; look into them, check, compare, export and publish them."
     parser = Parser("moextend", description=text, epilog=EXIT_CODES, formatter_class=AS_WRITTEN)
     hint = "`moextend <command> --help` says more"
     commands = parser.add_subparsers(dest="command", required=True, metavar="<command>", help=hint)
@@ -470,6 +554,10 @@ def build_parser() -> Parser:
     )
     add_hub_options(command)
 
+    command = add_command(commands, "plan", plan_command, show_plan, refused=UNREADABLE)
+    add_plan_options(command)
+    add_hub_options(command)
+
     command = add_command(commands, "push", push_command, show_push)
     command.add_argument("folder", help="that save_pretrained or the trainer wrote")
     command.add_argument("repo_id", type=hub_name, help="where to, e.g. me/my-adapter; made if it is not there")
@@ -509,6 +597,39 @@ def add_command(
         "--json", action="store_true", help='print JSON: the result, or {"error": ..., "exit_code": ...}'
     )
     return parser
+
+
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", required=True, help="Hub id or folder of a base, or its config.json")
+    parser.add_argument("--layers", type=layer_numbers, metavar="L", help="that get new experts, like 16-31 or 3,5,7")
+    parser.add_argument(
+        "--fraction",
+        type=above_zero,
+        default=0.5,
+        metavar="F",
+        help="of the MoE layers, upper ones (default: 0.5)",
+    )
+    parser.add_argument(
+        "--new-experts", type=positive, default=4, metavar="N", help="in each of these layers (default: 4)"
+    )
+    parser.add_argument("--expert-rank", type=positive, metavar="R", help="of new experts (default: whole ones)")
+    parser.add_argument("--scope", choices=("all", "gate"), help="which tokens use them (default: gate)")
+    kinds = ", ".join(DELTAS)
+    parser.add_argument("--deltas", nargs="*", choices=tuple(DELTAS), metavar="D", help=f"any of {kinds}, or nothing")
+    parser.add_argument("--sequence", type=positive, default=2048, metavar="S", help="tokens (default: 2048)")
+    parser.add_argument("--batch", type=positive, default=1, metavar="B", help="sequences a GPU and step (default: 1)")
+    parser.add_argument(
+        "--no-checkpointing", dest="checkpointing", action="store_false", help="without gradient checkpointing"
+    )
+    parser.add_argument("--gpus", type=positive, default=1, metavar="G", help="default: 1")
+    parser.add_argument(
+        "--gpu-memory", type=byte_count, default="80GB", metavar="SIZE", help="of each of them (default: 80GB)"
+    )
+    parser.add_argument("--tokens", type=above_zero, metavar="T", help="of the data, all epochs, for the hours")
+    parser.add_argument(
+        "--tflops", type=above_zero, default=200.0, metavar="X", help="that a GPU reaches in training (default: 200)"
+    )
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES[1:], metavar="DTYPE", help="default: bfloat16")
 
 
 def add_parts(parser: argparse.ArgumentParser) -> None:
