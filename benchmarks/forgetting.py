@@ -3,7 +3,7 @@
     python benchmarks/forgetting.py                    # everything: a day; go on with the same command after a stop
     python benchmarks/forgetting.py --quick            # two tasks, one rate, one seed, fewer methods: 20 minutes
     python benchmarks/forgetting.py --tasks library --methods gate lora_replay
-    python benchmarks/forgetting.py --ablations --tasks library --rates 1.5e-3
+    python benchmarks/forgetting.py --ablations --tasks library types numbers --rates 3e-3
     python benchmarks/forgetting.py --base outputs/benchmarks/smollm2-moe --tasks library types --methods gate full
     python benchmarks/forgetting.py --output my.jsonl  # from the start, beside the results that are here already
     python benchmarks/report.py                        # tables and picture from the results
@@ -54,7 +54,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--seeds", nargs="+", type=int, default=[0, 1, 2], help="the sweep is on the first; default 0 1 2"
     )
     parser.add_argument("--quick", action="store_true", help="two tasks, the second rate, one seed, the main methods")
-    parser.add_argument("--ablations", action="store_true", help="variants of the method 'gate' instead, one run each")
+    text = "variants of this method instead, one run each; default: gate_deltas"
+    parser.add_argument("--ablations", nargs="?", const="gate_deltas", choices=ABLATIONS, help=text)
     parser.add_argument("--workers", type=int, default=2, help="runs at once, one thread each; default 2")
     parser.add_argument("--retry", action="store_true", help="run again what failed")
     parser.add_argument("--base", type=Path, help="folder of another base, as upcycle.py writes; text tasks only")
@@ -127,14 +128,14 @@ def finals(args: argparse.Namespace, runs: list[dict[str, Any]]) -> list[dict[st
 
 
 def ablations(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One run for each entry of `ABLATIONS`, named "gate: entry"."""
+    """One run for each entry of a method's `ABLATIONS`, named "method: entry"."""
     chosen = []
     for task in (TASKS[name] for name in args.tasks):
-        for name, changes in ABLATIONS:
-            method = changed(METHODS["gate"], changes)
+        for name, changes in ABLATIONS[args.ablations]:
+            method = changed(METHODS[args.ablations], changes)
             for rate in rates(args, method):
                 run = describe(task, method, rate, args.seeds[0], changes=changes)
-                chosen.append({**run, "method": f"gate: {name}", "of": "gate"})
+                chosen.append({**run, "method": f"{args.ablations}: {name}", "of": args.ablations})
     return chosen
 
 

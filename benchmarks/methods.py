@@ -16,6 +16,11 @@ GATE = {"scope": "gate", "selection": "exclusive", "calibration": "none"}
 GATE_DELTAS = GATE | {"deltas": DELTAS}
 
 
+def without(kind: str) -> dict[str, int]:
+    """The default deltas but for one."""
+    return {name: rank for name, rank in DELTAS.items() if name != kind}
+
+
 @dataclass(frozen=True)
 class Method:
     """One method: new experts with a routing, or a way to train the plain base.
@@ -76,8 +81,8 @@ METHODS = {
     )
 }
 
-# (name, changes to the method "gate"): one run each, everything else as it is. See `forgetting.py --ablations`.
-ABLATIONS = (
+# Method -> (name, changes to it): one run each, everything else as it is. See `forgetting.py --ablations`.
+GATE_ABLATIONS = (
     ("as it is", {}),
     ("gate sees the hidden state only", {"variant": "hidden_state_only"}),
     ("gate sees a plain running mean", {"variant": "plain_mean"}),
@@ -98,6 +103,20 @@ ABLATIONS = (
     ("no gate: all tokens use new experts", {"routing": {"scope": "all"}, "retention": None}),
     ("attention LoRA for routed tokens", {"variant": "gated_lora"}),
 )
+
+DELTA_ABLATIONS = (
+    ("as it is", {}),
+    ("no delta of the embedding", {"routing": {"deltas": without("embedding")}}),
+    ("no deltas of attention", {"routing": {"deltas": without("attention")}}),
+    ("no delta of the output", {"routing": {"deltas": without("output")}}),
+    ("no deltas", {"routing": {"deltas": {}}}),
+    ("retention loss on the task's prompts", {"trainer": {"retention_loss": "prompts"}}),
+    ("no retention loss", {"trainer": {"retention_weight": 0.0}}),
+    ("1 new expert", {"new_experts": 1}),
+    ("8 new experts", {"new_experts": 8}),
+    ("new experts of rank 32", {"routing": {"expert_rank": 32}}),
+)
+ABLATIONS = {"gate": GATE_ABLATIONS, "gate_deltas": DELTA_ABLATIONS}
 
 
 def changed(method: Method, changes: dict[str, Any]) -> Method:

@@ -330,10 +330,11 @@ def test_quick_runs_the_second_rate_on_one_seed_where_a_method_fits(monkeypatch,
     assert all(run["rate"] == methods.METHODS[run["method"]].rates[1] and run["seed"] == 0 for run in fake)
 
 
-def test_ablations_are_variants_of_one_method_each_with_a_key_of_its_own():
-    wanted = forgetting.ablations(forgetting.parse(["--ablations", "--tasks", "numbers"]))
-    assert len({runs.key(run) for run in wanted}) == len(wanted) == len(methods.ABLATIONS)
-    assert len({run["settings"] for run in wanted}) == len(wanted) and {run["of"] for run in wanted} == {"gate"}
+@pytest.mark.parametrize("method", forgetting.ABLATIONS)
+def test_ablations_are_variants_of_one_method_each_with_a_key_of_its_own(method):
+    wanted = forgetting.ablations(forgetting.parse(["--ablations", method, "--tasks", "numbers"]))
+    assert len({runs.key(run) for run in wanted}) == len(wanted) == len(methods.ABLATIONS[method])
+    assert len({run["settings"] for run in wanted}) == len(wanted) and {run["of"] for run in wanted} == {method}
 
 
 # ---------------------------------------------------------------- the table
