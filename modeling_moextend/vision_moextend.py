@@ -166,6 +166,16 @@ class ImageGenerationMixin(GenerationMixin):
         with self.passes.using(selection=self.select_adapters(adapter_names, *prompts)):
             return super().generate(inputs, *args, **kwargs)
 
+    def init_continuous_batching(self, *args, **kwargs) -> Any:
+        """As in transformers (`generate_batch`, `transformers serve --continuous-batching`), where every adapter is of
+        `scope="all"`. `ValueError`: another scope; inside `disable_adapter`, of which its own thread knows nothing."""
+        if self.passes.thread.enabled is False:
+            raise ValueError(
+                "disable_adapter is one thread's; batches run in another: call disable_adapters() instead."
+            )
+        check_batching(self.select_adapters())
+        return super().init_continuous_batching(*args, **kwargs)
+
     # Some families bring a cache of their own, take no `inputs_embeds`, or have positions of several dimensions.
     _supports_default_dynamic_cache = of_base("_supports_default_dynamic_cache")
     _prepare_cache_for_generation = of_base("_prepare_cache_for_generation")
@@ -226,6 +236,18 @@ class ImageGenerationMixin(GenerationMixin):
         image_token_id = self.vision_adapter.config.image_token_id
         generator.get_candidates = partial(text_candidates, generator.get_candidates, image_token_id)
         return generator
+
+
+def check_batching(selection):
+    """Refuses continuous batching by adapters whose scope keeps a state of its own: requests share one paged cache
+    there, without a place for it, and tokens would be taken for those of other requests."""
+    configs = {name: selection.adapters[name].config for name in selection.taking_part}
+    kept = {name: one.scope for name, one in configs.items() if one.extended_layers and one.scope != "all"}
+    if kept:
+        raise ValueError(
+            f"Continuous batching can't follow the scope of adapters {kept}: their tokens would be wrong. Use "
+            "generate (with padding, if there are several prompts), or adapters of scope='all'."
+        )
 
 
 def check_processors(generation_config, negative_prompt_ids, past_head):

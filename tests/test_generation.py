@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import COMMON, batch, make_base, make_encoder, shake
 from test_gate_moextend import open_gate
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.generation import RepetitionPenaltyLogitsProcessor
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.modeling_moextend import BASE_FLAGS
@@ -358,3 +359,44 @@ def test_an_image_token_inside_the_vocabulary_leaves_encoder_processors_alone():
     model = MoExtendForCausalLM.from_base(make_base(), {1: [0]}, encoder=make_encoder(), image_token_id=95)
     prompt = PROMPT["input_ids"].masked_fill(PROMPT["input_ids"] == IMAGE, 95)
     generate(model, input_ids=prompt, pixel_values=pixels(1), encoder_repetition_penalty=1.2)
+
+
+# ---------------------------------------------------------------- continuous batching
+
+
+def in_one_batch(model, prompts):
+    """Greedy tokens of each prompt, by `generate_batch`."""
+    config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    sizes = ContinuousBatchingConfig(page_size=32, num_blocks=48, max_batch_tokens=256)
+    options = {"generation_config": config, "continuous_batching_config": sizes, "warmup": False}
+    found = model.generate_batch(inputs=prompts, **options, progress_bar=False)
+    return [output.generated_tokens for output in found.values()]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("selection", ["compete", "exclusive"])
+def test_continuous_batching_gives_the_tokens_of_generate(selection, fused):
+    base = make_base(_experts_implementation="grouped_mm")
+    options = {"scope": "all", "selection": selection, "calibration": "none"}
+    model = shake(MoExtendForCausalLM.from_base(base, {0: [1, 4, 2], 1: [2]}, **options)).eval()
+    prompts = [batch(seed=seed)["input_ids"][0, :length].tolist() for seed, length in enumerate((5, 9, 3, 7))]
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    expected = [model.generate(torch.tensor([ids]), **settings)[0, len(ids) :].tolist() for ids in prompts]
+    if fused:
+        model.fuse()
+    assert in_one_batch(model, prompts) == expected
+
+
+@pytest.mark.parametrize("scope", ["gate", "modality"])
+def test_continuous_batching_refuses_scopes_that_it_would_lose(scope):
+    model = seeing(scope)
+    with pytest.raises(ValueError, match=f"Continuous batching can't follow .*'{scope}'"):
+        in_one_batch(model, [[3, 4, 5]])
+    with model.disable_adapter(), pytest.raises(ValueError, match="disable_adapters"):
+        in_one_batch(model, [[3, 4, 5]])
+    model.disable_adapters()
+    assert len(in_one_batch(model, [[3, 4, 5]])[0]) == 8  # the base's own
+    model.enable_adapters()
+    paged = {"cache": object(), "cu_seq_lens_k": {}}  # as its passes give it: adapters may be switched meanwhile
+    with pytest.raises(ValueError, match="Continuous batching"), torch.no_grad():
+        model(torch.tensor([[3, 4, 5]]), **paged)
