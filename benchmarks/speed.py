@@ -46,6 +46,7 @@ from transformers import (
 )
 
 from modeling_moextend import MoExtendForCausalLM
+from modeling_moextend.evaluation.figures import GREYS, MARKERS, new_figure
 from modeling_moextend.training.retention_text import LENGTH, LIKELIEST, PIECES_A_STEP, RetentionText, text_distance
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -515,6 +516,33 @@ def shown(found: dict[str, Any], name: str, other: str, measure: str) -> str:
     return "" if name == other else f"{middle:.2f} ({lowest:.2f} to {highest:.2f})"
 
 
+def picture(results: dict[str, Any], path: Path) -> None:
+    """A dot a variant and size: a training step beside full fine-tuning, decoding one row beside the base."""
+    figure = new_figure(11, 4.6)
+    panels = zip(figure.subplots(1, 2), (("train", FULL, "step"), ("infer", "base", "decode 1")), strict=True)
+    for axes, (part, other, measure) in panels:
+        found = {size: results["parts"].get(f"{part}/{size}", {}).get("seconds", {}) for size in "SF"}
+        names = [name for name in found["S"] or found["F"] if name != other and not name.startswith("floor of")]
+        for number, (size, seconds) in enumerate(found.items()):
+            shown = [(row, *ratio(seconds, name, other, measure)) for row, name in enumerate(names) if name in seconds]
+            for row, middle, lowest, highest in shown:
+                axes.plot([lowest, highest], [row, row], color="0.6", zorder=1)
+                style = {"marker": MARKERS[number], "markerfacecolor": GREYS[number], "color": "black"}
+                axes.plot(middle, row, linestyle="none", label=size if row == 0 else None, **style)
+        axes.axvline(1.0, color="0.4", linewidth=0.8, linestyle=":")
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.set_xlabel({"step": f"training step / {FULL}", "decode 1": "decoding one row / base"}[measure])
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter(
+            lambda value, _: f"{value:.1g}" if f"{value:.1g}" in "0.4 0.5 0.7 2 3 5" else ""
+        )
+        axes.grid(axis="x", color="0.9")
+        axes.legend(title="base", frameon=False)
+    figure.savefig(path, dpi=150)
+
+
 MEASURES = {"train": train_part, "memory": memory_part, "infer": infer_part, "host": host_part, "load": load_part}
 TABLES = {"train": train_table, "memory": memory_table, "infer": infer_table, "host": infer_table, "load": load_table}
 
@@ -555,6 +583,7 @@ def main() -> None:
     text = tables(results)
     print(text)
     if args.output == RESULTS / "speed.json":
+        picture(results, RESULTS / "speed.png")
         page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
         before, rest = page.split(START)
         page = f"{before}{START}\n{text}{END}{rest.split(END)[1]}"

@@ -37,7 +37,9 @@ class LinearDelta(Delta):
 
     def forward(self, hidden_states):
         """[..., in] -> [..., out]"""
+        half = hidden_states.dtype == torch.bfloat16  # computed so, though kept and trained in float32
         for weight in self._parameters.values():
+            weight = weight.to(hidden_states.dtype) if half else weight
             hidden_states = F.linear(hidden_states.to(weight.dtype), weight)
         return hidden_states
 

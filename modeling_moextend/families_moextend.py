@@ -124,7 +124,7 @@ def sibling(module, parameters, buffers=(), **attributes):
     """A module of the same class and settings with tensors of its own; `module` and its tensors stay untouched."""
     twin = plain_class(module).__new__(plain_class(module))
     nn.Module.__init__(twin)
-    own = set(twin.__dict__) | {"forward", "_old_forward", "_hf_hook"}
+    own = {*twin.__dict__, *module._parameters, "forward", "_old_forward", "_hf_hook"}
     twin.__dict__.update({name: value for name, value in module.__dict__.items() if name not in own})
     for name, child in module._modules.items():
         if name != "moextend":

@@ -252,9 +252,22 @@ def run_pairs(experts, hidden_states, index, chosen, first):
     """Runs only the chosen (token, slot) pairs, each as a token with one expert of weight 1, which any experts
     implementation takes: -> [len(chosen), H]."""
     tokens = hidden_states[chosen // index.shape[1]]
-    tokens = tokens.to(experts.down_proj.dtype) if isinstance(experts, nn.Module) else tokens
+    if isinstance(experts, nn.Module):
+        experts, tokens = in_one_dtype(experts, tokens)
     expert = index.reshape(-1)[chosen].unsqueeze(-1) - first
     return experts(tokens, expert, tokens.new_ones(len(chosen), 1))
+
+
+def in_one_dtype(experts, tokens):
+    """`experts` and what they get, in the dtype in which they are computed: bfloat16 where that is the base's, though
+    they are kept, and so trained, in float32; otherwise their own."""
+    if tokens.dtype != torch.bfloat16 or experts.down_proj.dtype != torch.float32:
+        return experts, tokens.to(experts.down_proj.dtype)
+    wide = {**experts._parameters, **vars(experts)}  # those of a merged low rank are no parameters
+    own = {
+        name: t.to(tokens.dtype) for name, t in wide.items() if isinstance(t, torch.Tensor) and t.is_floating_point()
+    }
+    return sibling(experts, {}, **own), tokens
 
 
 def keep_in_graph(output, parameters):

@@ -177,6 +177,23 @@ def test_values_that_change_are_seen(routing):
     assert runs_fused(model) == (routing == "compete")  # what was merged of a low rank is no longer that
 
 
+@pytest.mark.parametrize("routing", ["compete", "exclusive", "low rank"])
+def test_new_experts_in_float32_are_computed_in_bfloat16_as_without_it(routing):
+    model = make_model(routing, base=make_base(dtype=torch.bfloat16, _experts_implementation="grouped_mm"))
+    before = logits(model)
+    model.fuse()
+    assert runs_fused(model) and torch.equal(logits(model), before)
+    trained, inputs = model.set_trainable(), batch()
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    optimizer.step()
+    after = logits(model.eval())
+    assert not runs_fused(model) and not torch.equal(after, before)  # what the tensor holds is a copy
+    model.fuse()
+    assert runs_fused(model) and torch.equal(logits(model), after)
+
+
 def test_a_cast_or_a_copy_leaves_no_stale_form_behind():
     model = make_model()
     model.fuse()
@@ -335,9 +352,9 @@ def test_a_static_cache_generates_the_same(routing):
 def test_what_can_not_be_fused_is_refused_and_left_alone():
     with pytest.raises(ValueError, match="nothing to fuse"):
         MoExtendForCausalLM.from_base(make_base(), {}, encoder=make_encoder(), image_token_id=IMAGE).fuse()
-    model = make_model(base=make_base(dtype=torch.bfloat16))
+    model = make_model(base=make_base(dtype=torch.float16))
     before = logits(model)
-    with pytest.raises(ValueError, match=r"layer 0.*'default'.*float32.*bfloat16.*rounded"):
+    with pytest.raises(ValueError, match=r"layer 0.*'default'.*float32.*float16.*rounded"):
         model.fuse()
     assert set(fused_layers(model).values()) == {None} and torch.equal(logits(model), before)
     model = make_model()

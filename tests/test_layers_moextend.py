@@ -19,7 +19,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from modeling_moextend import MoExtendForCausalLM
+from modeling_moextend import MoExtendForCausalLM, layers_moextend
 from modeling_moextend.families_moextend import find_moe_layers
 from modeling_moextend.layers_moextend import keep_in_graph
 from modeling_moextend.routing_moextend import SCORES
@@ -717,3 +717,29 @@ def test_a_tie_to_an_infinite_parameter_is_no_nan():
     output = keep_in_graph(torch.ones(3), [parameter])
     output.sum().backward()
     assert torch.equal(output, torch.ones(3)) and torch.equal(parameter.grad, torch.zeros(2, 2))
+
+
+def test_new_experts_over_a_bfloat16_base_are_computed_as_it_is_and_lose_no_update():
+    torch.manual_seed(0)
+    base = make_base(dtype=torch.bfloat16)
+    model = shake(MoExtendForCausalLM.from_base(base, {1: [0, 3]}, scope="all", deltas={"output": 0}))
+    seen = []
+    watched = layers_moextend.in_one_dtype
+
+    def watch(experts, tokens):
+        found = watched(experts, tokens)
+        seen.extend((found[0].down_proj.dtype, found[1].dtype))
+        return found
+
+    trained, inputs = model.set_trainable(), batch()
+    before = {name: tensor.detach().clone() for name, tensor in trained.items()}
+    optimizer = torch.optim.AdamW(trained.values(), lr=2e-5, weight_decay=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers_moextend, "in_one_dtype", watch)
+        model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+    optimizer.step()
+    assert set(seen) == {torch.bfloat16}
+    for name, tensor in trained.items():
+        assert tensor.dtype == tensor.grad.dtype == torch.float32
+        moved = (tensor.detach() != before[name])[tensor.grad != 0]
+        assert moved.all() and (len(moved) or "router" in name), name  # in bfloat16 most would stay where they were

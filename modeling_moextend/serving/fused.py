@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..families_moextend import MoELayer, sibling
+from ..layers_moextend import in_one_dtype
 from ..low_rank_moextend import state_of
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ class FusedExperts:
 
     Args:
         experts: the base's module, extended.
-        new: adapter name -> its new experts, whole or of low rank; what is merged of the latter is held here alone.
+        new: adapter name -> its new experts; of those of a low rank, or that are kept in float32 and computed in the
+            base's bfloat16, a copy is held.
         empty_slots: whether a token may have slots that hold no expert, index -1.
     """
 
@@ -67,6 +69,8 @@ class FusedExperts:
         self.num_base, self.places, self.tables = len(experts.down_proj), {}, {}
         with torch.inference_mode(False), torch.no_grad():
             whole = [part.whole(experts, keep=False) if is_low_rank(part) else part for part in self.new.values()]
+            like = torch.empty(0, dtype=experts.down_proj.dtype, device=experts.down_proj.device)
+            whole = [in_one_dtype(part, like)[0] for part in whole]
             stacks = {name: joined([getattr(one, name) for one in (experts, *whole)]) for name in stacks_of(experts)}
         self.num_experts = self.num_base
         for name, part in zip(self.new, whole, strict=True):
@@ -108,10 +112,11 @@ class FusedExperts:
         return self.tables[names, leaves_out]
 
     def current_state(self) -> list[Any]:
-        """What is another where a parameter lies elsewhere than in the tensor or, of low rank, was written to."""
+        """What is another where a parameter lies elsewhere than in the tensor or, of which that holds a copy, was
+        written to."""
         state = [parameter.data_ptr() for parameter in stacks_of(self.experts).values()]
         for part in self.new.values():
-            if is_low_rank(part):
+            if is_low_rank(part) or part.down_proj.dtype != self.experts.down_proj.dtype:
                 state += map(state_of, part.parameters())
             else:
                 state += (parameter.data_ptr() for parameter in stacks_of(part).values())
@@ -169,7 +174,8 @@ def check_fusible(index: int, layer: MoELayer) -> None:
                     f"{found} a {kind} on {tensor.device}, those of the base on {base.device}: fuse() needs them "
                     "whole and in one memory, not offloaded, sharded or quantised. Without it all works as before."
                 )
-            if torch.promote_types(tensor.dtype, base.dtype) != base.dtype:
+            as_base = (tensor.dtype, base.dtype) == (torch.float32, torch.bfloat16)  # computed so: `in_one_dtype`
+            if torch.promote_types(tensor.dtype, base.dtype) != base.dtype and not as_base:
                 raise ValueError(
                     f"{found} in {tensor.dtype}, those of the base in {base.dtype}: in one tensor they would be "
                     "rounded. Save the adapter (adapter_dtype: by default as the base), load it again, and fuse that."
