@@ -25,7 +25,7 @@ from modeling_moextend.evaluation.figures import draw_frontier, new_figure
 
 SPLITS = ("validation", "test")
 ACROSS = 3  # panels of the picture
-OVERVIEW = ("gate_deltas", "gate", "modality", "lora_replay", "full_replay", "full")  # its columns
+OVERVIEW = ("gate_deltas", "gate_deltas_self", "modality", "lora_replay", "full_replay", "full")  # its columns
 COLUMNS = ("method", "rate", "seeds", *SPLITS, *GROUPS, "captured", "seconds")
 
 
