@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import make_base
+from families import make_family
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -161,6 +162,12 @@ def test_mixtral_with_an_expert_in_half_of_its_layers():
     ours, full = plan["methods"]["MoExtend"], plan["methods"]["full fine-tuning"]
     assert ours["parameters"] == 2_818_572_288 and ours["memory"]["trained"] == 16 * 2_818_572_288
     assert ours["hours"] < full["hours"] and ours["per_gpu"]["fsdp2"]["fits"] and not full["per_gpu"]["ddp"]["fits"]
+
+
+@pytest.mark.parametrize("name", ["dbrx", "diffusion_gemma", "openai_privacy_filter", "zaya"])
+def test_bases_that_can_not_be_extended_are_refused(name):
+    with pytest.raises(ValueError, match="can't be extended|no causal LM"):
+        plan_training(make_family(name))
 
 
 def test_wrong_numbers_and_bases_are_refused(tmp_path):

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ..attaching.fresh import check_causal_lm
+from ..attaching.rules import check_family
 from ..configuration_moextend import normalise_plan
 from ..deltas_moextend import attention_projections, decoder_layers
 from ..families_moextend import find_moe_layers
@@ -115,6 +117,8 @@ def plan_training(
     if wrong or not 0 < fraction <= 1:
         raise ValueError(f"{', '.join(wrong) or f'fraction={fraction!r}'}: numbers from 1 on, a fraction up to 1.")
     model = base if isinstance(base, PreTrainedModel) else on_meta(base, dtype, hub)
+    check_causal_lm(model, AutoModelForCausalLM)
+    check_family(model.get_decoder())
     sizes, moe = sizes_of(model), sorted(find_moe_layers(model.get_decoder()))
     chosen = moe[len(moe) - max(1, round(fraction * len(moe))) :] if layers is None else list(layers)
     sources = {layer: max(sizes.layers[layer].num_experts, 1) for layer in chosen if layer in sizes.layers}
