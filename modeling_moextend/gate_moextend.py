@@ -117,7 +117,8 @@ class GatedPass:
         starts = self.starts.to(terms.device).unsqueeze(-1)
         sums = terms.cumsum(dim=1)
         if self.packed is not False:  # one sum is taken from another, which float32 is too coarse for
-            exact = terms.to(torch.float64).cumsum(dim=1)
+            wide = torch.float32 if terms.device.type == "mps" else torch.float64  # MPS has no wider one
+            exact = terms.to(wide).cumsum(dim=1)
             before = F.pad(exact, (0, 0, 1, 0))[:, :-1]  # what came before each token
             exact = (exact - before.gather(1, starts.clamp(min=0).expand_as(exact))).float()
             sums = exact if self.packed is True else torch.where(self.packed.to(exact.device), exact, sums)

@@ -60,6 +60,11 @@ class Extension(nn.Module):
         self.layer, self.num_base, self.passes = layer, num_base, passes
         self.adapters = nn.ModuleDict()
 
+    def _apply(self, fn, *args, **kwargs):
+        if self.fused is not None and self.fused.moved_by(fn):
+            self.fused = None
+        return super()._apply(fn, *args, **kwargs)
+
     def __getstate__(self):  # a copy's parameters are no views
         return {**self.__dict__, "fused": None}
 

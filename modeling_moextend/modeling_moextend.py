@@ -100,9 +100,10 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
     def _can_compile_fullgraph(self) -> bool:
         """As the base in the inference form, where no scope keeps a state beside the cache's; else new experts run on
         gathered tokens, which breaks the graph."""
-        current = self.passes.current
-        scopes = {one.config.scope for one in current.adapters.values() if one.config.extended_layers}
-        return bool(self.base._can_compile_fullgraph and current.fused and scopes <= {"all"})
+        adapters = [one for one in self.passes.current.adapters.values() if one.config.extended_layers]
+        experts = [self.moe_layers[layer].experts for one in adapters for layer in one.layers]
+        fused = experts and all(one.moextend.fused is not None for one in experts)
+        return bool(self.base._can_compile_fullgraph and fused and all(one.config.scope == "all" for one in adapters))
 
     def init_weights(self) -> None:
         """Nothing: base and encoder come with their weights, new tensors with theirs (`start_values`)."""

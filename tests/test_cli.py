@@ -956,6 +956,7 @@ def test_plan_says_what_a_run_would_take(adapter, moextend, wide):
     [
         (["plan"], "--base"),
         (["plan", "--base", "BASE", "--layers", "x"], "no layers like"),
+        (["plan", "--base", "BASE", "--layers", "3-1"], "no layers like"),
         (["plan", "--base", "BASE", "--gpu-memory", "80"], "no size above 0"),
         (["plan", "--base", "BASE", "--tokens", "-1"], "no number above 0"),
         (["plan", "--base", "BASE", "--fraction", "2"], "fraction=2.0"),

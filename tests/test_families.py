@@ -54,7 +54,7 @@ NEW = [1, 3, 1]  # source experts of each extended layer: N = 3 > K = 2
 FEW = [3]  # fewer than K: slots stay empty
 # Their activation runs on a contiguous tensor of all pairs, the last few elements of which torch's CPU kernels round
 # otherwise.
-ROUNDED_BY_PLACE = {"deepseek_v4", "minimax_m3_vl", "glm5_next", "hy_v4"}
+ROUNDED_BY_PLACE = {"deepseek_v4", "minimax_m3_vl", "glm5_next", "gpt_oss", "hy_v4"}
 ROUTING_OF = {"compete": compete, "exclusive": exclusive}
 
 

@@ -240,6 +240,52 @@ def test_training_goes_on_as_without_it(routing):
     assert all(torch.equal(before[name], after[name]) for name in before) and torch.equal(plain, fused)
 
 
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
+@pytest.mark.parametrize("other", ["b", "zz"])
+def test_what_overflows_in_one_adapter_reaches_no_item_of_another(other, implementation):
+    model = make_model("exclusive", implementation)
+    model.add_adapter(other, {0: [0, 5], 1: [3]}, **{"deltas": (), **ROUTINGS["exclusive"]})
+    model.adapters[other].config.trained_on, model.adapters[other].depends_on = [], set()
+    for name, tensor in model.eval().adapter_tensors(other).items():
+        if "experts" in name:
+            tensor.data.fill_(torch.nan)
+    model.fuse()
+    items = {**batch(2), "adapter_names": ["default", other]}
+    assert logits(model, **items)[0].isfinite().all() and logits(model, **items)[1].isnan().any()
+    assert logits(model, input_ids=batch(1)["input_ids"], adapter_names=["default"]).isfinite().all()
+
+
+def test_a_write_to_the_base_reaches_experts_of_a_low_rank():
+    model, other = make_model("low rank"), make_model("low rank")
+    logits(model)
+    model.fuse()
+    parts = [model.moe_layers[layer].experts.moextend.adapters["default"] for layer in PLAN]
+    assert all(part.merged is None for part in parts)  # what was merged is held once
+    for one in (model, other):
+        values = {k: v * 1.5 for k, v in one.base.state_dict().items() if k.endswith("experts.down_proj")}
+        one.base.load_state_dict({k: v for k, v in values.items() if "moextend" not in k}, strict=False)
+    assert torch.equal(logits(model), logits(other))
+
+
+@pytest.mark.parametrize("change", ["train", "cast"])
+def test_a_graph_compiled_after_a_change_is_not_stale(change):
+    model, inputs = make_model("low rank"), batch()
+    model.fuse()
+    if change == "train":
+        optimizer = torch.optim.SGD(model.set_trainable().values(), lr=1.0)
+        model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
+        optimizer.step()
+        model.eval()
+    else:
+        model.to(torch.bfloat16)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        found = compiled(**inputs, use_cache=False).logits
+    torch.testing.assert_close(found, logits(model, **inputs, use_cache=False), rtol=0, atol=1e-6)
+    torch._dynamo.reset()
+
+
 # ---------------------------------------------------------------- accelerators, compiled graphs, caches
 
 
@@ -357,6 +403,10 @@ def test_what_can_not_be_fused_is_refused_and_left_alone():
     with pytest.raises(ValueError, match=r"layer 0.*'default'.*float32.*float16.*rounded"):
         model.fuse()
     assert set(fused_layers(model).values()) == {None} and torch.equal(logits(model), before)
+    model = make_model()
+    model.moe_layers[0].experts.moextend.adapters["default"].to(torch.bfloat16)
+    with pytest.raises(ValueError, match="computed otherwise"):
+        model.fuse()
     model = make_model()
     weight = model.moe_layers[1].experts.down_proj
     model.moe_layers[1].experts.down_proj = torch.nn.Parameter(weight.to("meta"), requires_grad=False)

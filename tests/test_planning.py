@@ -164,6 +164,11 @@ def test_mixtral_with_an_expert_in_half_of_its_layers():
     assert ours["hours"] < full["hours"] and ours["per_gpu"]["fsdp2"]["fits"] and not full["per_gpu"]["ddp"]["fits"]
 
 
+def test_a_multimodal_base_is_planned_from_its_config(tmp_path):
+    make_family("qwen3_vl_moe").config.save_pretrained(tmp_path)
+    assert plan_training(tmp_path, layers=[1], scope="all")["layers"] == [1]
+
+
 @pytest.mark.parametrize("name", ["dbrx", "diffusion_gemma", "openai_privacy_filter", "zaya"])
 def test_bases_that_can_not_be_extended_are_refused(name):
     with pytest.raises(ValueError, match="can't be extended|no causal LM"):
@@ -171,7 +176,7 @@ def test_bases_that_can_not_be_extended_are_refused(name):
 
 
 def test_wrong_numbers_and_bases_are_refused(tmp_path):
-    for settings in ({"new_experts": 0}, {"gpus": -1}, {"fraction": 1.5}):
+    for settings in ({"new_experts": 0}, {"new_experts": 10**8}, {"gpus": -1}, {"fraction": 1.5}):
         with pytest.raises(ValueError, match=next(iter(settings))):
             plan_training(make_base(), **settings)
     with pytest.raises(ValueError, match="7"):

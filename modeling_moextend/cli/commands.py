@@ -326,7 +326,7 @@ def layer_numbers(text: str) -> list[int]:
     layers = []
     for part in text.split(","):
         number = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip())
-        if number is None:
+        if number is None or int(number[2] or number[1]) < int(number[1]):
             raise argparse.ArgumentTypeError(f"{text!r} are no layers like 3,5,16-31")
         layers += range(int(number[1]), int(number[2] or number[1]) + 1)
     return layers

@@ -8,7 +8,7 @@ Letters: E base experts, N new experts of a layer, of all its adapters, K expert
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,7 @@ from ..low_rank_moextend import state_of
 if TYPE_CHECKING:
     from ..modeling_moextend import MoExtendForCausalLM
 
-LEAVE_OUT = ("batched_mm", "grouped_mm")  # implementations of transformers that take index E + N for none
+LEAVES_OUT = "grouped_mm"  # the implementation of transformers that takes index E + N for none
 
 
 def fuse(model: MoExtendForCausalLM) -> None:
@@ -66,11 +66,12 @@ class FusedExperts:
 
     def __init__(self, experts: nn.Module, new: Mapping[str, nn.Module], empty_slots: bool):
         self.experts, self.new, self.empty_slots = experts, dict(new), empty_slots
-        self.num_base, self.places, self.tables = len(experts.down_proj), {}, {}
+        self.num_base, self.places, self.tables, self.stale = len(experts.down_proj), {}, {}, False
         with torch.inference_mode(False), torch.no_grad():
             whole = [part.whole(experts, keep=False) if is_low_rank(part) else part for part in self.new.values()]
             like = torch.empty(0, dtype=experts.down_proj.dtype, device=experts.down_proj.device)
             whole = [in_one_dtype(part, like)[0] for part in whole]
+            self.copied = [part for part, own in zip(self.new.values(), whole, strict=True) if part is not own]
             stacks = {name: joined([getattr(one, name) for one in (experts, *whole)]) for name in stacks_of(experts)}
         self.num_experts = self.num_base
         for name, part in zip(self.new, whole, strict=True):
@@ -78,45 +79,57 @@ class FusedExperts:
             self.num_experts = self.places[name].stop
         self.twin = sibling(experts, stacks, num_experts=self.num_experts).requires_grad_(False)
         self.twin._is_expert_parallel = empty_slots  # transformers' word for: index E + N is none
+        for part in filter(is_low_rank, self.copied):
+            part.merged = None  # it keeps another copy, of its last pass
         self.state = self.current_state()
 
     def serves(self, parts: Mapping[str, Any]) -> bool:
         """Whether a pass with these `NewExperts` by adapter is computed here: without gradient, all of them as they
         were when fused. Otherwise it is computed the other way, with the same result."""
-        if torch.is_grad_enabled() or any(self.new.get(name) is not part.experts for name, part in parts.items()):
+        if torch.is_grad_enabled():
+            self.stale |= any(parameter.requires_grad for part in self.copied for parameter in part.parameters())
+            return False
+        if self.stale or any(self.new.get(name) is not part.experts for name, part in parts.items()):
             return False
         return torch.compiler.is_compiling() or self.state == self.current_state()
 
     def run(
         self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, names: Iterable[str]
     ) -> torch.Tensor:
-        """[T, H], [T, K], [T, K] -> [T, H]; `index` counts new experts over the adapters `names`."""
+        """[T, H], [T, K], [T, K] -> [T, H]; `index` counts new experts over the adapters `names`.
+
+        An empty slot leads past all experts, which one implementation leaves out; elsewhere to the token's own first
+        expert, whose part in the sum is then its weight of 0.
+        """
+        if self.empty_slots and self.twin.config._experts_implementation != LEAVES_OUT:
+            index = torch.where(index < 0, index[:, :1], index)
         table = self.table(tuple(names))
         return self.twin(hidden_states, index if table is None else table[index], weights)
 
     @torch.inference_mode(False)
     def table(self, names: tuple[str, ...]) -> torch.Tensor | None:
-        """[E + N of these adapters + 1]: where the experts of a pass with them are here, and last what the -1 of an
-        empty slot leads to. `None`: all are where they are counted, and no slot is empty.
-
-        An empty slot leads past all experts, which some implementations leave out; elsewhere to a new expert, whose
-        part in the sum is its weight of 0.
-        """
-        leaves_out = self.twin.config._experts_implementation in LEAVE_OUT
-        if (names, leaves_out) not in self.tables:
+        """[E + N of these adapters + 1]: where the experts of a pass with them are here, and last what an index of -1
+        leads to. `None`: all are where they are counted, and no slot is empty."""
+        if names not in self.tables:
             places = [*range(self.num_base), *(place for name in names for place in self.places[name])]
             as_counted = places == list(range(len(places))) and not self.empty_slots
-            places.append(self.num_experts if leaves_out else places[-1])
-            device = self.experts.down_proj.device
-            self.tables[names, leaves_out] = None if as_counted else torch.tensor(places, device=device)
-        return self.tables[names, leaves_out]
+            table = torch.tensor([*places, self.num_experts], device=self.experts.down_proj.device)
+            self.tables[names] = None if as_counted else table
+        return self.tables[names]
+
+    def moved_by(self, function: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+        """Whether what `Module.to` and the like do to each tensor gives another dtype or device."""
+        stack = self.twin.down_proj
+        moved = function(stack.detach()[:0])
+        return (moved.dtype, moved.device) != (stack.dtype, stack.device)
 
     def current_state(self) -> list[Any]:
         """What is another where a parameter lies elsewhere than in the tensor or, of which that holds a copy, was
         written to."""
-        state = [parameter.data_ptr() for parameter in stacks_of(self.experts).values()]
+        base = stacks_of(self.experts).values()
+        state = [state_of(parameter) if self.copied else parameter.data_ptr() for parameter in base]
         for part in self.new.values():
-            if is_low_rank(part) or part.down_proj.dtype != self.experts.down_proj.dtype:
+            if part in self.copied:
                 state += map(state_of, part.parameters())
             else:
                 state += (parameter.data_ptr() for parameter in stacks_of(part).values())
@@ -168,15 +181,21 @@ def check_fusible(index: int, layer: MoELayer) -> None:
     for name, part in {"the base": layer.experts, **parts}.items():
         for tensor in part.parameters() if is_low_rank(part) else stacks_of(part).values():
             found = f"In layer {index}, experts of {name} are"
+            kind = type(tensor.data).__name__
             if type(tensor) is not nn.Parameter or tensor.is_meta or tensor.device != base.device:
-                kind = type(tensor.data).__name__
                 raise ValueError(
                     f"{found} a {kind} on {tensor.device}, those of the base on {base.device}: fuse() needs them "
                     "whole and in one memory, not offloaded, sharded or quantised. Without it all works as before."
                 )
+            if tensor.is_inference():
+                raise ValueError(
+                    f"{found} made under torch.inference_mode(): load the model outside of it to fuse it."
+                )
             as_base = (tensor.dtype, base.dtype) == (torch.float32, torch.bfloat16)  # computed so: `in_one_dtype`
-            if torch.promote_types(tensor.dtype, base.dtype) != base.dtype and not as_base:
+            fits = torch.promote_types(tensor.dtype, base.dtype) if is_low_rank(part) else tensor.dtype
+            if fits != base.dtype and not as_base:
                 raise ValueError(
                     f"{found} in {tensor.dtype}, those of the base in {base.dtype}: in one tensor they would be "
-                    "rounded. Save the adapter (adapter_dtype: by default as the base), load it again, and fuse that."
+                    "rounded, or computed otherwise. Save the adapter (adapter_dtype: by default as the base), load "
+                    "it again, and fuse that."
                 )

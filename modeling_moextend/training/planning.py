@@ -22,12 +22,14 @@ from ..attaching.rules import check_family
 from ..configuration_moextend import normalise_plan
 from ..deltas_moextend import attention_projections, decoder_layers
 from ..families_moextend import find_moe_layers
+from ..loading_moextend import auto_class_for
 from ..modeling_moextend import MoExtendForCausalLM
 from ..tools.locations import check_folder_or_id
 
 TRAINED = 16  # bytes a trained parameter: weight, gradient and AdamW's two moments in float32
 FREE = 0.92  # of a GPU's memory: the rest goes to the driver, and to gaps between tensors
 LORA_RANK = 16
+MOST = 10_000_000
 
 
 class Layer(NamedTuple):
@@ -113,9 +115,13 @@ def plan_training(
         OSError: no config there.
     """
     numbers = {"new_experts": new_experts, "sequence": sequence, "batch": batch, "gpus": gpus}
-    wrong = [f"{name}={value!r}" for name, value in numbers.items() if value < 1]
+    wrong = [f"{name}={value!r}" for name, value in numbers.items() if not 1 <= value <= MOST]
+    wrong += [f"new_experts={new_experts}"] if not wrong and new_experts > MOST // 1000 else []
     if wrong or not 0 < fraction <= 1:
-        raise ValueError(f"{', '.join(wrong) or f'fraction={fraction!r}'}: numbers from 1 on, a fraction up to 1.")
+        found = ", ".join(wrong) or f"fraction={fraction!r}"
+        raise ValueError(
+            f"{found}: out of range (numbers 1 to {MOST:,}, new experts to a thousandth, a fraction to 1)."
+        )
     model = base if isinstance(base, PreTrainedModel) else on_meta(base, dtype, hub)
     check_causal_lm(model, AutoModelForCausalLM)
     check_family(model.get_decoder())
@@ -173,7 +179,8 @@ def on_meta(base: str | os.PathLike, dtype: str, hub: Mapping[str, Any]) -> PreT
         check_folder_or_id("The base", base)
     config = AutoConfig.from_pretrained(base, trust_remote_code=False, **hub)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
+        auto_class = auto_class_for(config, AutoModelForCausalLM)
+        return auto_class.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
 
 
 # ---------------------------------------------------------------- sizes
