@@ -14,6 +14,7 @@ processes of their own.
     memory   peak beyond the loaded base, of two such steps
     infer    prefill 1 x 512, decoding one token for 1 and for 8 rows
     host     decoding with a base too small to compute: what is left is the host's work
+    half     a step over a bfloat16 base of 4 layers: new experts kept in float32, beside new experts kept in bfloat16
     load     from_pretrained of the base, and of an adapter on it: time and peak
 """
 
@@ -52,7 +53,7 @@ from modeling_moextend.training.retention_text import LENGTH, LIKELIEST, PIECES_
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 START, END = "<!-- python benchmarks/speed.py -->", "<!-- end -->"  # around the tables of docs/speed.md
-PARTS = ("train", "memory", "infer", "host", "load")
+PARTS = ("train", "memory", "infer", "host", "half", "load")
 LAYERS, VOCAB, NEW = 8, 4096, 4
 clock = time.process_time
 Times = dict[str, float]
@@ -407,6 +408,21 @@ def user(
     return run
 
 
+def half_part(size: str, args: argparse.Namespace) -> dict[str, Any]:
+    base, variants = make_base(size, layers=4).to(torch.bfloat16), {}
+    ids = torch.randint(0, VOCAB, (2, 256), generator=torch.Generator().manual_seed(1))
+    for routing in ("compete", "exclusive"):
+        for dtype in (torch.float32, torch.bfloat16):
+            model = extended(base, Adapter(routing=routing))
+            trained = list(model.set_trainable().values())
+            for parameter in trained:
+                parameter.data = parameter.data.to(dtype)
+            variants[f"{routing}, {str(dtype).removeprefix('torch.')}"] = stepper(
+                model, trained, plain_loss(model, ids)
+            )
+    return {"seconds": interleaved(variants, args.rounds)}
+
+
 def load_part(size: str, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         base = make_base(size)
@@ -501,6 +517,14 @@ def memory_table(result: dict[str, Any]) -> list[str]:
     return lines + [f"| {name} | {peak / 2**20:.0f} | {peak / result[FULL]:.2f} |" for name, peak in result.items()]
 
 
+def half_table(result: dict[str, Any]) -> list[str]:
+    lines = ["| step, kept in float32 / kept in bfloat16 | |", "|---|---|"]
+    for routing in ("compete", "exclusive"):
+        pair = f"{routing}, float32", f"{routing}, bfloat16"
+        lines.append(f"| {routing} | {shown(result['seconds'], *pair, 'step')} |")
+    return lines
+
+
 def load_table(result: dict[str, Any]) -> list[str]:
     lines = ["| loading | MiB on disk | CPU s | peak / bytes on disk |", "|---|---|---|---|"]
     for name, runs in result["runs"].items():
@@ -543,8 +567,10 @@ def picture(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-MEASURES = {"train": train_part, "memory": memory_part, "infer": infer_part, "host": host_part, "load": load_part}
-TABLES = {"train": train_table, "memory": memory_table, "infer": infer_table, "host": infer_table, "load": load_table}
+MEASURES = {"train": train_part, "memory": memory_part, "infer": infer_part, "host": host_part}
+MEASURES |= {"half": half_part, "load": load_part}
+TABLES = {"train": train_table, "memory": memory_table, "infer": infer_table, "host": infer_table}
+TABLES |= {"half": half_table, "load": load_table}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -81,7 +81,7 @@ class AdapterSet(NamedTuple):
     active: tuple = ()  # names of those that take part, ascending
     trained: str | None = None  # what is trained and saved where no name is given: the only active one, or the top one
     switched_on: bool = True  # `False` after `disable_adapters`
-    fused: bool = False  # whether experts are in their inference form
+    fused: bool = False  # after `fuse`, until `unfuse`
     layer_plans: dict = {}  # names -> `layer_plans_of` them
 
 

@@ -164,6 +164,14 @@ def test_mixtral_with_an_expert_in_half_of_its_layers():
     assert ours["hours"] < full["hours"] and ours["per_gpu"]["fsdp2"]["fits"] and not full["per_gpu"]["ddp"]["fits"]
 
 
+def test_a_model_that_was_given_stays_as_it_was():
+    base = make_base()
+    before = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+    plan_training(base, layers=[1], scope="all")
+    assert {name: parameter.requires_grad for name, parameter in base.named_parameters()} == before
+    assert not any("moextend" in module._modules for module in base.modules())
+
+
 def test_a_multimodal_base_is_planned_from_its_config(tmp_path):
     make_family("qwen3_vl_moe").config.save_pretrained(tmp_path)
     assert plan_training(tmp_path, layers=[1], scope="all")["layers"] == [1]

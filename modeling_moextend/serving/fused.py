@@ -1,7 +1,8 @@
 """The inference form: all experts of a layer in one tensor, run by one call of the base's own implementation.
 
-The base's parameters and those of new experts keep their names and become views of it, so nothing is held twice. No
-layer asks which experts were selected, which an accelerator would be waited for.
+The base's parameters and those of new experts keep their names and become views of it: nothing is held twice but what
+is computed otherwise than it is kept (a low rank, float32 over a bfloat16 base). No layer asks which experts were
+selected, which an accelerator would be waited for.
 
 Letters: E base experts, N new experts of a layer, of all its adapters, K experts a token selects, T tokens.
 """
@@ -31,12 +32,12 @@ def fuse(model: MoExtendForCausalLM) -> None:
         ValueError: a layer's new experts have another dtype or device than the base's, or tensors are offloaded or
             sharded; nothing has changed then.
     """
-    layers = {index: layer for index, layer in model.moe_layers.items() if new_experts(layer)}
-    if not layers:
-        raise ValueError("There is nothing to fuse: no loaded adapter has new experts.")
-    for index, layer in layers.items():
-        check_fusible(index, layer)
     with model.passes.lock:
+        layers = {index: layer for index, layer in model.moe_layers.items() if new_experts(layer)}
+        if not layers:
+            raise ValueError("There is nothing to fuse: no loaded adapter has new experts.")
+        for index, layer in layers.items():
+            check_fusible(index, layer)
         unfuse(model)
         for layer in layers.values():
             layer.experts.moextend.fused = FusedExperts(layer.experts, new_experts(layer), has_empty_slots(layer))

@@ -29,7 +29,7 @@ from ..tools.locations import check_folder_or_id
 TRAINED = 16  # bytes a trained parameter: weight, gradient and AdamW's two moments in float32
 FREE = 0.92  # of a GPU's memory: the rest goes to the driver, and to gaps between tensors
 LORA_RANK = 16
-MOST = 10_000_000
+MOST = {"sequence": 10**7, "batch": 10**6, "gpus": 10**6, "new_experts": 10**4}
 
 
 class Layer(NamedTuple):
@@ -93,7 +93,8 @@ def plan_training(
     """Plans the training of new experts, and beside it LoRA and full fine-tuning of the same base.
 
     Args:
-        base: folder, Hub id or config.json, of which only the config is read; or a model, as one on the meta device.
+        base: folder, Hub id or config.json, of which only the config is read; or a model, as one on the meta device,
+            which stays as it was.
         layers: decoder layers that get new experts; default: the upper `fraction` of its MoE layers.
         new_experts: N of each of them.
         expert_rank, scope, deltas: as in `from_base`.
@@ -111,66 +112,67 @@ def plan_training(
         bytes, and whether they fit), and `hours`.
 
     Raises:
-        ValueError: a base that can't be extended; no such layer; numbers below 1.
+        ValueError: a base that can't be extended; no such layer; numbers out of range.
         OSError: no config there.
     """
-    numbers = {"new_experts": new_experts, "sequence": sequence, "batch": batch, "gpus": gpus}
-    wrong = [f"{name}={value!r}" for name, value in numbers.items() if not 1 <= value <= MOST]
-    wrong += [f"new_experts={new_experts}"] if not wrong and new_experts > MOST // 1000 else []
-    if wrong or not 0 < fraction <= 1:
-        found = ", ".join(wrong) or f"fraction={fraction!r}"
-        raise ValueError(
-            f"{found}: out of range (numbers 1 to {MOST:,}, new experts to a thousandth, a fraction to 1)."
-        )
+    numbers = {"sequence": sequence, "batch": batch, "gpus": gpus, "new_experts": new_experts}
+    wrong = [f"{name}={value!r}" for name, value in numbers.items() if not 1 <= value <= MOST[name]]
+    wrong += [] if 0 < fraction <= 1 else [f"fraction={fraction!r}"]
+    if wrong:
+        allowed = ", ".join(f"{name} 1 to {most:,}" for name, most in MOST.items())
+        raise ValueError(f"{', '.join(wrong)}: out of range ({allowed}, fraction above 0 and up to 1).")
     model = base if isinstance(base, PreTrainedModel) else on_meta(base, dtype, hub)
     check_causal_lm(model, AutoModelForCausalLM)
     check_family(model.get_decoder())
     sizes, moe = sizes_of(model), sorted(find_moe_layers(model.get_decoder()))
     chosen = moe[len(moe) - max(1, round(fraction * len(moe))) :] if layers is None else list(layers)
     sources = {layer: max(sizes.layers[layer].num_experts, 1) for layer in chosen if layer in sizes.layers}
-    plan = {layer: [number % sources.get(layer, 1) for number in range(new_experts)] for layer in chosen}
-    lora = lora_parameters(model)
-    extended = MoExtendForCausalLM.from_base(
-        model, normalise_plan(plan), expert_rank=expert_rank, scope=scope, deltas=deltas
-    )
+    plan = normalise_plan({layer: [n % sources.get(layer, 1) for n in range(new_experts)] for layer in chosen})
+    trained = {"LoRA": lora_parameters(model), "full fine-tuning": sizes.parameters}
+    extended = MoExtendForCausalLM.from_base(model, plan, expert_rank=expert_rank, scope=scope, deltas=deltas)
     stored = sum(tensor.numel() for tensor in extended.adapter_tensors().values())
-    parameters = sum(tensor.numel() for tensor in extended.set_trainable().values())
+    trained["MoExtend"] = sum(tensor.numel() for tensor in extended.set_trainable().values())
     work = {
         "MoExtend": moextend_work(sizes, extended, sequence, checkpointing),
         "LoRA": lora_work(sizes, sequence, checkpointing),
         "full fine-tuning": full_work(sizes, sequence, checkpointing),
     }
-    trained = {"MoExtend": parameters, "LoRA": lora, "full fine-tuning": sizes.parameters}
     methods = {}
     for name, each in work.items():
-        memory = {
-            "weights": 0 if name == "full fine-tuning" else sizes.bytes,
-            "trained": TRAINED * trained[name],
-            "activations": round(each.kept * sequence * batch + each.working),
-            "logits": sequence
-            * batch
-            * sizes.vocabulary
-            * (sizes.size + 12),  # in float32, their softmax and gradient
-        }
-        rest = memory["activations"] + memory["logits"]
-        gathered = 2 * sizes.bytes / len(sizes.layers) if gpus > 1 else 0  # two layers at once
-        sharded = (memory["weights"] + memory["trained"]) / gpus + gathered + rest
-        needs = {"ddp": sum(memory.values()), "fsdp2": round(sharded)}
-        hours = None if tokens is None else each.flops * tokens / (gpus * tflops * 1e12) / 3600
+        memory = memory_of(each, trained[name], sizes, sequence * batch, frozen=name != "full fine-tuning")
+        needs = {"ddp": sum(memory.values()), "fsdp2": sharded(memory, sizes, gpus)}
         methods[name] = {
             "parameters": trained[name],
             "flops": each.flops * sequence * batch,
             "memory": memory,
             "per_gpu": {way: {"bytes": size, "fits": size <= FREE * gpu_memory} for way, size in needs.items()},
-            "hours": hours,
+            "hours": None if tokens is None else each.flops * tokens / (gpus * tflops * 1e12) / 3600,
         }
-    name = model.config.name_or_path or type(model).__name__
+    name, adapter = model.config.name_or_path or type(model).__name__, extended.adapter_bytes()
+    extended.detach()  # a model that was given is what it was
     return {
         "base": {"name": name, "parameters": sizes.parameters, "bytes": sizes.bytes},
         "layers": sorted(plan),
-        "adapter": {"parameters": stored, "bytes": extended.adapter_bytes()},
+        "adapter": {"parameters": stored, "bytes": adapter},
         "methods": methods,
     }
+
+
+def memory_of(work: Work, trained: int, sizes: Model, tokens: int, frozen: bool) -> dict[str, int]:
+    """Bytes of a step over so many `tokens`, by part; weights that train are counted where they are trained."""
+    return {
+        "weights": sizes.bytes if frozen else 0,
+        "trained": TRAINED * trained,
+        "activations": round(work.kept * tokens + work.working),
+        "logits": tokens * sizes.vocabulary * (sizes.size + 12),  # in float32, their softmax and gradient
+    }
+
+
+def sharded(memory: Mapping[str, int], sizes: Model, gpus: int) -> int:
+    """Bytes a GPU of a step whose weights and what trains are spread over `gpus`; two layers are gathered at once."""
+    gathered = 2 * sizes.bytes / len(sizes.layers) if gpus > 1 else 0
+    shared = memory["weights"] + memory["trained"]
+    return round(shared / gpus + gathered + memory["activations"] + memory["logits"])
 
 
 def on_meta(base: str | os.PathLike, dtype: str, hub: Mapping[str, Any]) -> PreTrainedModel:
