@@ -5,31 +5,25 @@ import json
 import os
 import secrets
 import shutil
-from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
 from .configuration_moextend import MoExtendConfig
 from .folder_moextend import all_or_nothing, check_link, locked
+from .tensor_files_moextend import MAX_JSON, UNREADABLE, as_bytes, damaged, parse_json, read_each, read_tensor, shown
 from .validation_moextend import short
 
 FILE = "moextend_adapter.safetensors"
 INDEX = FILE + ".index.json"
 FORMAT = 2  # of an adapter with `expert_rank` or deltas; any other is written as 1, which earlier versions read
-MAX_JSON = 8 * 2**20  # bytes of an index or of a config, many times what a large base needs
 MAX_SHARDS = 4096
 ONE_FILE = "1000TB"
-MAX_DEPTH = 32
-UNREADABLE = (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, OverflowError)
-DTYPES = ("F64", "F32", "BF16", "F16")  # by safetensors' names
 FORMER = "adapter entries generation hub layouts pretrained selfcheck state switch together".split()
 FORMER_CODE = [f"{name}_moextend.py" for name in FORMER]  # of version 0.1.0: goes where the code is written anew
 
@@ -119,12 +113,8 @@ def checksum(tensors):
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor_bytes(tensor))
+        digest.update(as_bytes(tensor))
     return digest.hexdigest()
-
-
-def tensor_bytes(tensor):
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def read_adapter(name_or_path: str | os.PathLike, **hub_kwargs) -> StoredAdapter:
@@ -133,7 +123,7 @@ def read_adapter(name_or_path: str | os.PathLike, **hub_kwargs) -> StoredAdapter
     check_source("The adapter", name_or_path)
     with locked(name_or_path, alone=False):
         files = find_files(name_or_path, hub_kwargs)
-        return joined({path: read_file(path) for path in files})
+        return joined({path: read_each(path, read_tensor) for path in files})
 
 
 def joined(contents):
@@ -146,61 +136,6 @@ def joined(contents):
         tensors, first = tensors | found, metadata
     values = parse_json(first["config"], f"{paths[0]} is damaged: the config in its header")
     return StoredAdapter(values, tensors, first, tuple(Path(path).name for path in paths))
-
-
-def read_file(path):
-    """(tensors, header metadata) of a safetensors file. It is not mapped into memory, as safetensors does by itself:
-    where one is cut short meanwhile, as by a copy over the old file, that would end the process (SIGBUS)."""
-    try:
-        with open(path, "rb") as file:
-            state, data = state_of(file), file.read()
-            if state_of(file) != state or len(data) != state[1]:
-                raise ValueError("it was overwritten while it was read")
-        end = 8 + min(int.from_bytes(data[:8], "little"), 2 * MAX_JSON + 1)
-        entries = parse_json(data[8:end].decode(), "its header", 2 * MAX_JSON)
-        metadata = entries.pop("__metadata__", None) or {}
-        for name, entry in entries.items():
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"wrong dtype: {name!r} is {short(entry['dtype'])}; allowed: {', '.join(DTYPES)}")
-        return dict(sorted(load(data).items())), metadata  # else in another order in each process
-    except UNREADABLE as error:
-        raise damaged(path, short(str(error))) from error
-
-
-def state_of(file):
-    """What is another where an open file was written to."""
-    found = os.fstat(file.fileno())
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def damaged(what, why):
-    return ValueError(f"{what} is damaged or truncated: {why}. Nothing was loaded; fetch or save the adapter again.")
-
-
-def parse_json(text, what, longest=MAX_JSON):
-    try:
-        if len(text) > longest:
-            raise ValueError(f"it is longer than {longest} characters")
-        value = json.loads(text, object_pairs_hook=without_twins)
-        if not isinstance(value, dict) or depth(value) > MAX_DEPTH:
-            raise ValueError(f"it is no mapping, or nested deeper than {MAX_DEPTH} levels")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} can't be read: {short(str(error))}. Nothing was loaded.") from error
-    return value
-
-
-def without_twins(pairs):
-    """A `dict` of JSON's pairs; which of two equal keys counts would be the parser's choice."""
-    twice = [key for key, number in Counter(key for key, _ in pairs).items() if number > 1]
-    if twice:
-        raise ValueError(f"given twice: {short(twice)}")
-    return dict(pairs)
-
-
-def depth(value):
-    """How deep lists and mappings are nested: copying and printing would not end well without a limit."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return 1 + max(map(depth, inner), default=0)
 
 
 def check_source(what, given):
@@ -270,11 +205,6 @@ def check_format(path, metadata):
         raise ValueError(f"{path} has moextend_format {number}; this version reads up to {FORMAT}. Update moextend.")
     if metadata.get("header_checksum") not in (None, header_checksum(metadata)):
         raise damaged(path, "its header does not match the header's checksum")
-
-
-def shown(name):
-    """A tensor's name from a file, where it may hold anything."""
-    return name if name.isprintable() else short(name)
 
 
 def check_tensors(shapes: dict, stored: StoredAdapter) -> None:

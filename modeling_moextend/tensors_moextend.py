@@ -80,10 +80,10 @@ def row_paths(rule):
 
 def moved_to_layers(tensors, layers, sites, device, dtype):
     """An adapter's tensors where they belong, beside the base's, or on `device`; in `dtype` or their own, whichever is
-    wider. Out of the file's map, and aligned."""
+    wider. They are taken out of `tensors`, one by one, so that memory never holds all of them twice."""
     found, lowest = {}, min((int(name.split(".")[1]) for name in tensors if name.startswith("layers.")), default=None)
-    for name, tensor in tensors.items():
-        site = sites.get(name.rpartition(".")[0])
+    for name in list(tensors):
+        tensor, site = tensors.pop(name), sites.get(name.rpartition(".")[0])
         role, number, part = (*name.split("."), "")[:3]
         target = device
         if site is not None:
@@ -92,7 +92,7 @@ def moved_to_layers(tensors, layers, sites, device, dtype):
             layer = layers[lowest if role == "gate" else int(number)]
             with onloaded(layer.experts if part == "experts" else layer.router) as module:
                 target = next(module.parameters()).device
-        found[name] = tensor.to(target, torch.promote_types(tensor.dtype, dtype), copy=True)
+        found[name] = tensor.to(target, torch.promote_types(tensor.dtype, dtype))
     return found
 
 
@@ -321,7 +321,8 @@ def reshard(model):
 
 def not_finite(tensors):
     """Names of those tensors that hold NaN or infinity, sorted."""
-    return sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
+    ends = {name: torch.stack(tensor.aminmax()) for name, tensor in tensors.items() if tensor.numel()}  # NaN wins
+    return sorted(name for name, pair in ends.items() if not pair.isfinite().all())
 
 
 def check_finite(tensors, change):

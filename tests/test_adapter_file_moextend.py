@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import copy
+import itertools
 import json
 import os
 import pickle
@@ -21,13 +22,13 @@ from conftest import FAMILIES, PAPER, batch, make_base, make_encoder, shake
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from modeling_moextend import MoExtendForCausalLM, adapter_file_moextend
-from modeling_moextend.adapter_file_moextend import FILE, INDEX, read_adapter, tensor_bytes, write_folder
+from modeling_moextend import MoExtendForCausalLM, adapter_file_moextend, tensor_files_moextend
+from modeling_moextend.adapter_file_moextend import FILE, INDEX, read_adapter, write_folder
+from modeling_moextend.tensor_files_moextend import as_bytes, read_header, read_tensor
 from modeling_moextend.tensors_moextend import fingerprint, same_fingerprint
 from modeling_moextend.tools.base_weights import BASE_DTYPES, Checkpoint, Unusable
 from modeling_moextend.tools.hashes import base_tensors_hash
 from modeling_moextend.tools.inspection import read_headers
-from modeling_moextend.tools.tensor_files import read_header, read_tensor
 from modeling_moextend.training.resuming import load_adapter_tensors
 
 PLAN = {1: [0], 3: [2, 5]}
@@ -297,8 +298,9 @@ def test_tensors_of_two_states_of_a_file_are_never_mixed(change, saved):
 
 
 def test_an_adapter_of_two_states_of_its_file_is_refused(saved, monkeypatch):
-    states = iter([(1, 0, 0), (2, 0, 0)])
-    monkeypatch.setattr(adapter_file_moextend, "state_of", lambda file: next(states))
+    size = (saved[1] / FILE).stat().st_size
+    states = itertools.chain([(1, size, 0)] * 3, itertools.repeat((2, size, 0)))  # written to after the second tensor
+    monkeypatch.setattr(tensor_files_moextend, "state_of", lambda file: next(states))
     with pytest.raises(ValueError, match=f"{FILE} is damaged or truncated: 'it was overwritten while it was read'"):
         read_adapter(saved[1])
 
@@ -327,7 +329,7 @@ def test_every_dtype_is_read_as_safetensors_reads_it(tmp_path):
     for key, tensor in tensors.items():
         for found in (checkpoint.tensor(key), checkpoint.empty(key)):
             assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
-        assert tensor_bytes(checkpoint.tensor(key)) == tensor_bytes(tensor)
+        assert as_bytes(checkpoint.tensor(key)).tobytes() == as_bytes(tensor).tobytes()
 
 
 HEADERS = {  # what safetensors itself refuses, and a little more
@@ -845,7 +847,7 @@ def test_a_base_of_pickled_weights_is_refused_unless_asked_for(saved, allowed, t
 OPENED = """
 import os, sys
 import transformers.modeling_utils
-from modeling_moextend import MoExtendForCausalLM, adapter_file_moextend
+from modeling_moextend import MoExtendForCausalLM, adapter_file_moextend, tensor_files_moextend
 root, opened = sys.argv[1], []
 
 
@@ -1015,3 +1017,17 @@ def test_base_and_encoder_are_bit_equal_after_saving_and_loading(tmp_path):
     detached = model.detach()
     assert_equal(dict(detached.state_dict()), dict(make_base().state_dict()))
     assert len(FAMILIES) == 7
+
+
+def test_what_is_read_from_a_file_is_what_the_model_holds(saved, monkeypatch):
+    """No tensor of an adapter is in memory twice."""
+    places, read = [], tensor_files_moextend.read_tensor
+
+    def watched(*args):
+        tensor = read(*args)
+        places.append(tensor.data_ptr())
+        return tensor
+
+    monkeypatch.setattr(adapter_file_moextend, "read_tensor", watched)
+    model = MoExtendForCausalLM.from_pretrained(saved[1], base=make_base())
+    assert places and sorted(places) == sorted(tensor.data_ptr() for tensor in model.adapter_tensors().values())

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard
 
-from ..adapter_file_moextend import parse_json
 from ..configuration_moextend import MoExtendConfig
+from ..tensor_files_moextend import parse_json
 from ..tools.base_weights import Unusable, unusable
 from ..tools.files import copy_file, write_text
 from ..tools.inspection import read_headers

@@ -17,8 +17,9 @@ from huggingface_hub.utils import is_jinja_available
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
-from ..adapter_file_moextend import check_link, parse_json, write_folder
+from ..adapter_file_moextend import check_link, write_folder
 from ..configuration_moextend import MoExtendConfig
+from ..tensor_files_moextend import parse_json
 from ..tensors_moextend import check_finite
 from ..tools.base_weights import TOKENIZER, unusable
 from ..tools.files import write_text

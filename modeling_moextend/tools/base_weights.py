@@ -19,11 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from ..adapter_file_moextend import UNREADABLE, shown
 from ..configuration_moextend import MoExtendConfig
 from ..loading_moextend import SHARED_HUB_KWARGS, auto_class_for, check_no_adapter, location_of
+from ..tensor_files_moextend import DTYPES, UNREADABLE, FileHeader, find_tensor, read_header, read_tensor, shown
 from ..tensors_moextend import PLAIN, named_owners, sample_values
-from .tensor_files import DTYPES, FileHeader, find_tensor, read_header, read_tensor
 
 TOKENIZER = (  # files of a tokenizer
     "tokenizer.json",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..adapter_file_moextend import tensor_bytes
 from ..families_moextend import onloaded
+from ..tensor_files_moextend import as_bytes
 from ..tensors_moextend import DTensor, reshard
 
 if TYPE_CHECKING:
@@ -41,4 +41,4 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
         return bytes_of(tensor.to_local())
     if is_traceable_wrapper_subclass(tensor):  # torchao's values and scales
         return b"".join(bytes_of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return tensor_bytes(tensor)
+    return as_bytes(tensor).tobytes()

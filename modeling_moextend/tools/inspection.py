@@ -4,7 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub import HfApi, constants
@@ -21,13 +21,12 @@ from ..adapter_file_moextend import (
     find_files,
     joined,
     shards_of,
-    tensor_bytes,
 )
 from ..configuration_moextend import DELTAS, MoExtendConfig
 from ..folder_moextend import locked
+from ..tensor_files_moextend import DTYPES, FileHeader, as_bytes, find_tensor, read_each, read_tensor
 from ..validation_moextend import short
 from .base_weights import unusable
-from .tensor_files import DTYPES, read_each, read_tensor, without_data
 
 ROUTING = ("scope", "selection", "calibration")
 OTHERS = (*(f"{kind} deltas" for kind in DELTAS), "gate", "projector")  # parts of an adapter that are no layer's
@@ -135,6 +134,12 @@ def read_headers(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) ->
     if not is_local(name_or_path, hub_kwargs):
         return joined(remote_headers(name_or_path, hub_kwargs))
     return joined({path: read_each(path, without_data) for path in find_files(name_or_path, hub_kwargs)})
+
+
+def without_data(file: BinaryIO, header: FileHeader, name: str) -> torch.Tensor:
+    """A tensor of an open safetensors file, on the meta device."""
+    dtype, shape, _ = find_tensor(header, name)
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def is_local(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> bool:
@@ -245,7 +250,7 @@ def as_json(value: Any) -> Any:
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> dict[str, bool | float | None]:
     """equal, max_abs and relative of two tensors of one shape; see `diff_adapters`."""
-    equal = one.dtype == other.dtype and tensor_bytes(one) == tensor_bytes(other)
+    equal = one.dtype == other.dtype and bool((as_bytes(one) == as_bytes(other)).all())
     gap = one.double() - other.double()
     largest, size, length = (value.item() for value in (gap.abs().max(), one.double().norm(), gap.norm()))
     relative = length / size if size else (math.inf if length else 0.0)

@@ -20,12 +20,13 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from ..adapter_file_moextend import StoredAdapter, check_tensors, parse_json, write_folder
+from ..adapter_file_moextend import StoredAdapter, check_tensors, write_folder
 from ..base_checks_moextend import base_rule, check_fingerprint, check_plan
 from ..configuration_moextend import MoExtendConfig
 from ..deltas_moextend import find_sites
 from ..families_moextend import find_moe_layers
 from ..low_rank_moextend import expert_shapes, whole_weights
+from ..tensor_files_moextend import parse_json
 from ..tensors_moextend import check_finite, fingerprint, tensor_shapes
 from ..vision_moextend import load_encoder
 from .base_weights import TOKENIZER, Checkpoint, checkpoint_fingerprint, location_of_part, skeleton, unusable

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ..adapter_file_moextend import shown
 from ..configuration_moextend import MoExtendConfig
 from ..families_moextend import GROUPS, find_moe_layers
 from ..routing_moextend import Rule
+from ..tensor_files_moextend import shown
 from .base_weights import CORRECTION, EXPERT, Checkpoint, stored_parts
 from .files import replace_file, write_text
 from .inspection import dtype_name

@@ -10,7 +10,6 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from ..adapter_file_moextend import shown
 from ..configuration_moextend import MoExtendConfig
 from ..data.processor_files import readable
 from ..loading_moextend import (
@@ -21,6 +20,7 @@ from ..loading_moextend import (
     location_of,
 )
 from ..modeling_moextend import MoExtendForCausalLM
+from ..tensor_files_moextend import shown
 from ..tensors_moextend import fingerprint, not_finite, same_fingerprint
 from ..vision_moextend import load_encoder
 from .base_weights import Checkpoint, Unusable, location_of_part, unusable
