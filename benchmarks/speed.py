@@ -40,10 +40,8 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     MixtralConfig,
-    MixtralForCausalLM,
     PreTrainedModel,
     Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 from modeling_moextend import MoExtendForCausalLM
@@ -94,21 +92,26 @@ REMEMBERED = ("upper, n = 4", "upper, n = 4, rank 32", "all, n = 4")
 # ---------------------------------------------------------------- models
 
 
-def config_of(size: str, layers: int = LAYERS, hidden: int = 512) -> MixtralConfig | Qwen3MoeConfig:
+def config_of(
+    size: str, layers: int = LAYERS, hidden: int = 512, num_experts: int = 64
+) -> MixtralConfig | Qwen3MoeConfig:
     heads = max(2, hidden // 64)
     shared = {"hidden_size": hidden, "num_hidden_layers": layers, "vocab_size": VOCAB, "num_attention_heads": heads}
     shared |= {"num_key_value_heads": heads // 2, "intermediate_size": 2 * hidden, "max_position_embeddings": 8192}
     if size == "S":
         return MixtralConfig(**shared, num_local_experts=8, num_experts_per_tok=2)
-    own = {"moe_intermediate_size": hidden // 2, "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": True}
+    own = {"moe_intermediate_size": hidden // 2, "num_experts": num_experts, "num_experts_per_tok": 8}
+    own |= {"norm_topk_prob": True}
     return Qwen3MoeConfig(**shared, **own, head_dim=hidden // heads)
 
 
-def make_base(size: str, layers: int = LAYERS, hidden: int = 512) -> PreTrainedModel:
-    """A random base whose routers decide."""
+def make_base(
+    size: str, layers: int = LAYERS, hidden: int = 512, dtype: torch.dtype = torch.float32, **shape: int
+) -> PreTrainedModel:
+    """A random base whose routers decide, in `dtype`, on torch's default device."""
     torch.manual_seed(0)
-    config = config_of(size, layers, hidden)
-    model = (MixtralForCausalLM if size == "S" else Qwen3MoeForCausalLM)(config)
+    config = config_of(size, layers, hidden, **shape)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for name, parameter in model.named_parameters():
         if name.endswith("gate.weight"):
             nn.init.normal_(parameter, std=0.05)

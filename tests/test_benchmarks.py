@@ -462,3 +462,25 @@ def test_two_steps_of_every_variant(name, small_data, monkeypatch):
     result = run.run(tasks.TASKS["numbers"], method, 1e-2, seed=0, steps=2, limit=4)
     assert 0 <= result["test"] <= 1 and result["text"]["windows/code"]["after"] > 1
     assert result["trainable"] > 0
+
+
+@pytest.mark.slow
+def test_the_script_for_gpus_runs_tiny_without_one(tmp_path):
+    output = tmp_path / "gpu.json"
+    command = [sys.executable, "benchmarks/gpu.py", "--tiny", "--sizes", "S", "--output", str(output)]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+    parts = json.loads(output.read_text())["parts"]
+    held = [kind for kind in parts["guarantees"].values() if isinstance(kind, dict) and "left out" not in kind]
+    assert len(held) >= 8 and all(value is True for kind in held for value in kind.values())
+    assert parts["use"]["S"]["exclusive, fused, compiled"]["decode 1"] > 0
+    assert all(run["tokens a second"] > 0 for run in parts["train"]["S"].values())
+    assert parts["quantised"].keys() & {"left out", "refused", "trains"}
+
+
+def test_the_script_for_gpus_asks_for_one(monkeypatch, capsys):
+    import gpu
+
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    with pytest.raises(SystemExit):
+        gpu.parse([])
+    assert "--tiny" in capsys.readouterr().err
