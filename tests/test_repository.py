@@ -470,7 +470,8 @@ def test_wheel_holds_the_modules_and_the_template(source_tree, new_python, tmp_p
     (wheel,) = tmp_path.glob("moextend-*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {f"modeling_moextend/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.py")}
-    assert names == modules | {"modeling_moextend/publishing/model_card_template.md", "modeling_moextend/py.typed"}
+    files = {"publishing/model_card_template.md", "evaluation/moextend.mplstyle", "py.typed"}
+    assert names == modules | {f"modeling_moextend/{name}" for name in files}
     assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
     pip(new_python, "install", "--ignore-installed", wheel, cwd=tmp_path)
     assert check_installed(new_python, cwd=tmp_path).is_relative_to(tmp_path / "venv")
