@@ -262,7 +262,7 @@ def plot(runs: list[dict[str, Any]], path: str | os.PathLike) -> None:
     methods, order = by_method(runs), max((run["tasks"] for run in runs), key=len)
     across = 2 if len(methods) > 1 else 1
     high = -(-len(methods) // across)
-    figure = new_figure(WIDTH, 0.7 + 2.1 * high)
+    figure = new_figure(WIDTH, 1.0 + 2.1 * high)
     panels = figure.subplots(high, across, squeeze=False, sharey=True).flatten()
     for axes, (method, steps) in zip(panels, methods.items(), strict=False):
         for number, task in enumerate(order):

@@ -106,6 +106,26 @@ def overview(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines + (["", f"Fewer than three seeds: {', '.join(fewer)}."] if fewer else [])) + "\n"
 
 
+README_TASKS = {"library": "docstring → library", "easy_vqa": "questions on images"}  # that all three ran on
+README_METHODS = ("new experts (ours)", "LoRA, replay", "full fine-tuning, replay")  # of `SHOWN`
+
+
+def readme_table(runs: list[dict[str, Any]]) -> str:
+    """README's three rows: test accuracy and the rise of the base's perplexity on the same tasks, means over seeds."""
+    pairs = by_pair(runs)
+    head = [f"{words} | base text" for words in README_TASKS.values()]
+    lines = ["| | " + " | ".join(head) + " |", "|---" + "|---:" * (2 * len(head)) + "|"]
+    for name in README_METHODS:
+        cells = []
+        for task in README_TASKS:
+            part = next(part for method in SHOWN[name] if (part := chosen(pairs[task].get(method, []))))
+            same = all(run["bit_equal"] for run in part)
+            cells += [f"{100 * mean(run['test'] for run in part):.1f}%"]
+            cells += ["bit-equal" if same else percent(mean(map(rise, part)))]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def brief(runs: list[dict[str, Any]]) -> str:
     """As in "91.0% / 90.1%, bit-equal": validation split, test split, rise of base perplexity; means over seeds."""
     accuracy = " / ".join(f"{100 * mean(run[split] for run in runs):.1f}%" for split in SPLITS)
@@ -295,4 +315,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = RESULTS / "forgetting.jsonl"
     parser.add_argument("results", nargs="?", type=Path, default=default, help="default: results/forgetting.jsonl")
-    show(parser.parse_args().results)
+    parser.add_argument("--readme", action="store_true", help="prints README's table only")
+    args = parser.parse_args()
+    if args.readme:
+        print(readme_table(read_runs(args.results)), end="")
+    else:
+        show(args.results)

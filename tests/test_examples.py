@@ -74,11 +74,11 @@ def test_publishing_says_what_would_go_up(quickstart):
     assert not any("training_args" in name or "optimizer" in name or "results" in name for name in listed)
 
 
-# ------------------------------------------------------------------ README's accelerate commands
+# ------------------------------------------------------------------ the accelerate commands of docs/training.md
 
 
 def launch(command, *more, cwd):
-    """A command of README's as it stands, on this machine's CPU, from a copy of the folder that it is meant for."""
+    """A command of that page as it stands, on this machine's CPU, from a copy of the folder that it is meant for."""
     for name in ("assets", "configuration", "examples"):
         (cwd / name).symlink_to(ROOT / name)
     program, *words = shlex.split(command, comments=True)
@@ -87,7 +87,7 @@ def launch(command, *more, cwd):
 
 
 def launches():
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+    text = (ROOT / "docs/training.md").read_text(encoding="utf-8").replace("\\\n", "")
     return {
         ("cpu" if "--use_cpu" in line else "gpu"): line for line in text.splitlines() if "accelerate launch" in line
     }

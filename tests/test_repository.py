@@ -2,7 +2,6 @@
 
 import ast
 import configparser
-import importlib
 import os
 import re
 import shutil
@@ -368,7 +367,7 @@ def folders():
         ("docs/architecture.md", [path for path in PACKAGE.iterdir() if path.is_dir() and path.name[0] != "_"]),
         ("CONTRIBUTING.md", folders()),
         ("CONTRIBUTING.md", list((ROOT / "examples").glob("*.py"))),
-        ("README.md", list((ROOT / "docs").glob("*.md"))),
+        ("mkdocs.yml", list((ROOT / "docs").glob("*.md"))),
     ],
     ids=["modules", "folders of modules", "folders", "examples", "pages"],
 )
@@ -497,11 +496,49 @@ def test_source_archive_builds_the_same_wheel(source_tree, tmp_path):
     assert template == (ROOT / "model_card_template.md").read_bytes()
 
 
-def test_the_readmes_python_names_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    imports = [node for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
-    assert len(imports) >= 3
-    for node in imports:
-        module = importlib.import_module(node.module)
-        assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+# ---------------------------------------------------------------- README
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = list((ROOT / "docs").glob("*.md"))
+
+
+def test_readme_is_a_page_and_its_tables_fit_a_laptop():
+    lines = README.splitlines()
+    assert len(lines) <= 200
+    assert not [line for line in lines if line.startswith("|") and len(line) > 100]
+
+
+def test_badges_are_true():
+    setup = read_setup()
+    requirements = setup["options"]["install_requires"]
+    badges = dict(re.findall(r"img\.shields\.io/badge/(\w+)-([\w.+-]+?)-\w+\)", README))
+    assert badges["licence"] == setup["metadata"]["license"].replace("-", "--")
+    assert badges["python"] == setup["options"]["python_requires"].removeprefix(">=") + "+"
+    assert badges["transformers"] == re.search(r"^transformers>=([\d.]+)", requirements, re.MULTILINE)[1] + "+"
+    assert badges["arXiv"] in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_readme_counts_the_families_of_the_table():
+    counted = re.search(
+        r"^(\d+ of \d+ families)", (ROOT / "docs/families.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert f"[{counted[1]}](docs/families.md)" in README
+
+
+def anchor(heading):
+    """What GitHub and the site make of a heading: small letters and digits, `-` for blanks."""
+    plain = re.sub(r"[`*]|\]\([^)]*\)|\[", "", heading)
+    return re.sub(r"[^\w\- ]", "", plain.lower()).strip().replace(" ", "-")
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target, fragment in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        path = ((ROOT / page).parent / target).resolve() if target else ROOT / page
+        assert path.exists(), f"{page}: {target} is not there"
+        if fragment:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert fragment in map(anchor, headings), f"{page}: {target} has no #{fragment}"
