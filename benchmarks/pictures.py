@@ -1,10 +1,10 @@
 """The pictures of README and docs/, as .svg and .png in docs/images/: from the results files, and one idea drawn.
 
-    python benchmarks/pictures.py               # all of them: make pictures
-    python benchmarks/pictures.py idea speed    # some
+    python benchmarks/pictures.py                         # all of them from files: make pictures
+    python benchmarks/pictures.py idea speed              # some
+    python benchmarks/pictures.py small_run --measure     # those of a small run, which trains for a minute or two
 
-`router_shift`, `expert_use`, `captured`, `frontier` and `threshold` show the library's own figures, of the runs that
-their functions name; they train for a few minutes and are drawn only where they are named.
+The small run is README's: numbers in words, on the small base. What it measured is kept in results/small_run.json.
 """
 
 import argparse
@@ -16,7 +16,18 @@ import report
 import speed
 from runs import read_runs
 
-from modeling_moextend.evaluation.figures import NEW, WIDTH, new_figure, save, styled
+from modeling_moextend import RouterShift
+from modeling_moextend.evaluation.figures import (
+    NEW,
+    WIDTH,
+    new_figure,
+    plot_captured,
+    plot_expert_use,
+    plot_frontier,
+    plot_threshold_curve,
+    save,
+    styled,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -89,22 +100,108 @@ def speed_picture(path: Path) -> None:
     speed.picture(json.loads((RESULTS / "speed.json").read_text(encoding="utf-8")), path)
 
 
+MEASURED = RESULTS / "small_run.json"
+NUMBERS = ROOT / "examples/numbers"
+TINY = "assets/tiny-moe"  # from ROOT
+THRESHOLDS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
+
+
+def small_run(path: Path) -> None:
+    """The library's own figures: router shift, frontier, expert use, captured share, threshold curve."""
+    measured = json.loads(MEASURED.read_text(encoding="utf-8"))
+    results, folder = measured["results"], path.parent
+    shift, use = measured["shift"], {name: with_numbers(part) for name, part in results["expert_use"].items()}
+    plan = with_numbers(measured["plan"])
+    RouterShift(**shift).plot(folder / "router_shift.png", plan)
+    points = [{"name": "base alone", "accuracy": results["base_accuracy"], "perplexity_ratio": 1.0}]
+    points += [{"name": "new experts", **{name: measured[name] for name in ("accuracy", "perplexity_ratio")}}]
+    plot_frontier(points, folder / "frontier.png")
+    plot_expert_use(use, with_numbers(results["new_experts"]), folder / "expert_use.png")
+    domains = results["retention"]["domains"].items()
+    captured = {name: with_numbers(values["captured"]) for name, values in domains}
+    plot_captured(captured, folder / "captured.png", with_numbers(results["task_captured"]))
+    plot_threshold_curve(results["threshold_curve"], folder / "threshold.png", results["gate_threshold"])
+
+
+def with_numbers(values: dict) -> dict:
+    """Keys as the layers' numbers that they were before JSON."""
+    return {int(key): value for key, value in values.items()}
+
+
+def measure() -> None:
+    """Writes what `small_run` draws: a probe for the router shift, then README's training, measured at thresholds.
+
+    Half of the base's held-out text is what the gate learns to leave alone, the other half what is measured.
+    """
+    from datasets import load_dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    from modeling_moextend import (
+        MoExtendForCausalLM,
+        MoExtendSFTConfig,
+        MoExtendSFTTrainer,
+        evaluate_adapter,
+        measure_router_shift,
+    )
+    from modeling_moextend.data.files import read_questions
+    from modeling_moextend.extender import probe_config
+
+    set_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    chats = load_dataset("json", data_files=str(NUMBERS / "train.jsonl"), split="train")
+    text = load_dataset("json", data_files=f"{TINY}/held_out.jsonl", split="train").train_test_split(0.5, seed=0)
+    common = {"per_device_train_batch_size": 16, "assistant_only_loss": True, "bf16": False, "report_to": "none"}
+    common |= {"disable_tqdm": True, "gradient_checkpointing": False, "save_strategy": "no"}
+    base = AutoModelForCausalLM.from_pretrained(TINY, dtype="float32")
+    parts = chats.train_test_split(200, seed=0)
+    probe = probe_config("outputs/probe", max_steps=40, **common)
+    shift = measure_router_shift(base, parts["train"], parts["test"], args=probe, processing_class=tokenizer)
+    plan = shift.select(fraction=0.5, num_new=4)
+    model = MoExtendForCausalLM.from_base(base, {2: [0, 1, 2, 3], 3: [0, 1, 2, 3]})
+    args = {"max_steps": 150, "learning_rate": 4e-3, "gate_steps": 100, "retention_tokens": 20_000}
+    trainer = MoExtendSFTTrainer(
+        model,
+        MoExtendSFTConfig("outputs/numbers", **args, **common),
+        train_dataset=chats,
+        retention_dataset=text["train"].select_columns("text"),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    questions, documents = read_questions(NUMBERS / "test.jsonl"), list(text["test"])
+    options = {"max_new_tokens": 16, "progress": False}
+    results = evaluate_adapter(model.eval(), tokenizer, documents, questions, thresholds=THRESHOLDS, **options)
+    counts = {name: getattr(shift, name).tolist() for name in ("counts_before", "counts_after")}
+    measured = {
+        "accuracy": results["accuracy"],
+        "perplexity_ratio": results["retention"]["perplexity_ratio"],
+        "shift": {"layers": list(shift.layers), **counts},
+        "plan": plan,
+        "results": results,
+    }
+    MEASURED.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+
+
 FROM_FILES = {
     "idea": idea,
     "forgetting": forgetting,
     "ablations": ablations,
     "continual": tasks_in_a_row,
     "speed": speed_picture,
+    "small_run": small_run,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"any of {', '.join(FROM_FILES)}; default: all")
-    names = parser.parse_args().names or list(FROM_FILES)
+    parser.add_argument("--measure", action="store_true", help="train and measure the small run anew before")
+    args = parser.parse_args()
+    names = args.names or list(FROM_FILES)
     unknown = sorted(set(names) - set(FROM_FILES))
     if unknown:
         parser.error(f"no such picture: {', '.join(unknown)}; there are {', '.join(FROM_FILES)}")
+    if args.measure:
+        measure()
     IMAGES.mkdir(exist_ok=True)
     for name in names:
         FROM_FILES[name](IMAGES / f"{name}.png")
