@@ -9,6 +9,7 @@ measures it: held-out numbers, and the base's own held-out text.
 
 import argparse
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -86,9 +87,21 @@ def measure(folder: str, report: str, records: list) -> None:
     )
     card = write_report(report, results, title="numbers", task="numbers 0 to 9,999", text="held_out.jsonl of tiny-moe")
     print(json.dumps({name: results[name] for name in ("accuracy", "base_accuracy", "bit_equal")}))
-    card = {name: card[name] for name in ("results", "forgetting", "metrics")}
+    card = {name: card[name] for name in ("results", "forgetting", "metrics")} | {"datasets": ["numbers 0 to 9,999"]}
     write_facts(folder, **read_facts(folder), **card, license="apache-2.0", language="en")
     folder_card(folder, model.config).save(Path(folder, "README.md"))
+    link(Path(folder))
+
+
+def link(folder: Path) -> None:
+    """The repository has the code and the tokenizer already: in place of copies, links to them."""
+    originals = [*(ROOT / "modeling_moextend").glob("*_moextend.py"), ROOT / BASE / "tokenizer.json"]
+    for original in originals:
+        copy = folder / original.name
+        if copy.read_bytes() != original.read_bytes():
+            raise ValueError(f"{copy} is not {original}.")
+        copy.unlink()
+        copy.symlink_to(os.path.relpath(original, folder.resolve()))
 
 
 if __name__ == "__main__":
