@@ -15,7 +15,7 @@ KERNELS ?= OMP_NUM_THREADS=1 OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=default ATEN_
 	ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart forgetting speed families pictures docs test test-fast test-slow test-kernels quality style
+.PHONY: help quickstart adapter forgetting speed families pictures docs test test-fast test-slow test-kernels quality style
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -27,6 +27,10 @@ quickstart: export MALLOC_MMAP_THRESHOLD_ = 1000000000
 quickstart: export MALLOC_TRIM_THRESHOLD_ = 2000000000
 quickstart: $(READY_TO_RUN) ## set up, then run examples/quickstart.py (options: ARGS="...")
 	$(BIN)/python examples/quickstart.py $(ARGS)
+
+adapter: export OMP_NUM_THREADS = 1
+adapter: $(READY_TO_TEST) ## set up, then train and measure the ready adapter, assets/numbers
+	$(BIN)/python assets/train_numbers.py $(ARGS)
 
 forgetting: $(READY_TO_TEST) ## set up, then run the benchmark of benchmarks/ (options: ARGS="--quick")
 	$(BIN)/python benchmarks/forgetting.py $(ARGS)

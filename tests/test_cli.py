@@ -7,12 +7,14 @@ writes that part of docs/cli.md anew.
 
 import argparse
 import configparser
+import inspect
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import redirect_stdout
 from functools import partial
 from importlib import import_module
@@ -31,11 +33,18 @@ from test_push_to_hub import hub as hub
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import modeling_moextend
+import moextend as short_name
+import moextend_cli as cli
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.adapter_file_moextend import FILE, INDEX, header_checksum, read_adapter
-from modeling_moextend.cli import commands as cli
+from modeling_moextend.configuration_moextend import DELTAS as LIBRARY_DELTAS
 from modeling_moextend.tools.native import NUMBER
+from modeling_moextend.tools.verification import verify_adapter
 from modeling_moextend.training.planning import plan_training
+from moextend_cli.arguments import DELTAS, build_parser
+from moextend_cli.main import options_named
+from moextend_cli.terminal import escaped
 
 ROOT = Path(__file__).parents[1]
 PLAN = {1: [0], 3: [2, 5]}
@@ -82,16 +91,77 @@ def test_help_has_examples_that_parse_and_exit_codes(command):
     examples = re.findall(rf"^ *moextend ({command} .*)$", text, flags=re.MULTILINE)
     assert len(examples) >= 2
     for example in examples:
-        args = cli.build_parser().parse_args([word.strip('"') for word in re.findall(r'"[^"]*"|\S+', example)])
+        args = build_parser().parse_args([word.strip('"') for word in re.findall(r'"[^"]*"|\S+', example)])
         assert args.command == command
     assert "exit codes:\n  0  " in text and "\n  1  " in text and "\n  2  " in text
 
 
 def test_every_option_is_explained():
-    (commands,) = [action for action in cli.build_parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    (commands,) = [action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)]
     assert tuple(commands.choices) == COMMANDS
     for parser in commands.choices.values():
         assert all(action.help for action in parser._actions)
+
+
+# What a help may not import: `python -X importtime` gives torch 3.8 of the 5.7 seconds that the library takes.
+HEAVY = {"torch", "transformers", "trl", "datasets", "modeling_moextend", "moextend", "matplotlib", "gradio"}
+IMPORTED = """
+import sys, moextend_cli
+try:
+    moextend_cli.main(sys.argv[1:])
+except SystemExit as left:
+    assert left.code == 0
+print(*{name.partition(".")[0] for name in sys.modules}, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("line", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_help_and_version_import_no_torch_and_take_less_than_a_second(line):
+    seconds = []
+    while not seconds or min(seconds) >= 1 and len(seconds) < 5:  # the machine may be busy
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", IMPORTED, *line], cwd=ROOT, capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+    assert done.returncode == 0, done.stderr
+    assert {"argparse", "moextend_cli"} <= set(done.stderr.split()), "the process says what it imported"
+    assert not HEAVY & set(done.stderr.split()) and min(seconds) < 1
+    said = "usage: moextend" if "--help" in line else f"moextend {modeling_moextend.__version__}\n"
+    assert done.stdout.startswith(said)
+
+
+def test_both_names_of_the_library_are_one():
+    names = [name for name in dir(modeling_moextend) if name in modeling_moextend.__all__]
+    assert set(names) == set(modeling_moextend.__all__) == set(short_name.__all__) <= set(dir(short_name))
+    assert all(getattr(short_name, name) is getattr(modeling_moextend, name) for name in names)
+    assert short_name.__version__ == modeling_moextend.__version__
+    with pytest.raises(AttributeError, match="nothing"):
+        short_name.nothing  # noqa: B018
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["moextend", "modeling_moextend"])
+def test_either_import_registers_with_transformers(name, adapter):
+    """An adapter then loads by `AutoModelForCausalLM`, without code from its folder."""
+    code = f"import sys, {name}; from transformers import AutoModelForCausalLM as Auto; from moextend import *;"
+    code += "print(type(Auto.from_pretrained(sys.argv[1])) is MoExtendForCausalLM)"
+    done = subprocess.run([sys.executable, "-c", code, str(adapter)], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_what_the_parser_knows_without_the_library_is_what_the_library_says():
+    assert DELTAS == tuple(LIBRARY_DELTAS)
+    defaults = inspect.signature(verify_adapter).parameters
+    args = build_parser().parse_args(["verify", "me/x"])
+    assert args.prompt == defaults["prompt"].default and args.max_new_tokens == defaults["max_new_tokens"].default
+
+
+@pytest.mark.parametrize(
+    "line", ["push {0} me/x", "push --adapter {0} --repo-id me/x", "push --repo_id=me/x --adapter={0}"]
+)
+def test_positional_arguments_may_be_named_and_words_joined_either_way(line, adapter):
+    args = build_parser().parse_args([*line.format(adapter).split(), "--base", "me/base"])
+    assert (args.adapter, args.repo_id, args.base) == (str(adapter), "me/x", "me/base")
+    assert build_parser().parse_args(["merge", "me/x", "out", "--max_shard_size", "2GB"]).max_shard_size == "2GB"
 
 
 def test_the_console_script_is_this_main():
@@ -106,7 +176,7 @@ def test_the_console_script_is_this_main():
 def test_as_a_process(adapter):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
     run = partial(subprocess.run, env=environment, capture_output=True, text=True)
-    python = [sys.executable, "-m", "modeling_moextend.cli"]
+    python = [sys.executable, "-m", "moextend_cli"]
     done = run([*python, "verify", str(adapter), "--json"])
     assert done.returncode == 0 and json.loads(done.stdout)["ok"], "nothing but JSON on stdout"
     done = run([*python, "inspect", str(adapter.parent / "base")])
@@ -326,7 +396,7 @@ def test_whatever_happens_there_is_one_object_on_stdout(error, adapter, monkeypa
     def fail(*args, **options):
         raise error
 
-    monkeypatch.setattr(cli, "diff_adapters", fail)
+    monkeypatch.setattr("modeling_moextend.tools.inspection.diff_adapters", fail)
     assert cli.main(["diff", str(adapter), str(adapter), "--json"]) == 2
     output = capsys.readouterr()
     ours = error in FAULTS
@@ -341,7 +411,7 @@ def test_no_network_is_code_2(command, adapter):
     hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1", "HF_TOKEN": "hf_me"}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(adapter.parent / "cache"), **hub}
     line = ["inspect", "me/x"] if command == "inspect" else ["push", str(adapter), "me/x", "--base", "me/base"]
-    python = [sys.executable, "-m", "modeling_moextend.cli", *line, "--json"]
+    python = [sys.executable, "-m", "moextend_cli", *line, "--json"]
     done = subprocess.run(python, env=environment, capture_output=True, text=True, timeout=600)
     found = json.loads(done.stdout)
     assert done.returncode == 2 and "refused" in found["error"] and "Traceback" not in done.stderr
@@ -529,8 +599,8 @@ def test_arguments_are_escaped_as_well(moextend):
 
 
 def test_what_a_terminal_cannot_print_is_escaped():
-    assert cli.escaped("é│\t", encoding="ascii") == r"\xe9\u2502\t"
-    assert cli.escaped("a\n\tb\\", allowed="\n\t") == "a\n\tb\\"
+    assert escaped("é│\t", encoding="ascii") == r"\xe9\u2502\t"
+    assert escaped("a\n\tb\\", allowed="\n\t") == "a\n\tb\\"
 
 
 # ---------------------------------------------------------------- inspect
@@ -786,7 +856,7 @@ def test_what_keywords_are_called_as_options_comes_from_the_parser():
     parser.add_argument("place")
     parser.add_argument("--base")
     parser.add_argument("-n", "--no-check", dest="check", action="store_false")
-    named = partial(cli.options_named, parser=parser)
+    named = partial(options_named, parser=parser)
     assert named("Pass base=<its base>; check=False takes any.") == {"base=": "--base", "check=False": "--no-check"}
     assert named("the base, check_base=False, check=True, place=1, --base x") == {}
 
@@ -831,7 +901,9 @@ def test_merge(adapter, tmp_path, moextend):
 def test_merge_hands_its_options_on(adapter, monkeypatch, moextend):
     given = {}
     done = {"folder": "out", "kind": "native", "files": 1, "bytes": 2}
-    monkeypatch.setattr(cli, "merge", lambda *args, **options: given.update(args=args, **options) or done)
+    monkeypatch.setattr(
+        "modeling_moextend.tools.merge.merge", lambda *args, **options: given.update(args=args, **options) or done
+    )
     options = ["--native", "--base", "b", "--no-check-base", "--max-shard-size", "2GB", "--revision", "v2"]
     options += ["--no-check-trained-on"]
     code, text = moextend("merge", "a", "out", *options)
@@ -919,7 +991,7 @@ def test_ctrl_c_ends_with_one_line(monkeypatch, capsys, tmp_path):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("modeling_moextend.cli.commands.inspect_adapter", stop)
+    monkeypatch.setattr("modeling_moextend.tools.inspection.inspect_adapter", stop)
     assert cli.main(["inspect", str(tmp_path)]) == 130
     assert (
         capsys.readouterr().err

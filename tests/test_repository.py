@@ -20,6 +20,7 @@ import modeling_moextend
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "modeling_moextend"
+PACKAGES = [PACKAGE, ROOT / "moextend", ROOT / "moextend_cli"]  # the library, its short name, its command
 SHIPPED = sorted(PACKAGE.glob("*_moextend.py"))
 ORDER = (  # of the package's folders; each imports only from those before it. "": what ships, at the root
     "",
@@ -32,7 +33,6 @@ ORDER = (  # of the package's folders; each imports only from those before it. "
     "evaluation",
     "extender",
     "training",
-    "cli",
 )
 DOORS = {  # shipped file -> what it asks the package for through `from_package`, where a user wants more than it holds
     "adapters_moextend": {"attaching", "serving", "training.reference"},
@@ -122,7 +122,7 @@ def imported_modules(source, module):
             yield from (name if name in MODULES else target for name in found)
 
 
-OUTSIDE = ("benchmarks", "examples", "tests")  # of the package: they import it
+OUTSIDE = ("benchmarks", "examples", "tests", "moextend", "moextend_cli")  # of the package: they import it
 IMPORTERS = re.compile(r"(.*\.)?(importlib|pkgutil|runpy|imp|builtins)(\.|$)|sys\.modules$|.* by another name")
 ALLOWED_IMPORTS = {"importlib.metadata.version", "importlib.resources.files"}  # by name: they hand no importlib on
 
@@ -186,7 +186,7 @@ def upward_imports(source, module):
         ("tools.merge", "from .native import export", False),
         ("training", "from .trainer import MoExtendSFTTrainer", False),
         ("training.trainer", "from ..tools.merge import merge", False),
-        ("training.trainer", "from .. import cli", True),
+        ("training.trainer", "from moextend_cli import main", True),
         ("training.trainer", "from ..unknown.folder import x", True),
         ("tools.merge", "from examples.measure import x", True),
         ("tools.merge", "import benchmarks.run", True),
@@ -287,7 +287,8 @@ def test_what_ships_is_short_enough_to_be_read():
 
 
 def test_setup_lists_every_folder():
-    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
+    found = [path for package in PACKAGES for path in package.rglob("__init__.py")]
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in found}
     assert set(read_setup()["options"]["packages"].split()) == folders
 
 
@@ -310,8 +311,9 @@ def test_no_text_of_a_shipped_file_looks_like_a_relative_import(path):
     assert set(get_relative_imports(path)) == real
 
 
-def test_importing_the_package_imports_nothing_of_the_extras():
-    code = "import sys, modeling_moextend; print(*{'trl', 'datasets', 'evaluate', 'matplotlib'} & set(sys.modules))"
+@pytest.mark.parametrize("name", ["moextend", "modeling_moextend"])
+def test_importing_the_package_imports_nothing_of_the_extras(name):
+    code = f"import sys, {name}; print(*{{'trl', 'datasets', 'evaluate', 'matplotlib'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
@@ -424,7 +426,8 @@ def test_every_direct_requirement_has_a_tested_version():
 def source_tree(tmp_path):
     """A copy of what building needs, so that nothing is written into the checkout."""
     tree = tmp_path / "source"
-    shutil.copytree(PACKAGE, tree / PACKAGE.name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for package in PACKAGES:
+        shutil.copytree(package, tree / package.name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md", "model_card_template.md"):
         shutil.copy(ROOT / name, tree)
     return tree
@@ -468,9 +471,10 @@ def test_wheel_holds_the_modules_and_the_template(source_tree, new_python, tmp_p
     pip(sys.executable, "wheel", ".", "-w", tmp_path, cwd=source_tree)
     (wheel,) = tmp_path.glob("moextend-*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    modules = {f"modeling_moextend/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.py")}
-    files = {"publishing/model_card_template.md", "evaluation/moextend.mplstyle", "py.typed"}
-    assert names == modules | {f"modeling_moextend/{name}" for name in files}
+    modules = {str(path.relative_to(ROOT)) for package in PACKAGES for path in package.rglob("*.py")}
+    typed = {"modeling_moextend/py.typed", "moextend/py.typed"}
+    files = {"modeling_moextend/publishing/model_card_template.md", "modeling_moextend/evaluation/moextend.mplstyle"}
+    assert names == modules | typed | files
     assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
     pip(new_python, "install", "--ignore-installed", wheel, cwd=tmp_path)
     assert check_installed(new_python, cwd=tmp_path).is_relative_to(tmp_path / "venv")

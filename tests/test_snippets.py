@@ -29,14 +29,14 @@ from conftest import shake
 from transformers import AutoTokenizer
 
 from modeling_moextend import MoExtendForCausalLM, MoExtendProcessor, RouterShift
-from modeling_moextend.cli.commands import WrongUsage, build_parser
 from modeling_moextend.training.trainer import MoExtendSFTTrainer
+from moextend_cli.arguments import WrongUsage, build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r'^```(\w*)(?: title="([^"]*)")?[ \t]*\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 LANGUAGES = {"python", "bash", "text", "json", "yaml", "mermaid"}
 NOT_RUN = "not run here: "
-LINKED = ("assets", "benchmarks", "configuration", "examples", "modeling_moextend")
+LINKED = ("assets", "benchmarks", "configuration", "examples", "modeling_moextend", "moextend", "moextend_cli")
 ADAPTERS = ("my-adapter", "law", "medicine")
 OBJECTS = {  # what these names are on every page
     "model": MoExtendForCausalLM,
@@ -252,6 +252,6 @@ def test_snippets_run_from_the_first_to_the_last(page, checkout, monkeypatch):
 def run_shell(code):
     programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {**os.environ, "PATH": programs, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    code = 'moextend() { python -m modeling_moextend.cli "$@"; }\n' + code
+    code = 'moextend() { python -m moextend_cli "$@"; }\n' + code
     done = subprocess.run(["bash", "-euc", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, f"{code}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"

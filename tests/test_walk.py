@@ -21,7 +21,7 @@ def test_readme_works_from_its_first_line_to_its_last(tmp_path):
     assert [language for language, _ in ran].count("python") >= 2 and ("bash", ran[0][1]) == ran[0]
     print(*(f"{snippet} {seconds}" for snippet, seconds, _ in steps), sep="\n")
     printed = "\n".join(printed for *_, printed in steps)
-    assert "five hundred twenty-one" in printed  # what the reader is promised
+    assert "one thousand nine hundred eighty-four" in printed  # what the reader is promised
 
 
 @pytest.mark.parametrize(
