@@ -88,6 +88,13 @@ def forgetting(path: Path) -> None:
     report.plot(read_runs(RESULTS / "forgetting.jsonl"), path)
 
 
+def frontier(path: Path, task: str = "library") -> None:
+    """`plot_frontier` of all methods of the benchmark on one task."""
+    methods = report.by_pair(read_runs(RESULTS / "forgetting.jsonl"))[task]
+    parts = {name: part for name, runs in methods.items() if (part := report.chosen(runs))}
+    plot_frontier([report.point(name, part) for name, part in parts.items()], path)
+
+
 def ablations(path: Path) -> None:
     report.plot_ablations(read_runs(RESULTS / "ablations.jsonl"), path)
 
@@ -107,15 +114,12 @@ THRESHOLDS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
 
 
 def small_run(path: Path) -> None:
-    """The library's own figures: router shift, frontier, expert use, captured share, threshold curve."""
+    """The library's own figures: router shift, expert use, captured share, threshold curve."""
     measured = json.loads(MEASURED.read_text(encoding="utf-8"))
     results, folder = measured["results"], path.parent
     shift, use = measured["shift"], {name: with_numbers(part) for name, part in results["expert_use"].items()}
     plan = with_numbers(measured["plan"])
     RouterShift(**shift).plot(folder / "router_shift.png", plan)
-    points = [{"name": "base alone", "accuracy": results["base_accuracy"], "perplexity_ratio": 1.0}]
-    points += [{"name": "new experts", **{name: measured[name] for name in ("accuracy", "perplexity_ratio")}}]
-    plot_frontier(points, folder / "frontier.png")
     plot_expert_use(use, with_numbers(results["new_experts"]), folder / "expert_use.png")
     domains = results["retention"]["domains"].items()
     captured = {name: with_numbers(values["captured"]) for name, values in domains}
@@ -172,8 +176,6 @@ def measure() -> None:
     results = evaluate_adapter(model.eval(), tokenizer, documents, questions, thresholds=THRESHOLDS, **options)
     counts = {name: getattr(shift, name).tolist() for name in ("counts_before", "counts_after")}
     measured = {
-        "accuracy": results["accuracy"],
-        "perplexity_ratio": results["retention"]["perplexity_ratio"],
         "shift": {"layers": list(shift.layers), **counts},
         "plan": plan,
         "results": results,
@@ -184,6 +186,7 @@ def measure() -> None:
 FROM_FILES = {
     "idea": idea,
     "forgetting": forgetting,
+    "frontier": frontier,
     "ablations": ablations,
     "continual": tasks_in_a_row,
     "speed": speed_picture,
@@ -205,7 +208,7 @@ def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     for name in names:
         FROM_FILES[name](IMAGES / f"{name}.png")
-        print(f"docs/images/{name}.png, .svg")
+        print(f"docs/images: {name}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from statistics import mean
+from statistics import mean, pstdev
 from typing import Any
 
 from methods import METHODS, changed
@@ -250,6 +250,18 @@ def plot(runs: list[dict[str, Any]], path: str | os.PathLike) -> None:
     handles = [gained.plot([], [], MARKERS[n], color=COLOURS[n], label=name)[0] for n, name in enumerate(names)]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(names), columnspacing=1.2, handletextpad=0.2)
     save(figure, path)
+
+
+def point(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """A method's point in `figures.plot_frontier`'s terms: means and standard deviations over seeds."""
+    lost, gained = [rise(run) for run in runs], [run["test"] for run in runs]
+    return {
+        "name": name,
+        "accuracy": mean(gained),
+        "accuracy_std": pstdev(gained),
+        "perplexity_ratio": 1 + mean(lost) / 100,
+        "perplexity_ratio_std": pstdev(lost) / 100,
+    }
 
 
 @styled

@@ -28,7 +28,9 @@ def test_readme_works_from_its_first_line_to_its_last(tmp_path):
     ("name", "promised"),
     [("text_task.ipynb", "texts with every logit bit-equal: 100%"), ("seeing.ipynb", "True")],
 )
-def test_notebooks_run_from_top_to_bottom(name, promised, tmp_path):
+def test_notebooks_run_from_top_to_bottom(name, promised, tmp_path, monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1000000000")  # as in the Makefile: activations stay in the process
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "2000000000")
     for folder in LINKED:
         (tmp_path / folder).symlink_to(ROOT / folder)
     notebook = nbformat.read(ROOT / "examples" / name, as_version=4)

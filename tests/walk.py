@@ -9,6 +9,7 @@ stands, in its order, each in a process of its own. Those that README marks as n
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -43,8 +44,11 @@ def fresh_machine(folder, offline=False):
     if offline:
         code = "import sysconfig; print(sysconfig.get_path('purelib'))"
         found = subprocess.run([programs / "python", "-c", code], capture_output=True, text=True, check=True)
+        site = Path(found.stdout.strip())
+        for old in (*site.glob("setuptools*"), site / "_distutils_hack"):  # those that come with venv build no wheel
+            shutil.rmtree(old, ignore_errors=True)
         lines = [path for path in sys.path if path.endswith("-packages")] or [sysconfig.get_path("purelib")]
-        Path(found.stdout.strip(), "dependencies.pth").write_text("\n".join(lines))
+        (site / "dependencies.pth").write_text("\n".join(lines))
         variables |= OFFLINE
     return checkout, variables
 

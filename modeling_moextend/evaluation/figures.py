@@ -70,8 +70,11 @@ def plot_frontier(points: Sequence[dict[str, Any]], path: str | os.PathLike) -> 
         path: the image file; its ending says the format.
     """
     figure = new_figure(WIDTH, 3.6)
-    draw_frontier(figure.add_subplot(), points)
-    figure.legend(loc="outside right upper")
+    axes = figure.add_subplot()
+    draw_frontier(axes, points)
+    figure.legend(
+        [bars[0] for bars in axes.containers], [point["name"] for point in points], loc="outside right upper"
+    )
     save(figure, path)
 
 
@@ -86,8 +89,8 @@ def draw_frontier(axes: Axes, points: Sequence[dict[str, Any]]) -> None:
             yerr=100 * point.get("accuracy_std", 0.0) or None,
             fmt=MARKERS[number % len(MARKERS)],
             color=COLOURS[number % len(COLOURS)],
-            markersize=9,
-            capsize=3,
+            markersize=8,
+            capsize=2,
             zorder=3,
             clip_on=False,
             label=point["name"],
@@ -201,6 +204,8 @@ def plot_expert_use(
         axes.set_yticks(layers_shown, [str(layers[number]) for number in layers_shown])
     for axes in grid.flat[len(use) :]:
         axes.set_axis_off()
+    for axes in grid.flat[max(0, len(use) - columns) : len(use)]:  # nothing is below them
+        axes.tick_params(labelbottom=True)
     figure.supxlabel("expert (n0, n1, ...: new ones, right of the line; x: none here)", fontsize="medium")
     figure.supylabel("decoder layer", fontsize="medium")
     figure.colorbar(image, ax=grid, label="share of the layer's selections (%)")
@@ -233,7 +238,8 @@ def plot_captured(
         hatch = None if colour == BASE else "//"
         legend = None if label in labelled else label
         axes.barh(place, mean, color=colour, edgecolor="white", hatch=hatch, height=0.62, label=legend)
-        axes.errorbar(mean, place, xerr=spread, fmt="none", ecolor="black", capsize=3, linewidth=1)
+        if lowest < highest:
+            axes.errorbar(mean, place, xerr=spread, fmt="none", ecolor="black", capsize=3, linewidth=1)
         axes.annotate(f"{mean:.3g}%", (highest, place), (5, 0), textcoords="offset points", va="center")
         labelled.add(label)
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
