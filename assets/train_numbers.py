@@ -56,6 +56,9 @@ def main() -> None:
     parser.add_argument("--output", default="assets/numbers", help="folder of the adapter")
     parser.add_argument("--report", default="outputs/numbers/report", help="folder of its report")
     args = parser.parse_args()
+    for path in Path(args.output).glob("*"):
+        if path.is_symlink():  # of the last time: what is saved is not to go through it
+            path.unlink()
     records = number_records()
     set_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(BASE)

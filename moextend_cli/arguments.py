@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import commands, results
+from .options import add_recipe_options
 
 if TYPE_CHECKING:
     from .terminal import Terminal
@@ -24,6 +25,7 @@ They mean the same for every command: of a damaged adapter verify too ends with 
 AS_WRITTEN = argparse.RawDescriptionHelpFormatter
 ADAPTER = "folder or Hub id of an adapter"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+SHELLS = ("bash", "zsh", "fish")
 DELTAS = ("embedding", "attention", "output")
 
 
@@ -88,7 +90,7 @@ class ShowVersion(argparse.Action):
 
 def build_parser() -> Parser:
     """The parser of all commands."""
-    text = "Plan MoExtend adapters; look into them, check, compare, export and publish them."
+    text = "Train MoExtend adapters, measure them, talk to them, look into them, export and publish them."
     parser = Parser("moextend", description=text, epilog=EXIT_CODES, formatter_class=AS_WRITTEN)
     parser.add_argument("--version", action=ShowVersion)
     hint = "`moextend <command> --help` says more"
@@ -178,9 +180,92 @@ def build_parser() -> Parser:
         text = f"Hub id of the {part}, where the adapter names another place"
         command.add_argument(f"--{part}", type=hub_name, metavar="ID", help=text)
     command.add_argument(
-        "--report", metavar="FOLDER", help="of evaluate_adapter.py: results and pictures for the card"
+        "--report", metavar="FOLDER", help="of `moextend evaluate`: results and pictures for the card"
     )
+    text = "picture of the router shift (default: what stage extend left there)"
+    command.add_argument("--shift", metavar="FILE", help=text)
+    command.add_argument("--license", metavar="NAME", help="of the adapter, for the card")
+    command.add_argument("--language", nargs="+", metavar="CODE", help="ISO 639 codes, for the card")
+    text = "what it was trained on, for the card: Hub ids, or names of files"
+    command.add_argument("--datasets", nargs="+", metavar="NAME", help=text)
+    text = "say what would be uploaded, beside the card's pictures, and stop"
+    command.add_argument("--dry-run", action="store_true", help=text)
+
+    command = add_command(subparsers, "train", commands.train_command, results.show_train)
+    add_recipe(command, "a recipe: its file, or the name of one that ships")
+    add_recipe_options(command, library())
+
+    command = add_command(subparsers, "evaluate", commands.evaluate_command, results.show_evaluate)
+    command.add_argument("adapter", type=adapter_location, help=ADAPTER)
+    add_evaluate_options(command)
+    add_parts(command)
+
+    command = add_command(subparsers, "report", commands.report_command, results.show_report, refused=UNREADABLE)
+    command.add_argument("folders", nargs="+", help="of `moextend evaluate`, or their report.json")
+    command.add_argument("--picture", metavar="FILE", help="draw accuracy against forgetting there (.png, .svg, .pdf)")
+
+    command = add_command(subparsers, "quickstart", commands.quickstart_command, results.show_nothing)
+    add_recipe(command, "another recipe than easy_vqa: its file, or the name of one that ships")
+    add_recipe_options(command, library(), quickstart=True)
+
+    command = add_command(subparsers, "chat", commands.chat_command, results.show_nothing, as_json=False)
+    command.add_argument("adapter", type=adapter_location, help=ADAPTER)
+    add_talk_options(command)
+    add_parts(command)
+
+    command = add_command(subparsers, "completion", commands.completion_command, results.show_completion)
+    command.add_argument("shell", choices=SHELLS, help=f"one of {', '.join(SHELLS)}")
     return parser
+
+
+def add_talk_options(parser: argparse.ArgumentParser) -> None:
+    text = "length of an answer (default: 256)"
+    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help=text)
+    text = "draw tokens at this temperature (default: the likeliest one)"
+    parser.add_argument("--temperature", type=above_zero, default=0.0, metavar="T", help=text)
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, metavar="DTYPE", help="default: the base's")
+
+
+def add_recipe(parser: argparse.ArgumentParser, text: str) -> None:
+    """The options of a command that trains. Words that are no option of ours are the trainer's."""
+    parser.allow_abbrev = False
+    parser.usage = f"{parser.prog} [-h] [--json] [--config RECIPE] [--option VALUE ...]"
+    parser.set_defaults(passes_on=True, trains=True)
+    parser.add_argument("--config", metavar="RECIPE", help=text)
+    parser.add_argument("--help-all", action=HelpAll, help="show the trainer's options too, several hundred, and exit")
+
+
+class HelpAll(argparse.Action):
+    """--help-all: what the library's parser says of every option."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> NoReturn:
+        from modeling_moextend.training.recipes import all_options
+
+        print(all_options(), end="")
+        parser.exit()
+
+
+def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--text", required=True, help="JSON lines with texts that the base knew")
+    parser.add_argument("--questions", help="JSON or JSON lines with the new task; default: only the base's text")
+    parser.add_argument("--image-folder", help="what image paths start from; default: the folder of --questions")
+    parser.add_argument("--max-questions", type=positive, metavar="N", help="a random sample of so many (seed 0)")
+    metrics = ("exact_match", "vqa_accuracy")
+    parser.add_argument("--metric", default=metrics[0], choices=metrics, help="of the answers (default: exact_match)")
+    text = "of the gate, with scope 'gate' (default: -1 -0.5 0 0.5 1)"
+    parser.add_argument("--thresholds", type=float, nargs="*", metavar="Z", help=text)
+    text = "report folders to show in the frontier as well"
+    parser.add_argument("--compare", nargs="*", default=[], metavar="FOLDER", help=text)
+    parser.add_argument("--title", help="the adapter's name in the report (default: its folder's)")
+    parser.add_argument("--max-length", type=positive, default=256, metavar="N", help="tokens of a text that count")
+    parser.add_argument("--max-new-tokens", type=positive, default=12, metavar="N", help="length of an answer")
+    text = "texts at once (default: 16); four times as many questions"
+    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help=text)
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, metavar="DTYPE", help="default: the base's")
+    parser.add_argument("--output", default="report", metavar="FOLDER", help="of the report (default: report)")
 
 
 def add_command(
@@ -191,6 +276,7 @@ def add_command(
     *,
     code: Callable[[dict[str, Any]], int] = lambda result: OK,
     refused: int = PROBLEM,
+    as_json: bool = True,
 ) -> argparse.ArgumentParser:
     """A command's parser.
 
@@ -199,15 +285,16 @@ def add_command(
         show: prints the result.
         code: result -> exit code.
         refused: exit code when `run` raises a `ValueError` that is no `Unusable`.
+        as_json: whether it has a result to print as JSON.
     """
     text = getdoc(run)
     brief = text.split("\n", 1)[0]
     parser = subparsers.add_parser(name, help=brief, description=text, epilog=EXIT_CODES, formatter_class=AS_WRITTEN)
     choices = {"run": run, "show": show, "code": code, "refused": refused, "parser": parser}
-    parser.set_defaults(**choices, passes_on=False, trains=False)
-    parser.add_argument(
-        "--json", action="store_true", help='print JSON: the result, or {"error": ..., "exit_code": ...}'
-    )
+    parser.set_defaults(**choices, json=False, passes_on=False, trains=False)
+    if as_json:
+        text = 'print JSON: the result, or {"error": ..., "exit_code": ...}'
+        parser.add_argument("--json", action="store_true", help=text)
     return parser
 
 

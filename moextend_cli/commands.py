@@ -151,9 +151,17 @@ def push_command(args: argparse.Namespace) -> dict[str, Any]:
     processor, card. The adapter is read and checked first. The token is that of
     `hf auth login`, or HF_TOKEN.
 
+    A damaged adapter is not published, and neither is one whose base or encoder is a path
+    on this machine: --base and --encoder say where they lie on the Hub, and that is
+    written into the adapter. Nothing else in the folder (checkpoints, optimiser states,
+    pickled arguments) is uploaded. The card is filled from the adapter, the trainer's
+    card.json, the picture of the router shift and --report; a README.md of your own goes
+    up as it is, unless an option for the card is given.
+
     examples:
       moextend push outputs/adapter me/my-adapter --private
       moextend push outputs/adapter me/my-adapter --revision v2 --base me/the-base
+      moextend push outputs/adapter me/my-adapter --report report --license mit --dry-run
     """
     from modeling_moextend.publishing.hub import publish_folder
 
@@ -161,10 +169,125 @@ def push_command(args: argparse.Namespace) -> dict[str, Any]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder.")
     if args.report is not None and not Path(args.report, "report.json").is_file():
-        raise FileNotFoundError(f"{args.report}: no report there. examples/evaluate_adapter.py writes one.")
-    options = {name: getattr(args, name) for name in ("base", "encoder", "report", "revision")}
-    commit = publish_folder(folder, args.repo_id, private=args.private or None, **options)
+        raise FileNotFoundError(f"{args.report}: no report there. `moextend evaluate` writes one.")
+    options = {name: getattr(args, name) for name in ("base", "encoder", "report", "shift", "revision", "dry_run")}
+    card = {name: value for name in ("license", "language", "datasets") if (value := getattr(args, name))}
+    commit = publish_folder(folder, args.repo_id, private=args.private or None, card=card, **options)
+    if args.dry_run:
+        return {"repo_id": args.repo_id, "files": commit}
     return {"repo_id": args.repo_id, "commit": commit.oid, "url": commit.commit_url}
+
+
+def train_command(args: argparse.Namespace) -> dict[str, Any]:
+    """Train an adapter by a recipe: align, extend, finetune.
+
+    A recipe is a flat YAML file of options. Options on the command line win over it;
+    unknown ones are an error. Those that ship: easy_vqa, mixtral_8x7b_clip_l,
+    qwen3_30b_a3b_text. Several processes: `accelerate launch -m moextend_cli train ...`.
+
+    Ctrl-C ends with one line: where it stopped, and how to go on.
+
+    examples:
+      moextend train --config easy_vqa
+      moextend train --config my_recipe.yaml --max-steps 200 --output-dir outputs/try
+      moextend train --config easy_vqa --stages finetune --adapter outputs/aligned --plan plan.json
+    """
+    from modeling_moextend.training.recipes import train
+
+    return train([word for word in args.given if word != "--json"])
+
+
+def evaluate_command(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure an adapter: what it learned, what its base lost.
+
+    Writes a report folder: JSON, Markdown, pictures and a model card.
+
+    --text holds what the base knew: JSON lines {"domain", "text"}, or "messages" in place
+    of "text". --questions holds the new task: JSON (lines) with "messages", the last one
+    being the reference answer, or LLaVA JSON. With scope "gate" both are also measured
+    over --thresholds of the gate; the adapter itself is not changed.
+
+    examples:
+      moextend evaluate outputs/adapter --text held_out.jsonl --questions new_task.jsonl
+      moextend evaluate me/my-adapter --text held_out.jsonl --compare other/report --output report
+    """
+    from modeling_moextend.evaluation.folder import report_adapter
+
+    names = ("questions", "output", "base", "encoder", "image_folder", "max_questions", "thresholds", "compare")
+    names += ("title", "dtype", "metric", "max_length", "max_new_tokens", "batch_size")
+    return report_adapter(args.adapter, args.text, **{name: getattr(args, name) for name in names})
+
+
+def report_command(args: argparse.Namespace) -> dict[str, Any]:
+    """Show reports side by side.
+
+    Reads what `moextend evaluate` or a ReportCallback wrote; nothing is measured anew.
+
+    examples:
+      moextend report report
+      moextend report mine/report other/report --picture frontier.svg
+    """
+    from modeling_moextend.evaluation.folder import compare_reports
+
+    return compare_reports(args.folders, args.picture)
+
+
+def quickstart_command(args: argparse.Namespace) -> dict[str, Any]:
+    """Teach a small pretrained MoE to see, in a few minutes on a CPU.
+
+    easy-VQA (pip install easy-vqa) -> align -> extend -> finetune -> save -> answer in a
+    fresh process. By default the base and the encoder of this repository, so run it from a
+    checkout; any of base, encoder and data can be another folder or Hub id. Writes the
+    adapter, the picture of stage extend, results.json and a model card to --output-dir,
+    and prints a table. The options are those of the recipe easy_vqa, and a few.
+
+    examples:
+      moextend quickstart --output-dir outputs/try
+      moextend quickstart --paper true --output-dir outputs/paper
+    """
+    from modeling_moextend.quickstart import quickstart
+
+    return quickstart([word for word in args.given if word != "--json"])
+
+
+def chat_command(args: argparse.Namespace) -> dict[str, Any]:
+    """Talk to an adapter in the terminal.
+
+    Answers come word by word. After each it is said which of its tokens used new experts,
+    marked by colour, or by [brackets] where there is none. /off lets the base answer alone,
+    /on brings the adapter back, /adapter NAME switches to another one, /image FILE shows an
+    image with the next message, /help names the rest. Ctrl-C ends an answer.
+
+    examples:
+      moextend chat assets/numbers
+      moextend chat me/my-adapter --temperature 0.7 --max-new-tokens 500
+    """
+    from modeling_moextend.chat import Chat
+    from modeling_moextend.evaluation.folder import load_adapter
+
+    from .chat import Conversation
+
+    model, processor = load_adapter(args.adapter, args.base, args.encoder, args.dtype)
+    options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature")}
+    Conversation(Chat(model, processor, **options)).run()
+    return {}
+
+
+def completion_command(args: argparse.Namespace) -> dict[str, Any]:
+    """Print what lets a shell complete commands and options.
+
+    Needs argcomplete: pip install 'moextend[completion]'.
+
+    examples:
+      moextend completion bash >> ~/.bashrc
+      moextend completion fish > ~/.config/fish/completions/moextend.fish
+    """
+    try:
+        from argcomplete import shellcode
+    except ImportError as error:
+        raise ImportError("Shell completion needs argcomplete: pip install 'moextend[completion]'.") from error
+
+    return {"shell": args.shell, "code": shellcode(["moextend"], shell=args.shell)}
 
 
 def hub_options(args: argparse.Namespace) -> dict[str, str]:

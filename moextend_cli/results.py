@@ -119,4 +119,39 @@ def counted(value: float) -> str:
 
 
 def show_push(console: Terminal, result: dict[str, Any]) -> None:
-    console.say(f"published: {result['url']}")
+    if "files" in result:
+        console.say("\n".join(result["files"]), allowed="\n")
+    else:
+        console.say(f"published: {result['url']}")
+
+
+def show_train(console: Terminal, result: dict[str, Any]) -> None:
+    size = f"{result['parameters']:,} parameters, {counted(result['bytes'])}B"
+    console.say(f"Adapter in {result['adapter']}: {size}")
+    console.say(f"Next: moextend inspect {result['adapter']}; moextend chat {result['adapter']}")
+
+
+def show_evaluate(console: Terminal, result: dict[str, Any]) -> None:
+    for entry in result["results"]:
+        console.say(f"{entry['measure']}: {' -> '.join(filter(None, (entry['base'], entry['with the adapter'])))}")
+    console.say(f"Report in {result['folder']}: {', '.join(result['files'])}")
+
+
+def show_report(console: Terminal, result: dict[str, Any]) -> None:
+    measures = list(dict.fromkeys(entry["measure"] for report in result["reports"] for entry in report["results"]))
+    found = [
+        {entry["measure"]: " -> ".join(filter(None, (entry["base"], entry["with the adapter"]))) for entry in entries}
+        for entries in (report["results"] for report in result["reports"])
+    ]
+    titles = [report["title"] for report in result["reports"]]
+    console.table(["", *titles], [[name, *(values.get(name, "") for values in found)] for name in measures])
+    if result["picture"] is not None:
+        console.say(f"Picture in {result['picture']}")
+
+
+def show_nothing(console: Terminal, result: dict[str, Any]) -> None:
+    """It was printed on the way."""
+
+
+def show_completion(console: Terminal, result: dict[str, Any]) -> None:
+    console.say(result["code"], allowed="\n\t")

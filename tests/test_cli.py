@@ -7,6 +7,7 @@ writes that part of docs/cli.md anew.
 
 import argparse
 import configparser
+import dataclasses
 import inspect
 import json
 import os
@@ -30,8 +31,10 @@ from safetensors.torch import load_file, save_file
 from test_export import OBSTACLES
 from test_push_to_hub import ADAPTER, BASE, REPO
 from test_push_to_hub import hub as hub
+from test_report import make_results
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from trl import SFTConfig
 
 import modeling_moextend
 import moextend as short_name
@@ -39,9 +42,14 @@ import moextend_cli as cli
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.adapter_file_moextend import FILE, INDEX, header_checksum, read_adapter
 from modeling_moextend.configuration_moextend import DELTAS as LIBRARY_DELTAS
+from modeling_moextend.evaluation.report import write_report
+from modeling_moextend.quickstart.run import QuickstartConfig
 from modeling_moextend.tools.native import NUMBER
 from modeling_moextend.tools.verification import verify_adapter
+from modeling_moextend.training.config import MoExtendSFTConfig
 from modeling_moextend.training.planning import plan_training
+from modeling_moextend.training.recipes import RecipeParser, find_recipe, recipe_names
+from modeling_moextend.training.stages import StagesConfig
 from moextend_cli.arguments import DELTAS, build_parser
 from moextend_cli.main import options_named
 from moextend_cli.terminal import escaped
@@ -52,7 +60,7 @@ NATIVE = {"scope": "all", "selection": "compete", "calibration": "none"}
 DOCUMENT = ROOT / "docs" / "cli.md"
 COMMANDS_TITLE = "## Commands\n"
 OF_ADAPTERS = ("inspect", "verify", "diff", "merge", "compress", "push")
-COMMANDS = (*OF_ADAPTERS[:-1], "plan", "push")
+COMMANDS = (*OF_ADAPTERS[:-1], "plan", "push", "train", "evaluate", "report", "quickstart", "chat", "completion")
 
 # ---------------------------------------------------------------- helps
 
@@ -91,6 +99,7 @@ def test_help_has_examples_that_parse_and_exit_codes(command):
     examples = re.findall(rf"^ *moextend ({command} .*)$", text, flags=re.MULTILINE)
     assert len(examples) >= 2
     for example in examples:
+        example = example.split(" >")[0]  # what the shell does with it
         args = build_parser().parse_args([word.strip('"') for word in re.findall(r'"[^"]*"|\S+', example)])
         assert args.command == command
     assert "exit codes:\n  0  " in text and "\n  1  " in text and "\n  2  " in text
@@ -1004,6 +1013,89 @@ def test_ctrl_c_ends_with_one_line(monkeypatch, capsys, tmp_path):
 if __name__ == "__main__":
     os.environ["COLUMNS"] = "100"
     DOCUMENT.write_text(document(), encoding="utf-8")
+
+
+# ---------------------------------------------------------------- train
+
+
+def test_recipes_ship_and_are_found_by_name_or_path(moextend, tmp_path):
+    names = sorted(path.stem for path in (ROOT / "configuration" / "recipes").glob("*.yaml"))
+    assert recipe_names() == names and all(name in help_text("train") for name in names)
+    assert Path(find_recipe("easy_vqa")).read_text() == (ROOT / "configuration/recipes/easy_vqa.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text("base: x")
+    assert find_recipe(str(tmp_path / "mine.yaml")) == str(tmp_path / "mine.yaml")
+    code, text = moextend("train", "--config", "no_such")
+    assert code == 2 and f"no such recipe among {', '.join(names)}" in text
+
+
+@pytest.mark.parametrize("line", ["--nonsense 1", "--max_steps many", "--stages fly", "--bf16 false"])
+def test_wrong_options_of_a_recipe_are_said_in_a_line(line, moextend):
+    code, text = moextend("train", *line.split(), "--use_cpu", "true")
+    assert code in (1, 2) and len(text.splitlines()) <= 4 and "Traceback" not in text
+
+
+@pytest.mark.parametrize("command", ["train", "quickstart"])
+def test_the_options_that_help_shows_are_those_that_the_library_parses(command):
+    parser = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices[command]
+    shown = {word for action in parser._actions for word in action.option_strings}
+    classes = (StagesConfig, MoExtendSFTConfig) + ((QuickstartConfig,) if command == "quickstart" else ())
+    known = {word for action in RecipeParser(classes)._actions for word in action.option_strings}
+    assert shown - {"-h", "--help", "--json", "--config", "--help-all"} <= known
+    own = {field.name for cls in classes for field in dataclasses.fields(cls)} - {
+        field.name for field in dataclasses.fields(SFTConfig)
+    }
+    assert {f"--{name.replace('_', '-')}" for name in own} <= shown
+
+
+def test_train_trains_what_the_options_say(moextend, tmp_path):
+    """The door is thin: words go to the library's parser as they are, and its result comes back."""
+    make_base().save_pretrained(tmp_path / "base")
+    words = Tokenizer(models.WordLevel({"<unk>": 0, **{f"w{n}": n for n in range(1, 60)}}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<unk>", eos_token="w1")
+    tokenizer.save_pretrained(tmp_path / "base")
+    lines = [json.dumps({"text": " ".join(f"w{(a + b) % 50 + 2}" for b in range(8))}) for a in range(24)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    recipe = {"base": str(tmp_path / "base"), "data": str(tmp_path / "data.jsonl"), "stages": ["finetune"]}
+    recipe |= {"plan": '{"1": [0]}', "scope": "all", "deltas": ["none"], "use_cpu": True, "bf16": False}
+    recipe |= {"output_dir": str(tmp_path / "a"), "max_steps": 9, "report_to": "none", "save_strategy": "no"}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    line = ["train", "--config", tmp_path / "recipe.yaml", "--max-steps", 1, "--output_dir", tmp_path / "b", "--json"]
+    code, done = moextend(*line)
+    assert code == 0, done
+    assert done["adapter"] == str(tmp_path / "b") and done["stages"] == ["finetune"] and not (tmp_path / "a").exists()
+    assert moextend("inspect", tmp_path / "b", "--json")[1]["num_parameters"] == done["parameters"]
+
+
+def test_reports_side_by_side(moextend, tmp_path):
+    for name in ("one", "two"):
+        write_report(tmp_path / name, make_results(), title=name)
+    code, found = moextend("report", tmp_path / "one", tmp_path / "two", "--picture", tmp_path / "f.svg", "--json")
+    assert code == 0 and [report["title"] for report in found["reports"]] == ["one", "two"]
+    assert (tmp_path / "f.svg").read_text().startswith("<?xml")
+    code, text = moextend("report", tmp_path / "one")
+    assert code == 0 and "perplexity" in text
+    code, text = moextend("report", tmp_path)
+    assert code == 2 and "is no report" in text
+    (tmp_path / "one" / "report.json").write_text("{")
+    assert moextend("report", tmp_path / "one")[0] == 2
+
+
+def test_completion(moextend, monkeypatch):
+    """Without the package a word about it; with it, the shell's question is answered without importing torch."""
+    monkeypatch.setitem(sys.modules, "argcomplete", None)
+    code, text = moextend("completion", "bash")
+    assert code == 2 and "pip install 'moextend[completion]'" in text
+
+
+def test_completion_answers_the_shell(tmp_path):
+    pytest.importorskip("argcomplete")
+    for line, words in {"moextend me": "merge ", "moextend pl": "plan ", "moextend merge --na": "--native "}.items():
+        answer = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\v"}
+        answer |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "answer"), "PYTHONPATH": str(ROOT)}
+        code = "import sys, moextend_cli; sys.argv[0] = 'moextend'; moextend_cli.main()"
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, **answer}, check=True)
+        assert set((tmp_path / "answer").read_text().split("\v")) == {words}
 
 
 # ---------------------------------------------------------------- plan

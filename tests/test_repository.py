@@ -31,8 +31,10 @@ ORDER = (  # of the package's folders; each imports only from those before it. "
     "serving",
     "publishing",
     "evaluation",
+    "chat",
     "extender",
     "training",
+    "quickstart",
 )
 DOORS = {  # shipped file -> what it asks the package for through `from_package`, where a user wants more than it holds
     "adapters_moextend": {"attaching", "serving", "training.reference"},
@@ -94,7 +96,9 @@ def module_name(path):
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
 
 
-MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+MODULES = {  # links are to files from elsewhere
+    module_name(path): path for path in sorted(PACKAGE.rglob("*.py")) if not path.is_symlink()
+}
 
 
 def folder_of(module):
@@ -428,6 +432,9 @@ def source_tree(tmp_path):
     tree = tmp_path / "source"
     for package in PACKAGES:
         shutil.copytree(package, tree / package.name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "configuration", tree / "configuration")
+    (tree / "examples").mkdir()
+    shutil.copy(ROOT / "examples/answer.py", tree / "examples")
     for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md", "model_card_template.md"):
         shutil.copy(ROOT / name, tree)
     return tree
@@ -473,8 +480,9 @@ def test_wheel_holds_the_modules_and_the_template(source_tree, new_python, tmp_p
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {str(path.relative_to(ROOT)) for package in PACKAGES for path in package.rglob("*.py")}
     typed = {"modeling_moextend/py.typed", "moextend/py.typed"}
-    files = {"modeling_moextend/publishing/model_card_template.md", "modeling_moextend/evaluation/moextend.mplstyle"}
-    assert names == modules | typed | files
+    data = {f"modeling_moextend/training/recipe_files/{path.name}" for path in RECIPES}
+    data |= {"modeling_moextend/publishing/model_card_template.md", "modeling_moextend/evaluation/moextend.mplstyle"}
+    assert names == modules | typed | data
     assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
     pip(new_python, "install", "--ignore-installed", wheel, cwd=tmp_path)
     assert check_installed(new_python, cwd=tmp_path).is_relative_to(tmp_path / "venv")

@@ -193,6 +193,7 @@ def options_text(script):
 
     own = [ROOT / script, ROOT / "examples/preference.py"]
     own += [ROOT / "modeling_moextend/training" / name for name in ("stages.py", "config.py")]
+    own += sorted((ROOT / "moextend_cli").glob("*.py"))  # what scripts hand on
     return " ".join(path.read_text(encoding="utf-8") for path in own) + " ".join(SFTConfig.__dataclass_fields__)
 
 
