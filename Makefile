@@ -15,7 +15,7 @@ KERNELS ?= OMP_NUM_THREADS=1 OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=default ATEN_
 	ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart forgetting speed families test test-fast test-slow test-kernels quality style
+.PHONY: help quickstart adapter forgetting speed families pictures docs test test-fast test-slow test-kernels quality style
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -28,6 +28,10 @@ quickstart: export MALLOC_TRIM_THRESHOLD_ = 2000000000
 quickstart: $(READY_TO_RUN) ## set up, then run examples/quickstart.py (options: ARGS="...")
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
+adapter: export OMP_NUM_THREADS = 1
+adapter: $(READY_TO_TEST) ## set up, then train and measure the ready adapter, assets/numbers
+	$(BIN)/python assets/train_numbers.py $(ARGS)
+
 forgetting: $(READY_TO_TEST) ## set up, then run the benchmark of benchmarks/ (options: ARGS="--quick")
 	$(BIN)/python benchmarks/forgetting.py $(ARGS)
 
@@ -36,8 +40,16 @@ speed: $(READY_TO_TEST) ## set up, then measure speed and memory, one hour on on
 	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 families: export HF_HUB_OFFLINE = 1
-families: $(READY_TO_TEST) ## extend every MoE family of transformers, write the table of the README
+families: $(READY_TO_TEST) ## extend every MoE family of transformers, write the table of docs/families.md
 	$(BIN)/python tests/family_table.py
+
+pictures: export OMP_NUM_THREADS = 1
+pictures: $(READY_TO_TEST) ## draw the pictures of README and docs/ anew (options: ARGS="idea speed")
+	$(BIN)/python benchmarks/pictures.py $(ARGS)
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(READY_TO_TEST) ## build the site of docs/ into outputs/site; a broken link fails
+	$(BIN)/python -m mkdocs build
 
 test: test-fast test-slow ## set up, then run every test: the fast ones first
 

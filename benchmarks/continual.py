@@ -39,10 +39,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.data.processors import text_tokenizer
-from modeling_moextend.evaluation.figures import GREYS, MARKERS, new_figure
+from modeling_moextend.evaluation.figures import WIDTH, new_figure, save, styled
 
 ORDER = ("library", "types", "calendar", "follow_up")
 RATES = {"gate_deltas": 3e-3, "gate": 4e-3, "full": 1e-3, "full_replay": 1e-3, "lora": 4e-3, "lora_replay": 4e-3}
+NAMES = {  # of methods, for readers of the picture
+    "gate_deltas": "new experts (ours), one adapter a task",
+    "full": "full fine-tuning",
+    "full_replay": "full fine-tuning, replay",
+    "lora": "LoRA",
+}
 COMPARED = 200  # questions of each earlier task whose logits are compared
 
 
@@ -250,26 +256,32 @@ def rest(run: dict[str, Any]) -> list[str]:
     return [text, ", ".join(shown)]
 
 
+@styled
 def plot(runs: list[dict[str, Any]], path: str | os.PathLike) -> None:
     """A panel a method: test accuracy of each task after each step; below it the rise of the base's perplexity."""
     methods, order = by_method(runs), max((run["tasks"] for run in runs), key=len)
-    figure = new_figure(1.5 + 3.2 * len(methods), 3.6)
-    panels = figure.subplots(1, len(methods), squeeze=False, sharey=True)[0]
-    for axes, (method, steps) in zip(panels, methods.items(), strict=True):
+    across = 2 if len(methods) > 1 else 1
+    high = -(-len(methods) // across)
+    figure = new_figure(WIDTH, 1.0 + 2.1 * high)
+    panels = figure.subplots(high, across, squeeze=False, sharey=True).flatten()
+    for axes, (method, steps) in zip(panels, methods.items(), strict=False):
         for number, task in enumerate(order):
             known = [(len(run["tasks"]), 100 * run["accuracy"]["test"][task]) for run in steps if task in run["tasks"]]
-            style = {"marker": MARKERS[number], "markerfacecolor": GREYS[number % len(GREYS)], "color": "0.3"}
-            axes.plot(*(zip(*known, strict=True) if known else ((), ())), label=task, markeredgecolor="black", **style)
+            axes.plot(*(zip(*known, strict=True) if known else ((), ())), label=task, clip_on=False, zorder=3 + number)
         rises = [f"{run['tasks'][-1]}\n{rest(run)[0]}" for run in steps]
-        axes.set_xticks(range(1, len(steps) + 1), rises, fontsize="small")
+        axes.set_xticks(range(1, len(steps) + 1), rises)
         axes.set_xlim(0.7, len(order) + 0.3)
         axes.set_ylim(-3, 103)
-        axes.set_title(method)
-        axes.grid(color="0.9")
-    panels[0].set_ylabel("test accuracy (%)")
-    figure.supxlabel("task learned last; rise of the perplexity of the base's own text", fontsize="medium")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, title="task")
-    figure.savefig(path, dpi=150)
+        axes.set_title(NAMES.get(method, method))
+    for empty in panels[len(methods) :]:
+        empty.set_axis_off()
+    figure.supylabel("test accuracy (%)", fontsize="medium")
+    figure.supxlabel(
+        "task learned last, and the rise of the perplexity of the base's own text by then", fontsize="medium"
+    )
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names))
+    save(figure, path)
 
 
 def show(path: str | os.PathLike) -> None:

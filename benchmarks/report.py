@@ -1,6 +1,6 @@
 """Tables and the frontier picture from the results of `forgetting.py`.
 
-    python benchmarks/report.py                                      # prints Markdown, writes results/forgetting.png
+    python benchmarks/report.py                  # prints Markdown, writes docs/images/forgetting.png and .svg
     python benchmarks/report.py benchmarks/results/ablations.jsonl
 
 Accuracy is that of the validation split and of the test split at the rate that won on the validation split, which
@@ -21,10 +21,11 @@ from methods import METHODS, changed
 from runs import GROUPS, latest, read_runs, rise, settings_hash, spread, winner
 from tasks import TASKS
 
-from modeling_moextend.evaluation.figures import draw_frontier, new_figure
+from modeling_moextend.evaluation.figures import COLOURS, MARKERS, NEW, WIDTH, lost_axis, new_figure, save, styled
 
+RESULTS = Path(__file__).resolve().parent / "results"
+IMAGES = Path(__file__).resolve().parents[1] / "docs/images"
 SPLITS = ("validation", "test")
-ACROSS = 3  # panels of the picture
 OVERVIEW = ("gate_deltas", "gate_deltas_self", "modality", "lora_replay", "full_replay", "full")  # its columns
 COLUMNS = ("method", "rate", "seeds", *SPLITS, *GROUPS, "captured", "seconds")
 
@@ -105,6 +106,26 @@ def overview(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines + (["", f"Fewer than three seeds: {', '.join(fewer)}."] if fewer else [])) + "\n"
 
 
+README_TASKS = {"library": "docstring → library", "easy_vqa": "questions on images"}  # that all three ran on
+README_METHODS = ("new experts (ours)", "LoRA, replay", "full fine-tuning, replay")  # of `SHOWN`
+
+
+def readme_table(runs: list[dict[str, Any]]) -> str:
+    """README's three rows: test accuracy and the rise of the base's perplexity on the same tasks, means over seeds."""
+    pairs = by_pair(runs)
+    head = [f"{words} | base text" for words in README_TASKS.values()]
+    lines = ["| | " + " | ".join(head) + " |", "|---" + "|---:" * (2 * len(head)) + "|"]
+    for name in README_METHODS:
+        cells = []
+        for task in README_TASKS:
+            part = next(part for method in SHOWN[name] if (part := chosen(pairs[task].get(method, []))))
+            same = all(run["bit_equal"] for run in part)
+            cells += [f"{100 * mean(run['test'] for run in part):.1f}%"]
+            cells += ["bit-equal" if same else percent(mean(map(rise, part)))]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def brief(runs: list[dict[str, Any]]) -> str:
     """As in "91.0% / 90.1%, bit-equal": validation split, test split, rise of base perplexity; means over seeds."""
     accuracy = " / ".join(f"{100 * mean(run[split] for run in runs):.1f}%" for split in SPLITS)
@@ -165,36 +186,74 @@ def percent(value: float) -> str:
     return f"{value:+.2f}%" if abs(value) < 10 else f"{value:+.1f}%"
 
 
-def plot(runs: list[dict[str, Any]], path: str | os.PathLike) -> None:
-    """The frontier, a panel a task: what the base lost against accuracy; up and left is better.
+LOST = (  # rise of the base's perplexity below so many percent -> colour, marker, words
+    (0.05, NEW, "o", "below +0.05%"),
+    (1.0, COLOURS[4], "s", "+0.05% to +1%"),
+    (math.inf, COLOURS[1], "^", "+1% and more"),
+)
+WORDS = {  # of tasks, for readers of the picture
+    "library": "docstring →\nits library",
+    "types": "parameter →\nits type",
+    "numbers": "digits →\nwords",
+    "calendar": "appointment →\nits rule",
+    "follow_up": "follow-up\nquestions",
+    "easy_vqa": "questions\non images",
+}
+SHOWN = {  # rows of the picture: a name for readers -> the methods that it may be, the first that was run
+    "new experts (ours)": ("gate_deltas", "modality"),
+    "LoRA, replay": ("lora_replay",),
+    "full fine-tuning, replay": ("full_replay",),
+    "full fine-tuning": ("full",),
+    "the paper's routing": ("paper",),
+}
 
-    Large: the test split at the winning rate, mean and standard deviation over seeds. Small: the validation split at
-    the rates swept.
+
+@styled
+def plot(runs: list[dict[str, Any]], path: str | os.PathLike) -> None:
+    """Two panels, a line a task: accuracy (right is better) and what the base lost (left is better).
+
+    Dots are means over seeds at the winning rate, of the test split; lines go from the lowest to the highest seed.
     """
-    ran = by_pair(runs)
-    tasks = {task: {m: part for m in methods if (part := chosen(methods[m]))} for task, methods in ran.items()}
-    names = sorted({name for methods in tasks.values() for name in methods})
-    marker_numbers = {name: number for number, name in enumerate(names)}
-    wide, high = min(ACROSS, len(tasks)), math.ceil(len(tasks) / ACROSS)
-    figure = new_figure(4.6 * wide + 1.5, 3.8 * high)
-    panels = figure.subplots(high, wide, squeeze=False).flatten()
-    for empty in panels[len(tasks) :]:
-        empty.set_axis_off()
-    for axes, (task, methods) in zip(panels, tasks.items(), strict=False):
-        draw_frontier(axes, [point(name, part) for name, part in methods.items()], marker_numbers)
-        swept = [run for part in ran[task].values() for run in part if not run["error"]]
-        validation = [100 * run["validation"] for run in swept]
-        axes.plot([rise(run) for run in swept], validation, ".", color="0.6", zorder=1)
-        axes.set_title(task)
-        axes.set_xlabel("rise of the base's perplexity (%)")
-        axes.set_ylabel("accuracy (%)")
-    handles = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
-    figure.savefig(path, dpi=150)
+    found = {}
+    for task, methods in by_pair(runs).items():
+        for name, known in SHOWN.items():
+            part = next((part for method in known if (part := chosen(methods.get(method, [])))), None)
+            if part:
+                found.setdefault(task, {})[name] = figures(part) | {"rises": [rise(run) for run in part]}
+    names = [name for name in SHOWN if any(name in parts for parts in found.values())]
+    figure = new_figure(WIDTH + 0.8, 1.1 + 0.6 * len(found))
+    gained, lost = figure.subplots(1, 2, sharey=True)
+    for row, parts in enumerate(found.values()):
+        for axes in (gained, lost):
+            axes.axhspan(row - 0.44, row + 0.44, color="0.965", zorder=0, linewidth=0)
+        for number, name in enumerate(names):
+            if name not in parts:
+                continue
+            place, look = row + 0.165 * (number - (len(names) - 1) / 2), {"color": COLOURS[number], "zorder": 3}
+            mean_of, lowest, highest = (100 * value for value in parts[name]["test"])
+            gained.plot([lowest, highest], [place, place], marker="", **look)
+            gained.plot(mean_of, place, MARKERS[number], **look)
+            rises = [max(0.0, value) for value in parts[name]["rises"]]
+            lost.plot([min(rises), max(rises)], [place, place], marker="", **look)
+            lost.plot(mean(rises), place, MARKERS[number], clip_on=False, **look)
+    gained.set_yticks(range(len(found)), [WORDS.get(task, task) for task in found])
+    gained.set_ylim(len(found) - 0.45, -0.55)
+    gained.set_xlim(0, 102)
+    gained.set_xlabel("accuracy, test split (%): right is better")
+    lost_axis(lost, 0, max(value for parts in found.values() for part in parts.values() for value in part["rises"]))
+    lost.set_xlabel("rise of the perplexity of the base's own text: left is better")
+    lost.axvspan(-1, 0.03, color=COLOURS[0], alpha=0.12, zorder=1, linewidth=0)
+    lost.text(0.045, -0.47, "shaded: below +0.03%", size=7.5, color=COLOURS[0], va="center")
+    for axes in (gained, lost):
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+    handles = [gained.plot([], [], MARKERS[n], color=COLOURS[n], label=name)[0] for n, name in enumerate(names)]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(names), columnspacing=1.2, handletextpad=0.2)
+    save(figure, path)
 
 
 def point(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """A method's point in `figures.plot_frontier`'s terms."""
+    """A method's point in `figures.plot_frontier`'s terms: means and standard deviations over seeds."""
     lost, gained = [rise(run) for run in runs], [run["test"] for run in runs]
     return {
         "name": name,
@@ -205,9 +264,44 @@ def point(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+@styled
+def plot_ablations(runs: list[dict[str, Any]], path: str | os.PathLike) -> None:
+    """A panel a task of the method of most variants there, a line a variant: accuracy of both splits; what the base
+    lost as the dot's shape and colour. The method as it is: the dotted line."""
+    groups = {}
+    for run in latest(runs):
+        if not run["error"]:
+            groups.setdefault((run["of"], run["task"]), []).append(run)
+    groups = {key: group for key, group in groups.items() if len(group) > 3}  # a few runs are no comparison
+    figure = new_figure(WIDTH, 1.3 + sum(0.5 + 0.215 * len(group) for group in groups.values()))
+    ratios = [2.2 + len(group) for group in groups.values()]
+    panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=ratios)[:, 0]
+    for axes, ((of, task), group) in zip(panels, groups.items(), strict=True):
+        group = sorted(group, key=lambda run: run["test"])
+        plain = next(run for run in group if run["method"].endswith(": as it is"))
+        for row, run in enumerate(group):
+            kind = next(number for number, kind in enumerate(LOST) if abs(rise(run)) < kind[0])
+            colour, marker = LOST[kind][1:3]
+            axes.plot([100 * run["validation"], 100 * run["test"]], [row, row], marker="", color="0.75", zorder=2)
+            axes.plot(100 * run["validation"], row, marker, color="white", markeredgecolor=colour, zorder=3)
+            axes.plot(100 * run["test"], row, marker, color=colour, zorder=3)
+        axes.axvline(100 * plain["test"], color="0.3", linestyle=":", marker="", linewidth=1)
+        axes.set_yticks(range(len(group)), [run["method"].partition(": ")[2] for run in group])
+        axes.get_yticklabels()[group.index(plain)].set_fontweight("bold")
+        axes.set_title(f"{of}, on {task}")
+        axes.set_xlim(-2, 102)
+        axes.grid(axis="y", visible=False)
+    panels[-1].set_xlabel("accuracy (%): filled, the test split; hollow, the validation split. Dotted: as it is")
+    handles = [axes.plot([], [], marker, color=colour, label=text)[0] for _, colour, marker, text in LOST]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, title="perplexity of the base's own text")
+    save(figure, path)
+
+
 def show(path: str | os.PathLike) -> None:
     """Prints the tables of a results file and draws the picture beside it."""
-    present(path, read_runs(path), lambda runs: overview(runs) + "\n" + markdown(runs), plot, "forgetting.py")
+    runs = read_runs(path)
+    draw = plot_ablations if any("of" in run for run in runs) else plot
+    present(path, runs, lambda runs: overview(runs) + "\n" + markdown(runs), draw, "forgetting.py")
 
 
 def present(
@@ -217,19 +311,25 @@ def present(
     plot: Callable[[list[dict[str, Any]], Path], None],
     script: str,
 ) -> None:
-    """Prints what `markdown` makes of `runs` and has `plot` draw a picture beside the results file `path`; without
-    runs, which script makes them."""
+    """Prints what `markdown` makes of `runs` and has `plot` draw a picture, of the committed results files in
+    docs/images/, of others beside them; without runs, which script makes them."""
     if not runs:
         print(f"{path} holds no run that worked yet: python benchmarks/{script}")
         return
     print(markdown(runs))
-    picture = Path(path).with_suffix(".png")
+    path = Path(path).resolve()
+    picture = (IMAGES / path.name if path.parent == RESULTS else path).with_suffix(".png")
     plot(runs, picture)
     print(f"Picture: {picture}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Path(__file__).resolve().parent / "results/forgetting.jsonl"
+    default = RESULTS / "forgetting.jsonl"
     parser.add_argument("results", nargs="?", type=Path, default=default, help="default: results/forgetting.jsonl")
-    show(parser.parse_args().results)
+    parser.add_argument("--readme", action="store_true", help="prints README's table only")
+    args = parser.parse_args()
+    if args.readme:
+        print(readme_table(read_runs(args.results)), end="")
+    else:
+        show(args.results)

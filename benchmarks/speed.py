@@ -45,7 +45,7 @@ from transformers import (
 )
 
 from modeling_moextend import MoExtendForCausalLM
-from modeling_moextend.evaluation.figures import GREYS, MARKERS, new_figure
+from modeling_moextend.evaluation.figures import COLOURS, MARKERS, WIDTH, new_figure, save, styled
 from modeling_moextend.training.retention_text import LENGTH, LIKELIEST, PIECES_A_STEP, RetentionText, text_distance
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,7 +75,12 @@ ROUTINGS = {
     "open, no deltas": {"scope": "gate", "selection": "exclusive", "calibration": "none", "gate_threshold": -1e9}
     | {"deltas": ()},
 }
+SIZES = ("S: 8 experts", "F: 64 experts")
 FULL, LORA, ROUTERS, TRAINER = "full fine-tuning", "LoRA, attention and experts", "routers only", "trainer, gate open"
+PANELS = (  # of the picture: part, compared with, what of it, label, ticks
+    ("train", FULL, "step", f"time of a training step / that of {FULL}", (0.35, 0.5, 0.7, 1, 1.4)),
+    ("infer", "base", "decode 1", "time to decode one row / the base's", (0.7, 1, 2, 5, 10, 20, 50)),
+)
 TRAINED = {
     "upper, n = 1, paper": Adapter(new=1, routing="paper"),
     "upper, n = 4": Adapter(),
@@ -543,31 +548,32 @@ def shown(found: dict[str, Any], name: str, other: str, measure: str) -> str:
     return "" if name == other else f"{middle:.2f} ({lowest:.2f} to {highest:.2f})"
 
 
+@styled
 def picture(results: dict[str, Any], path: Path) -> None:
     """A dot a variant and size: a training step beside full fine-tuning, decoding one row beside the base."""
-    figure = new_figure(11, 4.6)
-    panels = zip(figure.subplots(1, 2), (("train", FULL, "step"), ("infer", "base", "decode 1")), strict=True)
-    for axes, (part, other, measure) in panels:
+    figure = new_figure(WIDTH, 7.4)
+    panels = zip(figure.subplots(2, 1, height_ratios=(11, 15)), PANELS, strict=True)
+    for axes, (part, other, measure, label, ticks) in panels:
         found = {size: results["parts"].get(f"{part}/{size}", {}).get("seconds", {}) for size in "SF"}
         names = [name for name in found["S"] or found["F"] if name != other and not name.startswith("floor of")]
-        for number, (size, seconds) in enumerate(found.items()):
+        for number, seconds in enumerate(found.values()):
             shown = [(row, *ratio(seconds, name, other, measure)) for row, name in enumerate(names) if name in seconds]
             for row, middle, lowest, highest in shown:
-                axes.plot([lowest, highest], [row, row], color="0.6", zorder=1)
-                style = {"marker": MARKERS[number], "markerfacecolor": GREYS[number], "color": "black"}
-                axes.plot(middle, row, linestyle="none", label=size if row == 0 else None, **style)
-        axes.axvline(1.0, color="0.4", linewidth=0.8, linestyle=":")
+                place, look = row + 0.4 * (number - 0.5), {"color": COLOURS[number], "zorder": 3}
+                axes.plot([lowest, highest], [place, place], marker="", **look)
+                axes.plot(middle, place, MARKERS[number], markersize=5.5, **look)
+        axes.axvline(1.0, color="0.3", linewidth=1, linestyle=":", marker="")
         axes.set_yticks(range(len(names)), names)
+        axes.tick_params(axis="y", length=0)
         axes.invert_yaxis()
         axes.set_xscale("log")
-        axes.set_xlabel({"step": f"training step / {FULL}", "decode 1": "decoding one row / base"}[measure])
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.xaxis.set_minor_formatter(
-            lambda value, _: f"{value:.1g}" if f"{value:.1g}" in "0.4 0.5 0.7 2 3 5" else ""
-        )
-        axes.grid(axis="x", color="0.9")
-        axes.legend(title="base", frameon=False)
-    figure.savefig(path, dpi=150)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel(label)
+        axes.grid(axis="y", visible=False)
+        handles = [axes.plot([], [], MARKERS[n], color=COLOURS[n], label=text)[0] for n, text in enumerate(SIZES)]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2)
+    save(figure, path)
 
 
 MEASURES = {"train": train_part, "memory": memory_part, "infer": infer_part, "host": host_part}
@@ -612,7 +618,7 @@ def main() -> None:
     text = tables(results)
     print(text)
     if args.output == RESULTS / "speed.json":
-        picture(results, RESULTS / "speed.png")
+        picture(results, ROOT / "docs/images/speed.png")
         page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
         before, rest = page.split(START)
         page = f"{before}{START}\n{text}{END}{rest.split(END)[1]}"

@@ -1,4 +1,4 @@
-"""The README's table of families, made from what attaching really does: `make families` writes it.
+"""The table of families in docs/families.md, made from what attaching really does: `make families` writes it.
 
 Each family is built and extended, alone and in its multimodal model; the table says by which rule it routes, which
 tensors a new expert adds to its router, and where a family is refused, why.
@@ -14,7 +14,7 @@ from plain_routing import ROUTING
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.families_moextend import find_moe_layers
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs/families.md"
 START, END = "<!-- families -->\n", "<!-- /families -->"
 
 
@@ -67,11 +67,11 @@ def table():
 
 def main():
     transformers.logging.set_verbosity_error()
-    before, rest = README.read_text().split(START)
+    before, rest = PAGE.read_text().split(START)
     text = before + START + table() + END + rest.split(END)[1]
-    changed = text != README.read_text()
-    README.write_text(text)
-    print(f"{README}: {'written anew' if changed else 'unchanged'}", file=sys.stderr)
+    changed = text != PAGE.read_text()
+    PAGE.write_text(text)
+    print(f"{PAGE}: {'written anew' if changed else 'unchanged'}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -367,6 +367,12 @@ def test_the_overview_has_a_line_a_task_and_says_where_seeds_are_missing():
     assert text.endswith("Fewer than three seeds: types gate_deltas (1).\n")
 
 
+def test_readmes_table_is_what_the_results_say():
+    readme = (Path(report.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    shown = readme.split("<!-- python benchmarks/report.py --readme -->\n")[1].split("<!-- end -->")[0]
+    assert shown == report.readme_table(runs.read_runs(report.RESULTS / "forgetting.jsonl"))
+
+
 def test_below_a_table_stand_the_shares_of_full_replay_on_both_splits():
     done = [line(method="full_replay", validation=0.8, test=0.5), line(method="full", validation=0.4, test=0.6)]
     text = report.markdown(done)

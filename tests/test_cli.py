@@ -7,12 +7,15 @@ writes that part of docs/cli.md anew.
 
 import argparse
 import configparser
+import dataclasses
+import inspect
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import redirect_stdout
 from functools import partial
 from importlib import import_module
@@ -28,14 +31,28 @@ from safetensors.torch import load_file, save_file
 from test_export import OBSTACLES
 from test_push_to_hub import ADAPTER, BASE, REPO
 from test_push_to_hub import hub as hub
+from test_report import make_results
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from trl import SFTConfig
 
+import modeling_moextend
+import moextend as short_name
+import moextend_cli as cli
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.adapter_file_moextend import FILE, INDEX, header_checksum, read_adapter
-from modeling_moextend.cli import commands as cli
+from modeling_moextend.configuration_moextend import DELTAS as LIBRARY_DELTAS
+from modeling_moextend.evaluation.report import write_report
+from modeling_moextend.quickstart.run import QuickstartConfig
 from modeling_moextend.tools.native import NUMBER
+from modeling_moextend.tools.verification import verify_adapter
+from modeling_moextend.training.config import MoExtendSFTConfig
 from modeling_moextend.training.planning import plan_training
+from modeling_moextend.training.recipes import RecipeParser, find_recipe, recipe_names
+from modeling_moextend.training.stages import StagesConfig
+from moextend_cli.arguments import DELTAS, build_parser
+from moextend_cli.main import options_named
+from moextend_cli.terminal import escaped
 
 ROOT = Path(__file__).parents[1]
 PLAN = {1: [0], 3: [2, 5]}
@@ -43,7 +60,7 @@ NATIVE = {"scope": "all", "selection": "compete", "calibration": "none"}
 DOCUMENT = ROOT / "docs" / "cli.md"
 COMMANDS_TITLE = "## Commands\n"
 OF_ADAPTERS = ("inspect", "verify", "diff", "merge", "compress", "push")
-COMMANDS = (*OF_ADAPTERS[:-1], "plan", "push")
+COMMANDS = (*OF_ADAPTERS[:-1], "plan", "push", "train", "evaluate", "report", "quickstart", "chat", "completion")
 
 # ---------------------------------------------------------------- helps
 
@@ -82,16 +99,78 @@ def test_help_has_examples_that_parse_and_exit_codes(command):
     examples = re.findall(rf"^ *moextend ({command} .*)$", text, flags=re.MULTILINE)
     assert len(examples) >= 2
     for example in examples:
-        args = cli.build_parser().parse_args([word.strip('"') for word in re.findall(r'"[^"]*"|\S+', example)])
+        example = example.split(" >")[0]  # what the shell does with it
+        args = build_parser().parse_args([word.strip('"') for word in re.findall(r'"[^"]*"|\S+', example)])
         assert args.command == command
     assert "exit codes:\n  0  " in text and "\n  1  " in text and "\n  2  " in text
 
 
 def test_every_option_is_explained():
-    (commands,) = [action for action in cli.build_parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    (commands,) = [action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)]
     assert tuple(commands.choices) == COMMANDS
     for parser in commands.choices.values():
         assert all(action.help for action in parser._actions)
+
+
+# What a help may not import: `python -X importtime` gives torch 3.8 of the 5.7 seconds that the library takes.
+HEAVY = {"torch", "transformers", "trl", "datasets", "modeling_moextend", "moextend", "matplotlib", "gradio"}
+IMPORTED = """
+import sys, moextend_cli
+try:
+    moextend_cli.main(sys.argv[1:])
+except SystemExit as left:
+    assert left.code == 0
+print(*{name.partition(".")[0] for name in sys.modules}, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("line", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+def test_help_and_version_import_no_torch_and_take_less_than_a_second(line):
+    seconds = []
+    while not seconds or min(seconds) >= 1 and len(seconds) < 5:  # the machine may be busy
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", IMPORTED, *line], cwd=ROOT, capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+    assert done.returncode == 0, done.stderr
+    assert {"argparse", "moextend_cli"} <= set(done.stderr.split()), "the process says what it imported"
+    assert not HEAVY & set(done.stderr.split()) and min(seconds) < 1
+    said = "usage: moextend" if "--help" in line else f"moextend {modeling_moextend.__version__}\n"
+    assert done.stdout.startswith(said)
+
+
+def test_both_names_of_the_library_are_one():
+    names = [name for name in dir(modeling_moextend) if name in modeling_moextend.__all__]
+    assert set(names) == set(modeling_moextend.__all__) == set(short_name.__all__) <= set(dir(short_name))
+    assert all(getattr(short_name, name) is getattr(modeling_moextend, name) for name in names)
+    assert short_name.__version__ == modeling_moextend.__version__
+    with pytest.raises(AttributeError, match="nothing"):
+        short_name.nothing  # noqa: B018
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["moextend", "modeling_moextend"])
+def test_either_import_registers_with_transformers(name, adapter):
+    """An adapter then loads by `AutoModelForCausalLM`, without code from its folder."""
+    code = f"import sys, {name}; from transformers import AutoModelForCausalLM as Auto; from moextend import *;"
+    code += "print(type(Auto.from_pretrained(sys.argv[1])) is MoExtendForCausalLM)"
+    done = subprocess.run([sys.executable, "-c", code, str(adapter)], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_what_the_parser_knows_without_the_library_is_what_the_library_says():
+    assert DELTAS == tuple(LIBRARY_DELTAS)
+    defaults = inspect.signature(verify_adapter).parameters
+    args = build_parser().parse_args(["verify", "me/x"])
+    assert args.prompt == defaults["prompt"].default and args.max_new_tokens == defaults["max_new_tokens"].default
+
+
+@pytest.mark.parametrize(
+    "line", ["push {0} me/x", "push --adapter {0} --repo-id me/x", "push --repo_id=me/x --adapter={0}"]
+)
+def test_positional_arguments_may_be_named_and_words_joined_either_way(line, adapter):
+    args = build_parser().parse_args([*line.format(adapter).split(), "--base", "me/base"])
+    assert (args.adapter, args.repo_id, args.base) == (str(adapter), "me/x", "me/base")
+    assert build_parser().parse_args(["merge", "me/x", "out", "--max_shard_size", "2GB"]).max_shard_size == "2GB"
 
 
 def test_the_console_script_is_this_main():
@@ -106,7 +185,7 @@ def test_the_console_script_is_this_main():
 def test_as_a_process(adapter):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
     run = partial(subprocess.run, env=environment, capture_output=True, text=True)
-    python = [sys.executable, "-m", "modeling_moextend.cli"]
+    python = [sys.executable, "-m", "moextend_cli"]
     done = run([*python, "verify", str(adapter), "--json"])
     assert done.returncode == 0 and json.loads(done.stdout)["ok"], "nothing but JSON on stdout"
     done = run([*python, "inspect", str(adapter.parent / "base")])
@@ -326,7 +405,7 @@ def test_whatever_happens_there_is_one_object_on_stdout(error, adapter, monkeypa
     def fail(*args, **options):
         raise error
 
-    monkeypatch.setattr(cli, "diff_adapters", fail)
+    monkeypatch.setattr("modeling_moextend.tools.inspection.diff_adapters", fail)
     assert cli.main(["diff", str(adapter), str(adapter), "--json"]) == 2
     output = capsys.readouterr()
     ours = error in FAULTS
@@ -341,7 +420,7 @@ def test_no_network_is_code_2(command, adapter):
     hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1", "HF_TOKEN": "hf_me"}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(adapter.parent / "cache"), **hub}
     line = ["inspect", "me/x"] if command == "inspect" else ["push", str(adapter), "me/x", "--base", "me/base"]
-    python = [sys.executable, "-m", "modeling_moextend.cli", *line, "--json"]
+    python = [sys.executable, "-m", "moextend_cli", *line, "--json"]
     done = subprocess.run(python, env=environment, capture_output=True, text=True, timeout=600)
     found = json.loads(done.stdout)
     assert done.returncode == 2 and "refused" in found["error"] and "Traceback" not in done.stderr
@@ -529,8 +608,8 @@ def test_arguments_are_escaped_as_well(moextend):
 
 
 def test_what_a_terminal_cannot_print_is_escaped():
-    assert cli.escaped("é│\t", encoding="ascii") == r"\xe9\u2502\t"
-    assert cli.escaped("a\n\tb\\", allowed="\n\t") == "a\n\tb\\"
+    assert escaped("é│\t", encoding="ascii") == r"\xe9\u2502\t"
+    assert escaped("a\n\tb\\", allowed="\n\t") == "a\n\tb\\"
 
 
 # ---------------------------------------------------------------- inspect
@@ -786,7 +865,7 @@ def test_what_keywords_are_called_as_options_comes_from_the_parser():
     parser.add_argument("place")
     parser.add_argument("--base")
     parser.add_argument("-n", "--no-check", dest="check", action="store_false")
-    named = partial(cli.options_named, parser=parser)
+    named = partial(options_named, parser=parser)
     assert named("Pass base=<its base>; check=False takes any.") == {"base=": "--base", "check=False": "--no-check"}
     assert named("the base, check_base=False, check=True, place=1, --base x") == {}
 
@@ -831,7 +910,9 @@ def test_merge(adapter, tmp_path, moextend):
 def test_merge_hands_its_options_on(adapter, monkeypatch, moextend):
     given = {}
     done = {"folder": "out", "kind": "native", "files": 1, "bytes": 2}
-    monkeypatch.setattr(cli, "merge", lambda *args, **options: given.update(args=args, **options) or done)
+    monkeypatch.setattr(
+        "modeling_moextend.tools.merge.merge", lambda *args, **options: given.update(args=args, **options) or done
+    )
     options = ["--native", "--base", "b", "--no-check-base", "--max-shard-size", "2GB", "--revision", "v2"]
     options += ["--no-check-trained-on"]
     code, text = moextend("merge", "a", "out", *options)
@@ -919,7 +1000,7 @@ def test_ctrl_c_ends_with_one_line(monkeypatch, capsys, tmp_path):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("modeling_moextend.cli.commands.inspect_adapter", stop)
+    monkeypatch.setattr("modeling_moextend.tools.inspection.inspect_adapter", stop)
     assert cli.main(["inspect", str(tmp_path)]) == 130
     assert (
         capsys.readouterr().err
@@ -932,6 +1013,89 @@ def test_ctrl_c_ends_with_one_line(monkeypatch, capsys, tmp_path):
 if __name__ == "__main__":
     os.environ["COLUMNS"] = "100"
     DOCUMENT.write_text(document(), encoding="utf-8")
+
+
+# ---------------------------------------------------------------- train
+
+
+def test_recipes_ship_and_are_found_by_name_or_path(moextend, tmp_path):
+    names = sorted(path.stem for path in (ROOT / "configuration" / "recipes").glob("*.yaml"))
+    assert recipe_names() == names and all(name in help_text("train") for name in names)
+    assert Path(find_recipe("easy_vqa")).read_text() == (ROOT / "configuration/recipes/easy_vqa.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text("base: x")
+    assert find_recipe(str(tmp_path / "mine.yaml")) == str(tmp_path / "mine.yaml")
+    code, text = moextend("train", "--config", "no_such")
+    assert code == 2 and f"no such recipe among {', '.join(names)}" in text
+
+
+@pytest.mark.parametrize("line", ["--nonsense 1", "--max_steps many", "--stages fly", "--bf16 false"])
+def test_wrong_options_of_a_recipe_are_said_in_a_line(line, moextend):
+    code, text = moextend("train", *line.split(), "--use_cpu", "true")
+    assert code in (1, 2) and len(text.splitlines()) <= 4 and "Traceback" not in text
+
+
+@pytest.mark.parametrize("command", ["train", "quickstart"])
+def test_the_options_that_help_shows_are_those_that_the_library_parses(command):
+    parser = next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices[command]
+    shown = {word for action in parser._actions for word in action.option_strings}
+    classes = (StagesConfig, MoExtendSFTConfig) + ((QuickstartConfig,) if command == "quickstart" else ())
+    known = {word for action in RecipeParser(classes)._actions for word in action.option_strings}
+    assert shown - {"-h", "--help", "--json", "--config", "--help-all"} <= known
+    own = {field.name for cls in classes for field in dataclasses.fields(cls)} - {
+        field.name for field in dataclasses.fields(SFTConfig)
+    }
+    assert {f"--{name.replace('_', '-')}" for name in own} <= shown
+
+
+def test_train_trains_what_the_options_say(moextend, tmp_path):
+    """The door is thin: words go to the library's parser as they are, and its result comes back."""
+    make_base().save_pretrained(tmp_path / "base")
+    words = Tokenizer(models.WordLevel({"<unk>": 0, **{f"w{n}": n for n in range(1, 60)}}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<unk>", eos_token="w1")
+    tokenizer.save_pretrained(tmp_path / "base")
+    lines = [json.dumps({"text": " ".join(f"w{(a + b) % 50 + 2}" for b in range(8))}) for a in range(24)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    recipe = {"base": str(tmp_path / "base"), "data": str(tmp_path / "data.jsonl"), "stages": ["finetune"]}
+    recipe |= {"plan": '{"1": [0]}', "scope": "all", "deltas": ["none"], "use_cpu": True, "bf16": False}
+    recipe |= {"output_dir": str(tmp_path / "a"), "max_steps": 9, "report_to": "none", "save_strategy": "no"}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    line = ["train", "--config", tmp_path / "recipe.yaml", "--max-steps", 1, "--output_dir", tmp_path / "b", "--json"]
+    code, done = moextend(*line)
+    assert code == 0, done
+    assert done["adapter"] == str(tmp_path / "b") and done["stages"] == ["finetune"] and not (tmp_path / "a").exists()
+    assert moextend("inspect", tmp_path / "b", "--json")[1]["num_parameters"] == done["parameters"]
+
+
+def test_reports_side_by_side(moextend, tmp_path):
+    for name in ("one", "two"):
+        write_report(tmp_path / name, make_results(), title=name)
+    code, found = moextend("report", tmp_path / "one", tmp_path / "two", "--picture", tmp_path / "f.svg", "--json")
+    assert code == 0 and [report["title"] for report in found["reports"]] == ["one", "two"]
+    assert (tmp_path / "f.svg").read_text().startswith("<?xml")
+    code, text = moextend("report", tmp_path / "one")
+    assert code == 0 and "perplexity" in text
+    code, text = moextend("report", tmp_path)
+    assert code == 2 and "is no report" in text
+    (tmp_path / "one" / "report.json").write_text("{")
+    assert moextend("report", tmp_path / "one")[0] == 2
+
+
+def test_completion(moextend, monkeypatch):
+    """Without the package a word about it; with it, the shell's question is answered without importing torch."""
+    monkeypatch.setitem(sys.modules, "argcomplete", None)
+    code, text = moextend("completion", "bash")
+    assert code == 2 and "pip install 'moextend[completion]'" in text
+
+
+def test_completion_answers_the_shell(tmp_path):
+    pytest.importorskip("argcomplete")
+    for line, words in {"moextend me": "merge ", "moextend pl": "plan ", "moextend merge --na": "--native "}.items():
+        answer = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\v"}
+        answer |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "answer"), "PYTHONPATH": str(ROOT)}
+        code = "import sys, moextend_cli; sys.argv[0] = 'moextend'; moextend_cli.main()"
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, **answer}, check=True)
+        assert set((tmp_path / "answer").read_text().split("\v")) == {words}
 
 
 # ---------------------------------------------------------------- plan

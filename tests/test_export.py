@@ -751,7 +751,7 @@ assert "modeling_moextend" not in sys.modules
 """
 INSPECT = """
 import sys
-from modeling_moextend.cli import commands as cli
+import moextend_cli as cli
 sys.exit(cli.main(["inspect", sys.argv[1], "--revision", "v1", "--json"]))
 """
 

@@ -194,12 +194,12 @@ def test_plot_shows_three_panels_and_needs_no_pyplot(shift, tmp_path, monkeypatc
     shift.plot(tmp_path / "shift.png")
     assert (tmp_path / "shift.png").read_bytes()[:4] == b"\x89PNG"
     shift.plot(tmp_path / "plan.svg", plan={3: [0]})
-    assert "before" in (tmp_path / "plan.svg").read_text() or (tmp_path / "plan.svg").stat().st_size > 1000
+    assert (tmp_path / "plan.svg").stat().st_size > 1000
 
 
 def test_plot_without_matplotlib_says_what_to_install(shift, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="pip install matplotlib"):
+    with pytest.raises(ImportError, match=r"pip install 'moextend\[plot\]'"):
         shift.plot(tmp_path / "shift.png")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from modeling_moextend import MoExtendForCausalLM
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-from measure import accuracy, base_on_text, blind_readers, read_questions
+from modeling_moextend.quickstart.measure import accuracy, base_on_text, blind_readers, read_questions
 
 
 def asked(question, answer):

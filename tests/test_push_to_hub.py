@@ -372,8 +372,12 @@ def test_a_trainer_says_before_the_training_that_it_cannot_push(hub, model, tmp_
 def publish(monkeypatch, capsys, *arguments):
     """Runs the script; returns what it prints."""
     monkeypatch.setattr(sys, "argv", ["publish.py", *map(str, arguments)])
-    runpy.run_path(str(ROOT / "examples" / "publish.py"), run_name="__main__")
-    return capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / "examples" / "publish.py"), run_name="__main__")
+    said = capsys.readouterr()
+    if left.value.code:
+        raise SystemExit(said.err)
+    return said.out
 
 
 @pytest.fixture

@@ -102,6 +102,15 @@ def test_the_folder_holds_numbers_words_and_pictures(tmp_path):
     for caption, file in card["figures"].items():
         assert f"![{caption}]({file})" in words
         assert (folder / file).read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (folder / file).with_suffix(".svg").read_text(encoding="utf-8")
+
+
+def test_a_picture_drawn_twice_is_the_same_file_in_the_one_style(tmp_path, drawn):
+    points = [{"name": "a", "accuracy": 0.25, "perplexity_ratio": 3.0}]
+    for name in ("one", "two"):
+        figures.plot_frontier(points, tmp_path / f"{name}.png")
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+    assert drawn[0].axes[0].spines["top"].get_visible() is False  # moextend.mplstyle
 
 
 def test_what_was_not_measured_is_left_out(tmp_path):
@@ -152,7 +161,7 @@ def test_the_frontier_shows_percent_lost_and_percent_right(tmp_path, drawn):
 def test_heat_maps_share_a_scale_and_part_new_experts_from_old_ones(tmp_path, drawn):
     figures.plot_expert_use(make_results()["expert_use"], {1: 2, 3: 1}, tmp_path / "e.png")
     maps = [axes for axes in drawn[0].axes if axes.images]
-    assert [axes.get_title() for axes in maps] == ["law", "new task"]
+    assert [axes.get_title("left") for axes in maps] == ["law", "new task"]
     assert {axes.images[0].get_clim() for axes in maps} == {(0, 100)}
     shares = maps[0].images[0].get_array()
     assert shares.shape == (3, 4) and shares[1].tolist() == [40, 40, 10, 10]
@@ -162,13 +171,13 @@ def test_heat_maps_share_a_scale_and_part_new_experts_from_old_ones(tmp_path, dr
     assert maps[0].lines[-1].get_xdata() == [1.5, 1.5]
 
 
-def test_bars_are_means_of_the_layers(tmp_path, drawn):
+def test_bars_are_means_of_the_layers_on_one_scale(tmp_path, drawn):
     figures.plot_captured({"law": {1: 0.1, 3: 0.3}, "code": {1: 0.0, 3: 0.0}}, tmp_path / "c.png", {1: 0.9, 3: 0.7})
-    old, new = drawn[0].axes
-    assert [bar.get_height() for bar in old.patches] == pytest.approx([20, 0])
-    assert [bar.get_height() for bar in new.patches] == pytest.approx([80])
-    assert [text.get_text() for text in old.texts] == ["20%", "0%"]
-    assert [label.get_text() for label in old.get_xticklabels()] == ["law", "code"]
+    (axes,) = drawn[0].axes
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([20, 0, 80])
+    assert [text.get_text() for text in axes.texts] == ["20%", "0%", "80%"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["law", "code", "new task"]
+    assert axes.get_xlim()[0] == 0 and axes.get_xlim()[1] >= 100
 
 
 def test_the_threshold_curve_is_sorted_and_marks_the_models_own(tmp_path, drawn):
@@ -332,6 +341,8 @@ def test_the_script_writes_a_report_and_a_card(tmp_path, place):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "exact match, 4 questions: " in done.stdout and "after / before: " in done.stdout
     written = {path.name for path in (tmp_path / "report").iterdir()}
-    assert written == {"report.json", "report.md", "model_card.md", "frontier.png", "expert_use.png", "captured.png"}
+    pictures = {"frontier.png", "expert_use.png", "captured.png"}
+    assert written == {"report.json", "report.md", "model_card.md", "tokens.html", *pictures}
+    assert "(tokens.html)" in (tmp_path / "report/report.md").read_text()
     assert json.loads((tmp_path / "report/report.json").read_text())["title"] == "law"
     assert "## Results" in (tmp_path / "report/model_card.md").read_text()

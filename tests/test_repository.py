@@ -2,7 +2,6 @@
 
 import ast
 import configparser
-import importlib
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ import modeling_moextend
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "modeling_moextend"
+PACKAGES = [PACKAGE, ROOT / "moextend", ROOT / "moextend_cli"]  # the library, its short name, its command
 SHIPPED = sorted(PACKAGE.glob("*_moextend.py"))
 ORDER = (  # of the package's folders; each imports only from those before it. "": what ships, at the root
     "",
@@ -31,9 +31,10 @@ ORDER = (  # of the package's folders; each imports only from those before it. "
     "serving",
     "publishing",
     "evaluation",
+    "chat",
     "extender",
     "training",
-    "cli",
+    "quickstart",
 )
 DOORS = {  # shipped file -> what it asks the package for through `from_package`, where a user wants more than it holds
     "adapters_moextend": {"attaching", "serving", "training.reference"},
@@ -95,7 +96,9 @@ def module_name(path):
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
 
 
-MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+MODULES = {  # links are to files from elsewhere
+    module_name(path): path for path in sorted(PACKAGE.rglob("*.py")) if not path.is_symlink()
+}
 
 
 def folder_of(module):
@@ -123,7 +126,7 @@ def imported_modules(source, module):
             yield from (name if name in MODULES else target for name in found)
 
 
-OUTSIDE = ("benchmarks", "examples", "tests")  # of the package: they import it
+OUTSIDE = ("benchmarks", "examples", "tests", "moextend", "moextend_cli")  # of the package: they import it
 IMPORTERS = re.compile(r"(.*\.)?(importlib|pkgutil|runpy|imp|builtins)(\.|$)|sys\.modules$|.* by another name")
 ALLOWED_IMPORTS = {"importlib.metadata.version", "importlib.resources.files"}  # by name: they hand no importlib on
 
@@ -187,7 +190,7 @@ def upward_imports(source, module):
         ("tools.merge", "from .native import export", False),
         ("training", "from .trainer import MoExtendSFTTrainer", False),
         ("training.trainer", "from ..tools.merge import merge", False),
-        ("training.trainer", "from .. import cli", True),
+        ("training.trainer", "from moextend_cli import main", True),
         ("training.trainer", "from ..unknown.folder import x", True),
         ("tools.merge", "from examples.measure import x", True),
         ("tools.merge", "import benchmarks.run", True),
@@ -288,7 +291,8 @@ def test_what_ships_is_short_enough_to_be_read():
 
 
 def test_setup_lists_every_folder():
-    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
+    found = [path for package in PACKAGES for path in package.rglob("__init__.py")]
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in found}
     assert set(read_setup()["options"]["packages"].split()) == folders
 
 
@@ -311,8 +315,9 @@ def test_no_text_of_a_shipped_file_looks_like_a_relative_import(path):
     assert set(get_relative_imports(path)) == real
 
 
-def test_importing_the_package_imports_nothing_of_the_extras():
-    code = "import sys, modeling_moextend; print(*{'trl', 'datasets', 'evaluate', 'matplotlib'} & set(sys.modules))"
+@pytest.mark.parametrize("name", ["moextend", "modeling_moextend"])
+def test_importing_the_package_imports_nothing_of_the_extras(name):
+    code = f"import sys, {name}; print(*{{'trl', 'datasets', 'evaluate', 'matplotlib'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
@@ -368,7 +373,7 @@ def folders():
         ("docs/architecture.md", [path for path in PACKAGE.iterdir() if path.is_dir() and path.name[0] != "_"]),
         ("CONTRIBUTING.md", folders()),
         ("CONTRIBUTING.md", list((ROOT / "examples").glob("*.py"))),
-        ("README.md", list((ROOT / "docs").glob("*.md"))),
+        ("mkdocs.yml", list((ROOT / "docs").glob("*.md"))),
     ],
     ids=["modules", "folders of modules", "folders", "examples", "pages"],
 )
@@ -425,7 +430,11 @@ def test_every_direct_requirement_has_a_tested_version():
 def source_tree(tmp_path):
     """A copy of what building needs, so that nothing is written into the checkout."""
     tree = tmp_path / "source"
-    shutil.copytree(PACKAGE, tree / PACKAGE.name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for package in PACKAGES:
+        shutil.copytree(package, tree / package.name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "configuration", tree / "configuration")
+    (tree / "examples").mkdir()
+    shutil.copy(ROOT / "examples/answer.py", tree / "examples")
     for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md", "model_card_template.md"):
         shutil.copy(ROOT / name, tree)
     return tree
@@ -469,8 +478,11 @@ def test_wheel_holds_the_modules_and_the_template(source_tree, new_python, tmp_p
     pip(sys.executable, "wheel", ".", "-w", tmp_path, cwd=source_tree)
     (wheel,) = tmp_path.glob("moextend-*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    modules = {f"modeling_moextend/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.py")}
-    assert names == modules | {"modeling_moextend/publishing/model_card_template.md", "modeling_moextend/py.typed"}
+    modules = {str(path.relative_to(ROOT)) for package in PACKAGES for path in package.rglob("*.py")}
+    typed = {"modeling_moextend/py.typed", "moextend/py.typed"}
+    data = {f"modeling_moextend/training/recipe_files/{path.name}" for path in RECIPES}
+    data |= {"modeling_moextend/publishing/model_card_template.md", "modeling_moextend/evaluation/moextend.mplstyle"}
+    assert names == modules | typed | data
     assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
     pip(new_python, "install", "--ignore-installed", wheel, cwd=tmp_path)
     assert check_installed(new_python, cwd=tmp_path).is_relative_to(tmp_path / "venv")
@@ -496,11 +508,49 @@ def test_source_archive_builds_the_same_wheel(source_tree, tmp_path):
     assert template == (ROOT / "model_card_template.md").read_bytes()
 
 
-def test_the_readmes_python_names_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    imports = [node for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
-    assert len(imports) >= 3
-    for node in imports:
-        module = importlib.import_module(node.module)
-        assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+# ---------------------------------------------------------------- README
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = list((ROOT / "docs").glob("*.md"))
+
+
+def test_readme_is_a_page_and_its_tables_fit_a_laptop():
+    lines = README.splitlines()
+    assert len(lines) <= 200
+    assert not [line for line in lines if line.startswith("|") and len(line) > 100]
+
+
+def test_badges_are_true():
+    setup = read_setup()
+    requirements = setup["options"]["install_requires"]
+    badges = dict(re.findall(r"img\.shields\.io/badge/(\w+)-([\w.+-]+?)-\w+\)", README))
+    assert badges["licence"] == setup["metadata"]["license"].replace("-", "--")
+    assert badges["python"] == setup["options"]["python_requires"].removeprefix(">=") + "+"
+    assert badges["transformers"] == re.search(r"^transformers>=([\d.]+)", requirements, re.MULTILINE)[1] + "+"
+    assert badges["arXiv"] in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_readme_counts_the_families_of_the_table():
+    counted = re.search(
+        r"^(\d+ of \d+ families)", (ROOT / "docs/families.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert f"[{counted[1]}](docs/families.md)" in README
+
+
+def anchor(heading):
+    """What GitHub and the site make of a heading: small letters and digits, `-` for blanks."""
+    plain = re.sub(r"[`*]|\]\([^)]*\)|\[", "", heading)
+    return re.sub(r"[^\w\- ]", "", plain.lower()).strip().replace(" ", "-")
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target, fragment in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        path = ((ROOT / page).parent / target).resolve() if target else ROOT / page
+        assert path.exists(), f"{page}: {target} is not there"
+        if fragment:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert fragment in map(anchor, headings), f"{page}: {target} has no #{fragment}"

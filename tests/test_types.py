@@ -14,17 +14,18 @@ import modeling_moextend
 ROOT = Path(modeling_moextend.__file__).parent
 FOLDERS = (  # of the package; "" would be what ships
     "attaching",
-    "cli",
+    "chat",
     "data",
     "evaluation",
     "extender",
     "metrics",
     "publishing",
+    "quickstart",
     "tools",
     "training",
 )
 SCRIPTS = ("examples", "benchmarks")
-PATHS = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py")) if path.stem != "__main__"]
+PATHS = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py")) if not path.is_symlink()]
 PATHS += [path for folder in SCRIPTS for path in sorted((ROOT.parent / folder).glob("*.py"))]
 
 sys.path += [str(ROOT.parent / folder) for folder in SCRIPTS]

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from ..data.files import as_text, read_documents, read_questions
+from ..data.processors import text_tokenizer
 from ..publishing.card import cell
 from ..tools.files import write_text
 from ..tools.modes import is_moextend
@@ -38,10 +39,13 @@ from .compare import (
     threshold_curve,
 )
 from .figures import plot_captured, plot_expert_use, plot_frontier, plot_threshold_curve
+from .token_view import TokenUse, as_records, token_view, tokens_page
 
 TASK = "new task"  # the domain that questions are counted under in tables of expert use
 TEXT = "text the base knew"
 SAMPLES = 10  # questions shown with their answers
+VIEWS = 5  # of them, token by token
+TOKENS = "tokens.html"
 
 
 def evaluate_adapter(
@@ -70,9 +74,9 @@ def evaluate_adapter(
     Returns:
         {"retention": the values of the metric base_retention, "bit_equal": share of documents, "accuracy",
         "base_accuracy" (`None` without questions, the latter also with images), "metric", "questions": how many,
-        "samples": some of them with the answers, "expert_use": see there (with the questions, where they have no
-        images, as domain "new task"), "task_captured": {layer: share of the questions' tokens}, "new_experts": {layer:
-        N}, "scope", "gate_threshold", "threshold_curve": points of `threshold_curve`}.
+        "samples": some of them with the answers, "token_view": of `views_of`, "expert_use": see there (with the
+        questions, where they have no images, as domain "new task"), "task_captured": {layer: share of the questions'
+        tokens}, "new_experts": {layer: N}, "scope", "gate_threshold", "threshold_curve": points of `threshold_curve`}.
     """
     thresholds = list(thresholds)
     if thresholds:
@@ -92,6 +96,7 @@ def evaluate_adapter(
     }
     task = compare_with_base(model, tokenizer, task_documents(questions), **options) if text_only(questions) else []
     results["task_captured"] = base_retention(task)["captured"] if task else {}
+    results["token_view"] = views_of(model, tokenizer, questions, results["samples"])
     results["expert_use"] = {**expert_use(compared), **expert_use(task)}
 
     def measure():
@@ -156,6 +161,24 @@ def evaluate_questions(
     return results
 
 
+def views_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    questions: Sequence[dict[str, Any]],
+    samples: Sequence[dict[str, str]],
+) -> list[dict[str, Any]]:
+    """[{"question", "tokens": see `token_view`}]: which tokens of the first questions and answers used new experts."""
+    if not (is_moextend(model) and text_only(questions)):
+        return []
+    views = []
+    for question, sample in zip(questions[:VIEWS], samples[:VIEWS], strict=True):
+        said = [*question["prompt"], {"role": "assistant", "content": sample["answer"]}]
+        text = tokenizer.apply_chat_template(said, tokenize=False)
+        ids = text_tokenizer(tokenizer)(text, add_special_tokens=False).input_ids
+        views.append({"question": sample["question"], "tokens": as_records(token_view(model, tokenizer, ids))})
+    return views
+
+
 def accuracy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
@@ -216,6 +239,9 @@ def write_report(
     }
     content = json.dumps({"title": title, **results, "card": card}, indent=2, allow_nan=False)
     write_text(folder / "report.json", content)
+    if results.get("token_view"):
+        views = [(view["question"], [TokenUse(**token) for token in view["tokens"]]) for view in results["token_view"]]
+        write_text(folder / TOKENS, tokens_page(views))
     write_text(folder / "report.md", markdown(title, results, card))
     return card
 
@@ -337,6 +363,8 @@ def markdown(title: str, results: dict[str, Any], card: dict[str, Any]) -> str:
         parts += ["## Threshold of the gate", table([curve_record(point) for point in results["threshold_curve"]])]
     if results["samples"]:
         parts += ["## Some answers", table(results["samples"])]
+    if results.get("token_view"):
+        parts += [f"[Which tokens of these used new experts, layer by layer]({TOKENS})"]
     parts += [f"![{caption}]({file})" for caption, file in card["figures"].items()]
     return "\n\n".join(parts) + "\n"
 

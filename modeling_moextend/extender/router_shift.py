@@ -12,6 +12,7 @@ from typing import Self
 
 import torch
 
+from ..evaluation.figures import plot_router_shift
 from ..tools.files import write_text
 
 CHOICES = ("all", "first-half", "second-half", "interval")
@@ -144,7 +145,7 @@ class RouterShift:
         return cls(content["layers"], content["counts_before"], content["counts_after"])
 
     def plot(self, path: str | os.PathLike, plan: dict[int, list[int]] | None = None) -> None:
-        """A picture: the shares of the experts before and after as heat maps, and d_j as bars, the plan's layers dark.
+        """A picture: the shares of the experts before and after as heat maps, and d_j as bars; the plan is marked.
 
         Args:
             path: image file; its ending says the format.
@@ -153,26 +154,9 @@ class RouterShift:
         Raises:
             ImportError: matplotlib is missing.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("plot needs matplotlib: `pip install matplotlib`.") from error
         chosen = self.select() if plan is None and len(self.layers) > 1 else plan or {}
         before, after = shares(self.counts_before).numpy(), shares(self.counts_after).numpy()
-        # A Figure of its own draws without pyplot, whose backend is global and may want a display.
-        figure = Figure(figsize=(11, 2.4 + 0.16 * len(self.layers)), layout="constrained")
-        maps = figure.subplots(1, 3, sharey=True)
-        highest = max(before.max(), after.max())
-        for axes, values, title in zip(maps, (before, after), ("before", "after"), strict=False):
-            image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, vmax=highest, interpolation="nearest")
-            axes.set(title=f"share of selections, {title}", xlabel="expert")
-        figure.colorbar(image, ax=maps[:2], shrink=0.8)
-        colours = ["tab:blue" if layer in chosen else "lightgrey" for layer in self.layers]
-        maps[2].barh(range(len(self.layers)), self.per_layer.numpy(), color=colours)
-        maps[2].set(title="router shift $d_j$ (blue: extended)", xlabel="standard deviation of the change")
-        maps[0].set_yticks(range(len(self.layers)), self.layers)
-        maps[0].set_ylabel("decoder layer")
-        figure.savefig(path, dpi=150)
+        plot_router_shift(self.layers, before, after, self.per_layer.numpy(), chosen, path)
 
 
 def shares(counts: torch.Tensor) -> torch.Tensor:

@@ -121,7 +121,8 @@ class StagesConfig:
     )
     fraction: float = field(default=0.5, metadata={"help": "Share of MoE layers to extend: those that shift most."})
     layers: str | None = field(
-        default=None, metadata={"help": f"Instead of --fraction: {', '.join(CHOICES)}, or layers like '0,2,5'."}
+        default=None,
+        metadata={"help": "Instead of --fraction: all, first-half, second-half, interval, or layers like '0,2,5'."},
     )
     plan: str | None = field(
         default=None, metadata={"help": "In place of stage extend: its plan.json, or JSON like '{\"2\": [1]}'."}

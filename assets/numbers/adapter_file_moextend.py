@@ -1,0 +1,1 @@
+../../modeling_moextend/adapter_file_moextend.py

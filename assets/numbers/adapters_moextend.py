@@ -1,0 +1,1 @@
+../../modeling_moextend/adapters_moextend.py

@@ -1,0 +1,1 @@
+../../modeling_moextend/base_checks_moextend.py

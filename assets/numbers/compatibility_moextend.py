@@ -1,0 +1,1 @@
+../../modeling_moextend/compatibility_moextend.py

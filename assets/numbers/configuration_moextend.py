@@ -1,0 +1,1 @@
+../../modeling_moextend/configuration_moextend.py

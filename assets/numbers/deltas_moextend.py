@@ -1,0 +1,1 @@
+../../modeling_moextend/deltas_moextend.py

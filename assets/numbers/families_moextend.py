@@ -1,0 +1,1 @@
+../../modeling_moextend/families_moextend.py

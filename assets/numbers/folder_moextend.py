@@ -1,0 +1,1 @@
+../../modeling_moextend/folder_moextend.py

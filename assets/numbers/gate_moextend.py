@@ -1,0 +1,1 @@
+../../modeling_moextend/gate_moextend.py

@@ -1,0 +1,1 @@
+../../modeling_moextend/layers_moextend.py

@@ -1,0 +1,1 @@
+../../modeling_moextend/loading_moextend.py

@@ -1,0 +1,1 @@
+../../modeling_moextend/low_rank_moextend.py

@@ -1,0 +1,1 @@
+../../modeling_moextend/modeling_moextend.py

@@ -1,0 +1,1 @@
+../../modeling_moextend/package_moextend.py

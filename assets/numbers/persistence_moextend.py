@@ -1,0 +1,1 @@
+../../modeling_moextend/persistence_moextend.py

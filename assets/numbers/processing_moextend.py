@@ -1,0 +1,1 @@
+../../modeling_moextend/processing_moextend.py

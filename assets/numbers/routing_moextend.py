@@ -1,0 +1,1 @@
+../../modeling_moextend/routing_moextend.py

@@ -1,0 +1,1 @@
+../../modeling_moextend/scope_moextend.py

@@ -1,0 +1,1 @@
+../../modeling_moextend/tensors_moextend.py

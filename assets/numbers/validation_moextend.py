@@ -1,0 +1,1 @@
+../../modeling_moextend/validation_moextend.py

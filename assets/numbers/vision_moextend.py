@@ -1,0 +1,1 @@
+../../modeling_moextend/vision_moextend.py

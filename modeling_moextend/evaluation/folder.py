@@ -1,0 +1,126 @@
+"""An adapter's folder or Hub id -> its report folder: what `moextend evaluate` and `moextend report` run."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+
+from ..data.files import read_documents, read_questions
+from ..data.processors import load_processor
+from ..modeling_moextend import MoExtendForCausalLM
+from ..publishing.card import create_card
+from ..tools.base_weights import Unusable
+from ..tools.locations import check_location
+from .figures import plot_frontier
+from .report import evaluate_adapter, point, write_report
+
+THRESHOLDS = [-1.0, -0.5, 0.0, 0.5, 1.0]
+
+
+def load_adapter(
+    adapter: str, base: str | None = None, encoder: str | None = None, dtype: str = "auto"
+) -> tuple[MoExtendForCausalLM, PreTrainedTokenizerBase | ProcessorMixin]:
+    """The model, in evaluation mode, and the processor saved with it or, where none was, its base's.
+
+    Raises:
+        ValueError: adapter, base or encoder is neither a folder nor a Hub id.
+    """
+    locations = {name: value for name, value in (("base", base), ("encoder", encoder)) if value is not None}
+    for role, location in {"adapter": adapter, **locations}.items():
+        check_location(role, location)
+    device_map = "auto" if torch.accelerator.is_available() else None
+    model = MoExtendForCausalLM.from_pretrained(adapter, dtype=dtype, device_map=device_map, **locations).eval()
+    if not Path(adapter).is_dir() or Path(adapter, "tokenizer_config.json").exists():
+        reader = AutoTokenizer if model.encoder is None else AutoProcessor
+        return model, reader.from_pretrained(adapter, trust_remote_code=False)
+    config = model.config
+    return model, load_processor(base or config.base_model_name_or_path, encoder or config.encoder_name_or_path)
+
+
+def report_adapter(
+    adapter: str,
+    text: str | os.PathLike,
+    *,
+    questions: str | os.PathLike | None = None,
+    output: str | os.PathLike = "report",
+    base: str | None = None,
+    encoder: str | None = None,
+    image_folder: str | None = None,
+    max_questions: int | None = None,
+    thresholds: Sequence[float] | None = None,
+    compare: Sequence[str | os.PathLike] = (),
+    title: str | None = None,
+    dtype: str = "auto",
+    **options: Any,
+) -> dict[str, Any]:
+    """Measures an adapter and writes its report folder, with a model card.
+
+    Args:
+        text: JSON lines with what the base knew: {"domain", "text"}, or "messages" in place of "text".
+        questions: the new task: JSON (lines) with "messages", the last one being the reference answer, or LLaVA JSON.
+        thresholds: of the gate, with scope "gate"; default: `THRESHOLDS`.
+        compare: report folders to show in the frontier as well.
+        **options: to `evaluate_adapter`.
+
+    Returns:
+        {"folder", "files", "results": records of the table}.
+    """
+    for role, location in (("adapter", adapter), ("base", base), ("encoder", encoder)):
+        if location is not None:  # all of it before hours of measuring
+            check_location(role, location)
+    Path(output).mkdir(parents=True, exist_ok=True)
+    documents = read_documents(text)
+    asked = read_questions(questions, image_folder, max_questions) if questions else []
+    points = [read_result(path)["point"] for path in compare]
+    if None in points:
+        raise ValueError(f"{compare[points.index(None)]} has no accuracy: write it again with questions.")
+    model, processor = load_adapter(adapter, base, encoder, dtype)
+    if thresholds is None:
+        thresholds = THRESHOLDS if model.config.scope == "gate" else []
+    results = evaluate_adapter(model, processor, documents, asked, thresholds=thresholds, **options)
+    names = {"text": Path(text).stem} | ({"task": Path(questions).stem} if questions else {})
+    card = write_report(output, results, title=title or Path(adapter).name, points=points, **names)
+    sizes = {"adapter_bytes": model.adapter_bytes(), "num_parameters": model.num_parameters(only_trainable=True)}
+    create_card(model.config, **sizes, **card).save(Path(output, "model_card.md"))
+    made = sorted(path.name for path in Path(output).iterdir())
+    return {"folder": str(output), "files": made, "results": card["results"]}
+
+
+def read_result(path: str | os.PathLike) -> dict[str, Any]:
+    """What a report folder, or a report.json, says: {"title", "results": records, "point" of the frontier or `None`}.
+
+    Raises:
+        ValueError: there is no report, or a damaged one.
+    """
+    path = Path(path)
+    file = path / "report.json" if path.is_dir() else path
+    if not file.is_file():
+        raise Unusable(f"{path} is no report: report.json is not there. `moextend evaluate` writes one.")
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        return {
+            "title": report["title"],
+            "results": [{key: str(value) for key, value in record.items()} for record in report["card"]["results"]],
+            "point": point(report["title"], report),
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Unusable(f"{file} is damaged: {error}.") from error
+
+
+def compare_reports(folders: Sequence[str | os.PathLike], picture: str | os.PathLike | None = None) -> dict[str, Any]:
+    """What reports say, side by side; with `picture` their frontier is drawn.
+
+    Returns:
+        {"reports": of `read_result`, "picture": its path or `None`}.
+    """
+    reports = [read_result(folder) for folder in folders]
+    points = [report["point"] for report in reports if report["point"] is not None]
+    if picture is not None:
+        if not points:
+            raise ValueError("None of these reports has an accuracy: there is nothing to draw.")
+        plot_frontier(points, picture)
+    return {"reports": reports, "picture": None if picture is None else str(picture)}

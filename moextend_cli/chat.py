@@ -1,0 +1,109 @@
+"""`moextend chat`: a conversation in a terminal."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .terminal import escaped
+
+if TYPE_CHECKING:
+    from modeling_moextend.chat import Chat
+
+HELP = """\
+  /image FILE     show an image with the next message
+  /adapter NAME   switch to an adapter: one that is loaded, a folder, or a Hub id
+  /off, /on       the base alone, and back
+  /tokens FILE    write which tokens of the last answer used new experts, layer by layer, as HTML
+  /new            forget what was said
+  /help, /quit"""
+
+
+class Conversation:
+    """Reads lines, and does what they say. Words that begin with / are for this program, all others for the model."""
+
+    def __init__(self, chat: "Chat"):
+        self.chat, self.images = chat, []
+        self.colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+    def run(self) -> None:
+        """Until /quit or the end of the input."""
+        try:
+            import readline  # noqa: F401  # arrows and history for input(), where the system has it
+        except ImportError:
+            pass
+        self.say(f"Adapter {', '.join(self.chat.on)} is on. /help says what else there is.")
+        while True:
+            try:
+                line = input("you> ").strip()
+            except EOFError:
+                print()
+                return
+            if line in ("/quit", "/exit"):
+                return
+            if line:
+                self.take(line)
+
+    def take(self, line: str) -> None:
+        """One line; what goes wrong is said, and the conversation goes on."""
+        try:
+            if line.startswith("/"):
+                self.command(*line.split(maxsplit=1))
+            else:
+                self.ask(line)
+        except (ValueError, OSError, ImportError) as error:
+            self.say(f"! {error}")
+
+    def command(self, word: str, argument: str = "") -> None:
+        needs = {"/image": "a file", "/adapter": "a name", "/tokens": "a file to write"}
+        if word in needs and not argument:
+            raise ValueError(f"{word} needs {needs[word]}.")
+        if word == "/image":
+            if not Path(argument).is_file():
+                raise ValueError(f"{argument}: no such file.")
+            self.images.append(argument)
+            self.say(f"{len(self.images)} with the next message")
+        elif word == "/adapter":
+            self.say(f"{self.chat.switch(argument)} is on")
+        elif word in ("/on", "/off"):
+            self.chat.turn(word == "/on")
+            self.say(f"{', '.join(self.chat.on)} is on" if self.chat.on else "The base answers alone.")
+        elif word == "/tokens":
+            self.write_tokens(argument)
+        elif word == "/new":
+            self.chat.clear()
+            self.images = []
+            self.say("Forgotten.")
+        elif word == "/help":
+            self.say(HELP)
+        else:
+            raise ValueError(f"{word} is no command; /help names them.")
+
+    def ask(self, text: str) -> None:
+        """The answer as it comes, then which of its tokens used new experts. Ctrl-C ends the answer, not the chat."""
+        from modeling_moextend.evaluation.token_view import summary, tokens_line
+
+        who = self.chat.on[0] if len(self.chat.on) == 1 else "+".join(self.chat.on) or "base"
+        print(escaped(f"{who}> "), end="", flush=True)
+        try:
+            self.chat.ask(text, self.images, lambda piece: print(escaped(piece, "\n\t"), end="", flush=True))
+        except KeyboardInterrupt:
+            self.say("\n(stopped; this question and its answer are forgotten)")
+            return
+        self.images = []
+        print()
+        if self.chat.on:
+            line = f": {tokens_line(self.chat.tokens, self.colour)}" if self.chat.used else ""
+            print(f"   {summary(self.chat.tokens)}{line}", flush=True)
+
+    def write_tokens(self, file: str) -> None:
+        from modeling_moextend.evaluation.token_view import tokens_page
+
+        if not self.chat.tokens:
+            raise ValueError("There is no answer yet.")
+        question = self.chat.messages[-2]["content"]
+        Path(file).write_text(tokens_page([(question, self.chat.tokens)]), encoding="utf-8")
+        self.say(f"Written to {file}")
+
+    def say(self, text: str) -> None:
+        print(escaped(text, "\n", sys.stdout.encoding), flush=True)
