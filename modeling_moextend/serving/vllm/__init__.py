@@ -8,7 +8,16 @@ import logging
 
 VERSIONS = ("0.32",)  # minor versions of vLLM whose inside the files here were written for and tested with
 PREFIX = "MoExtend"  # before the name of a base's architecture: the same, with adapters
-FAMILIES = ("MixtralForCausalLM", "OlmoeForCausalLM", "Qwen3MoeForCausalLM")
+FAMILIES = (  # architectures of bases, by their names in transformers and vLLM
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "GptOssForCausalLM",
+    "GraniteMoeForCausalLM",
+    "MixtralForCausalLM",
+    "OlmoeForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
 
 
 def register() -> None:
