@@ -16,7 +16,7 @@ TINY_MOE = Path(__file__).resolve().parents[2] / "assets" / "tiny-moe"
 NEW_TOKENS = 12
 COMMON = {
     "vocab_size": 512,
-    "hidden_size": 64,
+    "hidden_size": 128,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -28,18 +28,23 @@ COMMON = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
-QWEN = {"num_experts": 8, "moe_intermediate_size": 64, "intermediate_size": 64, "head_dim": 16, "decoder_sparse_step": 1}
-MLA = {"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "head_dim": 16}
-MLA |= {"qk_nope_head_dim": 16, "v_head_dim": 16, "first_k_dense_replace": 1, "moe_intermediate_size": 64}
+QWEN = {
+    "num_experts": 8,
+    "moe_intermediate_size": 64,
+    "intermediate_size": 64,
+    "head_dim": 32,
+    "decoder_sparse_step": 1,
+}
+MLA = {"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64}
+MLA |= {"qk_nope_head_dim": 32, "v_head_dim": 32, "first_k_dense_replace": 1, "moe_intermediate_size": 64}
 MLA |= {"n_routed_experts": 8, "n_shared_experts": 1, "intermediate_size": 64, "n_group": 4, "topk_group": 2}
 FAMILIES = {
     "qwen3_moe": {**QWEN, "norm_topk_prob": True},
     "qwen2_moe": {**QWEN, "shared_expert_intermediate_size": 64, "norm_topk_prob": False},
     "olmoe": {"num_experts": 8, "intermediate_size": 64, "norm_topk_prob": False},
-    "granitemoe": {"num_local_experts": 8, "intermediate_size": 64, "logits_scaling": 2.0, "residual_multiplier": 0.5},
-    "gpt_oss": {"num_local_experts": 8, "intermediate_size": 64, "head_dim": 16, "sliding_window": 32},
+    "gpt_oss": {"num_local_experts": 8, "intermediate_size": 64, "head_dim": 32, "sliding_window": 32},
     "deepseek_v2": {**MLA, "topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5},
-    "deepseek_v3": {**MLA, "routed_scaling_factor": 2.5},
+    "deepseek_v3": {**MLA, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "routed_scaling_factor": 2.5},
 }
 FOUR, ONE = {1: [1, 5, 0, 3], 3: [3, 0, 6, 2]}, {1: [1], 2: [4]}
 PLAIN = {"deltas": ()}  # a gate has deltas of all kinds unless this says otherwise

@@ -1,8 +1,10 @@
 """Served by vLLM, an adapter gives the tokens that `generate` gives."""
 
+import shutil
+
 import pytest
 from bases import ADAPTERS, FAMILIES
-from conftest import ask, check, running, several
+from engines import ask, check, running, several
 
 
 def test_adapters_of_every_kind_and_the_base_in_one_batch(workshop):
@@ -32,7 +34,41 @@ def test_one_adapter_in_the_place_of_a_model(workshop, kind):
         check(items, ask(engine, [(item, None) for item in items]))
 
 
-ARCHITECTURES = {"olmoe": "OlmoeForCausalLM", "granitemoe": "GraniteMoeForCausalLM", "gpt_oss": "GptOssForCausalLM"}
+def test_state_lives_through_chunks_preemption_and_cached_prefixes(workshop):
+    """40 tokens a step at most, and blocks for about two requests: others are thrown out, and begin anew."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    folder = workshop.adapter("gate")
+    items, preempted, preempt = workshop.reference(folder), [], Scheduler._preempt_request
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scheduler, "_preempt_request", lambda *args: (preempted.append(1), preempt(*args))[1])
+        options = {"max_num_batched_tokens": 40, "num_gpu_blocks_override": 9, "max_model_len": 128, "block_size": 32}
+        with running(folder, **options) as engine:
+            for _ in range(2):
+                check(items, ask(engine, [(item, None) for item in items]))
+    assert preempted
+
+
+def test_compiled(workshop, tmp_path, monkeypatch):
+    """Compiled graphs are kept on disk. An adapter that was trained anew in the same folder gets its own: these two
+    differ in the layers that have deltas, and in the gate's threshold."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    from modeling_moextend import MoExtendForCausalLM
+
+    base, folder = workshop.base(), tmp_path / "adapter"
+    for layers in ({2: [1]}, {1: [1, 5], 3: [3, 0]}):
+        shutil.rmtree(folder, ignore_errors=True)
+        model = MoExtendForCausalLM.from_base(base, extended_layers=layers, dtype="float32", expert_rank=4).eval()
+        workshop.save(model, folder, seed=len(layers))
+        items = workshop.reference(folder)
+        engine, requests = several(base, {"it": folder}, enforce_eager=False)
+        with engine as engine:
+            jobs = [(item, requests["it"]) for item in items]
+            check(items, ask(engine, jobs))
+            check(workshop.reference(base), ask(engine, [(item, None) for item in workshop.reference(base)]))
+
+
+ARCHITECTURES = {"olmoe": "OlmoeForCausalLM", "gpt_oss": "GptOssForCausalLM"}
 ARCHITECTURES |= {"qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 ARCHITECTURES |= {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
 
@@ -40,7 +76,9 @@ ARCHITECTURES |= {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "Deepse
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(workshop, family):
     base = workshop.base(family)
-    folders = {kind: workshop.adapter(kind, family) for kind in ("paper", "all_routed", "gate", "low_rank", "all_deltas")}
+    folders = {
+        kind: workshop.adapter(kind, family) for kind in ("paper", "all_routed", "gate", "low_rank", "all_deltas")
+    }
     engine, requests = several(base, folders, architecture=ARCHITECTURES[family])
     references = {None: workshop.reference(base)}
     references |= {name: workshop.reference(folder) for name, folder in folders.items()}

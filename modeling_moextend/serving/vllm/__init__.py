@@ -8,11 +8,11 @@ import logging
 
 VERSIONS = ("0.32",)  # minor versions of vLLM whose inside the files here were written for and tested with
 PREFIX = "MoExtend"  # before the name of a base's architecture: the same, with adapters
+SEEING = "MoExtendSeeing"  # the same, with an adapter that has an encoder
 FAMILIES = (  # architectures of bases, by their names in transformers and vLLM
     "DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM",
     "GptOssForCausalLM",
-    "GraniteMoeForCausalLM",
     "MixtralForCausalLM",
     "OlmoeForCausalLM",
     "Qwen2MoeForCausalLM",
@@ -31,8 +31,8 @@ def register() -> None:
         logging.getLogger(__name__).warning("This vLLM can't serve MoExtend adapters: %s. %s", error, supported())
         return
     _CONFIG_REGISTRY["moextend"] = ServedConfig
-    for architecture in FAMILIES:
-        ModelRegistry.register_model(PREFIX + architecture, f"{__name__}.model:{PREFIX}{architecture}")
+    for name in (prefix + architecture for architecture in FAMILIES for prefix in (PREFIX, SEEING)):
+        ModelRegistry.register_model(name, f"{__name__}.model:{name}")
 
 
 def supported() -> str:

@@ -17,11 +17,13 @@ from ...deltas_moextend import Delta, EmbeddingDelta, LinearDelta, find_sites
 from ...families_moextend import MoELayer, find_moe_layers
 from ...gate_moextend import TokenGate
 from ...layers_moextend import RouterRows
+from ...loading_moextend import load_stored
 from ...low_rank_moextend import whole_weights
 from ...routing_moextend import Calibration, Rule
-from ...tensors_moextend import same_fingerprint, split_by_part, tensor_shapes
+from ...tensors_moextend import fingerprint, same_fingerprint, split_by_part, tensor_shapes
 from ...tools.base_weights import Checkpoint, checkpoint_fingerprint, location_of_part, skeleton
 from ...tools.inspection import read_whole
+from ...vision_moextend import Projector, load_encoder, vision_tower
 from .refusals import check_adapter, refuse
 
 
@@ -42,6 +44,8 @@ class ServedAdapter(NamedTuple):
     experts: dict[int, dict[str, torch.Tensor]]  # by decoder layer: name in the base's module -> [n, ...], on the CPU
     deltas: dict[str, Delta]  # by the name of their site
     gate: TokenGate | None
+    encoder: PreTrainedModel | None
+    projector: Projector | None
 
     @property
     def lowest(self) -> int:
@@ -88,7 +92,7 @@ def load_adapters(config: VllmConfig, device: torch.device) -> tuple[list[Served
         stored = [read_whole(source.name, **source.options) for source in adapter_sources]
         configs = [one.config_for_loading() for one in stored]
         for source, own in zip(adapter_sources, configs, strict=True):
-            check_adapter(own, source.name)
+            check_adapter(own, source.name, among_others=base is not None)
             if own.generation_config and base is not None:
                 changed = ", ".join(own.generation_config)
                 why = f"it changes the base's generation config ({changed}), which holds for a whole server."
@@ -114,8 +118,9 @@ def load_adapters(config: VllmConfig, device: torch.device) -> tuple[list[Served
             dtype = config.model_config.dtype
             experts = whole_experts(own, parts, layers, checkpoint, model, dtype)
             modules = (rows_of(own, parts, layers, device, dtype), experts, deltas_of(parts, sites, device, dtype))
-            gate = gate_of(own, parts, device)
-            adapters.append(ServedAdapter(source, own, one.metadata.get("checksum", ""), *modules, gate))
+            vision = vision_of(own, parts, source, device, dtype)
+            checksum = one.metadata.get("checksum", "")
+            adapters.append(ServedAdapter(source, own, checksum, *modules, gate_of(own, parts, device), *vision))
     return adapters, base
 
 
@@ -193,3 +198,18 @@ def gate_of(config, parts, device) -> TokenGate | None:
     gate = TokenGate(parts["gate"]["key.weight"].shape[1], config.gate_hidden_size, device=device)
     gate.load_state_dict(parts["gate"])
     return gate.requires_grad_(False)
+
+
+def vision_of(config, parts, source, device, dtype) -> tuple[PreTrainedModel | None, Projector | None]:
+    """The adapter's encoder, checked, and its projector: transformers' own code, as in `generate`."""
+    if config.encoder_config is None:
+        return None, None
+    encoder = load_stored("encoder", None, config, load_encoder, (source.name, source.options), dtype=dtype)
+    encoder = vision_tower(encoder)
+    if config.encoder_fingerprint and not same_fingerprint(config.encoder_fingerprint, fingerprint(encoder)):
+        raise ValueError(f"The encoder of {source.name} is a different one than the adapter was made with.")
+    sizes = encoder.config.hidden_size, config.get_text_config().hidden_size
+    projector = Projector(*sizes, config.projector_hidden_act, device="meta")
+    tensors = {name: wider(tensor, device, dtype) for name, tensor in parts["projector"].items()}
+    projector.load_state_dict(tensors, assign=True)
+    return encoder.to(device).eval(), projector.requires_grad_(False)

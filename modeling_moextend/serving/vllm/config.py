@@ -8,7 +8,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from ...configuration_moextend import MoExtendConfig
 from ...tools.base_weights import location_of_part
 from ...tools.inspection import read_headers
-from . import PREFIX, check_version
+from . import PREFIX, SEEING, check_version
 from .refusals import check_adapter, check_family
 
 SAMPLING = ("eos_token_id", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # what vLLM reads of it
@@ -41,7 +41,8 @@ class ServedConfig(PreTrainedConfig):
         check_family(base_config, name)
         for key, value in generation_values(config, path, options).items():
             setattr(base_config, key, value)
-        base_config.architectures = [PREFIX + base_config.architectures[0]]
+        prefix = PREFIX if config.encoder_config is None else SEEING
+        base_config.architectures = [prefix + base_config.architectures[0]]
         base_config.moextend_adapter = {"name_or_path": str(name), **hub}
         return (base_config, {}) if return_unused_kwargs else base_config
 

@@ -17,9 +17,10 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import extract_layer_index
 
-from . import FAMILIES, PREFIX, check_version
+from . import FAMILIES, PREFIX, SEEING, check_version
 from .adapters import load_adapters
 from .delta_sites import add_hooks
+from .images import with_images
 from .refusals import check_engine
 from .requests import carry_adapters
 from .router_check import check_router
@@ -28,7 +29,13 @@ from .serving_pass import ExtendedRouter, LayerPart, ServingPass
 BASE_TENSORS = "base."  # before the names of the base's tensors where the adapter is in the model's place
 ROUTER_OPTIONS = ("renormalize", "use_grouped_topk", "num_expert_group", "topk_group", "scoring_func")
 ROUTER_OPTIONS += ("routed_scaling_factor", "e_score_correction_bias")
-IGNORED = ("enable_eplb", "num_redundant_experts", "zero_expert_type", "custom_routing_function", "router")  # not given
+IGNORED = (
+    "enable_eplb",
+    "num_redundant_experts",
+    "zero_expert_type",
+    "custom_routing_function",
+    "router",
+)  # not given
 
 
 class Builder:
@@ -100,6 +107,16 @@ def put_experts(module: nn.Module, experts: dict[str, torch.Tensor], first: int)
                 raise ValueError(f"New experts have {name}, which vLLM has no place for.")
 
 
+def one_by_one(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The stacks of a base's experts as an expert each: vLLM's gpt-oss copies a whole stack over all experts it has."""
+    for name, tensor in weights:
+        before, separator, role = name.partition(".experts.")
+        if not separator or "." in role:
+            yield name, tensor
+        else:
+            yield from ((f"{before}.experts.{number}.{role}", one) for number, one in enumerate(tensor))
+
+
 @contextlib.contextmanager
 def building(base: type[nn.Module], builder: Builder, config: VllmConfig) -> Iterator[None]:
     """Has the file of `base` build its MoE layers by `builder`; as if no LoRA was asked for, because that would choose
@@ -148,7 +165,7 @@ def extend(base: type[nn.Module]) -> type[nn.Module]:
             if getattr(self, "secondary_weights", None):
                 of_base = (pair for pair in weights if pair[0].startswith(BASE_TENSORS))
                 weights = ((name.removeprefix(BASE_TENSORS), tensor) for name, tensor in of_base)
-            loaded = super().load_weights(weights)
+            loaded = super().load_weights(one_by_one(weights) if "GptOss" in base.__name__ else weights)
             self.moextend[1].load()
             return loaded
 
@@ -158,14 +175,16 @@ def extend(base: type[nn.Module]) -> type[nn.Module]:
 
 
 @cache
-def extended(architecture: str) -> type[nn.Module]:
-    return extend(ModelRegistry.models[architecture].load_model_cls())
+def extended(architecture: str, sees: bool) -> type[nn.Module]:
+    model = extend(ModelRegistry.models[architecture].load_model_cls())
+    return with_images(model, SEEING + architecture) if sees else model
 
 
 carry_adapters()
 
 
 def __getattr__(name: str) -> type[nn.Module]:  # what `register` names
-    if name.removeprefix(PREFIX) not in FAMILIES or not name.startswith(PREFIX):
-        raise AttributeError(name)
-    return extended(name.removeprefix(PREFIX))
+    for prefix in (SEEING, PREFIX):
+        if name.startswith(prefix) and name.removeprefix(prefix) in FAMILIES:
+            return extended(name.removeprefix(prefix), sees=prefix == SEEING)
+    raise AttributeError(name)

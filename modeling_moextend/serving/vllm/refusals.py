@@ -13,7 +13,15 @@ from . import FAMILIES
 
 DTYPES = (torch.float32, torch.bfloat16)
 LOAD_FORMATS = ("auto", "hf", "safetensors")
-PLAIN_RULE = ("score", "renormalise", "scale", "epsilon", "floor", "correction", "rows")  # entries that may be anything
+PLAIN_RULE = (
+    "score",
+    "renormalise",
+    "scale",
+    "epsilon",
+    "floor",
+    "correction",
+    "rows",
+)  # entries that may be anything
 
 
 def refuse(what: str, problems: list[str]) -> None:
@@ -33,11 +41,11 @@ def check_family(base_config: PreTrainedConfig, name: str) -> None:
     refuse(f"The adapter {name}", problems)
 
 
-def check_adapter(config: MoExtendConfig, name: str) -> None:
+def check_adapter(config: MoExtendConfig, name: str, among_others: bool = False) -> None:
     """Refuses adapters that were not measured in vLLM, by what their config says."""
     problems = []
-    if config.encoder_config is not None:
-        problems.append("it has an encoder, and images were not measured in vLLM.")
+    if config.encoder_config is not None and among_others:
+        problems.append("it has an encoder, and adapters that see are served alone: vllm serve ADAPTER.")
     if not config.extended_layers:
         problems.append("it has no new experts.")
     if config.trained_on:

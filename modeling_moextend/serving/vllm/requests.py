@@ -20,7 +20,10 @@ class AdapterManager:
 
     def __init__(self, vllm_config, device, embedding_modules):
         self.num_tokens, self.device = vllm_config.scheduler_config.max_num_batched_tokens, device
-        self.numbers, self.names = {}, {}  # vLLM's number of a request's adapter, and its name -> number of the adapter
+        self.numbers, self.names = (
+            {},
+            {},
+        )  # vLLM's number of a request's adapter, and its name -> number of the adapter
 
     def create_lora_manager(self, model: nn.Module, vllm_config) -> nn.Module:
         self.serving = model.moextend[0]

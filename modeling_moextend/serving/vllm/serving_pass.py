@@ -55,10 +55,11 @@ class ServingPass:
         self.layers = {}  # decoder layer -> (the base's `BaseRouter`, [`LayerPart`])
         self.sites = {}  # name of a layer of vLLM's -> [`DeltaPart`]
         self.in_scope = {}  # number of an adapter -> indices of the tokens in its scope; `None`: all
+        widths = {"gate": lambda one: 2 * one.gate_hidden_size, "modality": lambda one: 2}
         self.states = {
-            number: StateCache(2 * one.config.gate_hidden_size, f"moextend.{number}.state", config)
+            number: StateCache(widths[one.config.scope](one.config), f"moextend.{number}.state", config)
             for number, one in enumerate(adapters)
-            if one.gate is not None
+            if one.config.scope in widths
         }
         config.compilation_config.static_forward_context[NAME] = self
 
@@ -71,6 +72,10 @@ class ServingPass:
         if adapter.gate is not None:
             opened = adapter.gate(hidden_states, self.states[number]) > adapter.config.gate_threshold
             scope = opened if own is None else own & opened
+        elif adapter.config.scope == "modality":  # how many image tokens a sequence has had so far
+            is_image = self.input_ids[: len(hidden_states)] == adapter.config.image_token_id
+            seen = self.states[number].add(is_image.unsqueeze(-1).float().expand(-1, 2))[:, 0] > 0
+            scope = seen if own is None else own & seen
         return None if scope is None else scope.nonzero().squeeze(-1)
 
     def route(self, layer: int, hidden_states, router_logits):
