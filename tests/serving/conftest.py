@@ -1,4 +1,4 @@
-"""Tests of serving run in an environment of their own (`make test-serving`); where vLLM is missing, none is collected."""
+"""Tests of serving have an environment of their own (`make test-serving`); where vLLM is missing, none is there."""
 
 import importlib.util
 import os

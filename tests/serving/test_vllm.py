@@ -76,9 +76,8 @@ ARCHITECTURES |= {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "Deepse
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(workshop, family):
     base = workshop.base(family)
-    folders = {
-        kind: workshop.adapter(kind, family) for kind in ("paper", "all_routed", "gate", "low_rank", "all_deltas")
-    }
+    kinds = ("paper", "all_routed", "gate", "low_rank", "all_deltas")
+    folders = {kind: workshop.adapter(kind, family) for kind in kinds}
     engine, requests = several(base, folders, architecture=ARCHITECTURES[family])
     references = {None: workshop.reference(base)}
     references |= {name: workshop.reference(folder) for name, folder in folders.items()}

@@ -108,7 +108,7 @@ def put_experts(module: nn.Module, experts: dict[str, torch.Tensor], first: int)
 
 
 def one_by_one(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The stacks of a base's experts as an expert each: vLLM's gpt-oss copies a whole stack over all experts it has."""
+    """A base's stacks of experts as an expert each: vLLM's gpt-oss copies a whole stack over all experts it has."""
     for name, tensor in weights:
         before, separator, role = name.partition(".experts.")
         if not separator or "." in role:

@@ -1,7 +1,7 @@
 """One step of a served model: which tokens are in the scope of which adapter, and what its tensors do to them.
 
-torch.compile keeps what it sees once: a branch of the dry run, a threshold, whether a batch has tokens of an adapter. So
-what adapters do is done in two opaque operators, which find the `ServingPass` of their model by its name at run time.
+torch.compile keeps what it sees once: a branch of the dry run, a threshold, whether a batch has tokens of an adapter.
+So what adapters do is done in two opaque operators, which find the `ServingPass` of their model by name at run time.
 
 Letters: T tokens of a step, E base experts, N new experts of a layer, K experts a token selects, H hidden size.
 """
