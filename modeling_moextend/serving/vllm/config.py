@@ -8,8 +8,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from ...configuration_moextend import MoExtendConfig
 from ...tools.base_weights import location_of_part
 from ...tools.inspection import read_headers
-from . import PREFIX, SEEING, check_version
 from .refusals import check_adapter, check_family
+from .supported import PREFIX, SEEING, check_version
 
 SAMPLING = ("eos_token_id", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # what vLLM reads of it
 

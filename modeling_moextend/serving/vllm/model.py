@@ -17,7 +17,6 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import extract_layer_index
 
-from . import FAMILIES, PREFIX, SEEING, check_version
 from .adapters import load_adapters
 from .delta_sites import add_hooks
 from .images import with_images
@@ -25,6 +24,7 @@ from .refusals import check_engine
 from .requests import carry_adapters
 from .router_check import check_router
 from .serving_pass import ExtendedRouter, LayerPart, ServingPass
+from .supported import FAMILIES, PREFIX, SEEING, check_version
 
 BASE_TENSORS = "base."  # before the names of the base's tensors where the adapter is in the model's place
 ROUTER_OPTIONS = ("renormalize", "use_grouped_topk", "num_expert_group", "topk_group", "scoring_func")

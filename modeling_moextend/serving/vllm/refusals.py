@@ -9,7 +9,7 @@ from vllm.platforms import current_platform
 
 from ...configuration_moextend import MoExtendConfig
 from ...routing_moextend import Rule
-from . import FAMILIES
+from .supported import FAMILIES
 
 DTYPES = (torch.float32, torch.bfloat16)
 LOAD_FORMATS = ("auto", "hf", "safetensors")
