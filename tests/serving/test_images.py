@@ -20,3 +20,5 @@ def test_images_several_of_them_or_none(workshop, encoder, scope):
             check(items, ask(engine, [(one, None) for one in inputs]))
         with pytest.raises(ValueError, match="The prompt has 0 image tokens .<image>., and 1 images were given"):
             ask(engine, [({"prompt": "no place for it", "multi_modal_data": {"image": images(1, 0)}}, None)])
+        with pytest.raises(ValueError, match="The prompt has image tokens .id 4096., and no images were given"):
+            ask(engine, [({"prompt": "<image>What is this?"}, None)])

@@ -13,7 +13,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.adapter_file_moextend import FILE
-from modeling_moextend.serving.vllm import supported
+from modeling_moextend.serving.vllm import refusals, supported
 from modeling_moextend.serving.vllm.adapters import load_adapters
 from modeling_moextend.serving.vllm.refusals import check_adapter, check_engine, check_family
 from modeling_moextend.serving.vllm.requests import AdapterManager
@@ -143,6 +143,19 @@ def test_measured_settings_are_not_refused(workshop):
     config = EngineArgs(model=str(workshop.adapter("gate")), max_model_len=256).create_engine_config()
     check_engine(config, several=False)
     assert config.model_config.architectures == ["MoExtendMixtralForCausalLM"]
+
+
+def test_other_devices_are_refused_unless_a_user_wants_to_measure(workshop, monkeypatch):
+    options = {"model": str(workshop.adapter("gate")), "max_model_len": 256, "dtype": "float32"}
+    config = EngineArgs(**options).create_engine_config()
+    monkeypatch.setattr(refusals, "current_platform", SimpleNamespace(device_type="cuda"))
+    with pytest.raises(ValueError, match=r"this device .*moextend_unmeasured_device.* cuda; measured: cpu"):
+        check_engine(config, several=False)
+    config.additional_config = {"moextend_unmeasured_device": True}
+    with pytest.raises(ValueError, match="--enforce-eager on cuda: False"):
+        check_engine(config, several=False)
+    config.model_config.enforce_eager = True
+    check_engine(config, several=False)
 
 
 def test_other_versions_of_vllm_are_refused(workshop, monkeypatch):

@@ -1,7 +1,7 @@
 """vLLM plugin: one adapter in the place of a model, or several on one base, each request choosing (docs/serving.md).
 
 vLLM finds `register` by the entry point `vllm.general_plugins` and calls it in every process of its own, also where no
-adapter is served: nothing of torch or vLLM's engine is imported before an adapter is asked for.
+adapter is served: vLLM's models are not imported before an adapter is asked for.
 """
 
 import logging

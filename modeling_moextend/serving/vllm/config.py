@@ -44,6 +44,11 @@ class ServedConfig(PreTrainedConfig):
         prefix = PREFIX if config.encoder_config is None else SEEING
         base_config.architectures = [prefix + base_config.architectures[0]]
         base_config.moextend_adapter = {"name_or_path": str(name), **hub}
+        if config.encoder_config is not None:
+            from .images import refuse_stray_image_tokens  # much of vLLM, which text needs no part of here
+
+            base_config.moextend_adapter["image_token_id"] = config.image_token_id
+            refuse_stray_image_tokens()
         return (base_config, {}) if return_unused_kwargs else base_config
 
 

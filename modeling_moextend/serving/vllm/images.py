@@ -4,7 +4,7 @@ A prompt has one image token for each image, as the chat template writes it; vLL
 features. Letters: T tokens of a step, I images, P features an image, H hidden size.
 """
 
-from functools import cache
+from functools import cache, wraps
 
 from torch import nn
 from vllm.model_executor.models.interfaces import SupportsMultiModal
@@ -17,6 +17,7 @@ from vllm.multimodal.processing import (
     BaseProcessingInfo,
     PromptReplacement,
 )
+from vllm.v1.engine.input_processor import InputProcessor
 
 from ...processing_moextend import MoExtendProcessor
 from ...vision_moextend import encode_images
@@ -64,6 +65,22 @@ class ImageInputs(BaseMultiModalProcessor):
                 f"{count} images were given: one image token each."
             )
         return super()._maybe_apply_prompt_updates(mm_items, mm_res)
+
+
+def refuse_stray_image_tokens() -> None:
+    """Has vLLM refuse prompts that hold image tokens and come without images, as the model itself does elsewhere."""
+    validate = InputProcessor._validate_model_input
+    if hasattr(validate, "__wrapped__"):
+        return
+
+    @wraps(validate)
+    def checked(self, prompt_input, prompt_type):
+        token = getattr(self.model_config.hf_config, "moextend_adapter", {}).get("image_token_id")
+        if token is not None and prompt_input["type"] == "token" and token in prompt_input["prompt_token_ids"]:
+            raise ValueError(f"The prompt has image tokens (id {token}), and no images were given.")
+        return validate(self, prompt_input, prompt_type)
+
+    InputProcessor._validate_model_input = checked
 
 
 def with_images(extended: type[nn.Module], name: str) -> type[nn.Module]:

@@ -11,6 +11,7 @@ from ...configuration_moextend import MoExtendConfig
 from ...routing_moextend import Rule
 from .supported import FAMILIES
 
+UNMEASURED = "--additional-config '{\"moextend_unmeasured_device\": true}'"
 DTYPES = (torch.float32, torch.bfloat16)
 LOAD_FORMATS = ("auto", "hf", "safetensors")
 PLAIN_RULE = (
@@ -62,8 +63,13 @@ def check_adapter(config: MoExtendConfig, name: str, among_others: bool = False)
 def check_engine(config: VllmConfig, several: bool) -> None:
     """Refuses settings of the engine that were not measured."""
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    device, unmeasured = current_platform.device_type, config.additional_config.get("moextend_unmeasured_device")
     found = {
-        "this device": (current_platform.device_type, ["cpu"]),
+        f"this device ({UNMEASURED} serves there all the same, on your own account)": (
+            device,
+            ["cpu", *([device] if unmeasured else [])],
+        ),
+        f"--enforce-eager on {device}": (device == "cpu" or model.enforce_eager, [True]),
         "--dtype": (model.dtype, list(DTYPES)),
         "--runner": (model.runner_type, ["generate"]),
         "--tensor-parallel-size": (parallel.tensor_parallel_size, [1]),
