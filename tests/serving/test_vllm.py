@@ -5,6 +5,7 @@ import shutil
 import pytest
 from bases import ADAPTERS, FAMILIES
 from engines import ask, check, running, several
+from vllm.config import CompilationMode
 
 
 def test_adapters_of_every_kind_and_the_base_in_one_batch(workshop):
@@ -66,11 +67,9 @@ def test_compiled(workshop, tmp_path, monkeypatch):
         model = MoExtendForCausalLM.from_base(base, extended_layers=layers, dtype="float32", expert_rank=4).eval()
         workshop.save(model, folder, seed=len(layers))
         items = workshop.reference(folder)
-        engine, requests = several(base, {"it": folder}, enforce_eager=False)
-        with engine as engine:
-            jobs = [(item, requests["it"]) for item in items]
-            check(items, ask(engine, jobs))
-            check(workshop.reference(base), ask(engine, [(item, None) for item in workshop.reference(base)]))
+        with running(folder, enforce_eager=False) as engine:  # beside LoRA requests vLLM compiles nothing on a CPU
+            assert engine.llm_engine.vllm_config.compilation_config.mode != CompilationMode.NONE
+            check(items, ask(engine, [(item, None) for item in items]))
 
 
 ARCHITECTURES = {"olmoe": "OlmoeForCausalLM", "gpt_oss": "GptOssForCausalLM"}

@@ -6,7 +6,7 @@ adapter is served: vLLM's models are not imported before an adapter is asked for
 
 import logging
 
-from .supported import FAMILIES, PREFIX, SEEING, supported
+from .supported import FAMILIES, PREFIX, SEEING, supported_versions
 
 
 def register() -> None:
@@ -17,7 +17,9 @@ def register() -> None:
 
         from .config import ServedConfig
     except ImportError as error:  # another version of vLLM, whose users may serve no adapter at all
-        logging.getLogger(__name__).warning("This vLLM can't serve MoExtend adapters: %s. %s", error, supported())
+        logging.getLogger(__name__).warning(
+            "This vLLM can't serve MoExtend adapters: %s. %s", error, supported_versions()
+        )
         return
     _CONFIG_REGISTRY["moextend"] = ServedConfig
     for name in (prefix + architecture for architecture in FAMILIES for prefix in (PREFIX, SEEING)):

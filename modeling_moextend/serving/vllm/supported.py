@@ -12,7 +12,7 @@ FAMILIES = (  # architectures of bases, by their names in transformers and vLLM
 )
 
 
-def supported() -> str:
+def supported_versions() -> str:
     return f"Supported versions of vLLM: {', '.join(f'{version}.*' for version in VERSIONS)}."
 
 
@@ -22,6 +22,6 @@ def check_version() -> None:
 
     if ".".join(__version__.split(".")[:2]) not in VERSIONS:
         raise ImportError(
-            f"MoExtend adapters are not served by vLLM {__version__}. {supported()} Install one of them (pip install "
-            '"moextend[vllm]"), or serve a native export (docs/serving.md), which any vLLM takes.'
+            f"MoExtend adapters are not served by vLLM {__version__}. {supported_versions()} Install one of them "
+            '(pip install "moextend[vllm]"), or serve a native export (docs/serving.md), which any vLLM takes.'
         )
