@@ -94,8 +94,11 @@ def counted(monkeypatch, owner, name, happened=bool):
 # ---------------------------------------------------------------- equal tokens
 
 
+slow = pytest.mark.slow
+
+
 @pytest.mark.parametrize("sizes", [{}, {"max_batch_tokens": 16}], ids=["whole", "in chunks"])
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", [pytest.param(one, marks=[] if one == "gate" else [slow]) for one in CHOICES])
 def test_every_scope_gives_the_tokens_of_generate(choice, sizes):
     model = make(choice)
     expected = one_by_one(model)
@@ -106,6 +109,7 @@ def test_every_scope_gives_the_tokens_of_generate(choice, sizes):
         assert in_batches(model, **sizes) == one_by_one(model)
 
 
+@slow
 @pytest.mark.parametrize(
     ("family", "config"), [("gpt_oss", {}), ("qwen3_moe", {}), ("granitemoe", {}), ("mixtral", {"sliding_window": 16})]
 )
@@ -128,6 +132,7 @@ def test_a_base_in_bfloat16_keeps_sums_in_float32():
     assert {page.shape[1] for page in pages} == {8}
 
 
+@slow
 @pytest.mark.parametrize("fused", [False, True])
 def test_several_adapters_at_once(fused, tmp_path):
     model = make("gate")
@@ -148,6 +153,7 @@ def test_several_adapters_at_once(fused, tmp_path):
 # ---------------------------------------------------------------- what becomes of blocks
 
 
+@slow
 def test_a_common_prefix_in_one_step_and_in_later_ones(monkeypatch):
     """In one step each request computes it and their blocks become one; later ones find it in the cache."""
     model = make("gate")
@@ -173,6 +179,7 @@ def test_forks_have_sums_of_their_own(monkeypatch):
     assert len(forks) == 2 * len(PROMPTS)
 
 
+@slow
 def test_preempted_requests_begin_anew(monkeypatch):
     model = make("gate")
     with counted(monkeypatch, RequestState, "create_equivalent_initial_request") as resets:
@@ -180,6 +187,7 @@ def test_preempted_requests_begin_anew(monkeypatch):
     assert resets
 
 
+@slow
 def test_requests_moved_to_the_cpu_come_back_with_their_sums(monkeypatch):
     """Pinned memory needs an accelerator: ordinary memory stands in its place."""
     model, empty = make("gate"), torch.empty
@@ -190,12 +198,13 @@ def test_requests_moved_to_the_cpu_come_back_with_their_sums(monkeypatch):
     assert moved
 
 
+@slow
 def test_what_moves_a_block_moves_the_sums(monkeypatch):
     """Without them, forks answer otherwise: the copy of a block is all that a fork knows of its prompt."""
     model = make("gate")
-    prompt = [random_ids(7, 1)]  # no whole block, so that all of it is copied
-    expected = one_by_one(model, prompt) * 2
-    assert in_batches(model, prompt, returned=2) == expected
+    prompts = [random_ids(7, seed) for seed in range(8)]  # no whole block, so that all of it is copied
+    expected = [answer for answer in one_by_one(model, prompts) for _ in range(2)]
+    assert in_batches(model, prompts, returned=2) == expected
     copy_blocks, pages = FullAttentionCacheAllocator.copy_blocks, []
 
     def without_sums(allocator, source, dest):
@@ -211,7 +220,7 @@ def test_what_moves_a_block_moves_the_sums(monkeypatch):
 
     monkeypatch.setattr(batching, "PagedGates", Watched)
     monkeypatch.setattr(FullAttentionCacheAllocator, "copy_blocks", without_sums)
-    assert in_batches(model, prompt, returned=2) != expected
+    assert in_batches(model, prompts, returned=2) != expected
 
 
 # ---------------------------------------------------------------- refused by name
@@ -241,6 +250,7 @@ def test_what_was_not_run_with_a_gate_is_refused_where_it_is_asked_for(asked):
     assert manager.continuous_batching_config.max_blocks_per_request == 0
 
 
+@slow
 def test_adapters_that_are_switched_under_a_manager_are_refused(tmp_path):
     model = make("gate")
     make("gate", seed=3).save_pretrained(tmp_path)
@@ -262,6 +272,7 @@ def test_adapters_that_are_switched_under_a_manager_are_refused(tmp_path):
         undo()
 
 
+@slow
 def test_a_plain_manager_is_no_place_for_a_gate(tmp_path):
     model = make("all")
     make("gate").save_pretrained(tmp_path)
@@ -292,6 +303,7 @@ def test_prompts_with_images_are_refused():
         manager.add_request([3, IMAGE, 4])
 
 
+@slow
 def test_an_image_token_that_was_generated_is_read_as_in_generate():
     """`generate` takes another token's embedding for it, and no image begins."""
     encoder = make_encoder()
