@@ -29,9 +29,9 @@ from .loading_moextend import auto_class_for, is_multimodal
 from .package_moextend import from_package
 from .persistence_moextend import Persistence
 from .routing_moextend import RoutingRecord, Rule, balance_loss
-from .scope_moextend import Passes, PassInputs, Selection, plan_pass, remember
+from .scope_moextend import Passes, PassInputs, Selection, gated_pass, plan_pass, remember
 from .tensors_moextend import AdapterTensors, snapshot
-from .vision_moextend import ImageGenerationMixin, check_batching, encode_images, merge_images, projector_tied
+from .vision_moextend import ImageGenerationMixin, batched_passes, encode_images, merge_images, projector_tied
 
 # What generate and set_attn_implementation ask.
 BASE_FLAGS = ("_is_stateful", "_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn")
@@ -111,9 +111,10 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
     def run_base(self, selection: Selection, pixel_values: torch.Tensor | None, **inputs) -> ModelOutput:
         """One pass by the adapters of `selection`; inputs and outputs are the base's."""
         check_pass(self, selection)
-        if inputs.get("cu_seq_lens_k") is not None and inputs.get("cache") is not None:  # adapters were switched
-            check_batching(selection)
-        plan, state = plan_pass(self.passes, selection, PassInputs(*map(inputs.get, PassInputs._fields)))
+        batched = inputs.get("cu_seq_lens_k") is not None and inputs.get("cache") is not None
+        make_gated = batched_passes(selection, inputs) if batched else gated_pass
+        given = PassInputs(*map(inputs.get, PassInputs._fields))
+        plan, state = plan_pass(self.passes, selection, given, make_gated)
         if selection.vision_adapter is None and is_multimodal(self.base.config):
             inputs["pixel_values"], pixel_values = pixel_values, None  # seen by the base's own encoder
         inputs = self.embed(selection, inputs, pixel_values)

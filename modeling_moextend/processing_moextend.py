@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 import transformers
 from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin, image_utils
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.tokenization_utils_base import AddedToken
 
 from .package_moextend import from_package
@@ -14,6 +15,8 @@ from .package_moextend import from_package
 IMAGE_TOKEN = "<image>"
 BUILDING = "Building a processor"
 MAX_IMAGE_TOKENS = 2**16
+# `transformers serve` asks this table, by the name of a model's class, whether a model that has a processor takes images.
+MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.setdefault("moextend_with_encoder", "MoExtendForCausalLM")
 
 
 def to_rgb(image):

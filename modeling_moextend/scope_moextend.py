@@ -246,7 +246,7 @@ class PassInputs(NamedTuple):
     input_ids: torch.Tensor | None  # [B, S], image tokens still in it; `None` where only embeddings were given
     inputs_embeds: torch.Tensor | None  # [B, S, H]
     position_ids: torch.Tensor | None  # [B, S]: where they fall back, a new sequence starts (packed batches)
-    attention_mask: torch.Tensor | None  # [B, past + S], 0 for padding; of another shape: nothing is known of padding
+    attention_mask: object  # [B, past + S], 0 for padding; or as `real_tokens` says
     past_key_values: object  # the cache; its state is read here
 
     @property
@@ -255,8 +255,9 @@ class PassInputs(NamedTuple):
         return self.inputs_embeds[..., 0] if self.input_ids is None else self.input_ids
 
 
-def plan_pass(passes, selection, inputs):
-    """The `PassPlan` of a pass, and the new state of its cache (key -> tensor or `GatedPass`); see `remember`."""
+def plan_pass(passes, selection, inputs, make_gated):
+    """The `PassPlan` of a pass, and the new state of its cache (key -> tensor or `GatedPass`); see `remember`.
+    `make_gated`: `gated_pass`, or what continuous batching has in its place."""
     takes_part = selection.enabled or torch.is_grad_enabled()  # of adapters that are off, gradients stay defined
     layers = passes.layer_plans(selection) if takes_part else {}
     plan = PassPlan(layers, records=passes.thread.records, fused=passes.current.fused)
@@ -275,7 +276,7 @@ def plan_pass(passes, selection, inputs):
     past_length = seen_tokens(inputs.past_key_values) if kept else 0
     for name in (name for name in names if scopes[name] == "gate"):
         threshold = passes.thread.thresholds.get(name, selection.thresholds[name])
-        gates[name] = gated_pass(name, inputs, past_length, served.get(name), threshold)
+        gates[name] = make_gated(name, inputs, past_length, served.get(name), threshold)
     after_image = None
     if inputs.input_ids is not None and any(config.scope == "modality" for config in extending.values()):
         is_image, vision = torch.zeros_like(inputs.tokens, dtype=torch.bool), selection.vision_adapter
@@ -302,13 +303,24 @@ def plan_pass(passes, selection, inputs):
 
 
 def real_tokens(inputs, past_length):
-    """[B, S] bool: the tokens of this pass that are no padding; all of them where no 2-D mask says."""
-    mask, length = inputs.attention_mask, inputs.tokens.shape[1]
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+    """[B, S] bool: the tokens of this pass that are no padding. A mask of more dimensions, as `generate` makes for a
+    static cache, shows it on its diagonal: padding is nobody's key, not even its own. `None`: there is none."""
+    mask, (size, length) = inputs.attention_mask, inputs.tokens.shape
+    if isinstance(mask, dict):  # kind of attention -> its mask
+        mask = next((one for one in mask.values() if one is not None), None)
+    if mask is None:
         return torch.ones_like(inputs.tokens, dtype=torch.bool)
-    whole = mask.shape[1] >= past_length + length
-    real = mask[:, past_length : past_length + length] if whole else mask[:, -length:]
-    return real.to(inputs.tokens.device).bool()
+    first = min(past_length, mask.shape[-1] - length)  # a mask of a sliding cache has no columns for its oldest tokens
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        return mask[:, first : first + length].to(inputs.tokens.device).bool()
+    index = torch.arange(length, device=inputs.tokens.device)
+    if isinstance(mask, torch.Tensor):
+        diagonal = mask[:, 0].to(index.device)[:, index, first + index]
+        is_real = diagonal > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else diagonal.bool()
+    else:  # a BlockMask of flex attention
+        items = torch.arange(size, device=index.device).unsqueeze(1)
+        is_real = mask.mask_mod(items, index.new_zeros(()), index, first + index)
+    return is_real.expand_as(inputs.tokens)
 
 
 def gated_pass(name, inputs, past_length, served, threshold):

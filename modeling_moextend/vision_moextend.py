@@ -17,6 +17,7 @@ from transformers.generation.candidate_generator import PromptLookupCandidateGen
 
 from .configuration_moextend import as_config, has_class_token
 from .layers_moextend import keep_in_graph
+from .package_moextend import from_package
 
 VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model")
 CONFIG_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
@@ -166,15 +167,31 @@ class ImageGenerationMixin(GenerationMixin):
         with self.passes.using(selection=self.select_adapters(adapter_names, *prompts)):
             return super().generate(inputs, *args, **kwargs)
 
+    def generate_batch(self, inputs: list[list[int]], *args, **kwargs) -> Any:
+        """As in transformers, by the adapters that are active now. `ValueError`: see `init_continuous_batching`."""
+        self.check_prompts(inputs)
+        return super().generate_batch(inputs, *args, **kwargs)
+
     def init_continuous_batching(self, *args, **kwargs) -> Any:
-        """As in transformers (`generate_batch`, `transformers serve --continuous-batching`), where every adapter is of
-        `scope="all"`. `ValueError`: another scope; inside `disable_adapter`, of which its own thread knows nothing."""
-        if self.passes.thread.enabled is False:
+        """As in transformers (`generate_batch`, `transformers serve --continuous-batching`). `ValueError`: with
+        `disable_adapter` or `adapter_names`, of which its thread is not told; what serving/batching.py is without."""
+        selection, init = self.select_adapters(), super().init_continuous_batching
+        if self.passes.thread.enabled is False or selection.per_item is not None:
             raise ValueError(
-                "disable_adapter is one thread's; batches run in another: call disable_adapters() instead."
+                "disable_adapter and adapter_names are one thread's; batches run in another: call disable_adapters() "
+                "or set_adapter(...) before."
             )
-        check_batching(self.select_adapters())
-        return super().init_continuous_batching(*args, **kwargs)
+        serving = [selection.adapters[name] for name in selection.taking_part]
+        if all(one.gate is None and one.encoder is None for one in serving):
+            return init(*args, **kwargs)
+        batching = from_package("serving.batching", "Continuous batching with a gate or an encoder")
+        return batching.manager_with_gates(init, selection, *args, **kwargs)
+
+    def check_prompts(self, prompts):
+        """`ValueError`: one of the `prompts` (lists of ids) of continuous batching holds image tokens."""
+        vision = self.vision_adapter
+        if vision is not None and any(vision.config.image_token_id in prompt for prompt in prompts):
+            raise ValueError("Continuous batching takes no images: use generate for prompts that hold image tokens.")
 
     # Some families bring a cache of their own, take no `inputs_embeds`, or have positions of several dimensions.
     _supports_default_dynamic_cache = of_base("_supports_default_dynamic_cache")
@@ -238,16 +255,20 @@ class ImageGenerationMixin(GenerationMixin):
         return generator
 
 
-def check_batching(selection):
-    """Refuses continuous batching by adapters whose scope keeps a state of its own: requests share one paged cache
-    there, without a place for it, and tokens would be taken for those of other requests."""
-    configs = {name: selection.adapters[name].config for name in selection.taking_part}
-    kept = {name: one.scope for name, one in configs.items() if one.extended_layers and one.scope != "all"}
-    if kept:
+def batched_passes(selection, inputs):
+    """In a pass of continuous batching, whose requests share one paged cache: what makes each gate's `GatedPass`.
+    `ValueError`: the cache holds tokens of other adapters, or has no place for what these gates remember."""
+    cache, names = inputs["cache"], selection.taking_part
+    serving = [(name, selection.adapters[name], selection.thresholds.get(name)) for name in names]
+    gates = getattr(cache, "moextend_gates", None)
+    gated = {name for name, adapter, _ in serving if adapter.gate is not None}
+    begun = cache.__dict__.setdefault("moextend_adapters", serving)
+    if begun != serving or gated - (set() if gates is None else gates.pages.keys()):
         raise ValueError(
-            f"Continuous batching can't follow the scope of adapters {kept}: their tokens would be wrong. Use "
-            "generate (with padding, if there are several prompts), or adapters of scope='all'."
+            f"Continuous batching was begun by other adapters, or other thresholds of a gate, than {list(names)} now: "
+            "call destroy_cached_continuous_batching_manager(), or begin with a new manager."
         )
+    return None if gates is None else gates.passes(inputs)
 
 
 def check_processors(generation_config, negative_prompt_ids, past_head):
