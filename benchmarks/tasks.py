@@ -225,8 +225,8 @@ def follow_up_records(number: int = 8000) -> dict[str, list[dict[str, Any]]]:
 
 def easy_vqa_records() -> dict[str, list[dict[str, Any]]]:
     """{split: records}: training questions on 90% of the training images, open ones on the rest and on the test's."""
-    from easy_vqa_data import balanced as half_open
-    from easy_vqa_data import questions
+    from modeling_moextend.quickstart.easy_vqa_data import balanced as half_open
+    from modeling_moextend.quickstart.easy_vqa_data import questions
 
     known = [entry for entry in questions("train") if side(Path(entry[0]).name) != "test"]
     asked = [entry for entry in questions("train") if side(Path(entry[0]).name) == "test"]
@@ -239,7 +239,7 @@ def easy_vqa_records() -> dict[str, list[dict[str, Any]]]:
 
 def caption_records() -> list[dict[str, Any]]:
     """Records of stage align: captions of training images that no question of `validation` is about."""
-    from easy_vqa_data import captions, questions
+    from modeling_moextend.quickstart.easy_vqa_data import captions, questions
 
     known = [entry for entry in questions("train") if side(Path(entry[0]).name) != "test"]
     return [record("<image>\nWhat is in the image?", caption, str(image)) for image, caption in captions(known)]

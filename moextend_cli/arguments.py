@@ -213,6 +213,13 @@ def build_parser() -> Parser:
     add_talk_options(command)
     add_parts(command)
 
+    command = add_command(subparsers, "demo", commands.demo_command, results.show_nothing, as_json=False)
+    command.add_argument("adapter", type=adapter_location, help=ADAPTER)
+    add_talk_options(command)
+    command.add_argument("--port", type=positive, metavar="N", help="default: the first free one from 7860 on")
+    command.add_argument("--share", action="store_true", help="behind a public link of gradio's, for 72 hours")
+    add_parts(command)
+
     command = add_command(subparsers, "completion", commands.completion_command, results.show_completion)
     command.add_argument("shell", choices=SHELLS, help=f"one of {', '.join(SHELLS)}")
     return parser

@@ -273,6 +273,24 @@ def chat_command(args: argparse.Namespace) -> dict[str, Any]:
     return {}
 
 
+def demo_command(args: argparse.Namespace) -> dict[str, Any]:
+    """Show base and adapter side by side in a browser.
+
+    Needs gradio: pip install 'moextend[demo]'. The page asks both the same question, with
+    an image where the adapter sees, and marks which tokens used new experts. As a Hugging
+    Face Space: modeling_moextend/chat/demo.py is its app.py.
+
+    examples:
+      moextend demo assets/numbers
+      moextend demo me/my-adapter --port 8000
+    """
+    from modeling_moextend.chat.demo import launch
+
+    names = ("base", "encoder", "dtype", "port", "share", "max_new_tokens", "temperature")
+    launch(args.adapter, **{name: getattr(args, name) for name in names})
+    return {}
+
+
 def completion_command(args: argparse.Namespace) -> dict[str, Any]:
     """Print what lets a shell complete commands and options.
 

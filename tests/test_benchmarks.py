@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import forgetting
 import generated
 import methods
+import pictures
 import report
 import runs
 import tasks
@@ -371,6 +372,19 @@ def test_readmes_table_is_what_the_results_say():
     readme = (Path(report.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     shown = readme.split("<!-- python benchmarks/report.py --readme -->\n")[1].split("<!-- end -->")[0]
     assert shown == report.readme_table(runs.read_runs(report.RESULTS / "forgetting.jsonl"))
+
+
+@pytest.mark.slow
+def test_every_picture_of_the_pages_is_drawn_from_files(tmp_path, monkeypatch):
+    shown = {path.name for path in pictures.IMAGES.iterdir()}
+    monkeypatch.setattr(pictures, "IMAGES", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pictures.py"])
+    pictures.main()
+    assert {path.name for path in tmp_path.iterdir()} == shown and len(shown) >= 20
+    assert all(path.stat().st_size > 5_000 for path in tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        monkeypatch.setattr(sys, "argv", ["pictures.py", "idee"])
+        pictures.main()
 
 
 def test_below_a_table_stand_the_shares_of_full_replay_on_both_splits():

@@ -60,7 +60,18 @@ NATIVE = {"scope": "all", "selection": "compete", "calibration": "none"}
 DOCUMENT = ROOT / "docs" / "cli.md"
 COMMANDS_TITLE = "## Commands\n"
 OF_ADAPTERS = ("inspect", "verify", "diff", "merge", "compress", "push")
-COMMANDS = (*OF_ADAPTERS[:-1], "plan", "push", "train", "evaluate", "report", "quickstart", "chat", "completion")
+COMMANDS = (
+    *OF_ADAPTERS[:-1],
+    "plan",
+    "push",
+    "train",
+    "evaluate",
+    "report",
+    "quickstart",
+    "chat",
+    "demo",
+    "completion",
+)
 
 # ---------------------------------------------------------------- helps
 

@@ -155,7 +155,7 @@ def test_training_by_preference_improves_on_held_out_questions(first_adapter, sc
         ),
         (
             "evaluate_adapter.py --adapter a/b/c --text {0}/text.jsonl --output {0}/r",
-            "adapter='a/b/c': there is no such",
+            "argument adapter: a/b/c is no folder, and no Hub id",
         ),
         (
             "evaluate_adapter.py --adapter {0} --text {0}/text.jsonl --output {0}/r --base x/y/z",

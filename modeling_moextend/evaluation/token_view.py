@@ -116,15 +116,20 @@ def tokens_page(parts: Sequence[tuple[str, Sequence[TokenUse]]], title: str = "W
     return PAGE.format(title=html.escape(title), body=body)
 
 
+def tokens_fragment(tokens: Sequence[TokenUse]) -> str:
+    """The tokens as a piece of HTML for a page of another's."""
+    style = "font-family:ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere"
+    return f'<p style="{style}">{"".join(map(span, tokens))}</p>'
+
+
 def span(token: TokenUse) -> str:
     """One token: the darker and the thicker its line, the more layers used new experts."""
     layers = ", ".join(f"{layer}: {share_text(share)}" for layer, share in token.layers.items())
     text = html.escape(token.text).replace("\n", "&#8629;<br>") or "&#8203;"
     if not token.share:
         return f'<span title="layer {layers}">{text}</span>'
-    style = (
-        f"background:rgba(0,114,178,{0.12 + 0.4 * token.share:.2f});border-bottom-width:{1 + 2 * token.share:.0f}px"
-    )
+    shade, line = 0.12 + 0.4 * token.share, 1 + 2 * token.share
+    style = f"background:rgba(0,114,178,{shade:.2f});border-bottom:{line:.0f}px solid #0072b2"
     return f'<span class=new tabindex=0 title="layer {layers}" style="{style}">{text}</span>'
 
 
@@ -144,7 +149,6 @@ PAGE = """<!doctype html>
 body {{ font: 16px/1.7 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
 h1 {{ font-size: 1.3rem }} h2 {{ font-size: 1rem; margin-bottom: 0 }}
 .text {{ font-family: ui-monospace, monospace; margin: .3rem 0; white-space: pre-wrap; overflow-wrap: anywhere }}
-.new {{ border-bottom: solid #0072b2; border-radius: 2px }}
 .note {{ color: #555; margin: 0; font-size: .9rem }}
 </style>
 <h1>{title}</h1>

@@ -32,6 +32,7 @@ from ..data.tokens import check_trainer_tokens
 from ..evaluation.compare import count_selected
 from ..families_moextend import MoELayer, find_moe_layers
 from ..tools.modes import evaluation_mode, is_moextend
+from ..tools.progress import show_progress, without_our_warnings
 from .router_shift import RouterShift
 
 MODES = ("training", "gradient_checkpointing")  # what trainers switch on every module
@@ -99,7 +100,9 @@ def measure_router_shift(
         mask_image_labels(trainer)
         check_trainer_tokens(trainer)
         before = count_selections(trainer, layers, "counting experts before")
-        trainer.train()
+        show_progress(trainer, "router probe")
+        with without_our_warnings():
+            trainer.train()
         after = count_selections(trainer, layers, "counting experts after")
     return RouterShift(list(layers), before, after)
 
@@ -115,7 +118,8 @@ def probe_config(output_dir: str | os.PathLike, **overrides: Any) -> SFTConfig:
         "report_to": "none",
         "use_cpu": not torch.accelerator.is_available(),
     }
-    return SFTConfig(output_dir=output_dir, **{**settings, **overrides})
+    with without_our_warnings():
+        return SFTConfig(output_dir=output_dir, **{**settings, **overrides})
 
 
 def without_saving(args: SFTConfig) -> SFTConfig:

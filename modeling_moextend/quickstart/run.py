@@ -14,7 +14,7 @@ from rich.table import Table
 from transformers import AutoTokenizer, logging
 
 from ..modeling_moextend import MoExtendForCausalLM
-from ..processing_moextend import MoExtendProcessor, to_rgb
+from ..processing_moextend import IMAGE_TOKEN, MoExtendProcessor, to_rgb
 from ..publishing.facts import folder_card, read_facts, write_facts
 from ..tools.hashes import base_tensors_hash
 from ..training.config import MoExtendSFTConfig
@@ -135,7 +135,30 @@ def quickstart(words: Sequence[str] = ()) -> dict[str, Any]:
     write_facts(args.output_dir, **read_facts(args.output_dir), results=records)
     folder_card(args.output_dir, model.config).save(f"{args.output_dir}/README.md")
     show(results, text)
+    say_next(args.output_dir, asked, answered["trained"])
     return results
+
+
+def say_next(folder: str, questions: list[dict[str, Any]], texts: list[str]) -> None:
+    """Where everything lies, three answers to look at, and what to do next."""
+    table = Table(title="Three of the held-out questions")
+    for heading in ("image", "question", "answer", "truth"):
+        table.add_column(heading, overflow="fold")
+    for question, text in shown(questions, texts):
+        image = question["image"] if isinstance(question["image"], str) else "(in the data set)"
+        table.add_row(image, question["question"].replace(IMAGE_TOKEN, "").strip(), text, question["answer"])
+    console = Console(width=100)
+    console.print(table)
+    print(f"Adapter: {folder}\nPicture of stage extend: {folder}/shift.png\nModel card: {folder}/README.md")
+    print(f"Next: moextend inspect {folder}\n      moextend chat {folder}    (then: /image FILE)")
+
+
+def shown(questions: list[dict[str, Any]], texts: list[str]) -> list[tuple[dict[str, Any], str]]:
+    """Three questions about three images with their answers, the first of each distinct question text."""
+    first = {}
+    for question, text in zip(questions, texts, strict=True):
+        first.setdefault(question["question"], (question, text))
+    return list(first.values())[:3]
 
 
 def percent(value: float | None) -> str:

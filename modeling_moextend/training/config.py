@@ -5,8 +5,10 @@ import os
 from dataclasses import dataclass, field
 
 import torch
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
+from ..tools.progress import without_our_warnings
 from .trainable import STAGES
 
 GROUP_SETTINGS = ("router_learning_rate", "delta_learning_rate", "embedding_learning_rate", "delta_weight_decay")
@@ -37,6 +39,7 @@ class MoExtendSFTConfig(SFTConfig):
 
     For conversations, `assistant_only_loss=True` is what the paper's recipe trains on. `router_aux_loss_coef` weights
     the load-balancing loss over base and new experts (unset: the base's own coefficient; the paper: 0.001).
+    `bf16` is, where it is not given, whether the machine has a GPU that computes in bfloat16.
 
     Parameters:
         stage:
@@ -195,7 +198,10 @@ class MoExtendSFTConfig(SFTConfig):
                 "DeepSpeed's configuration is completed before the model is known, whose width says the learning rate "
                 "where none is given: give learning_rate."
             )
-        super().__post_init__()
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = not self.use_cpu and is_torch_bf16_gpu_available()
+        with without_our_warnings():
+            super().__post_init__()
         check_processes(self.world_size, self.output_dir)
         if self.stage not in STAGES:
             hint = " Stage 'extend' trains nothing that is kept: call measure_router_shift." * (self.stage == "extend")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..modeling_moextend import MoExtendForCausalLM
 
 TOKENS_A_STEP = 2048  # of the task, and as many of retention text
+CURVE = 20  # points of the loss curve that trackers get
 HELD_OUT = 20  # every so many-th sequence is held out to measure on
 
 
@@ -39,13 +40,14 @@ class GateReport(NamedTuple):
 
     loss: hinge loss, mean of the last tenth of the steps. routed: share of task tokens let through, 0 to 1, higher is
     better. captured: share of retention tokens let through, 0 to 1, lower is better. prefix: leading tokens that all
-    task samples share, and that count for neither.
+    task samples share, and that count for neither. curve: (step, mean loss since the step before) in `CURVE` points.
     """
 
     loss: float
     routed: float
     captured: float
     prefix: int
+    curve: tuple[tuple[int, float], ...] = ()
 
 
 class StopPass(Exception):
@@ -178,7 +180,14 @@ def fit_gate(
         parameter.grad = None
     shares = [share_routed(gate, part[0][::HELD_OUT], part[1], threshold) for part in parts]
     last_losses = losses[-max(1, steps // 10) :]
-    return GateReport(sum(last_losses) / max(len(last_losses), 1), shares[0], shares[1], prefix)
+    return GateReport(sum(last_losses) / max(len(last_losses), 1), *shares, prefix, curve_of(losses))
+
+
+def curve_of(losses: list[float]) -> tuple[tuple[int, float], ...]:
+    """((step, mean loss since the last one), ...): at most `CURVE` points."""
+    size = max(1, -(-len(losses) // CURVE))
+    parts = [losses[first : first + size] for first in range(0, len(losses), size)]
+    return tuple((min((number + 1) * size, len(losses)), sum(p) / len(p)) for number, p in enumerate(parts))
 
 
 def without_held_out(sequences: list[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:

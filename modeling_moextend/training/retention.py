@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 STARTS = ("document", "1 random token", "3 random tokens", "chat")
 FORWARD_KEYS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
+TIMED = 6  # tokens that are timed before sampling
 SAMPLER = 1  # counts up when the same settings would give other text, so that no stale cache is read
 
 
@@ -184,6 +186,7 @@ def draw(
     device = model.get_input_embeddings().weight.device
     groups = batches(starts, batch_size)
     done, state = read_batches_of(path, groups, length, device)
+    left = groups[len(done) :]
     own_config = model.generation_config
     devices = [device] if device.type == "cuda" else []
     model.generation_config = GenerationConfig()  # generate fills in from it what `settings` leaves open
@@ -199,6 +202,8 @@ def draw(
                 )
             ),
         ):
+            if left:
+                print(sampling_time(model, left, length, device), flush=True)
             torch.manual_seed(seed)
             if state is not None:
                 set_random_state(state, device)
@@ -208,7 +213,7 @@ def draw(
                 "initial": len(done),
                 "total": len(groups),
             }
-            for batch in tqdm(groups[len(done) :], **bar):
+            for batch in tqdm(left, **bar):
                 ids = torch.tensor(batch, device=device)
                 output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
                 done.append(output.tolist())
@@ -217,6 +222,31 @@ def draw(
     finally:
         model.generation_config = own_config
     return [sequence for batch in done for sequence in batch]
+
+
+def sampling_time(model: MoExtendForCausalLM, groups: list[list[list[int]]], length: int, device: torch.device) -> str:
+    """One line: how long sampling these will take, by a few tokens of the first batch, and what is quicker."""
+    ids = torch.tensor(groups[0], device=device)
+    settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings = GenerationConfig(**settings, max_new_tokens=TIMED, min_new_tokens=TIMED)
+    for _ in range(2):  # the first time kernels are chosen
+        start = time.perf_counter()
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        seconds = time.perf_counter() - start
+    tokens = sum(length * len(group) for group in groups)
+    needed = sum(len(group) / len(groups[0]) * (length - len(group[0])) for group in groups) * seconds / TIMED
+    return (
+        f"MoExtend, gate: samples {tokens:,} tokens of retention text from the base, about {duration(needed)}, kept "
+        "for the next run. Quicker: your own text (retention_dataset=, --retention_data), or fewer tokens "
+        "(retention_tokens=50_000, --retention_tokens 50000)"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def random_state(device: torch.device) -> dict[str, str]:

@@ -381,6 +381,7 @@ def align(
     trainer = MoExtendSFTTrainer(model=model, args=args, train_dataset=data, processing_class=processor)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(args.output_dir)
+    heading(config, "align", f"the aligned adapter is in {args.output_dir}")
 
 
 def extend(
@@ -403,9 +404,18 @@ def extend(
         shift.save(folder / "shift.json")
         shift.plot(folder / "shift.png", plan)
         write_text(folder / "plan.json", json.dumps(plan))
-        print(f"Stage extend: new experts {plan} (layer: source experts); picture in {folder / 'shift.png'}")
+        done = f"new experts {plan} (layer: source experts); picture in {folder / 'shift.png'}"
+        heading(config, "extend", f"{done}, plan in {folder / 'plan.json'}")
     PartialState().wait_for_everyone()
     return plan
+
+
+def heading(config: StagesConfig, stage: str, done: str | None = None) -> None:
+    """Says, on one process, which stage begins, or what one has `done`."""
+    if PartialState().is_main_process:
+        number = config.stages.index(stage) + 1
+        text = f"MoExtend, stage {number} of {len(config.stages)}: {stage}"
+        print(f"{text} is done: {done}" if done else f"\n{text}", flush=True)
 
 
 def find_checkpoint(args: MoExtendSFTConfig) -> tuple[str | None, str | None]:
@@ -504,18 +514,23 @@ def run_alone(config: StagesConfig, args: MoExtendSFTConfig) -> MoExtendForCausa
     processor = load_processor(config.adapter or config.base, config.encoder, args.assistant_only_loss)
     model = build_model(config, processor)
     check_before(model, config, args, held_out)
+    say = partial(heading, config)
     if "align" in config.stages:
+        say("align")
         align(model, processor, captions, config, args, checkpoint if resumed == "align" else None)
     if "extend" in config.stages:
+        say("extend")
         with stopped_at(partial(where_in_extend, config, args)):
             model = with_experts(model, extend(model, processor, data, held_out, config, args), config)
     elif config.plan is not None:
         model = with_experts(model, read_plan(config), config)
     if "finetune" in config.stages:
         datasets_ = {"train_dataset": data, "eval_dataset": eval_data, "retention_dataset": retention_data}
+        say("finetune")
         trainer = MoExtendSFTTrainer(model=model, args=args, processing_class=processor, **datasets_)
         trainer.train(resume_from_checkpoint=checkpoint if resumed == "finetune" else None)
         trainer.save_model(args.output_dir)
+        say("finetune", f"the adapter is in {args.output_dir}")
     elif PartialState().is_main_process:
         model.save_pretrained(args.output_dir, adapter_dtype=args.adapter_dtype)
         processor.save_pretrained(args.output_dir)

@@ -36,6 +36,7 @@ from ..tools.files import alone_in, write_text
 from ..tools.hashes import base_tensors_hash
 from ..tools.interrupts import stopped_at
 from ..tools.modes import dtypes_kept
+from ..tools.progress import show_progress, without_our_warnings
 from .checkpoints import (
     TRAINER_STATE,
     begin_checkpoint,
@@ -181,6 +182,7 @@ class MoExtendSFTTrainer(SFTTrainer):
         self._given = {name: name_of(kwargs[name]) for name in GIVEN if kwargs.get(name) is not None}
         self._run = None
         self.add_callback(AdapterReport(self))
+        show_progress(self, f"stage {args.stage}")
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
@@ -216,7 +218,7 @@ class MoExtendSFTTrainer(SFTTrainer):
         check_frozen(self.core)
         self._diverged = None
         alone = alone_in(self.args.output_dir, "train") if self.is_world_process_zero() else nullcontext()
-        with alone, stopped_at(self._where):
+        with alone, without_our_warnings(), stopped_at(self._where):
             return self._train_alone(resume_from_checkpoint, **kwargs)
 
     def _where(self):
@@ -582,8 +584,19 @@ class AdapterReport(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero:
             print(training_summary(self.trainer.model, self.trainer.trainable, args))
+        if self.trainer.gate_report is not None:
+            self.log_gate(args, state, control, **kwargs)
         if args.verify_base:
             self.hashes = base_tensors_hash(self.trainer.model)
+
+    def log_gate(self, args: MoExtendSFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The gate's own training, which came before, for the trackers: by its own steps, and in no log history."""
+        report, step = self.trainer.gate_report, state.global_step
+        logs = [(number, {"gate/loss": loss}) for number, loss in report.curve]
+        logs.append((args.gate_steps, {"gate/routed": report.routed, "gate/captured": report.captured}))
+        for state.global_step, values in logs:
+            self.trainer.callback_handler.on_log(args, state, control, values)
+        state.global_step = step
 
     def on_pre_optimizer_step(
         self, args: MoExtendSFTConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
