@@ -147,8 +147,8 @@ def moextend_route(
 def fake_route(
     hidden_states: torch.Tensor, router_logits: torch.Tensor, layer: int, top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = len(hidden_states), top_k
-    return (hidden_states.new_empty(shape, dtype=dtype) for dtype in (torch.float32, torch.int32))
+    shape = hidden_states.shape[0], top_k
+    return hidden_states.new_empty(shape, dtype=torch.float32), hidden_states.new_empty(shape, dtype=torch.int32)
 
 
 def moextend_deltas(output: torch.Tensor, inputs: torch.Tensor | None, site: str) -> None:
