@@ -36,8 +36,8 @@ from transformers import (
     TorchAoConfig,
 )
 from transformers.distributed import DistributedConfig
+from transformers.integrations import mxfp4
 from transformers.integrations.finegrained_fp8 import FP8Experts, replace_with_fp8_linear
-from transformers.integrations.mxfp4 import Mxfp4GptOssExperts, Mxfp4GptOssMLP
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from modeling_moextend import MoExtendForCausalLM
@@ -138,7 +138,11 @@ def mxfp4_base():
     """gpt-oss as a machine with triton kernels holds it: packed experts, and a block that routes by itself."""
     base = make_base("gpt_oss")
     for layer in base.model.layers:
-        layer.mlp = Mxfp4GptOssMLP(layer.mlp.router, Mxfp4GptOssExperts(base.config))
+        experts = mxfp4.Mxfp4GptOssExperts(base.config)
+        if hasattr(mxfp4, "Mxfp4GptOssMLP"):
+            layer.mlp = mxfp4.Mxfp4GptOssMLP(layer.mlp.router, experts)
+        else:  # older versions leave the block, and give it another forward
+            layer.mlp.experts, layer.mlp.forward = experts, functools.partial(mxfp4.mlp_forward, layer.mlp)
     return base
 
 
