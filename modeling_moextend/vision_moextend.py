@@ -283,7 +283,7 @@ def check_processors(generation_config, negative_prompt_ids, past_head):
     if used:
         raise ValueError(
             f"{' and '.join(used)} cannot be used in generate with images: guidance runs the model without them, "
-            "chunks of the prompt may cut one in two, and encoder_... looks up scores of the prompt's tokens, of which "
+            "chunks may cut one in two, and encoder_... looks up scores of the prompt's tokens, of which "
             "an image token past the vocabulary has none."
         )
 
