@@ -20,6 +20,7 @@ from conftest import (
     make_encoder,
     shake,
 )
+from families import NEWEST
 from safetensors.torch import load_file, save_file
 from test_sft_trainer import make_trainer
 from torch import nn
@@ -266,7 +267,8 @@ FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 def mxfp4_checkpoint(folder):
     config = AutoConfig.for_model("gpt_oss", **{**COMMON, **FAMILIES["gpt_oss"], "intermediate_size": 64})
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    config.dtype = torch.float32 if NEWEST else torch.bfloat16  # to which older versions dequantise
+    AutoModelForCausalLM.from_config(config, dtype=config.dtype).save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
         experts, width, height = tensors.pop(name).shape  # the family's experts are transposed
