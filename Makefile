@@ -1,12 +1,13 @@
-# `make help` lists the targets. Everything is installed into $(VENV), in the versions of constraints.txt.
+# `make help` lists the targets. Everything is installed into $(VENV), in the versions of $(CONSTRAINTS).
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 ARGS ?=
 
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install -c constraints.txt
+INSTALL := $(BIN)/python -m pip install -c $(CONSTRAINTS)
 PYTEST := $(BIN)/python -m pytest --durations=10
-METADATA := setup.cfg pyproject.toml constraints.txt
+METADATA := setup.cfg pyproject.toml $(CONSTRAINTS)
 READY_TO_RUN := $(VENV)/.installed-quickstart
 READY_TO_TEST := $(VENV)/.installed-dev
 
@@ -15,7 +16,7 @@ KERNELS ?= OMP_NUM_THREADS=1 OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=default ATEN_
 	ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=COMPATIBLE
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart adapter forgetting speed families pictures docs test test-fast test-slow test-kernels test-serving quality style
+.PHONY: help quickstart adapter forgetting speed families pictures docs test test-fast test-slow test-oldest test-kernels test-serving quality style
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -59,6 +60,9 @@ test-fast test-slow: export OMP_NUM_THREADS = 1
 
 test-fast: $(READY_TO_TEST) ## run the tests not marked slow (options: ARGS="...")
 	$(PYTEST) -m "not slow" $(ARGS)
+
+test-oldest: ## run the fast tests in the oldest versions (constraints-oldest.txt), in a venv of its own
+	$(MAKE) test-fast VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 # pytest's exit code 5 says that no test was selected.
 test-slow: $(READY_TO_TEST) ## run the tests marked slow (options: ARGS="...")

@@ -15,7 +15,7 @@ from .package_moextend import from_package
 IMAGE_TOKEN = "<image>"
 BUILDING = "Building a processor"
 MAX_IMAGE_TOKENS = 2**16
-# `transformers serve` asks this table, by the name of a model's class, whether a model that has a processor takes images.
+# `transformers serve` asks this table, by the name of a model's class, whether what has a processor takes images.
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.setdefault("moextend_with_encoder", "MoExtendForCausalLM")
 
 
@@ -137,7 +137,11 @@ class MoExtendProcessor(ProcessorMixin):
                     raise ValueError(f"Sample {index} has {len(own)} images but {count} {token!r} in its text.")
             images = [image for own in images for image in own]
         none = images is None or (isinstance(images, (list, tuple)) and not images)
-        return None if none else image_utils.make_flat_list_of_images(images), text, videos, audio
+        images = None if none else image_utils.make_flat_list_of_images(images)
+        given, count = len(images or ()), sum(str(sample).count(self.image_token) for sample in text or ())
+        if text is not None and given != count:
+            raise ValueError(f"{given} images were given, but text has {count} {self.image_token!r} in all.")
+        return images, text, videos, audio
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.num_image_tokens

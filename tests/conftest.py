@@ -71,6 +71,11 @@ def shake(model, seed=0, std=0.3):
     return model
 
 
+def enable_checkpointing(model):
+    """Gradient checkpointing, by the name that the installed transformers has for it."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+
 def new_spans(model, layer):
     """Adapter name -> (first, stop): the indices that its new experts have in a layer, in a pass that begins now."""
     num_base = model.moe_layers[layer].num_experts

@@ -11,6 +11,8 @@ import re
 from typing import NamedTuple
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -50,6 +52,7 @@ class Family(NamedTuple):
     whole: the multimodal model around the language model (its `model_type` and parts), where there is one. It is the
         variant `"multimodal"`, or the only one where the language model alone has no causal head in transformers.
     why: why a family can't be extended; empty for all others.
+    since: the oldest tested transformers in which its router follows the interface; before, it is refused.
     """
 
     config: dict
@@ -57,6 +60,7 @@ class Family(NamedTuple):
     model_type: str = ""
     whole: dict = {}
     why: str = ""
+    since: str = "5.19"
 
 
 MLA = {  # DeepSeek's attention
@@ -168,6 +172,7 @@ FAMILIES = {
             "projector_patch_to_query_dict": {"4": 2},
             "image_token_index": IMAGE_TOKEN,
         },
+        since="5.23",
     ),
     "axk1": Family({**GROUPED, **MLA, **TWO, "first_k_dense_replace": 0}, SWITCHES_DENSE),
     "axk2": Family(
@@ -484,6 +489,7 @@ FAMILIES = {
     "granitemoe_swa": Family(
         {**TWO, "num_local_experts": 6, "intermediate_size": 24, "sliding_window": 16, "shared_intermediate_size": 24},
         {"no_shared": {"shared_intermediate_size": 0}},
+        since="5.23",
     ),
     "granitemoehybrid": Family(
         {
@@ -496,10 +502,12 @@ FAMILIES = {
             "mamba_d_state": 8,
             "mamba_chunk_size": 8,
         },
+        since="5.23",
     ),
     "granitemoeshared": Family(
         {**TWO, "num_local_experts": 6, "intermediate_size": 24, "shared_intermediate_size": 24},
         {"no_shared": {"shared_intermediate_size": 0}},
+        since="5.23",
     ),
     "hunyuan_v1_moe": Family({**TWO, "num_experts": 6, "moe_topk": 2, "intermediate_size": 24, "head_dim": 8}),
     "hy_v3": Family(
@@ -586,6 +594,7 @@ FAMILIES = {
             "use_mamba_kernels": False,
         },
         {"dense_first": {"expert_layer_period": 2, "expert_layer_offset": 1}, "one_expert": ONE},
+        since="5.23",
     ),
     "kimi_linear": Family(
         {
@@ -911,16 +920,27 @@ FAMILIES = {
         why="its experts get an input scaled by the score, and run on all tokens",
     ),
 }
-FAMILIES = {name: family for name, family in FAMILIES.items() if (family.model_type or name) in CONFIG_MAPPING_NAMES}
-DEFAULT = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "deepseek_v3", "gpt_oss")  # in every test
+INSTALLED = Version(transformers.__version__)
+NEWEST = INSTALLED >= Version("5.23")  # what README's table is of
+EVERY = FAMILIES  # of every supported version
+FAMILIES = {name: family for name, family in EVERY.items() if (family.model_type or name) in CONFIG_MAPPING_NAMES}
+TOO_OLD = {name: family for name, family in FAMILIES.items() if INSTALLED < Version(family.since)}  # here: refused
+FAMILIES = {name: family for name, family in FAMILIES.items() if name not in TOO_OLD}
+DEFAULT = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "deepseek_v3", "gpt_oss")
+DEFAULT = tuple(name for name in DEFAULT if name in FAMILIES)  # in every test
 
 
 DBRX_NAMES = {"hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"}
 
 
+def known(*names):
+    """Those of `names` that the installed transformers has."""
+    return [name for name in names if name in FAMILIES]
+
+
 def make_config(name, variant=None):
     """The tiny config of a family; `variant`: one of its `variants` or `"multimodal"`."""
-    family = FAMILIES[name]
+    family = EVERY[name]
     text_type = family.model_type or name
     text = {**COMMON, **family.config, **({} if variant in (None, "multimodal") else family.variants[variant])}
     if name == "dbrx":  # its names of the same things are attributes that can't be given twice
@@ -933,8 +953,8 @@ def make_config(name, variant=None):
 
 def variants_of(name):
     """Names of a family's variants; `"multimodal"` where the default is the language model alone."""
-    alone = FAMILIES[name].whole and make_config(name).model_type == FAMILIES[name].model_type
-    return [*FAMILIES[name].variants, *(["multimodal"] if alone else [])]
+    alone = EVERY[name].whole and make_config(name).model_type == EVERY[name].model_type
+    return [*EVERY[name].variants, *(["multimodal"] if alone else [])]
 
 
 def auto_class(config):

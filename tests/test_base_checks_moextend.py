@@ -20,6 +20,7 @@ from conftest import (
     make_encoder,
     shake,
 )
+from families import NEWEST
 from safetensors.torch import load_file, save_file
 from test_sft_trainer import make_trainer
 from torch import nn
@@ -36,8 +37,8 @@ from transformers import (
     TorchAoConfig,
 )
 from transformers.distributed import DistributedConfig
+from transformers.integrations import mxfp4
 from transformers.integrations.finegrained_fp8 import FP8Experts, replace_with_fp8_linear
-from transformers.integrations.mxfp4 import Mxfp4GptOssExperts, Mxfp4GptOssMLP
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from modeling_moextend import MoExtendForCausalLM
@@ -138,7 +139,11 @@ def mxfp4_base():
     """gpt-oss as a machine with triton kernels holds it: packed experts, and a block that routes by itself."""
     base = make_base("gpt_oss")
     for layer in base.model.layers:
-        layer.mlp = Mxfp4GptOssMLP(layer.mlp.router, Mxfp4GptOssExperts(base.config))
+        experts = mxfp4.Mxfp4GptOssExperts(base.config)
+        if hasattr(mxfp4, "Mxfp4GptOssMLP"):
+            layer.mlp = mxfp4.Mxfp4GptOssMLP(layer.mlp.router, experts)
+        else:  # older versions leave the block, and give it another forward
+            layer.mlp.experts, layer.mlp.forward = experts, functools.partial(mxfp4.mlp_forward, layer.mlp)
     return base
 
 
@@ -262,7 +267,8 @@ FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 def mxfp4_checkpoint(folder):
     config = AutoConfig.for_model("gpt_oss", **{**COMMON, **FAMILIES["gpt_oss"], "intermediate_size": 64})
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    config.dtype = torch.float32 if NEWEST else torch.bfloat16  # to which older versions dequantise
+    AutoModelForCausalLM.from_config(config, dtype=config.dtype).save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
         experts, width, height = tensors.pop(name).shape  # the family's experts are transposed

@@ -111,7 +111,7 @@ def test_every_scope_gives_the_tokens_of_generate(choice, sizes):
 
 @slow
 @pytest.mark.parametrize(
-    ("family", "config"), [("gpt_oss", {}), ("qwen3_moe", {}), ("granitemoe", {}), ("mixtral", {"sliding_window": 16})]
+    ("family", "config"), [("gpt_oss", {}), ("qwen3_moe", {}), ("olmoe", {}), ("mixtral", {"sliding_window": 16})]
 )
 def test_every_kind_of_attention_has_a_place_for_the_sums(family, config):
     """gpt_oss has full and sliding layers, a sliding Mixtral sliding ones only: a ring of slots."""

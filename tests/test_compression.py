@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from conftest import make_base, shake
-from families import make_family
+from families import known, make_family
 from safetensors.torch import load_file, save_file
 from test_cli import moextend as moextend
 from test_low_rank_moextend import COMPETE, EXCLUSIVE, PLAN, logits
@@ -43,7 +43,7 @@ def deltas(folder, base):
     return found
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3", "granitemoe"])
+@pytest.mark.parametrize("family", known("mixtral", "gpt_oss", "deepseek_v3", "granitemoe"))
 def test_it_is_the_nearest_adapter_of_that_rank_and_says_how_near(family, tmp_path):
     model, base = save_pair(tmp_path, family), make_family(family)
     result = compress(tmp_path / "adapter", tmp_path / "small", 8)

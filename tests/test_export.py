@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import COMMON, FAMILIES, batch, make_base, make_encoder, rounding, shake
+from families import known
 from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -89,7 +90,7 @@ def test_parameters_and_fingerprint_from_disk_are_those_of_the_loaded_base(base,
         assert torch.equal(read_all(checkpoint, lazy, name, parameter.shape), parameter)
 
 
-@pytest.mark.parametrize("family", ["inkling2", "kimi_linear", "minimax_m3_vl"])
+@pytest.mark.parametrize("family", known("inkling2", "kimi_linear", "minimax_m3_vl"))
 def test_parameters_of_checkpoints_that_interleave_or_split(family, tmp_path):
     """Experts with gate and up interleaved; a convolution in three parts; dense layers of two projections."""
     base = make_base(family)
@@ -682,7 +683,7 @@ for native in (False, True):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("family", ["mixtral", "granitemoe"])
+@pytest.mark.parametrize("family", known("mixtral", "granitemoe"))
 def test_memory_is_that_of_a_shard_not_of_the_base(family, tmp_path):
     """The peak of a process that merges, above what it held before: the adapter and a file of the base; with --native
     the file that is written as well. Files that are mapped count as soon as they are read.

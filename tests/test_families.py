@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import batch, frozen_copy, rounding, shake
-from families import FAMILIES, IMAGE_TOKEN, make_config, make_family, variants_of
+from families import EVERY, FAMILIES, IMAGE_TOKEN, NEWEST, TOO_OLD, make_config, make_family, variants_of
 from family_table import END, README, START, table
 from plain_routing import ROUTING, Routing, beside_shared, compete, exclusive
 from torch import nn
@@ -247,7 +247,12 @@ def check_file(model, base, folder):
 def check_family(name, variant, implementation, dtype, folder):
     choices = {"dtype": dtype, "experts_implementation": implementation}
     base = make_family(name, variant, **choices)
-    expected = logits_of(frozen_copy(base))
+    try:
+        expected = logits_of(frozen_copy(base))
+    except RuntimeError as error:
+        if NEWEST:
+            raise
+        pytest.skip(f"transformers {transformers.__version__} can't run the plain base so: {error}")
     for selection in ROUTING_OF:
         model = extend(make_family(name, variant, **choices), selection)
         found = check_off(model, expected)
@@ -325,12 +330,20 @@ def test_a_hash_layer_is_refused_and_its_neighbours_are_extended():
 def test_every_family_of_transformers_is_known():
     folder = Path(transformers.__file__).parent / "models"
     found = {f.parent.name for f in folder.glob("*/modeling_*.py") if "@use_experts_implementation" in f.read_text()}
-    unknown = sorted(found - FAMILIES.keys())
+    unknown = sorted(found - EVERY.keys())
     assert not unknown, (
         f"Give these a tiny config in tests/families.py and a rule in tests/plain_routing.py: {unknown}"
     )
     assert FAMILIES.keys() - found == {"dbrx", "jetmoe", "llama4"}
-    assert ROUTING.keys() == set(SUPPORTED)
+    assert ROUTING.keys() == {name for name, family in EVERY.items() if not family.why}
+    assert not NEWEST or FAMILIES.keys() == EVERY.keys()
+
+
+def test_a_router_that_an_older_transformers_has_otherwise_is_refused():
+    assert not NEWEST or not TOO_OLD
+    for name in TOO_OLD:
+        with pytest.raises(ValueError, match=r"does not follow the router interface|has experts, but not through"):
+            MoExtendForCausalLM.from_base(make_family(name), {1: [0]})
 
 
 @pytest.mark.parametrize(
@@ -348,6 +361,7 @@ def test_every_switch_of_a_router_is_tried_both_ways(switch, entry):
     assert not once
 
 
+@pytest.mark.skipif(not NEWEST, reason="README's table is of the newest transformers that is supported")
 def test_the_table_of_families_is_fresh():
     written = README.read_text().split(START)[1].split(END)[0]
     assert written == table(), "make families"

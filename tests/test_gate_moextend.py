@@ -9,7 +9,16 @@ import warnings
 
 import pytest
 import torch
-from conftest import batch, frozen_copy, in_two_processes, leave_group, make_base, make_encoder, rounding
+from conftest import (
+    batch,
+    enable_checkpointing,
+    frozen_copy,
+    in_two_processes,
+    leave_group,
+    make_base,
+    make_encoder,
+    rounding,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_remote_code import START, run
@@ -825,7 +834,7 @@ def test_checkpointing_gives_the_same_losses_and_gradients(family, choices):
     model = opened(family, **choices)
     model.set_trainable()
     losses, expected = gradients(copy.deepcopy(model), passes)
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     found, replayed = gradients(model, passes)
     assert found == losses and expected
     for name, gradient in expected.items():
@@ -1140,7 +1149,7 @@ def work(rank, port, folder):
         inputs = rank_batches(model)[rank]
         trained = model.set_trainable()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            enable_checkpointing(model)
         steps(torch.nn.parallel.DistributedDataParallel(model.train()), inputs)
         gradients = {name: tensor.grad for name, tensor in trained.items()}
         torch.save(gradients, f"{folder}/{checkpointing}.{rank}.pt")

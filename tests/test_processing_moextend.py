@@ -196,8 +196,8 @@ def test_token_type_ids_are_left_out():
         ([[picture()], []], ["<image>", "<image>"], "Sample 1 has 0 images but 1 '<image>' in its text"),
         # the totals agree, but each image would land in the other's sample
         ([[picture()], [picture()]], ["<image><image>", "x"], "Sample 0 has 1 images but 2 '<image>'"),
-        (None, ["x", "<image>"], "Found 1 <image> tokens in the text but no images were passed"),
-        ([picture()], ["x", "y"], "Found total 0 <image> tokens and 1 images"),
+        (None, ["x", "<image>"], "0 images were given, but text has 1 '<image>' in all"),
+        ([picture()], ["x", "y"], "1 images were given, but text has 0 '<image>' in all"),
         ([[picture()]], ["<image>", "x"], "images holds 1 lists, but text has 2 samples"),
     ],
 )

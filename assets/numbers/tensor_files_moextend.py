@@ -1,0 +1,1 @@
+../../modeling_moextend/tensor_files_moextend.py
