@@ -14,9 +14,10 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import easy_vqa_data
 from measure import accuracy, base_on_text, blind_readers, read_questions
@@ -26,6 +27,7 @@ from transformers import AutoTokenizer, logging
 from trl import TrlParser
 
 from modeling_moextend import MoExtendForCausalLM
+from modeling_moextend.attaching.parts import listed
 from modeling_moextend.processing_moextend import MoExtendProcessor, to_rgb
 from modeling_moextend.publishing.facts import folder_card, read_facts, write_facts
 from modeling_moextend.tools.hashes import base_tensors_hash
@@ -34,14 +36,32 @@ from modeling_moextend.training.config import MoExtendSFTConfig
 from modeling_moextend.training.stages import STAGES, StagesConfig, check_paths, run_stages
 
 HERE = Path(__file__).resolve().parent
-EASY_VQA = Path("outputs/easy-vqa")
+
+
+class Task(NamedTuple):
+    """What a quickstart is about: hear.py has another."""
+
+    recipe: str  # file in configuration/recipes
+    folder: Path  # where its data is written, which the recipe names
+    write: Callable[[Path], object]  # writes captions.json, train.json and test.json there
+    title: str
+    zeroed: str  # the row of the table for answers without an input
+
+
+EASY_VQA = Task(
+    "easy_vqa.yaml",
+    Path("outputs/easy-vqa"),
+    easy_vqa_data.write,
+    "Held-out questions about held-out images (exact match)",
+    "trained, images zeroed",
+)
 
 
 @dataclass
 class QuickstartConfig:
     """What the quickstart itself needs."""
 
-    test: str = field(default=str(EASY_VQA / "test.json"), metadata={"help": "Held-out questions; see --data."})
+    test: str | None = field(default=None, metadata={"help": "Held-out questions; see --data."})
     held_out_text: str | None = field(
         default=None,
         metadata={"help": "JSON lines {domain, text} for base perplexity; default: <base>/held_out.jsonl."},
@@ -49,10 +69,11 @@ class QuickstartConfig:
     max_questions: int = field(default=4000, metadata={"help": "Held-out questions to answer, half of them open."})
 
 
-def parse() -> tuple[QuickstartConfig, StagesConfig, MoExtendSFTConfig]:
+def parse(task: Task) -> tuple[QuickstartConfig, StagesConfig, MoExtendSFTConfig]:
     """(quick, config, args) from recipe and command line, checked before anything is trained."""
+    recipe = str(HERE.parent / "configuration/recipes" / task.recipe)
     arguments = (
-        sys.argv[1:] if any(a.startswith("--config") for a in sys.argv) else ["--config", recipe(), *sys.argv[1:]]
+        sys.argv[1:] if any(a.startswith("--config") for a in sys.argv) else ["--config", recipe, *sys.argv[1:]]
     )
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     quick, config, args = TrlParser((QuickstartConfig, StagesConfig, MoExtendSFTConfig)).parse_args_and_config(
@@ -62,18 +83,16 @@ def parse() -> tuple[QuickstartConfig, StagesConfig, MoExtendSFTConfig]:
         raise ValueError("The quickstart runs all three stages with an encoder; for others use examples/train.py.")
     if config.paper:
         args.output_dir += "-paper"
-    own_files = [Path(p) for p in (config.data, config.align_data, quick.test) if Path(p).parent != EASY_VQA]
+    quick.test = quick.test or str(task.folder / "test.json")
+    own_files = [Path(p) for p in (config.data, config.align_data, quick.test) if Path(p).parent != task.folder]
     if len(own_files) in (1, 2):
         raise ValueError("Replace --data, --align_data and --test together: they are the parts of one data set.")
     missing = [str(path) for path in own_files if path.suffix in (".json", ".jsonl") and not path.exists()]
     missing += [path for path in [quick.held_out_text] if path is not None and not Path(path).is_file()]
     if missing:
         raise ValueError(f"No such file: {', '.join(missing)}.")
-    return quick, replace(config, base=repository_path(config.base), encoder=repository_path(config.encoder)), args
-
-
-def recipe() -> str:
-    return str(HERE.parent / "configuration/recipes/easy_vqa.yaml")
+    encoders = [repository_path(one) for one in listed(config.encoder)]
+    return quick, replace(config, base=repository_path(config.base), encoder=encoders), args
 
 
 def repository_path(name: str) -> str:
@@ -87,20 +106,22 @@ def write_questions(questions: list[dict[str, Any]], folder: Path) -> Path:
     folder, entries = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
     for number, question in enumerate(questions):
-        image = question["image"]
-        if not isinstance(image, str):
-            image = folder / f"{number}.png"
-            to_rgb(question["image"]).save(image)
+        kind = "image" if "image" in question else "audio"
+        path = question[kind]
+        if not isinstance(path, str):
+            path = folder / f"{number}.png"
+            to_rgb(question["image"]).save(path)
         turns = [{"from": "human", "value": question["question"]}, {"from": "gpt", "value": question["answer"]}]
-        entries.append({"image": str(Path(image).absolute()), "conversations": turns})
+        entries.append({kind: str(Path(path).absolute()), "conversations": turns})
     (folder / "questions.json").write_text(json.dumps(entries), encoding="utf-8")
     return folder / "questions.json"
 
 
 def answers(folder: str, config: StagesConfig, questions: Path, *flags: str) -> list[str]:
-    """Answers of a saved adapter, by `answer.py` in a process that has only the three folders and transformers."""
-    options = {"adapter": folder, "questions": questions, "base": config.base, "encoder": config.encoder}
+    """Answers of a saved adapter, by `answer.py` in a process that has only these folders and transformers."""
+    options = {"adapter": folder, "questions": questions, "base": config.base}
     command = [sys.executable, str(HERE / "answer.py"), *flags, *(f"--{name}={options[name]}" for name in options)]
+    command += ["--encoder", *listed(config.encoder)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
@@ -116,12 +137,12 @@ def save_untrained(model: MoExtendForCausalLM, config: StagesConfig, args: MoExt
     return folder
 
 
-def main() -> None:
-    quick, config, args = parse()
+def main(task: Task = EASY_VQA) -> None:
+    quick, config, args = parse(task)
     start = time.time()
     logging.set_verbosity_error()
-    if Path(config.data).parent == EASY_VQA:
-        easy_vqa_data.write(EASY_VQA)
+    if Path(config.data).parent == task.folder:
+        task.write(task.folder)
     check_paths(config)
     known = read_questions(config.data, config.image_folder, split="train")
     asked = read_questions(quick.test, config.image_folder, quick.max_questions)
@@ -133,7 +154,7 @@ def main() -> None:
     questions = write_questions(asked, Path(args.output_dir, "questions"))
     answered = {
         "untrained extension": answers(save_untrained(model, config, args), config, questions),
-        "trained, images zeroed": answers(args.output_dir, config, questions, "--zero_images"),
+        task.zeroed: answers(args.output_dir, config, questions, "--zero_inputs"),
         "trained": answers(args.output_dir, config, questions),
     }
     results["accuracy"] = blind_readers(known, asked)
@@ -147,16 +168,16 @@ def main() -> None:
     records = [{"": name, **{k: percent(v) for k, v in part.items()}} for name, part in results["accuracy"].items()]
     write_facts(args.output_dir, **read_facts(args.output_dir), results=records)
     folder_card(args.output_dir, model.config).save(f"{args.output_dir}/README.md")
-    show(results, text)
+    show(results, text, task.title)
 
 
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}%"
 
 
-def show(results: dict[str, Any], text: Path) -> None:
+def show(results: dict[str, Any], text: Path, title: str) -> None:
     """The table on the terminal."""
-    table = Table(title="Held-out questions about held-out images (exact match)")
+    table = Table(title=title)
     for heading in ("", "open questions", "yes/no"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, part in results["accuracy"].items():

@@ -11,18 +11,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import cached_file
 
 from ..adapter_file_moextend import shown
-from ..configuration_moextend import MoExtendConfig
+from ..configuration_moextend import MODALITIES, MoExtendConfig
 from ..data.processor_files import readable
 from ..loading_moextend import (
     SHARED_HUB_KWARGS,
     auto_class_for,
+    by_modality,
     load_base,
     load_stored,
     location_of,
 )
 from ..modeling_moextend import MoExtendForCausalLM
+from ..senses_moextend import load_encoder
 from ..tensors_moextend import fingerprint, not_finite, same_fingerprint
-from ..vision_moextend import load_encoder
 from .base_weights import Checkpoint, Unusable, location_of_part, unusable
 from .inspection import read_whole
 
@@ -74,10 +75,12 @@ def verify_adapter(
         auto_class = auto_class_for(config.text_config, AutoModelForCausalLM)
         loaded = load_part("base", base, config, location, load_base, auto_class=auto_class, dtype=dtype).eval()
         loaded.requires_grad_(False)  # as it is when extended: torch may round otherwise where a weight trains
-        if encoder is not None and config.encoder_config is None:
-            raise ValueError("The adapter has no encoder, so it can't see: leave out encoder=...")
-        if config.encoder_config is not None:
-            encoder = load_part("encoder", encoder, config, location, load_encoder, dtype=dtype)
+        encoders = []
+        requested = by_modality(encoder, list(config.senses))
+        for modality in config.senses:
+            role = f"{MODALITIES[modality]}encoder"
+            encoders.append(load_part(role, requested.get(modality), config, location, load_encoder, dtype=dtype))
+        encoder = encoders or None
         tokenizer = find_tokenizer(location, location_of("base", base, config, location))
         base_results, sample = base_checks(location, config, loaded, encoder, tokenizer, prompt, max_new_tokens)
         checks = file_checks(tensors) + base_results
