@@ -5,8 +5,8 @@
     python assets/pretrain_speech.py --evaluate assets/tiny-speech    # measure, beside an untrained encoder
 
 The words are 50 common ones, digits as often as all others together; the voices, and those that are held out, are of
-examples/spoken_words_data.py. Training is CTC over words, the word at every position of clips that have just one (which
-tells the encoder early what CTC finds out late), and the speaker's sex from the mean of all positions.
+examples/spoken_words_data.py. Training is CTC over words, the word at every position of clips that have just one (it
+tells early what CTC finds out late), and the speaker's sex from the mean of all positions.
 
 Letters in the shapes: B batch, F mel frames (200), P positions (100, 20 ms each), H hidden size (128).
 """
@@ -35,7 +35,8 @@ SECONDS = 2
 SAMPLING_RATE = 16000
 OTHERS = tuple(
     "red green blue black white cat dog bird fish horse house door window table chair water bread milk apple morning "
-    "evening river mountain city garden doctor teacher mother father paper music left right up down yes no stop go open"
+    "evening river mountain city garden doctor teacher mother father paper music left right up down yes no stop go "
+    "open"
     .split()
 )  # fmt: skip
 WORDS = (*DIGITS, *OTHERS)
@@ -79,7 +80,7 @@ def spoken_at_16k(clip):
 
 
 def waveforms(clips, generator):
-    """float32 [B, samples], each clip at the start of its `SECONDS`, with a loudness, noise and a filter of its own; and
+    """float32 [B, samples], each clip at the start of its `SECONDS`, with loudness, noise and a filter of its own, and
     (first, stop) of its speech."""
     spans, batch = [], np.zeros((len(clips), SECONDS * SAMPLING_RATE), dtype=np.float32)
     for row, (samples, *_) in zip(batch, clips, strict=True):
@@ -129,7 +130,7 @@ class Listener(nn.Module):
 
 
 def loss_of(model, frames, clips, spans):
-    """[3] losses in nats: CTC a word, the word at a position, the speaker. `spans`: (first, stop) samples of speech."""
+    """Losses in nats: CTC a word, the word at a position, the speaker. `spans`: (first, stop) samples of speech."""
     words, word, speakers = model(frames)
     lengths = torch.tensor([len(target) for _, target, _ in clips])
     targets = torch.tensor([one for _, target, _ in clips for one in target])
@@ -181,7 +182,9 @@ def train(args):
             for group in optimizer.param_groups:
                 group["lr"] = highest * min(1.0, 0.01 + 20 * progress) * 0.5 * (1 + math.cos(math.pi * progress))
             optimizer.step()
-        bar.set_postfix({name: f"{loss.item():.3f}" for name, loss in zip(("CTC", "word", "speaker"), losses)})
+        bar.set_postfix(
+            {name: f"{loss.item():.3f}" for name, loss in zip(("CTC", "word", "speaker"), losses, strict=True)}
+        )
     return model
 
 

@@ -26,9 +26,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--adapter", required=True, help="folder or Hub id of the adapter")
     parser.add_argument("--base", help="where the base lies, if elsewhere than the adapter says")
     parser.add_argument("--encoder", nargs="+", help="where the encoders lie, if elsewhere than the adapter says")
-    parser.add_argument(
-        "--questions", required=True, help="LLaVA JSON file: a list of entries with an image or clip each"
-    )
+    parser.add_argument("--questions", required=True, help="LLaVA JSON file: entries with an image or clip each")
     parser.add_argument("--image_folder", help="what paths in it start from; default: the folder of --questions")
     parser.add_argument("--zero_inputs", action="store_true", help="with pixels set to zero, and a second of silence")
     parser.add_argument("--max_questions", type=int, help="only the first so many")

@@ -3,7 +3,7 @@
     python examples/spoken_words_data.py outputs/spoken-words
 
 captions.json: what is said in each training clip. train.json: questions about training clips, as many yes/no
-questions as open ones. test.json: the same about other clips, spoken by voices that nothing was trained on, neither the
+questions as open ones. test.json: the same about other clips, by voices that nothing was trained on, neither the
 encoder (assets/pretrain_speech.py) nor the adapter. Clips are WAV files of espeak-ng's own 22,050 Hz, with noise.
 """
 
@@ -30,6 +30,7 @@ VOICES = {
 }
 HELD_OUT = {"woman": ["f2", "Alicia", "steph"], "man": ["m7", "Mike", "gustave", "quincy", "travis"]}
 RATE = 22050  # espeak-ng's, in samples a second
+LONGEST = 1.9  # seconds: what is spoken slower is spoken faster, for the encoder takes 2
 
 
 class Clip(NamedTuple):
@@ -70,6 +71,9 @@ def speak(clip: Clip) -> np.ndarray:
 def write_clip(path: Path, clip: Clip, seed: int) -> None:
     """A WAV file of the clip, with its noise."""
     samples = speak(clip)
+    while len(samples) > LONGEST * RATE:
+        clip = clip._replace(speed=clip.speed + 20)
+        samples = speak(clip)
     noise = np.random.default_rng(seed).standard_normal(len(samples)) * clip.noise * samples.std()
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, RATE, 0, "NONE", ""))
@@ -77,7 +81,7 @@ def write_clip(path: Path, clip: Clip, seed: int) -> None:
 
 
 def questions(clip: Clip, generator: random.Random) -> list[tuple[str, str]]:
-    """Six (question, answer) about a clip, of which three are open, and each kind of yes/no as often right as wrong."""
+    """Six (question, answer) about a clip, three of them open."""
     said = generator.random() < 0.5
     word = generator.choice(clip.words if said else [one for one in DIGITS if one not in clip.words])
     sex, number = generator.choice(["woman", "man"]), generator.randint(1, 3)

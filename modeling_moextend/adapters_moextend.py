@@ -41,7 +41,7 @@ IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_int
 class Adapter(nn.Module):
     """One adapter of a model: config, and of each sense a projector and a frozen encoder, which adapters may share:
     `encoder`, `projector` of images, `audio_encoder`, `audio_projector`. `layers`: decoder layer -> `NewExperts`, and
-    `deltas`: name of a site -> `Delta`, modules of the base's; `depends_on`: adapters on top of which it was trained."""
+    `deltas`: name of a site -> `Delta`, modules of the base's; `depends_on`: adapters below it when it was trained."""
 
     def __init__(self, config: MoExtendConfig, encoders: dict | None = None, projectors: dict | None = None):
         """encoders, projectors: by modality."""

@@ -171,20 +171,22 @@ class Sense(NamedTuple):
 
     @property
     def num_class_tokens(self) -> int:
-        """Tokens that the encoder puts in front of its patches: CLIP and DINOv2 a class token, AST two, SigLIP none."""
+        """Tokens in front of the patches: CLIP and DINOv2 have a class token (and registers), AST two, SigLIP none."""
         model_type, registers = self.encoder_config.model_type, getattr(self.encoder_config, "num_register_tokens", 0)
         known = {"siglip": 0, "clip": 1, "dinov2": 1, "vit": 1, "audio-spectrogram": 2}
         return registers + next((number for name, number in known.items() if name in model_type), 0)
 
     def num_placeholders(self, size: tuple | None = None) -> int:
-        """Placeholders that an input takes: of an image by its (height, width), default the encoder's own; of audio, or
-        patches in a list, by their number `size`, an integer."""
+        """Placeholders that an input takes: of an image by its (height, width), default the encoder's own; of frames,
+        samples or patches in a list by their number."""
         if self.convolutions is not None:
             number = shortened(self.encoder_config.num_patches if size is None else size, self.convolutions)
         else:
             encoder, (height, width) = self.encoder_config, self.input_size if size is None else size
             steps = [getattr(encoder, name, encoder.patch_size) for name in ("time_stride", "frequency_stride")]
-            height, width = ((side - encoder.patch_size) // step + 1 for side, step in zip((height, width), steps))
+            height, width = (
+                (side - encoder.patch_size) // step + 1 for side, step in zip((height, width), steps, strict=True)
+            )
             number = height * width + (self.num_class_tokens if self.encoder_select_feature == "full" else 0)
         return -(-number // self.projector_downsample)
 
@@ -272,7 +274,8 @@ def meaning_problems(config):
         if depth is not None and sense.encoder_select_layer not in range(-depth - 1, depth + 1):
             problems.append(
                 f"{MODALITIES[sense.modality]}encoder_select_layer={sense.encoder_select_layer} is out of range: an "
-                f"encoder of {depth} layers has hidden states {-depth - 1} to {depth} (0: the embeddings, -1: the last)."
+                f"encoder of {depth} layers has hidden states {-depth - 1} to {depth} (0: the embeddings, -1: the "
+                "last)."
             )
     return problems
 

@@ -57,8 +57,8 @@ def fit_to_base(stored, base, layers, check_base, advice=None):
 
 
 def by_modality(given, senses, **hub):
-    """`given`, an encoder (a model, or where it lies) or a list of them, by modality; refuses one that none of `senses`
-    takes. Where there is one of each, they belong together."""
+    """`given`, an encoder (a model, or where it lies) or a list of them, by modality; refuses one that none of
+    `senses` takes. Where there is one of each, they belong together."""
     given = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
     if given and not senses:
         raise ValueError("The adapter has no encoder, so it can't see: leave out encoder=...")
@@ -122,8 +122,9 @@ def load_stored(role, given, config, loader, location=None, **kwargs):
     except (OSError, ValueError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(
-            f"The adapter's {role} {str(path)!r} can't be loaded: pass {role.removeprefix('audio_')}=<folder or Hub id> "
-            f"if it is elsewhere, or use_safetensors=False if it has only pickled weights and you trust them. ({error})"
+            f"The adapter's {role} {str(path)!r} can't be loaded: pass {role.removeprefix('audio_')}=<folder or Hub "
+            "id> if it is elsewhere, or use_safetensors=False if it has only pickled weights and you trust them. "
+            f"({error})"
         ) from error
 
 

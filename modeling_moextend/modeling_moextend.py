@@ -1,8 +1,8 @@
 """MoExtendModel and MoExtendForCausalLM: an unchanged base, new experts in some of its layers, and encoders or none.
 
 The pass, from top to bottom: which adapters serve it (`select_adapters`), which tokens may use their new experts
-(`plan_pass`), features of images and audio in the place of their tokens (`embed`), then the base's own forward, whose extended
-layers read the plan (layers, routing). Attention, norms, head, caches and generation are the base's own code.
+(`plan_pass`), features of images and audio in the place of their tokens (`embed`), then the base's own forward, whose
+extended layers read the plan (layers, routing). Attention, norms, head, caches and generation are the base's own code.
 """
 
 import contextlib
@@ -75,8 +75,8 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
         adapter_name: str = DEFAULT,
         stored: StoredAdapter | None = None,
     ):
-        """`base`, `encoders` (by modality): loaded models; without them, random ones are made from the config. The adapter's tensors
-        are those of the `StoredAdapter` `stored`, or else at their start values."""
+        """`base`, `encoders` (by modality): loaded models; without them, random ones are made from the config. The
+        adapter's tensors are those of the `StoredAdapter` `stored`, or else at their start values."""
         super().__init__(config)
         if base is None:
             auto_class = auto_class_for(config.text_config, self.auto_base_class)

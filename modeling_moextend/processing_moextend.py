@@ -1,4 +1,4 @@
-"""Text, images and audio to model inputs: a tokenizer with placeholder tokens, the encoders' processors, a template."""
+"""Text, images and audio to model inputs: tokenizer with placeholders, the encoders' processors, chat template."""
 
 import base64
 import contextlib
@@ -218,8 +218,8 @@ class MoExtendProcessor(ProcessorMixin):
     def __call__(
         self, images: Any = None, text: str | list[str] | None = None, audio: Any = None, **kwargs
     ) -> BatchFeature:
-        """Model inputs: `input_ids`, `attention_mask` [samples, tokens]; of images, `pixel_values` [images, 3, h, w]; of
-        audio, `input_features` [clips, ...] and `input_features_mask` [clips, frames or samples].
+        """Model inputs: `input_ids`, `attention_mask` [samples, tokens]; of images, `pixel_values` [images, 3, h, w];
+        of audio, `input_features` [clips, ...] and `input_features_mask` [clips, frames or samples].
 
         Args:
             images: one image, a list in reading order of the whole batch, or a list for each sample, of PIL images of
@@ -232,7 +232,7 @@ class MoExtendProcessor(ProcessorMixin):
         return batch
 
     def apply_chat_template(self, conversation: list, *args: object, **kwargs: object) -> Any:
-        """As in transformers; parts {"type": "audio"} have "audio", "path" or "url", of all that `to_waveform` takes."""
+        """As in transformers; parts {"type": "audio"} have "audio", "path" or "url", all that `to_waveform` takes."""
         rate, number = getattr(self.feature_extractor, "sampling_rate", None), 0
 
         def with_waveforms(value):

@@ -3,10 +3,10 @@
 What holds for a pass is taken once, at its start, into a `PassPlan` that the layers read and nobody changes. So a pass
 is one adapter set from its first layer to its last, whatever other threads switch, load or delete meanwhile.
 
-`scope="modality"` lasts from the first placeholder of any sense in a token's own sequence to that sequence's end: it is
-causal, so that a cached prefix stays valid when an image or a clip comes later. Its state in the cache is, per item of the batch, the index
-of that token. `scope="gate"` is decided inside the pass, by the gate of the lowest extended layer; its state is what
-the gate sums up, per item and cache slot.
+`scope="modality"` lasts from the first placeholder of any sense in a token's own sequence to that sequence's end: it
+is causal, so that a cached prefix stays valid when an image or a clip comes later. Its state in the cache is, per item
+of the batch, the index of that token. `scope="gate"` is decided inside the pass, by the gate of the lowest extended
+layer; its state is what the gate sums up, per item and cache slot.
 
 Letters: B items of the batch, S tokens of this pass, T = B * S, L tokens in the cache after it, D gate size.
 """
@@ -59,7 +59,7 @@ class Selection(NamedTuple):
 
     @property
     def sensing(self):
-        """Modality -> the `Adapter` with which this pass takes it: of adapters that serve one pass, one has its encoder."""
+        """Modality -> the `Adapter` with which this pass takes it: of those that serve it, one has the encoder."""
         return {modality: self.adapters[name] for name in self.names for modality in self.adapters[name].encoders}
 
     def placeholders(self, input_ids):

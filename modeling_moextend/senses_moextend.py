@@ -134,7 +134,7 @@ def modality_at(name_or_path, **hub):
 
 
 def modality_of(encoder_class):
-    """What a class of models takes, as it says itself: "image" or "audio"; `None`: something else, or more than one."""
+    """What a class of models takes, as it says itself: "image" or "audio"; `None`: neither alone."""
     taken = getattr(encoder_class, "input_modalities", ())
     taken = (taken,) if isinstance(taken, str) else tuple(taken)
     entries = {*dir(encoder_class.config_class), *encoder_class.config_class.attribute_map} if taken else ()
@@ -145,9 +145,9 @@ def modality_of(encoder_class):
 def check_encoder(given, encoder_class, model_type):
     if modality_of(encoder_class) is None:
         raise ValueError(
-            f"encoder={given!r} is a {model_type!r} model; an encoder must be a model of transformers that takes images "
-            "alone or audio alone and gives a sequence of features, like the vision model of CLIP or SigLIP, DINOv2, "
-            "Whisper, Wav2Vec2, HuBERT, WavLM or AST, or a whole model that has one."
+            f"encoder={given!r} is a {model_type!r} model; an encoder must be a model of "
+            "transformers that takes images alone or audio alone and gives a sequence of features, like the vision "
+            "model of CLIP or SigLIP, DINOv2, Whisper, Wav2Vec2, HuBERT, WavLM or AST, or a whole one that has it."
         )
 
 
@@ -163,8 +163,8 @@ def check_values(sense, encoder, values, mask):
         sides = tuple(values.shape[2:])
         if values.dim() != 4 or values.shape[1] != channels or (sides != (size, size) and not free):
             raise ValueError(
-                f"pixel_values must be [I, {channels}, {size}, {size}] (I images of the batch, in reading order, as the "
-                f"encoder's image processor makes them), not {list(values.shape)}."
+                f"pixel_values must be [I, {channels}, {size}, {size}] (I images of the batch, in reading order, as "
+                f"the encoder's image processor makes them), not {list(values.shape)}."
             )
     elif mask is None and sense.convolutions is not None:
         raise ValueError(f"{name} needs {INPUTS[sense.modality][1]} [N, L], true where an input is no padding.")
@@ -228,8 +228,8 @@ def merge_features(input_ids, embedding, features):
             raise ValueError(
                 f"{sense.modality.capitalize()} features and {sense.modality} tokens do not match: {num_features} "
                 f"features{'' if own is None else f' ({len(counts)} {name} {each})'}, {num_tokens} {sense.modality} "
-                f"tokens (id {sense.token_id}) in input_ids. Were tokens cut off by max_length, or {name} left out? Or "
-                f"has the processor another token: from_base(..., {sense.modality}_token_id=processor."
+                f"tokens (id {sense.token_id}) in input_ids. Were tokens cut off by max_length, or {name} left out? "
+                f"Or has the processor another token: from_base(..., {sense.modality}_token_id=processor."
                 f"{sense.modality}_token_id)?"
             )
     embeds = embedding(input_ids.masked_fill(torch.stack(places).any(dim=0), 0))

@@ -263,7 +263,7 @@ def test_a_wrong_number_of_images_beside_a_cache_is_refused():
     seen = generate(model, **PROMPT, past_key_values=cache, pixel_values=pixels(1))
     with pytest.raises(
         ValueError,
-        match="Image inputs for 12 tokens were given; the conversation has 8, of which 4 are not in the cache",
+        match="Image inputs for 12 tokens were given; the conversation has 8, of which 4 are not",
     ):
         generate(model, **next_turn(seen, "image"), past_key_values=cache, pixel_values=pixels(3))
 
@@ -292,7 +292,7 @@ def test_images_without_their_tokens_and_tokens_without_images_are_refused(model
 def test_images_while_the_adapter_is_off_are_refused(model):
     with (
         model.disable_adapter(),
-        pytest.raises(ValueError, match="Images or audio were given while the adapter is off"),
+        pytest.raises(ValueError, match="were given while the adapter is off"),
     ):
         generate(model, **PROMPT, pixel_values=pixels(1))
 

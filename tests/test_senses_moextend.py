@@ -130,9 +130,7 @@ def test_other_encoders_are_refused_by_name(tmp_path):
     text = BertModel(BertConfig(**TEXT))
     text.save_pretrained(tmp_path)
     for given in (text, str(tmp_path)):
-        with pytest.raises(
-            ValueError, match="is a 'bert' model; an encoder must be a model of transformers that takes"
-        ):
+        with pytest.raises(ValueError, match="is a 'bert' model; an encoder must be a model"):
             MoExtendForCausalLM.from_base(make_base(), {1: [0]}, encoder=given)
     with pytest.raises(ValueError, match="is a 'bert' model"):
         load_encoder(tmp_path)
@@ -276,11 +274,11 @@ def test_images_while_the_adapter_is_off_are_refused():
     for given in ({"pixel_values": pixels(1)}, {}):  # image tokens alone have no embedding either
         with (
             model.disable_adapter(),
-            pytest.raises(ValueError, match="Images or audio were given while the adapter is off"),
+            pytest.raises(ValueError, match="were given while the adapter is off"),
         ):
             model(input_ids=with_images((1,)), **given)
     model.disable_adapters()
-    with pytest.raises(ValueError, match="Images or audio were given while the adapter is off"):
+    with pytest.raises(ValueError, match="were given while the adapter is off"):
         model.generate(input_ids=with_images((1,)), pixel_values=pixels(1), max_new_tokens=2)
     model.enable_adapters()
     assert model(input_ids=with_images((1,)), pixel_values=pixels(1)).logits.isfinite().all()
@@ -351,7 +349,7 @@ def test_images_of_a_continued_conversation():
     assert selected(images, 12) is None
     with pytest.raises(
         ValueError,
-        match="Image inputs for 8 tokens were given; the conversation has 12, of which 4 are not in the cache",
+        match="Image inputs for 8 tokens were given; the conversation has 12, of which 4 are not",
     ):
         selected(images[:2], 6)
 

@@ -68,8 +68,8 @@ def from_base(
             as far as the base can have them; else none, as `()`.
         adapter_name: what the adapter is called in this model, where more are to come.
         **kwargs: what a sense is: `encoder_select_layer`, `encoder_select_feature`, `projector_type`,
-            `projector_hidden_act`, `projector_downsample`, of audio with `audio_` in front (docs/senses.md); the others
-            to the base's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
+            `projector_hidden_act`, `projector_downsample`, of audio with `audio_` in front (docs/senses.md); others to
+            the base's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
 
     Raises:
         ValueError: no MoE layers; a family without the interface; a layer that is no MoE layer; a source out of

@@ -13,6 +13,7 @@ from ..loading_moextend import ENCODER_KWARGS, by_modality, is_multimodal
 from ..senses_moextend import encoder_of, load_encoder
 from ..tensors_moextend import fingerprint
 from ..tools.locations import check_folder_or_id
+from ..tools.modes import evaluation_mode
 
 
 def listed(given: Any) -> list[Any]:
@@ -92,7 +93,7 @@ def check_features(modality: str, encoder: PreTrainedModel) -> None:
     sense = MoExtendConfig(**{f"{prefix}{name}": value for name, value in whole.items()}).senses[modality]
     try:
         if hasattr(config, "conv_kernel"):
-            size = shape = (4000,)
+            size = shape = (16000,)
         elif hasattr(config, "max_source_positions"):
             size, shape = (2 * config.max_source_positions,), (config.num_mel_bins, 2 * config.max_source_positions)
         elif sense.convolutions is not None:
@@ -107,7 +108,8 @@ def check_features(modality: str, encoder: PreTrainedModel) -> None:
         if encoder.device.type == "meta":
             return
         values = torch.zeros(1, *shape, device=encoder.device, dtype=encoder.dtype)
-        output = encoder(**{encoder.main_input_name: values}, **more, output_hidden_states=True)
+        with evaluation_mode(encoder):
+            output = encoder(**{encoder.main_input_name: values}, **more, output_hidden_states=True)
         given = list(output.hidden_states[-1].shape)
         problem = (
             f"it gives features of shape {given}, and its config tells of {expected}" if given != expected else None

@@ -61,7 +61,7 @@ class AudioInMessages:
             return example
         if "messages" not in example:
             raise ValueError(
-                "Audio is trained on in `messages` (with assistant_only_loss=True for the answers alone): TRL's collator "
+                "Audio is trained on in `messages` (assistant_only_loss=True: the answers alone): TRL's collator "
                 "has no place for it beside a prompt and a completion."
             )
         messages, rest = [dict(message) for message in example["messages"]], iter(clips)

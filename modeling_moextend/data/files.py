@@ -34,7 +34,8 @@ def read_documents(path: str | os.PathLike) -> list[dict[str, Any]]:
 def read_questions(
     path: str | os.PathLike, image_folder: str | os.PathLike | None = None, number: int | None = None
 ) -> list[dict[str, Any]]:
-    """[{"prompt": messages, "answer": str, "images": [paths], "audios": [paths]}]: the last message is the answer, the others ask.
+    """[{"prompt": messages, "answer": str, "images": [paths], "audios": [paths]}]: the last message
+    is the answer, the others ask.
 
     Args:
         path: JSON or JSON lines, either with `messages` and, if need be, `images` (TRL's) or with `conversations` and

@@ -159,7 +159,7 @@ class _BadSample(ValueError):
 
 
 def _convert(entry, index, json_path, folder, prompt_completion, ignore_keys, with_audio):
-    """One entry as a sample: `id`, `messages` (or `prompt`, `completion`), `images` and `audios` as {"path", "sample"}.
+    """One entry as a sample: `id`, `messages` (or `prompt`, `completion`), `images`, `audios` as {"path", "sample"}.
 
     Each of these carries its sample's name, because trainers drop the `id` column before images are opened.
     """

@@ -270,7 +270,8 @@ def check_chat_template(
     image_token: str,
     kind: str = "an image",
 ) -> None:
-    """Refuses a chat template that never writes the image token, or that of another `kind` of part. It is not run: a stranger's need not come to an end.
+    """Refuses a chat template that never writes the image token, or that of another `kind` of part. It is
+    not run: a stranger's need not come to an end.
 
     Raises:
         ValueError: says what else to pass.

@@ -168,7 +168,7 @@ def check_datasets(
 
 
 def with_image_column(dataset: Any) -> Any:
-    """A dataset with audio as one with (no) images too: what TRL prepares as text is not looked at by its collators."""
+    """A dataset with audio as one with (no) images too: TRL would prepare it as text."""
     names = dataset.column_names or list(next(iter(dataset), {}))
     if not set(AUDIO_COLUMNS) & set(names) or {"image", "images"} & set(names):
         return dataset

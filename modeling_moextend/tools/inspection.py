@@ -60,7 +60,8 @@ def read_whole(name_or_path: str | os.PathLike, **hub_kwargs: Any) -> StoredAdap
 def inspect_adapter(name_or_path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Any]:
     """What an adapter holds, as a JSON-ready `dict`; of a repository on the Hub only the headers are fetched.
 
-    Keys: adapter, format, base, encoder (`None`: none), audio_encoder (where it has one), scope, selection, calibration, deltas (kind -> rank),
+    Keys: adapter, format, base, encoder (`None`: none), audio_encoder (where there is one), scope, selection,
+    calibration, deltas (kind -> rank),
     expert_rank (`None`: whole experts), gate_threshold (`None`: no gate), num_tensors, num_parameters, num_bytes (of
     tensors), not_finite (names of tensors that hold NaN or infinity; `None`: on the Hub, not fetched), files, layers
     (an entry for each extended layer), others (the same for deltas, gate and projector), tensors (an entry for each).

@@ -66,9 +66,7 @@ class StagesConfig:
     )
     encoder: list[str] | None = field(
         default=None,
-        metadata={
-            "help": "Checkpoint that takes images or audio (CLIP, Whisper, ...), or one of each; none: text only."
-        },
+        metadata={"help": "Checkpoint that takes images or audio (CLIP, Whisper), or one of each; none: text only."},
     )
     downsample: int | None = field(
         default=None, metadata={"help": "So many features of audio make one placeholder; default: 4."}
