@@ -308,10 +308,21 @@ class AdapterSwitch:
         adapter = self.passes.selection().sensing.get(modality)
         return None if adapter is None else getattr(adapter, kind)[modality]
 
-    encoder = property(lambda self: self.of_sense("encoders"), doc="The encoder of images, or `None`.")
-    projector = property(lambda self: self.of_sense("projectors"), doc="The projector of images, or `None`.")
-    audio_encoder = property(lambda self: self.of_sense("encoders", "audio"), doc="The encoder of audio, or `None`.")
-    audio_projector = property(lambda self: self.of_sense("projectors", "audio"), doc="Its projector, or `None`.")
+    @property
+    def encoder(self) -> PreTrainedModel | None:
+        return self.of_sense("encoders")
+
+    @property
+    def projector(self) -> Projector | None:
+        return self.of_sense("projectors")
+
+    @property
+    def audio_encoder(self) -> PreTrainedModel | None:
+        return self.of_sense("encoders", "audio")
+
+    @property
+    def audio_projector(self) -> Projector | None:
+        return self.of_sense("projectors", "audio")
 
     @property
     def image_token_id(self) -> int | None:

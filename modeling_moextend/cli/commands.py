@@ -163,7 +163,7 @@ def verify_command(args: argparse.Namespace) -> dict[str, Any]:
       moextend verify outputs/adapter
       moextend verify me/my-adapter --base /data/mixtral --prompt "What is a monad?"
     """
-    names = ("base", "encoder", "prompt", "max_new_tokens", "dtype")
+    names = ("base", "encoder", "prompt", "image", "audio", "max_new_tokens", "dtype")
     return verify_adapter(args.adapter, **{name: getattr(args, name) for name in names}, **hub_options(args))
 
 
@@ -361,12 +361,12 @@ def hub_options(args: argparse.Namespace) -> dict[str, str]:
 
 def show_inspect(console: Terminal, result: dict[str, Any]) -> None:
     console.say(f"{result['adapter']} (format {result['format']}, {', '.join(result['files'])})")
-    for role in ("base", "encoder"):
-        if result[role] is not None:
+    for role in ("base", "encoder", "audio_encoder"):
+        if result.get(role) is not None:
             part = result[role]
             location = f"{part['subfolder']}/ in this checkpoint" if part["subfolder"] else part["name_or_path"]
             revision = f" at {part['revision']}" if part["revision"] and not part["subfolder"] else ""
-            console.say(f"{role}: {location}{revision} ({part['model_type']})")
+            console.say(f"{role.replace('_', ' ')}: {location}{revision} ({part['model_type']})")
     console.say(", ".join(f"{name} {result[name]}" for name in ("scope", "selection", "calibration")))
     if result["deltas"]:
         ranks = (f"{kind} ({f'rank {rank}' if rank else 'whole'})" for kind, rank in result["deltas"].items())
@@ -505,6 +505,8 @@ def build_parser() -> Parser:
     command.add_argument(
         "--prompt", default=PROMPT, help="what the sample answers; without a tokenizer some token ids are"
     )
+    for kind in ("image", "audio"):
+        command.add_argument(f"--{kind}", metavar="FILE", help=f"{kind} that stands before the prompt")
     command.add_argument(
         "--max-new-tokens", type=positive, default=20, metavar="N", help="length of the sample (default: 20)"
     )
@@ -634,7 +636,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
 
 def add_parts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="folder or Hub id of the base, if it lies elsewhere than the adapter says")
-    parser.add_argument("--encoder", help="the same for its encoder")
+    parser.add_argument("--encoder", nargs="+", help="the same for its encoder, or for several in any order")
 
 
 def add_hub_options(parser: argparse.ArgumentParser) -> None:
