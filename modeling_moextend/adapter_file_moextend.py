@@ -97,6 +97,7 @@ def header(config, tensors):
         "config": json.dumps(config.to_dict(), sort_keys=True, default=str),
         "base_fingerprint": config.base_fingerprint or "",
         "encoder_fingerprint": config.encoder_fingerprint or "",
+        **({"audio_encoder_fingerprint": known} if (known := config.audio_encoder_fingerprint) else {}),
         "checksum": checksum(tensors),
     }
     return metadata | {"header_checksum": header_checksum(metadata)}

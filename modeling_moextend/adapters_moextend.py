@@ -21,16 +21,16 @@ from .compatibility_moextend import (
     listed_names,
     select_per_item,
 )
-from .configuration_moextend import MoExtendConfig, check_threshold
+from .configuration_moextend import MODALITIES, MoExtendConfig, Sense, check_threshold
 from .deltas_moextend import add_delta, find_sites, remove_deltas
 from .gate_moextend import TokenGate
 from .layers_moextend import add_experts, attach, input_device, remove_experts
-from .loading_moextend import HUB_KWARGS, fit_encoder, fit_to_base, load_encoder_of
+from .loading_moextend import HUB_KWARGS, fit_encoders, fit_to_base, load_encoders_of
 from .package_moextend import from_package
 from .routing_moextend import Rule
 from .scope_moextend import Selection
+from .senses_moextend import Projector
 from .tensors_moextend import moved_to_layers, not_finite, snapshot, split_by_part, tensor_shapes
-from .vision_moextend import Projector
 
 logger = logging.get_logger(__name__)
 DEFAULT = "default"  # the adapter that a model is made or loaded with
@@ -39,47 +39,58 @@ IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_int
 
 
 class Adapter(nn.Module):
-    """One adapter of a model: config, projector, and frozen encoder, which adapters may share. `layers`: decoder layer
-    -> `NewExperts`, and `deltas`: name of a site -> `Delta`, modules of the base's; `depends_on`: names of adapters on
-    top of which it was trained."""
+    """One adapter of a model: config, and of each sense a projector and a frozen encoder, which adapters may share:
+    `encoder`, `projector` of images, `audio_encoder`, `audio_projector`. `layers`: decoder layer -> `NewExperts`, and
+    `deltas`: name of a site -> `Delta`, modules of the base's; `depends_on`: adapters below it when it was trained."""
 
-    def __init__(self, config: MoExtendConfig, encoder: nn.Module | None = None, projector: Projector | None = None):
+    def __init__(self, config: MoExtendConfig, encoders: dict | None = None, projectors: dict | None = None):
+        """encoders, projectors: by modality."""
         super().__init__()
-        self.config, self.encoder, self.projector = config, encoder, projector
-        self.layers, self.deltas, self.depends_on, self.encoder_values = {}, {}, set(), snapshot(encoder)
-        if encoder is not None:
+        self.config, self.layers, self.deltas, self.depends_on = config, {}, {}, set()
+        for modality, prefix in MODALITIES.items():
+            setattr(self, f"{prefix}encoder", (encoders or {}).get(modality))
+            setattr(self, f"{prefix}projector", (projectors or {}).get(modality))
+        self.encoder_values = {modality: snapshot(encoder) for modality, encoder in self.encoders.items()}
+        for encoder in self.encoders.values():
             encoder.requires_grad_(False)
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        """Modality -> frozen encoder, of those it has."""
+        found = {modality: getattr(self, f"{prefix}encoder") for modality, prefix in MODALITIES.items()}
+        return {modality: encoder for modality, encoder in found.items() if encoder is not None}
+
+    @property
+    def projectors(self) -> dict[str, Projector]:
+        """Modality -> projector."""
+        return {modality: getattr(self, f"{MODALITIES[modality]}projector") for modality in self.encoders}
 
     @property
     def gate(self) -> TokenGate | None:
         """Its `TokenGate`; `None`: another scope, or no extended layer yet."""
         return self.layers[min(self.layers)].rows.gate if self.layers else None
 
-    def finds_images(self, input_ids: torch.Tensor | None) -> bool:
-        """Whether `input_ids` (or `None`) hold its image tokens."""
-        return input_ids is not None and bool((input_ids == self.config.image_token_id).any())
-
     def train(self, mode=True):
-        """The frozen encoder stays in evaluation mode."""
+        """Frozen encoders stay in evaluation mode."""
         super().train(mode)
-        if self.encoder is not None:
-            self.encoder.eval()
+        for encoder in self.encoders.values():
+            encoder.eval()
         return self
 
 
 class AdapterSwitch:
     """What a user does with the adapters of a model. `self.config` is the config of `self.leading`."""
 
-    def attach_adapter(self, name: str, config: MoExtendConfig, tensors: dict, encoder: nn.Module | None) -> None:
+    def attach_adapter(self, name: str, config: MoExtendConfig, tensors: dict, encoders: dict[str, nn.Module]) -> None:
         """Attaches an adapter whose new tensors (by role, as in its file) fit; nobody uses it yet."""
         attach(self.moe_layers, self.passes, Rule(**config.routing_rule))
-        sites, projector = find_sites(config, self.get_decoder()), None
+        sites, projectors = find_sites(config, self.get_decoder()), {}
         parts = split_by_part(tensors, sites)
-        if encoder is not None:
-            sizes = config.encoder_config.hidden_size, config.get_text_config().hidden_size
-            projector = Projector(*sizes, config.projector_hidden_act, device="meta")
-            projector.load_state_dict(parts["projector"], assign=True)
-        adapter = Adapter(config, encoder, projector)
+        for modality in encoders:
+            projector = Projector(config.senses[modality], config.get_text_config().hidden_size, device="meta")
+            projector.load_state_dict(parts[f"{MODALITIES[modality]}projector"], assign=True)
+            projectors[modality] = projector
+        adapter = Adapter(config, encoders, projectors)
         self.attach_layers(name, adapter, config.extended_layers, sites, parts)
         self.adapters[name] = adapter.train(self.training)
         self.passes.change(adapters={**self.passes.current.adapters, name: adapter})
@@ -112,7 +123,7 @@ class AdapterSwitch:
         name_or_path: str | os.PathLike,
         adapter_name: str = DEFAULT,
         *,
-        encoder: str | os.PathLike | PreTrainedModel | None = None,
+        encoder: str | os.PathLike | PreTrainedModel | list | None = None,
         is_trainable: bool = False,
         check_base: bool = True,
         check_trained_on: bool = True,
@@ -133,9 +144,9 @@ class AdapterSwitch:
             if check_trained_on:
                 check_dependencies(config, self.fingerprints(), name_or_path)
             location, options = (name_or_path, hub_kwargs), {"dtype": self.base.dtype, **hub_kwargs}
-            encoder = load_encoder_of(config, encoder, location, options, self.adapters.values())
-            encoder = fit_encoder(config, encoder, self.base, check_base)
-            self.attach_adapter(adapter_name, config, self.fitting_tensors(config, stored), encoder)
+            encoders = load_encoders_of(config, encoder, location, options, self.adapters.values())
+            encoders = fit_encoders(config, encoders, self.base, check_base)
+            self.attach_adapter(adapter_name, config, self.fitting_tensors(config, stored), encoders)
             self.find_dependencies()
             self.require_gradients_of(adapter_name, is_trainable)
 
@@ -283,22 +294,41 @@ class AdapterSwitch:
         return listed_names([current.trained if adapter_name is None else adapter_name], self.adapters)[0]
 
     @property
-    def vision_adapter(self) -> Adapter | None:
-        """The `Adapter` with which a pass that begins now sees, or `None`."""
-        return self.passes.selection().vision_adapter
+    def senses(self) -> dict[str, Sense]:
+        """Modality -> what the config says of the sense with which a pass that begins now takes it."""
+        return {modality: one.config.senses[modality] for modality, one in self.passes.selection().sensing.items()}
+
+    @property
+    def placeholder_ids(self) -> list[int]:
+        """What stands for features in `input_ids`, of all senses."""
+        return [sense.token_id for sense in self.senses.values()]
+
+    def of_sense(self, kind: str, modality: str = "image") -> nn.Module | None:
+        """The "encoders" or "projectors" of a pass that begins now, the one of this modality, or `None`."""
+        adapter = self.passes.selection().sensing.get(modality)
+        return None if adapter is None else getattr(adapter, kind)[modality]
 
     @property
     def encoder(self) -> PreTrainedModel | None:
-        return None if self.vision_adapter is None else self.vision_adapter.encoder
+        return self.of_sense("encoders")
 
     @property
     def projector(self) -> Projector | None:
-        return None if self.vision_adapter is None else self.vision_adapter.projector
+        return self.of_sense("projectors")
+
+    @property
+    def audio_encoder(self) -> PreTrainedModel | None:
+        return self.of_sense("encoders", "audio")
+
+    @property
+    def audio_projector(self) -> Projector | None:
+        return self.of_sense("projectors", "audio")
 
     @property
     def image_token_id(self) -> int | None:
         """What stands for image features: of the adapter that sees, or else of the leading one."""
-        return (self.config if self.vision_adapter is None else self.vision_adapter.config).image_token_id
+        senses = self.senses
+        return senses["image"].token_id if "image" in senses else self.config.image_token_id
 
     @property
     def gate(self) -> TokenGate | None:

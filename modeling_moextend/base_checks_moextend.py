@@ -168,7 +168,8 @@ def check_fingerprint(role, recorded, found, advice=None):
 def check_in_memory(model, adapter_name):
     """Refuses to save what was made on a base or encoder that has changed since it was loaded."""
     adapter, (base, values) = model.adapters[adapter_name], model.loaded_base
-    for role, before, module in (("base", values, base), ("encoder", adapter.encoder_values, adapter.encoder)):
+    parts = [("encoder", adapter.encoder_values[modality], one) for modality, one in adapter.encoders.items()]
+    for role, before, module in (("base", values, base), *parts):
         changed = changed_tensors(before, snapshot(module))
         if changed:
             raise ValueError(

@@ -47,7 +47,7 @@ def check_together(configs, model):
     selections = {name: config.selection for name, config in extending.items()}
     if len(set(selections.values())) > 1:
         raise ValueError(f"Adapters active together must select alike, but these do not: {selections}. {apart}")
-    check_one_encoder(configs, f"an image goes through one. {apart}")
+    check_one_encoder(configs, f"an input goes through one. {apart}")
     rule = Rule(**model.config.routing_rule)
     if len(extending) > 1 and rule.correction and rule.score == "softmax" and rule.corrected == "score":
         raise ValueError(
@@ -75,25 +75,29 @@ def select_per_item(model, chosen, adapter_names, num_items):
     for group in groups:
         check_together({name: adapters[name].config for name in group}, model)
     names = tuple(sorted({name for names in per_item for name in names}))
-    check_one_encoder({name: adapters[name].config for name in names}, "the images of a batch go through one of them.")
+    check_one_encoder({name: adapters[name].config for name in names}, "the inputs of a batch go through one of them.")
     return chosen._replace(names=names, groups=groups, per_item=per_item)
 
 
 def check_one_encoder(configs, reason):
-    with_encoder = [name for name, config in configs.items() if config.encoder_config is not None]
-    if len(with_encoder) > 1:
-        raise ValueError(f"Adapters {with_encoder} have an encoder each, and {reason}")
+    for modality in {modality for config in configs.values() for modality in config.senses}:
+        with_encoder = [name for name, config in configs.items() if modality in config.senses]
+        if len(with_encoder) > 1:
+            raise ValueError(f"Adapters {with_encoder} have an encoder each, and {reason}")
 
 
-def check_image_items(selection, input_ids):
-    """Refuses image tokens in items of the batch whose adapter can't see, and names the first such item."""
-    vision, per_item = selection.vision_adapter, selection.per_item
-    has_image = (input_ids == vision.config.image_token_id).any(dim=1).tolist() if per_item is not None else []
-    for item, image in enumerate(has_image):
-        own = per_item[item * len(per_item) // len(has_image)]
-        if image and not any(selection.adapters[name] is vision for name in own):
-            names = ", ".join(map(repr, own or [BASE]))
-            raise ValueError(f"Item {item} of the batch has image tokens, but its adapter {names} can't see.")
+def check_items(selection, input_ids):
+    """Refuses placeholders in items of the batch whose adapter has no such sense, and names the first such item."""
+    per_item = selection.per_item
+    for modality, sensing in selection.sensing.items() if per_item is not None else ():
+        has_any = (input_ids == sensing.config.senses[modality].token_id).any(dim=1).tolist()
+        for item, found in enumerate(has_any):
+            own = per_item[item * len(per_item) // len(has_any)]
+            if found and not any(selection.adapters[name] is sensing for name in own):
+                names, verb = ", ".join(map(repr, own or [BASE])), "see" if modality == "image" else "hear"
+                raise ValueError(
+                    f"Item {item} of the batch has {modality} tokens, but its adapter {names} can't {verb}."
+                )
 
 
 def recorded_selection(records, default):

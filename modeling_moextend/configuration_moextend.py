@@ -1,16 +1,17 @@
-"""`MoExtendConfig`: which base, which layers got new experts, how tokens reach them, and where images come from."""
+"""`MoExtendConfig`: which base, which layers got new experts, how tokens reach them, and what else it senses."""
 
 import contextlib
 import copy
 import math
 from operator import index
-from typing import Self
+from typing import NamedTuple, Self
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .validation_moextend import DEFAULTS, is_whole, nested_problems, problems_of, short
 
 DELTAS = {"embedding": 0, "attention": 16, "output": 0}  # kind -> rank where none is given; 0: the whole matrix
+LATER = ("projector_type", "projector_downsample")  # entries that files of earlier versions do not have
 MAX_INDEX = 2**31
 is_rank = is_whole(0, 4096)
 AUTO_MAP = {
@@ -19,6 +20,7 @@ AUTO_MAP = {
     **dict.fromkeys(("AutoModelForCausalLM", "AutoModelForImageTextToText"), "modeling_moextend.MoExtendForCausalLM"),
     "AutoModelForDecision": "modeling_moextend.MoExtendForCausalLM",  # all that `transformers serve` 5.23 looks for
 }
+MODALITIES = {"image": "", "audio": "audio_"}  # modality -> how the entries and the projector of its sense begin
 CALLERS = ("attn_implementation", "experts_implementation")  # what only a call says, never a file
 
 
@@ -27,7 +29,7 @@ class MoExtendConfig(PreTrainedConfig):
     `ValueError`: values outside the allowed ones (all of them named), or a combination without meaning."""
 
     model_type = "moextend"
-    sub_configs = {"text_config": AutoConfig, "encoder_config": AutoConfig}
+    sub_configs = dict.fromkeys(("text_config", "encoder_config", "audio_encoder_config"), AutoConfig)
 
     def __init__(self, /, **entries):  # a file may hold an entry of any name, "self" as well
         for name, default in DEFAULTS.items():
@@ -47,13 +49,16 @@ class MoExtendConfig(PreTrainedConfig):
         return (found[0], found[1] | called) if isinstance(found, tuple) else found
 
     @property
+    def senses(self) -> dict[str, "Sense"]:
+        """Modality -> what the config says of its sense, for those that the adapter has."""
+        senses = {modality: Sense(self, modality) for modality in MODALITIES}
+        return {modality: sense for modality, sense in senses.items() if sense.encoder_config is not None}
+
+    @property
     def num_image_tokens(self) -> int:
-        """Features (and so image tokens) an image gives; 0 without an encoder."""
-        encoder = self.encoder_config
-        if encoder is None:
-            return 0
-        with_class = self.encoder_select_feature == "full" and has_class_token(encoder)
-        return (encoder.image_size // encoder.patch_size) ** 2 + with_class
+        """Image tokens that an image of the encoder's own size takes; 0 without an encoder."""
+        sense = self.senses.get("image")
+        return 0 if sense is None else sense.num_placeholders()
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """A view of the language model's config: trainers write to it, and the base's own must not change. Its
@@ -79,6 +84,10 @@ class MoExtendConfig(PreTrainedConfig):
             del output["deltas"]
         if self.expert_rank is None:  # as in files of earlier versions
             del output["expert_rank"]
+        absent = [name for name in LATER if output[name] == DEFAULTS[name]]  # as in files of earlier versions
+        absent += [name for name in DEFAULTS if name.startswith("audio_") and "audio" not in self.senses]
+        for name in absent:
+            del output[name]
         output["extended_layers"] = {str(layer): list(sources) for layer, sources in self.extended_layers.items()}
         return output
 
@@ -88,7 +97,7 @@ class MoExtendConfig(PreTrainedConfig):
         """The config as it is saved: with the auto classes of its code, and without where it was loaded from."""
         config = copy.deepcopy(self)
         forget_places(config)
-        config.base_subfolder = config.encoder_subfolder = None  # those of a standalone checkpoint stay there
+        config.base_subfolder = config.encoder_subfolder = config.audio_encoder_subfolder = None  # of a standalone one
         config.architectures = ["MoExtendForCausalLM"]
         config.__dict__.pop("auto_map", None)
         if with_code:
@@ -127,9 +136,66 @@ def as_config(config):
         raise ValueError(f"no config of a {short(model_type)} model: {short(str(error))}") from error
 
 
-def has_class_token(encoder_config):
-    """CLIP prepends a class token to its patches, SigLIP does not."""
-    return "clip" in encoder_config.model_type and "siglip" not in encoder_config.model_type
+class Sense(NamedTuple):
+    """What a config says of one sense: its entries by the names that those of images have."""
+
+    config: MoExtendConfig
+    modality: str
+
+    def __getattr__(self, entry):
+        return getattr(self.config, MODALITIES[self.modality] + entry)
+
+    @property
+    def token_id(self) -> int:
+        """What stands for its features in `input_ids`."""
+        return getattr(self.config, f"{self.modality}_token_id")
+
+    @property
+    def convolutions(self) -> list | None:
+        """[kernel, stride, padding] of all that shortens an input on its way to features, where their number depends
+        on its length: of audio; of SigLIP 2's patches, which nothing shortens. `None`: on its shape alone."""
+        encoder = self.encoder_config
+        if hasattr(encoder, "conv_kernel"):  # Wav2Vec2, HuBERT, WavLM
+            return [
+                [kernel, stride, 0] for kernel, stride in zip(encoder.conv_kernel, encoder.conv_stride, strict=True)
+            ]
+        if hasattr(encoder, "max_source_positions"):  # Whisper
+            return [[3, 1, 2], [3, 2, 2]]
+        return [] if self.modality == "image" and not hasattr(encoder, "image_size") else None
+
+    @property
+    def input_size(self) -> tuple:
+        """(height, width) of the encoder's own images, or (frames, mel bins) of a spectrogram seen as one."""
+        encoder = self.encoder_config
+        return (encoder.max_length, encoder.num_mel_bins) if self.modality == "audio" else (encoder.image_size,) * 2
+
+    @property
+    def num_class_tokens(self) -> int:
+        """Tokens in front of the patches: CLIP and DINOv2 have a class token (and registers), AST two, SigLIP none."""
+        model_type, registers = self.encoder_config.model_type, getattr(self.encoder_config, "num_register_tokens", 0)
+        known = {"siglip": 0, "clip": 1, "dinov2": 1, "vit": 1, "audio-spectrogram": 2}
+        return registers + next((number for name, number in known.items() if name in model_type), 0)
+
+    def num_placeholders(self, size: tuple | None = None) -> int:
+        """Placeholders that an input takes: of an image by its (height, width), default the encoder's own; of frames,
+        samples or patches in a list by their number."""
+        if self.convolutions is not None:
+            number = shortened(self.encoder_config.num_patches if size is None else size, self.convolutions)
+        else:
+            encoder, (height, width) = self.encoder_config, self.input_size if size is None else size
+            steps = [getattr(encoder, name, encoder.patch_size) for name in ("time_stride", "frequency_stride")]
+            height, width = (
+                (side - encoder.patch_size) // step + 1 for side, step in zip((height, width), steps, strict=True)
+            )
+            number = height * width + (self.num_class_tokens if self.encoder_select_feature == "full" else 0)
+        return -(-number // self.projector_downsample)
+
+
+def shortened(length, convolutions):
+    """How many features `length` values give after `convolutions`, each [kernel, stride, padding]."""
+    for kernel, stride, padding in convolutions:
+        length = max((length + padding - kernel) // stride + 1, 0)
+    return length
 
 
 def normalise_plan(plan):
@@ -173,7 +239,7 @@ def check_entries(config, others):
     """Brings the entries of a new config into their form, or refuses them; `others` go to transformers."""
     entries = {**vars(config), **others}
     problems = problems_of(entries, type(config))
-    forms = {"text_config": as_config, "encoder_config": as_config}
+    forms = dict.fromkeys(type(config).sub_configs, as_config)
     forms |= {"extended_layers": normalise_plan, "gate_threshold": check_threshold, "deltas": normalise_deltas}
     for name, form in forms.items():
         try:
@@ -200,14 +266,17 @@ def meaning_problems(config):
             f"selection='exclusive' with calibration={config.calibration!r} has no meaning: weights of new experts "
             "already sum to what the base's sum to. Use calibration='none' or selection='compete'."
         )
-    if config.scope == "modality" and config.encoder_name_or_path is None and config.encoder_config is None:
+    given = [config.encoder_name_or_path, config.audio_encoder_name_or_path, *config.senses]
+    if config.scope == "modality" and not any(given):
         problems.append("scope='modality' needs an encoder: without images no token would ever use a new expert.")
-    depth = getattr(config.encoder_config, "num_hidden_layers", None)
-    if depth is not None and config.encoder_select_layer not in range(-depth - 1, depth + 1):
-        problems.append(
-            f"encoder_select_layer={config.encoder_select_layer} is out of range: an encoder of {depth} layers has "
-            f"hidden states {-depth - 1} to {depth} (0: the embeddings, -1: the last)."
-        )
+    for sense in config.senses.values():
+        depth = getattr(sense.encoder_config, "num_hidden_layers", None)
+        if depth is not None and sense.encoder_select_layer not in range(-depth - 1, depth + 1):
+            problems.append(
+                f"{MODALITIES[sense.modality]}encoder_select_layer={sense.encoder_select_layer} is out of range: an "
+                f"encoder of {depth} layers has hidden states {-depth - 1} to {depth} (0: the embeddings, -1: the "
+                "last)."
+            )
     return problems
 
 

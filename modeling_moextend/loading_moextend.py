@@ -17,12 +17,12 @@ from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, find_adapter_conf
 
 from .adapter_file_moextend import check_keywords, check_source
 from .base_checks_moextend import check_fingerprint, check_loaded, check_plan
-from .configuration_moextend import check_choices
+from .configuration_moextend import MODALITIES, check_choices
 from .families_moextend import check_routers, find_moe_layers
 from .layers_moextend import detach, input_device
 from .routing_moextend import Rule
+from .senses_moextend import encoder_of, load_encoder, load_whole, modality_at, modality_of
 from .tensors_moextend import fingerprint, same_fingerprint
-from .vision_moextend import load_encoder, load_whole, vision_tower
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 SHARED_HUB_KWARGS = ("cache_dir", "local_files_only", "token")
@@ -30,9 +30,9 @@ ENCODER_KWARGS = ("dtype", "torch_dtype", "use_safetensors", *SHARED_HUB_KWARGS)
 
 
 def load_parts(stored, base, encoder, auto_class, check_base, options, location=None):
-    """Base and encoder of an adapter with config `stored`, which takes theirs, each loaded unless given as a model,
+    """Base and encoders of an adapter with config `stored`, which takes theirs, each loaded unless given as a model,
     and checked. `options`: for the base; `location`: (folder or Hub id, keywords for the Hub) of the adapter."""
-    encoder = load_encoder_of(stored, encoder, location, options)
+    encoders = load_encoders_of(stored, encoder, location, options)
     if not isinstance(base, PreTrainedModel):
         auto_class = auto_class_for(stored.text_config, auto_class)
         base = load_stored("base", base, stored, load_base, location, auto_class=auto_class, **options)
@@ -40,7 +40,7 @@ def load_parts(stored, base, encoder, auto_class, check_base, options, location=
         check_keywords("from_pretrained with a loaded base", options, (*ENCODER_KWARGS, "trust_remote_code"))
     check_loaded(base)
     fit_to_base(stored, base, find_moe_layers(base.get_decoder()), check_base)
-    return base, fit_encoder(stored, encoder, base, check_base)
+    return base, fit_encoders(stored, encoders, base, check_base)
 
 
 def fit_to_base(stored, base, layers, check_base, advice=None):
@@ -56,32 +56,61 @@ def fit_to_base(stored, base, layers, check_base, advice=None):
             stored.routing_rule = None
 
 
-def load_encoder_of(stored, given, location, options, adapters=()):
-    """The encoder of an adapter with config `stored`, if it has one: `given`, or that of `adapters`, or loaded."""
-    if given is not None and stored.encoder_config is None:
+def by_modality(given, senses, **hub):
+    """`given`, an encoder (a model, or where it lies) or a list of them, by modality; refuses one that none of
+    `senses` takes. Where there is one of each, they belong together."""
+    given = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    if given and not senses:
         raise ValueError("The adapter has no encoder, so it can't see: leave out encoder=...")
-    if stored.encoder_config is None or isinstance(given, PreTrainedModel):
-        return given
-    for adapter in adapters if given is None and stored.encoder_fingerprint else ():
-        known = adapter.config.encoder_fingerprint
-        if adapter.encoder is not None and known and same_fingerprint(known, stored.encoder_fingerprint):
-            return adapter.encoder
+    if len(given) == len(senses) == 1:
+        return dict(zip(senses, given, strict=True))
+    found = {}
+    for one in given:
+        modality = modality_of(type(encoder_of(one))) if isinstance(one, PreTrainedModel) else modality_at(one, **hub)
+        if modality in found or modality not in senses:
+            reason = (
+                "which an earlier one takes" if modality in found else f"and the adapter takes {', '.join(senses)}"
+            )
+            raise ValueError(f"encoder={str(one)[:200]!r} takes {modality}, {reason}: give one for each.")
+        found[modality] = one
+    return found
+
+
+def load_encoders_of(stored, given, location, options, adapters=()):
+    """Modality -> encoder of an adapter with config `stored`: as `given`, or of `adapters`, or loaded."""
     options = {key: options[key] for key in ENCODER_KWARGS if key in options}
-    return load_stored("encoder", given, stored, load_encoder, location, **options)
+    hub, found = {key: options[key] for key in SHARED_HUB_KWARGS if key in options}, {}
+    requested = by_modality(given, list(stored.senses), **hub)
+    for modality, sense in stored.senses.items():
+        found[modality] = requested.get(modality)
+        if isinstance(found[modality], PreTrainedModel):
+            continue
+        for adapter in adapters if found[modality] is None and sense.encoder_fingerprint else ():
+            known = adapter.config.senses[modality].encoder_fingerprint if modality in adapter.encoders else None
+            if known and same_fingerprint(known, sense.encoder_fingerprint):
+                found[modality] = adapter.encoders[modality]
+        if not isinstance(found[modality], PreTrainedModel):
+            role = f"{MODALITIES[modality]}encoder"
+            found[modality] = load_stored(role, found[modality], stored, load_encoder, location, **options)
+    return found
 
 
-def fit_encoder(stored, encoder, base, check_base):
-    """The vision tower of `encoder` beside the base, whose config becomes part of `stored`; refuses another one."""
-    if encoder is None:
-        return None
-    encoder = vision_tower(encoder).to(input_device(base))
-    stored.encoder_config = copy.deepcopy(encoder.config)
-    check_choices(stored)  # a hidden state that this encoder has
-    if stored.image_token_id is None:
-        raise ValueError("image_token_id=None must be an integer: the adapter has an encoder.")
-    if check_base and stored.encoder_fingerprint:
-        check_fingerprint("encoder", stored.encoder_fingerprint, fingerprint(encoder))
-    return encoder
+def fit_encoders(stored, encoders, base, check_base):
+    """`encoders` (by modality) beside the base, whose configs become part of `stored`; refuses others than its own."""
+    found = {}
+    for modality, given in encoders.items():
+        prefix, sense = MODALITIES[modality], stored.senses[modality]
+        encoder = encoder_of(given).to(input_device(base))
+        if modality_of(type(encoder)) != modality:
+            raise ValueError(f"The adapter's {modality}s need another encoder than a {encoder.config.model_type}.")
+        setattr(stored, f"{prefix}encoder_config", copy.deepcopy(encoder.config))
+        check_choices(stored)  # a hidden state that this encoder has
+        if sense.token_id is None:
+            raise ValueError(f"{modality}_token_id=None must be an integer: the adapter has an encoder.")
+        if check_base and sense.encoder_fingerprint:
+            check_fingerprint("encoder", sense.encoder_fingerprint, fingerprint(encoder))
+        found[modality] = encoder
+    return found
 
 
 def load_stored(role, given, config, loader, location=None, **kwargs):
@@ -93,22 +122,23 @@ def load_stored(role, given, config, loader, location=None, **kwargs):
     except (OSError, ValueError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(
-            f"The adapter's {role} {str(path)!r} can't be loaded: pass {role}=<folder or Hub id> if it is elsewhere, "
-            f"or use_safetensors=False if it has only pickled weights and you trust them. ({error})"
+            f"The adapter's {role} {str(path)!r} can't be loaded: pass {role.removeprefix('audio_')}=<folder or Hub "
+            "id> if it is elsewhere, or use_safetensors=False if it has only pickled weights and you trust them. "
+            f"({error})"
         ) from error
 
 
 def location_of(role, given, config, location=None):
-    """Where the "base" or "encoder" of an adapter lies, (folder or Hub id, keywords for the Hub): as `given`, or in
-    its own folder or repository at `location`, or where its `config` says."""
+    """Where the "base", "encoder" or "audio_encoder" of an adapter lies, (folder or Hub id, keywords for the Hub): as
+    `given`, or in its own folder or repository at `location`, or where its `config` says."""
+    keyword = role.removeprefix("audio_")
     if given is not None:
         return given, {}
-    subfolder, name, revision = getattr(config, f"{role}_subfolder"), config.encoder_name_or_path, None
-    if role == "base":
-        name, revision = config.base_model_name_or_path, config.base_model_revision
+    subfolder, revision = getattr(config, f"{role}_subfolder"), config.base_model_revision if role == "base" else None
+    name = getattr(config, f"{role}_model_name_or_path" if role == "base" else f"{role}_name_or_path")
     if subfolder is None or location is None:
         if name is None:
-            raise ValueError(f"The adapter does not say where its {role} lies: pass {role}=<folder or Hub id>.")
+            raise ValueError(f"The adapter does not say where its {role} lies: pass {keyword}=<folder or Hub id>.")
         return name, {"revision": revision} if revision else {}
     name_or_path, hub_kwargs = location
     path, folder = "/".join(filter(None, (hub_kwargs.get("subfolder"), subfolder))), Path(name_or_path)
@@ -121,7 +151,8 @@ def location_of(role, given, config, location=None):
 
 def check_folder(folder, config):
     """Refuses to write over the config.json of a base or encoder."""
-    for role, path in (("base", config.base_model_name_or_path), ("encoder", config.encoder_name_or_path)):
+    encoders = [("encoder", sense.encoder_name_or_path) for sense in config.senses.values()]
+    for role, path in (("base", config.base_model_name_or_path), *encoders):
         if path is not None and Path(path).is_dir() and folder.resolve() == Path(path).resolve():
             raise ValueError(f"{folder} is the folder of the adapter's {role}: save the adapter elsewhere.")
     if config.base_subfolder and (folder / config.base_subfolder).is_dir():
@@ -175,9 +206,9 @@ def auto_class_for(config, auto_class):
 
 
 @contextlib.contextmanager
-def undone_on_error(base, encoder):
-    """Leaves base and encoder as the caller gave them where the block, which attaches an adapter, fails."""
-    modules = [module for model in (base, encoder) if model is not None for module in model.modules()]
+def undone_on_error(base, encoders):
+    """Leaves base and encoders as the caller gave them where the block, which attaches an adapter, fails."""
+    modules = [module for model in (base, *encoders.values()) for module in model.modules()]
     trained = [p for module in modules for p in module.parameters(recurse=False) if p.requires_grad]
     modes = [module.training for module in modules]
     try:

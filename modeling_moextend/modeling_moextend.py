@@ -1,8 +1,8 @@
-"""MoExtendModel and MoExtendForCausalLM: an unchanged base, new experts in some of its layers, and an encoder or none.
+"""MoExtendModel and MoExtendForCausalLM: an unchanged base, new experts in some of its layers, and encoders or none.
 
 The pass, from top to bottom: which adapters serve it (`select_adapters`), which tokens may use their new experts
-(`plan_pass`), image features in the place of image tokens (`embed`), then the base's own forward, whose extended
-layers read the plan (layers, routing). Attention, norms, head, caches and generation are the base's own code.
+(`plan_pass`), features of images and audio in the place of their tokens (`embed`), then the base's own forward, whose
+extended layers read the plan (layers, routing). Attention, norms, head, caches and generation are the base's own code.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from .adapter_file_moextend import StoredAdapter
 from .adapters_moextend import ADDING, DEFAULT, AdapterSwitch
 from .base_checks_moextend import base_rule, check_ids, check_pass
-from .compatibility_moextend import check_image_items, check_new_name, recorded_selection
+from .compatibility_moextend import check_items, check_new_name, recorded_selection
 from .configuration_moextend import MoExtendConfig
 from .families_moextend import find_moe_layers
 from .layers_moextend import keep_in_graph
@@ -30,8 +30,18 @@ from .package_moextend import from_package
 from .persistence_moextend import Persistence
 from .routing_moextend import RoutingRecord, Rule, balance_loss
 from .scope_moextend import Passes, PassInputs, Selection, gated_pass, plan_pass, remember
+from .senses_moextend import (
+    INPUTS,
+    SenseGenerationMixin,
+    batched_passes,
+    class_of_encoder,
+    count_placeholders,
+    encode,
+    merge_features,
+    projectors_tied,
+    split_inputs,
+)
 from .tensors_moextend import AdapterTensors, snapshot
-from .vision_moextend import ImageGenerationMixin, batched_passes, encode_images, merge_images, projector_tied
 
 # What generate and set_attn_implementation ask.
 BASE_FLAGS = ("_is_stateful", "_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn")
@@ -61,18 +71,20 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
         self,
         config: MoExtendConfig,
         base: PreTrainedModel | None = None,
-        encoder: PreTrainedModel | None = None,
+        encoders: dict[str, PreTrainedModel] | None = None,
         adapter_name: str = DEFAULT,
         stored: StoredAdapter | None = None,
     ):
-        """`base`, `encoder`: loaded models; without them, random ones are made from the config. The adapter's tensors
-        are those of the `StoredAdapter` `stored`, or else at their start values."""
+        """`base`, `encoders` (by modality): loaded models; without them, random ones are made from the config. The
+        adapter's tensors are those of the `StoredAdapter` `stored`, or else at their start values."""
         super().__init__(config)
         if base is None:
             auto_class = auto_class_for(config.text_config, self.auto_base_class)
             base = auto_class.from_config(config.text_config, trust_remote_code=False)
-        if encoder is None and config.encoder_config is not None:
-            encoder = AutoModel.from_config(config.encoder_config, trust_remote_code=False)
+        encoders = encoders or {
+            modality: class_of_encoder(sense.encoder_config)._from_config(sense.encoder_config)
+            for modality, sense in config.senses.items()
+        }
         self.base, self.adapters, self.passes = base, nn.ModuleDict(), Passes()
         self.moe_layers = find_moe_layers(self.get_decoder())  # decoder layer -> MoELayer
         # Names, not parameters: held here, each process would keep the whole of what FSDP2 shards.
@@ -85,7 +97,7 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
             tensors = from_package("attaching", ADDING).start_tensors(config, self.moe_layers, self.base)
         else:
             tensors = self.fitting_tensors(config, stored)
-        self.attach_adapter(adapter_name, config, tensors, encoder)
+        self.attach_adapter(adapter_name, config, tensors, encoders)
         self.activate([adapter_name])
         self.post_init()
         # Not the encoder's: FSDP would gather its layers where the batch has images, and wait for the other processes.
@@ -108,65 +120,70 @@ class MoExtendPreTrainedModel(AdapterSwitch, AdapterTensors, Persistence, PreTra
     def init_weights(self) -> None:
         """Nothing: base and encoder come with their weights, new tensors with theirs (`start_values`)."""
 
-    def run_base(self, selection: Selection, pixel_values: torch.Tensor | None, **inputs) -> ModelOutput:
+    def run_base(self, selection: Selection, **inputs) -> ModelOutput:
         """One pass by the adapters of `selection`; inputs and outputs are the base's."""
         check_pass(self, selection)
         batched = inputs.get("cu_seq_lens_k") is not None and inputs.get("cache") is not None
         make_gated = batched_passes(selection, inputs) if batched else gated_pass
         given = PassInputs(*map(inputs.get, PassInputs._fields))
         plan, state = plan_pass(self.passes, selection, given, make_gated)
-        if selection.vision_adapter is None and is_multimodal(self.base.config):
-            inputs["pixel_values"], pixel_values = pixel_values, None  # seen by the base's own encoder
-        inputs = self.embed(selection, inputs, pixel_values)
-        projector = None if selection.vision_adapter is None else selection.vision_adapter.projector
-        with self.passes.using(plan=plan), projector_tied(self, projector):
+        given, sensing = split_inputs(inputs), selection.sensing
+        if not sensing and is_multimodal(self.base.config):  # seen by the base's own encoder
+            inputs, given = inputs | {name: tensor for own in given.values() for name, tensor in own.items()}, {}
+        inputs = self.embed(selection, inputs, given)
+        projectors = [adapter.projectors[modality] for modality, adapter in sensing.items()]
+        with self.passes.using(plan=plan), projectors_tied(self, projectors):
             outputs = self.base(**inputs)
         remember(getattr(outputs, "past_key_values", None), state)
         return outputs
 
-    def embed(self, selection: Selection, inputs: dict, pixel_values: torch.Tensor | None) -> dict:
-        """The base's `inputs`: with images, `inputs_embeds` [B, S, H] that hold their features, for `input_ids`."""
-        vision, embeds = selection.vision_adapter, inputs.pop("inputs_embeds")
-        if pixel_values is not None or (vision is not None and vision.finds_images(inputs["input_ids"])):
-            features = self.embed_images(selection, inputs["input_ids"], embeds, pixel_values)
+    def embed(self, selection: Selection, inputs: dict, given: dict[str, dict]) -> dict:
+        """The base's `inputs`: with images or audio `given` (by modality), `inputs_embeds` [B, S, H] that hold their
+        features, for `input_ids`."""
+        sensing, input_ids, embeds = selection.sensing, inputs["input_ids"], inputs.pop("inputs_embeds")
+        if given or (sensing and input_ids is not None and bool(selection.placeholders(input_ids).any())):
+            features = self.embed_features(selection, input_ids, embeds, given)
             return {**inputs, "input_ids": None, "inputs_embeds": features}
         if embeds is None:
             if not is_multimodal(self.base.config):  # such a base may put its own images where there is no embedding
-                check_ids(inputs["input_ids"], self)
+                check_ids(input_ids, self)
             return inputs
-        trained = [] if vision is None else vision.projector.parameters()
+        trained = [one for modality, own in sensing.items() for one in own.projectors[modality].parameters()]
         return {**inputs, "inputs_embeds": keep_in_graph(embeds, trained)}
 
-    def embed_images(
+    def embed_features(
         self,
         selection: Selection,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
-        pixel_values: torch.Tensor | None,
+        given: dict[str, dict],
     ) -> torch.Tensor:
-        """[B, S, H]: token embeddings with image features in place of image tokens."""
-        vision, features = selection.vision_adapter, None
-        if vision is None:
+        """[B, S, H]: token embeddings with features in place of their placeholders."""
+        sensing, features = selection.sensing, []
+        missing = [INPUTS[modality][0] for modality in given if modality not in sensing]
+        if missing:
             raise ValueError(
-                "pixel_values was given, but this model has no encoder, or its active adapters have none. Extend the "
-                "base with encoder=..., or set_adapter(<one that has an encoder>)."
+                f"{missing[0]} was given, but this model has no encoder, or its active adapters have none for it. "
+                "Extend the base with encoder=..., or set_adapter(<one that has an encoder>)."
             )
         if not selection.enabled:
             raise ValueError(
-                "Images were given while the adapter is off: the base alone can't see. Leave out pixel_values and the "
-                "image tokens, or switch the adapter on."
+                "Images or audio were given while the adapter is off: the base alone can't see or hear. Leave out "
+                "pixel_values, input_features and their tokens, or switch the adapter on."
             )
         if inputs_embeds is not None or input_ids is None:
             raise ValueError(
-                "Give images with input_ids, not with inputs_embeds: features go where image tokens stand."
+                "Give images and audio with input_ids, not with inputs_embeds: features go where their tokens stand."
             )
-        check_image_items(selection, input_ids)
-        image_token_id, embedding = vision.config.image_token_id, self.get_input_embeddings()
-        check_ids(input_ids.masked_fill(input_ids == image_token_id, 0), self)
-        if pixel_values is not None:
-            selected = vision.config.encoder_select_layer, vision.config.encoder_select_feature
-            features = encode_images(vision.encoder, vision.projector, pixel_values, *selected)
-        return merge_images(input_ids, embedding, image_token_id, features)
+        check_items(selection, input_ids)
+        check_ids(input_ids.masked_fill(selection.placeholders(input_ids), 0), self)
+        for modality, adapter in sensing.items():
+            sense, own, counts = adapter.config.senses[modality], None, []
+            if modality in given:
+                own = encode(sense, adapter.encoders[modality], adapter.projectors[modality], given[modality])
+                counts = count_placeholders(sense, *map(given[modality].get, INPUTS[modality][:2]))
+            features.append((sense, own, counts))
+        return merge_features(input_ids, self.get_input_embeddings(), features)
 
     @contextlib.contextmanager
     def record_routing(self, enabled: bool = True) -> Iterator[dict[int, RoutingRecord]]:
@@ -284,7 +301,7 @@ class MoExtendModel(MoExtendPreTrainedModel):
         kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
         selection = self.select_adapters(adapter_names, input_ids, inputs_embeds)
         with self.record_routing(output_router_logits) as records:
-            outputs = self.run_base(selection, pixel_values, **kwargs)
+            outputs = self.run_base(selection, pixel_values=pixel_values, **kwargs)
         return MoeModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
@@ -294,7 +311,7 @@ class MoExtendModel(MoExtendPreTrainedModel):
         )
 
 
-class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
+class MoExtendForCausalLM(MoExtendPreTrainedModel, SenseGenerationMixin):
     """A pretrained MoE causal LM with new experts in some layers and, with an encoder, images. See `from_base`."""
 
     auto_base_class = AutoModelForCausalLM
@@ -337,11 +354,13 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
         """Runs the base with its new experts.
 
         Args:
-            input_ids: [B, S]; image tokens stand for image features.
+            input_ids: [B, S]; image and audio tokens stand for features.
             attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, logits_to_keep, **kwargs: the
                 base's own.
-            labels: [B, S], -100 where there is no loss; image tokens never count.
-            pixel_values: [images in the batch, 3, h, w], in reading order.
+            labels: [B, S], -100 where there is no loss; image and audio tokens never count.
+            pixel_values: [images in the batch, 3, h, w], in reading order; what else encoders take is among the
+                keywords: `pixel_attention_mask`, `spatial_shapes` of SigLIP 2; of audio `input_features` [clips, ...]
+                and `input_features_mask` [clips, frames or samples], as the processor makes them.
             output_router_logits: also return every MoE layer's logits [B * S, E + N] and the load-balancing loss,
                 added to the loss with `router_aux_loss_coef`.
             adapter_names: [B], for each item of the batch an adapter, whatever is active, or a list of them that take
@@ -358,13 +377,12 @@ class MoExtendForCausalLM(MoExtendPreTrainedModel, ImageGenerationMixin):
         kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
         if labels is not None:
-            vision = selection.vision_adapter
-            image_token_id = (self.config if vision is None else vision.config).image_token_id
-            kwargs["labels"] = labels.masked_fill(labels == image_token_id, -100)
+            no_label = selection.placeholders(labels) if selection.sensing else labels == self.config.image_token_id
+            kwargs["labels"] = labels.masked_fill(no_label, -100)
         with self.record_routing(self.wants_router_logits(output_router_logits)) as records:
             # The base's own load-balancing loss expects layers of one width.
             kwargs |= {"logits_to_keep": logits_to_keep, "output_router_logits": False}
-            outputs = self.run_base(selection, pixel_values, **kwargs)
+            outputs = self.run_base(selection, pixel_values=pixel_values, **kwargs)
         loss, aux_loss = outputs.loss, None
         if records and self.router_aux_loss_coef:
             aux_loss = self.balance_loss(records, attention_mask)

@@ -57,7 +57,7 @@ class Persistence:
         *,
         config: PreTrainedConfig | None = None,
         base: Parts | None = None,
-        encoder: Parts | None = None,
+        encoder: Parts | list[Parts] | None = None,
         check_base: bool = True,
         check_trained_on: bool = True,
         adapter_name: str = DEFAULT,
@@ -66,7 +66,8 @@ class Persistence:
         """Loads base and encoder (from safetensors) and puts the adapter on top, a folder or Hub id.
 
         Args:
-            base, encoder: where they lie, if elsewhere than the config says; or loaded models.
+            base, encoder: where they lie, if elsewhere than the config says; or loaded models; of several encoders a
+                list, in any order.
             check_base: `False` loads onto another base than the adapter was made on (its fingerprint differs).
             check_trained_on: `False` loads an adapter without those that it was trained on top of.
             adapter_name: what the adapter is called in this model, where more are to come.
@@ -155,7 +156,9 @@ class Persistence:
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], *args, **kwargs) -> NamedTuple:
         """As in PyTorch; tensors by role, as in an adapter's file, replace those of the adapter that trains: all of
         them, or `ValueError`. `Trainer` reads its checkpoints so."""
-        if not any(name.startswith(("layers.", "gate.", "projector.", "output.")) for name in state_dict):
+        if not any(
+            name.startswith(("layers.", "gate.", "projector.", "audio_projector.", "output.")) for name in state_dict
+        ):
             return super().load_state_dict(state_dict, *args, **kwargs)
         live = self.adapter_tensors()
         check_tensors({name: tensor.shape for name, tensor in live.items()}, StoredAdapter({}, dict(state_dict), {}))

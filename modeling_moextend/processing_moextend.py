@@ -1,18 +1,31 @@
-"""Text and images to model inputs: a tokenizer with an image token, the encoder's image processor, a chat template."""
+"""Text, images and audio to model inputs: tokenizer with placeholders, the encoders' processors, chat template."""
 
+import base64
 import contextlib
 import os
 from typing import Any, Self
 
 import torch
 import transformers
-from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin, image_utils
+from transformers import (
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    BaseImageProcessor,
+    BatchFeature,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    SequenceFeatureExtractor,
+    audio_utils,
+    image_utils,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.tokenization_utils_base import AddedToken
+from transformers.utils import requires_backends
 
+from .configuration_moextend import shortened
 from .package_moextend import from_package
 
-IMAGE_TOKEN = "<image>"
+IMAGE_TOKEN, AUDIO_TOKEN = "<image>", "<audio>"
 BUILDING = "Building a processor"
 MAX_IMAGE_TOKENS = 2**16
 # `transformers serve` asks this table, by the name of a model's class, whether what has a processor takes images.
@@ -45,26 +58,66 @@ def to_rgb(image):
     return image
 
 
-class ImageBatch(BatchFeature):
-    """Model inputs in which image tokens are no labels: trainers make and count `labels` before a model sees them."""
+def to_waveform(audio, rate, index):
+    """Clip number `index` as a float32 array [samples] at `rate` a second, of one channel: of a file, URL or base64
+    text; of {"array", "sampling_rate"}, or {"bytes"} or {"path"}, as `datasets.Audio` gives it; of its decoder; of an
+    array, one channel at `rate`. `ValueError` names the clip, and what is wrong with it."""
+    source = audio
+    try:
+        if hasattr(audio, "get_all_samples"):  # torchcodec's decoder
+            samples = audio.get_all_samples()
+            audio = {"array": samples.data, "sampling_rate": samples.sample_rate}
+        if isinstance(audio, dict) and audio.get("array") is None:
+            encoded, source = audio.get("bytes"), audio.get("path")
+            audio = source if encoded is None else base64.b64encode(encoded).decode()
+        if isinstance(audio, dict):
+            wave, given = torch.as_tensor(audio["array"]).double(), int(audio["sampling_rate"])
+            wave = wave.mean(dim=0) if wave.dim() == 2 and len(wave) < wave.shape[1] else wave
+            wave = wave.mean(dim=1) if wave.dim() == 2 else wave
+            if given != rate:
+                requires_backends(audio_utils.load_audio, ["audio"])  # soundfile and soxr
+                wave = audio_utils.soxr.resample(wave.numpy(), given, rate)
+            audio = wave
+        elif isinstance(audio, (str, os.PathLike)):
+            audio = audio_utils.load_audio(os.fspath(audio), sampling_rate=rate)
+        wave = torch.as_tensor(audio).float()
+    except Exception as error:  # libraries that decode raise what they like
+        raise ValueError(
+            f"Audio {index}, {str(source)[:200]!r}, can't be read: {type(error).__name__}: {error}"
+        ) from error
+    if wave.dim() != 1 or not len(wave) or not wave.isfinite().all():
+        reason = "NaN or infinity in it" if wave.dim() == 1 and len(wave) else f"its samples are {list(wave.shape)}"
+        raise ValueError(f"Audio {index}, {str(source)[:200]!r}, must be one channel of finite samples: {reason}.")
+    return wave.numpy()
 
-    image_token_id = None
+
+class SenseBatch(BatchFeature):
+    """Model inputs in which placeholders are no labels: trainers make and count `labels` before a model sees them."""
+
+    placeholder_ids = ()
 
     def __setitem__(self, key, value):
-        if key == "labels" and torch.is_tensor(value) and self.image_token_id is not None:
-            value = value.masked_fill(value == self.image_token_id, -100)
+        for one in self.placeholder_ids if key == "labels" and torch.is_tensor(value) else ():
+            value = value.masked_fill(value == one, -100)
         super().__setitem__(key, value)
 
 
 class MoExtendProcessor(ProcessorMixin):
-    """Image processor, tokenizer and chat template in one; each image token in the text becomes `num_image_tokens`.
+    """Image processor, feature extractor, tokenizer and chat template in one; each image token in the text becomes
+    `num_image_tokens`, each audio token as many as its clip gives.
 
     Args:
         image_processor: the encoder's. One that works by torchvision is replaced by its like that works by PIL.
-        tokenizer: the base's. The image token is added to it in place as a special token where it is missing; its id
-            may then lie past the base's embedding.
-        image_token: stands for an image in the text.
-        num_image_tokens: features an image gives; `from_encoder` works it out.
+        tokenizer: the base's. Image and audio token are added to it in place as special tokens where they are missing;
+            their ids may then lie past the base's embedding.
+        feature_extractor: of audio, the encoder's; this or an image processor has to be there.
+        image_token, audio_token: stand for an image and a clip in the text.
+        num_image_tokens, num_audio_tokens: placeholders that an image or clip takes, where their number is fixed;
+            `from_encoder` works it out.
+        image_convolutions, audio_convolutions: [[kernel, stride, padding], ...], by which it follows from an input's
+            length elsewhere: of patches, frames or samples.
+        max_audio_seconds: longer clips are a `ValueError`; default: what the feature extractor takes, or 30.
+        cut_audio: longer clips are cut instead.
         chat_template: default: the tokenizer's, or LLaVA's format where it has none.
     """
 
@@ -77,27 +130,53 @@ class MoExtendProcessor(ProcessorMixin):
         self,
         image_processor: BaseImageProcessor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        feature_extractor: SequenceFeatureExtractor | None = None,
         image_token: str = IMAGE_TOKEN,
         num_image_tokens: int | None = None,
         chat_template: str | None = None,
+        audio_token: str = AUDIO_TOKEN,
+        num_audio_tokens: int | None = None,
+        image_convolutions: list | None = None,
+        audio_convolutions: list | None = None,
+        max_audio_seconds: float | None = None,
+        cut_audio: bool = False,
     ):
         pil = getattr(transformers, f"{type(image_processor).__name__}Pil", None)  # torchvision makes other pixels
-        super().__init__(pil.from_dict(image_processor.to_dict()) if pil else image_processor, tokenizer)
-        if not isinstance(num_image_tokens, int) or not 1 <= num_image_tokens <= MAX_IMAGE_TOKENS:
-            raise ValueError(
-                f"num_image_tokens={num_image_tokens!r} must be the number of features the encoder makes of an image, "
-                f"1 to {MAX_IMAGE_TOKENS}. MoExtendProcessor.from_encoder reads it from the encoder's config."
-            )
+        image_processor = pil.from_dict(image_processor.to_dict()) if pil else image_processor
+        super().__init__(image_processor, tokenizer, feature_extractor)
+        counts = {"image": (num_image_tokens, image_convolutions), "audio": (num_audio_tokens, audio_convolutions)}
+        for modality, part in (("image", image_processor or not feature_extractor), ("audio", feature_extractor)):
+            number, convolutions = counts[modality]
+            if part and convolutions is None and (type(number) is not int or not 1 <= number <= MAX_IMAGE_TOKENS):
+                raise ValueError(
+                    f"num_{modality}_tokens={number!r} must be the number of features the encoder makes of an input, "
+                    f"1 to {MAX_IMAGE_TOKENS}. MoExtendProcessor.from_encoder reads it from the encoder's config."
+                )
+            if not is_convolutions(convolutions):
+                raise ValueError(
+                    f"{modality}_convolutions={convolutions!r:.99} must be [[kernel, stride, padding], ...]."
+                )
         if not isinstance(image_token, str) or not image_token or not isinstance(chat_template or "", (str, dict)):
             raise ValueError(f"image_token={image_token!r} and chat_template={chat_template!r:.99} must be texts.")
-        self.image_token = image_token
-        self.num_image_tokens = num_image_tokens
-        if image_token not in tokenizer.get_added_vocab():  # not yet a token that text is never split within
-            tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
-        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        if not isinstance(audio_token, str) or not audio_token or not isinstance(max_audio_seconds or 1, (int, float)):
+            raise ValueError(f"audio_token={audio_token!r} must be a text, max_audio_seconds a number.")
+        self.num_image_tokens, self.num_audio_tokens = num_image_tokens, num_audio_tokens
+        self.image_convolutions, self.audio_convolutions = image_convolutions, audio_convolutions
+        self.max_audio_seconds, self.cut_audio = max_audio_seconds, cut_audio
+        self.image_token = image_token if image_processor else None
+        self.audio_token = audio_token if feature_extractor else None
+        for token in filter(None, (self.image_token, self.audio_token)):
+            if token not in tokenizer.get_added_vocab():  # not yet a token that text is never split within
+                tokenizer.add_tokens([AddedToken(token, special=True, normalized=False)], special_tokens=True)
+        self.image_token_id, self.audio_token_id = (
+            None if token is None else tokenizer.convert_tokens_to_ids(token)
+            for token in (self.image_token, self.audio_token)
+        )
         self.chat_template = chat_template or tokenizer.chat_template
         if not self.chat_template:  # a saved processor has one
-            self.chat_template = from_package("data.processors", BUILDING).default_chat_template(image_token)
+            self.chat_template = from_package("data.processors", BUILDING).default_chat_template(
+                image_token, audio_token
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs) -> Self:
@@ -112,39 +191,155 @@ class MoExtendProcessor(ProcessorMixin):
         """For an encoder, by its config: `modeling_moextend.data.processors.processor_for`, of the package."""
         return from_package("data.processors", BUILDING).processor_for(cls, *args, **options)
 
-    def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs) -> BatchFeature:
-        """Model inputs: `input_ids`, `attention_mask` [samples, tokens]; of images, `pixel_values` [images, 3, h, w].
+    def check_argument_for_proper_class(self, argument_name: str, argument: object) -> object:
+        """As in transformers; image processor or feature extractor may be `None`."""
+        return argument and super().check_argument_for_proper_class(argument_name, argument)
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, name_or_path, processor_dict=None, **kwargs):
+        """Of image processor and feature extractor the one that is stored, or both, and the tokenizer."""
+        stored, subfolder = (processor_dict or {}).keys(), {"subfolder": kwargs.pop("subfolder", "")}
+        parts = [None, cls._load_tokenizer_from_pretrained("tokenizer", name_or_path, **subfolder, **kwargs), None]
+        if "image_processor" in stored or "feature_extractor" not in stored:
+            parts[0] = AutoImageProcessor.from_pretrained(name_or_path, **subfolder, **kwargs)
+        if "feature_extractor" in stored:
+            parts[2] = AutoFeatureExtractor.from_pretrained(name_or_path, **subfolder, **kwargs)
+        return parts
+
+    def to_dict(self) -> dict:
+        """As in transformers, without what is not there: as in files of earlier versions, where there is no audio."""
+        return {name: value for name, value in super().to_dict().items() if value is not None and value is not False}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: object, **kwargs: object) -> list[str]:
+        """As in transformers, which saves each part."""
+        self.get_attributes = lambda: [name for name in type(self).get_attributes() if getattr(self, name) is not None]
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            del self.get_attributes
+
+    def __call__(
+        self, images: Any = None, text: str | list[str] | None = None, audio: Any = None, **kwargs
+    ) -> BatchFeature:
+        """Model inputs: `input_ids`, `attention_mask` [samples, tokens]; of images, `pixel_values` [images, 3, h, w];
+        of audio, `input_features` [clips, ...] and `input_features_mask` [clips, frames or samples].
 
         Args:
             images: one image, a list in reading order of the whole batch, or a list for each sample, of PIL images of
                 any mode, paths, URLs, base64 text (all turned upright by their EXIF), arrays or tensors.
-            text: with one image token for each image; another number, or one that is cut off, is a `ValueError`.
+            audio: one clip, a list in reading order of the whole batch, or a list for each sample: see `to_waveform`.
+            text: with one image or audio token for each; another number, or one that is cut off, is a `ValueError`.
         """
-        batch = ImageBatch(super().__call__(images=images, text=text, **kwargs))
-        batch.image_token_id = self.image_token_id
+        batch = SenseBatch(super().__call__(images=images, text=text, audio=audio, **kwargs))
+        batch.placeholder_ids = [one for one in (self.image_token_id, self.audio_token_id) if one is not None]
         return batch
 
-    def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs) -> tuple:
-        """Images in one list, once each sample's own are as many as its text says."""
-        images, text, videos, audio = super().prepare_inputs_layout(images=to_rgb(images), text=text, **kwargs)
-        if isinstance(images, (list, tuple)) and images and all(isinstance(own, (list, tuple)) for own in images):
-            if text is not None and len(images) != len(text):
-                raise ValueError(f"images holds {len(images)} lists, but text has {len(text)} samples: one list each.")
-            for index, (own, sample) in enumerate(zip(images, text or (), strict=False)):
-                count = str(sample).count(self.image_token)
-                if len(own) != count:
-                    token = self.image_token
-                    raise ValueError(f"Sample {index} has {len(own)} images but {count} {token!r} in its text.")
-            images = [image for own in images for image in own]
+    def apply_chat_template(self, conversation: list, *args: object, **kwargs: object) -> Any:
+        """As in transformers; parts {"type": "audio"} have "audio", "path" or "url", all that `to_waveform` takes."""
+        rate, number = getattr(self.feature_extractor, "sampling_rate", None), 0
+
+        def with_waveforms(value):
+            nonlocal number
+            if isinstance(value, (list, tuple)):
+                return [with_waveforms(one) for one in value]
+            if not isinstance(value, dict):
+                return value
+            if value.get("type") == "audio":
+                given = next((value[key] for key in ("audio", "path", "url") if value.get(key) is not None), None)
+                number += 1
+                return {"type": "audio"} | ({} if given is None else {"audio": to_waveform(given, rate, number - 1)})
+            return {**value, "content": with_waveforms(value["content"])} if "content" in value else value
+
+        return super().apply_chat_template(with_waveforms(conversation) if rate else conversation, *args, **kwargs)
+
+    def prepare_inputs_layout(self, images: Any = None, text: Any = None, audio: Any = None, **kwargs) -> tuple:
+        """Images and clips in one list each, once each sample's own are as many as its text says."""
+        for name, given, part in (("images", images, self.image_processor), ("audio", audio, self.feature_extractor)):
+            if given is not None and part is None:
+                raise ValueError(f"{name} was given, and this processor is of an adapter that has no encoder for it.")
+        images, text, videos, _ = super().prepare_inputs_layout(images=to_rgb(images), text=text, **kwargs)
+        images = one_list("images", images, self.image_token, text)
+        if isinstance(audio, (list, tuple)) and not isinstance(audio[:1] and audio[0], float):
+            audio = one_list("clips", audio, self.audio_token, text)
+        elif audio is not None:
+            audio = [audio]
         none = images is None or (isinstance(images, (list, tuple)) and not images)
         images = None if none else image_utils.make_flat_list_of_images(images)
         given, count = len(images or ()), sum(str(sample).count(self.image_token) for sample in text or ())
         if text is not None and given != count:
             raise ValueError(f"{given} images were given, but text has {count} {self.image_token!r} in all.")
-        return images, text, videos, audio
+        return images, text, videos, audio or None
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        return self.image_token * self.num_image_tokens
+        if self.image_convolutions is None:
+            return self.image_token * self.num_image_tokens
+        length = int(image_inputs["pixel_attention_mask"][image_idx].sum())
+        return self.image_token * shortened(length, self.image_convolutions)
+
+    def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs) -> str:
+        if self.audio_convolutions is None:
+            return self.audio_token * self.num_audio_tokens
+        length = int(audio_inputs["input_features_mask"][audio_idx].sum())
+        return self.audio_token * shortened(length, self.audio_convolutions)
+
+    def _process_audio(self, audio, **kwargs):
+        """Clips through the feature extractor, padded as it pads, and which of their frames or samples are real."""
+        extractor, limit = self.feature_extractor, self.longest_audio
+        waves = [to_waveform(clip, extractor.sampling_rate, index) for index, clip in enumerate(audio)]
+        for index, wave in enumerate(waves):
+            seconds = len(wave) / extractor.sampling_rate
+            if seconds > limit and not self.cut_audio:
+                raise ValueError(
+                    f"Audio {index} is {seconds:.1f} seconds long, and the limit is {limit:g}: cut it, or let the "
+                    "processor do so (processor.cut_audio = True)."
+                )
+            waves[index] = wave[: int(limit * extractor.sampling_rate)]
+        options = {"sampling_rate": extractor.sampling_rate, "return_tensors": "pt", "return_attention_mask": True}
+        fixed = hasattr(extractor, "chunk_length") or self.audio_convolutions is None  # pads to a length of its own
+        inputs = extractor(waves, **options) if fixed else extractor(waves, padding=True, **options)
+        mask = inputs.get("attention_mask")
+        processed = {"input_features": inputs[extractor.model_input_names[0]]}
+        if self.audio_convolutions is not None:
+            processed["input_features_mask"] = mask
+            for index, length in enumerate(mask.sum(dim=1).tolist()):
+                if shortened(length, self.audio_convolutions) < 1:
+                    seconds = len(waves[index]) / extractor.sampling_rate
+                    raise ValueError(f"Audio {index} is too short: {seconds:.3f} seconds give no feature.")
+        return processed, [self.replace_audio_token(processed, index) for index in range(len(waves))]
+
+    @property
+    def longest_audio(self) -> float:
+        """Seconds of the longest clip: as given; or what the feature extractor takes; or 30."""
+        extractor = self.feature_extractor
+        own = getattr(extractor, "chunk_length", None) or (getattr(extractor, "max_length", None) or 3000) / 100
+        fixed = hasattr(extractor, "chunk_length") or self.audio_convolutions is None  # it would cut what is longer
+        return min(self.max_audio_seconds or own, own) if fixed else self.max_audio_seconds or own
+
+
+def is_convolutions(value):
+    """Whether `value` is `None`, or [[kernel, stride, padding], ...] as no file can make it harmful."""
+    triples = value if isinstance(value, list) and len(value) <= 64 else [None]
+    return value is None or all(
+        isinstance(one, list) and len(one) == 3 and all(type(n) is int and 0 <= n < 2**16 for n in one) and one[1] > 0
+        for one in triples
+    )
+
+
+def one_list(name, inputs, token, text):
+    """`inputs` in one list: as they are, or a list for each sample of `text`, whose number must be that of `token`."""
+    if (
+        not isinstance(inputs, (list, tuple))
+        or not inputs
+        or not all(isinstance(own, (list, tuple)) for own in inputs)
+    ):
+        return inputs
+    if text is not None and len(inputs) != len(text):
+        raise ValueError(f"{name} holds {len(inputs)} lists, but text has {len(text)} samples: one list each.")
+    for index, (own, sample) in enumerate(zip(inputs, text or (), strict=False)):
+        count = str(sample).count(token)
+        if len(own) != count:
+            raise ValueError(f"Sample {index} has {len(own)} {name} but {count} {token!r} in its text.")
+    return [one for own in inputs for one in own]
 
 
 MoExtendProcessor.register_for_auto_class()

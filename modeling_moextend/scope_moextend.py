@@ -3,10 +3,10 @@
 What holds for a pass is taken once, at its start, into a `PassPlan` that the layers read and nobody changes. So a pass
 is one adapter set from its first layer to its last, whatever other threads switch, load or delete meanwhile.
 
-`scope="modality"` lasts from the first image token of a token's own sequence to that sequence's end: it is causal, so
-that a cached prefix stays valid when an image comes later. Its state in the cache is, per item of the batch, the index
-of that token. `scope="gate"` is decided inside the pass, by the gate of the lowest extended layer; its state is what
-the gate sums up, per item and cache slot.
+`scope="modality"` lasts from the first placeholder of any sense in a token's own sequence to that sequence's end: it
+is causal, so that a cached prefix stays valid when an image or a clip comes later. Its state in the cache is, per item
+of the batch, the index of that token. `scope="gate"` is decided inside the pass, by the gate of the lowest extended
+layer; its state is what the gate sums up, per item and cache slot.
 
 Letters: B items of the batch, S tokens of this pass, T = B * S, L tokens in the cache after it, D gate size.
 """
@@ -22,7 +22,7 @@ import torch
 from .gate_moextend import GatedPass, is_at_hand
 
 BASE = "__base__"  # in adapter_names: an item of the batch that no adapter serves
-NEVER = torch.iinfo(torch.long).max  # slot of the first image token in an item that has none
+NEVER = torch.iinfo(torch.long).max  # slot of the first placeholder in an item that has none
 STATE = "moextend_state"  # attribute of a cache: a dict of what follows, or not there
 IMAGES = "__images__"  # -> [B] slots of the cache; every other key is an adapter: [B, L, 2 D] sums of its gate
 
@@ -58,10 +58,16 @@ class Selection(NamedTuple):
         return tuple(name for group in self.groups for name in group) if self.enabled else ()
 
     @property
-    def vision_adapter(self):
-        """The `Adapter` with which this pass sees, or `None`: of adapters that serve one pass, one has an encoder."""
-        with_encoder = (self.adapters[name] for name in self.names)
-        return next((adapter for adapter in with_encoder if adapter.encoder is not None), None)
+    def sensing(self):
+        """Modality -> the `Adapter` with which this pass takes it: of those that serve it, one has the encoder."""
+        return {modality: self.adapters[name] for name in self.names for modality in self.adapters[name].encoders}
+
+    def placeholders(self, input_ids):
+        """[B, S] bool: the tokens that stand for features, of any sense."""
+        ids = [adapter.config.senses[modality].token_id for modality, adapter in self.sensing.items()]
+        return functools.reduce(
+            torch.logical_or, (input_ids == one for one in ids), torch.zeros_like(input_ids).bool()
+        )
 
     def served(self, num_items):
         """Adapter name -> [B] bool, the items that it serves; `{}`: all. `generate` repeats items, for beams."""
@@ -279,8 +285,7 @@ def plan_pass(passes, selection, inputs, make_gated):
         gates[name] = make_gated(name, inputs, past_length, served.get(name), threshold)
     after_image = None
     if inputs.input_ids is not None and any(config.scope == "modality" for config in extending.values()):
-        is_image, vision = torch.zeros_like(inputs.tokens, dtype=torch.bool), selection.vision_adapter
-        is_image = is_image if vision is None else inputs.tokens == vision.config.image_token_id
+        is_image = selection.placeholders(inputs.input_ids)
         is_real = real_tokens(inputs, past_length)
         after_image, state[IMAGES] = modality_scope(
             is_image, inputs.position_ids, inputs.past_key_values, past_length, is_real

@@ -5,6 +5,7 @@ import base64
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .configuration_moextend import MODALITIES
 from .deltas_moextend import delta_shapes
 from .families_moextend import bias_path, onloaded
 from .gate_moextend import TokenGate
@@ -12,8 +13,8 @@ from .layers_moextend import execution_device
 from .low_rank_moextend import LowRankExperts, expert_shapes
 from .package_moextend import from_package
 from .routing_moextend import Rule
+from .senses_moextend import Projector
 from .validation_moextend import FINGERPRINT_SIZE
-from .vision_moextend import Projector
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
@@ -40,8 +41,9 @@ def tensors_of(adapter):
         tensors |= {f"{site}.{name}": tensor for name, tensor in delta.named_parameters()}
     if adapter.gate is not None:
         tensors |= {f"gate.{name}": tensor for name, tensor in adapter.gate.named_parameters()}
-    if adapter.projector is not None:
-        tensors |= {f"projector.{name}": tensor for name, tensor in adapter.projector.named_parameters()}
+    for modality, projector in adapter.projectors.items():
+        prefix = f"{MODALITIES[modality]}projector"
+        tensors |= {f"{prefix}.{name}": tensor for name, tensor in projector.named_parameters()}
     return tensors
 
 
@@ -66,8 +68,8 @@ def tensor_shapes(config, layers, sites):
     if config.scope == "gate" and config.extended_layers:
         size = shapes[f"layers.{min(config.extended_layers)}.router.weight"][-1]
         modules["gate"] = TokenGate(size, config.gate_hidden_size, device="meta")
-    if config.encoder_config is not None:
-        modules["projector"] = Projector(config.encoder_config.hidden_size, hidden_size, device="meta")
+    for modality, sense in config.senses.items():
+        modules[f"{MODALITIES[modality]}projector"] = Projector(sense, hidden_size, device="meta")
     for part, module in modules.items():
         shapes |= {f"{part}.{name}": tuple(tensor.shape) for name, tensor in module.named_parameters()}
     return shapes
@@ -88,7 +90,7 @@ def moved_to_layers(tensors, layers, sites, device, dtype):
         target = device
         if site is not None:
             target = execution_device(site.module)
-        elif role != "projector":
+        elif not role.endswith("projector"):
             layer = layers[lowest if role == "gate" else int(number)]
             with onloaded(layer.experts if part == "experts" else layer.router) as module:
                 target = next(module.parameters()).device
@@ -97,7 +99,7 @@ def moved_to_layers(tensors, layers, sites, device, dtype):
 
 
 def split_by_part(tensors, sites):
-    """An adapter's tensors by layer (`int`), name of a delta's site, "gate" and "projector", each by role."""
+    """An adapter's tensors by layer (`int`), name of a delta's site, "gate" and projectors, each by role."""
     parts = {}
     for name, tensor in tensors.items():
         part, key = name.rsplit(".", 1) if name.rpartition(".")[0] in sites else name.split(".", 1)

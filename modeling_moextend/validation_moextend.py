@@ -92,6 +92,7 @@ LABELS = (
     lambda value: isinstance(value, dict) and all(str(key).isdecimal() and len(str(key)) < 10 for key in value),
     "a mapping of integers",
 )
+TOKEN_ID = (is_whole(-(2**31), 2**31 - 1), "an integer of 32 bits")
 IMPLEMENTATION = (lambda value: isinstance(value, dict) or is_name(value), "a name, or a mapping to names")
 GENERATION = (is_generation, "a mapping of a GenerationConfig's entries to texts, numbers, true, false, or lists")
 
@@ -102,13 +103,18 @@ OWN = {  # entry -> default (what a config without it means), test, what passes 
     "base_model_revision": (None, *NAME),  # commit the adapter was made on
     "base_fingerprint": (None, *FINGERPRINT),  # 1,024 base values at fixed indices, float32, base64
     "text_config": (None, *FORMED),  # the base's whole config, unchanged
-    "encoder_name_or_path": (None, *NAME),  # CLIP or SigLIP vision checkpoint; `None` for text only
-    "encoder_config": (None, *FORMED),  # the encoder's vision config
+    # Of a sense, here that of images; other senses have the same entries with their modality in front: see `Sense`.
+    "encoder_name_or_path": (None, *NAME),  # its encoder's checkpoint; `None` for text only
+    "encoder_config": (None, *FORMED),  # the encoder's own (of a whole CLIP model, its vision config)
     "encoder_fingerprint": (None, *FINGERPRINT),  # like `base_fingerprint`
+    "encoder_subfolder": (None, *SUBFOLDER),  # where it lies in the adapter's own folder, if it came along
     "encoder_select_layer": (-2, is_whole(-1000, 1000), "an integer"),  # its hidden state (LLaVA-1.5: -2)
-    "encoder_select_feature": ("patch", *one_of("patch", "full")),  # "patch" drops the class token
+    "encoder_select_feature": ("patch", *one_of("patch", "full")),  # "patch" drops class tokens
     "projector_hidden_act": ("gelu", *one_of(*sorted(ACT2FN))),  # between the projector's two linear layers
-    "image_token_id": (None, is_whole(-(2**31), 2**31 - 1), "an integer of 32 bits"),  # may lie past the embedding
+    "projector_type": ("mlp", *one_of("mlp", "linear")),  # two linear layers, or one
+    "projector_downsample": (1, *SIZE),  # so many features, side by side, make one
+    "image_token_id": (None, *TOKEN_ID),  # may lie past the embedding
+    "audio_token_id": (None, *TOKEN_ID),
     "extended_layers": (None, *FORMED),  # {decoder layer index: [source expert of each new expert]}
     "expert_rank": (None, is_whole(1, NESTED_COUNT), f"an integer from 1 to {NESTED_COUNT}"),  # `None`: whole experts
     "scope": ("all", *one_of("all", "modality", "gate")),  # who may use new experts: see scope_moextend.py
@@ -121,9 +127,14 @@ OWN = {  # entry -> default (what a config without it means), test, what passes 
     "routing_rule": (None, is_rule, f"a mapping with fields of a routing rule ({', '.join(Rule._fields)})"),
     "trained_on": (None, is_trained_on, 'a list of {"name": ..., "fingerprint": ...}, one for each adapter below'),
     "base_subfolder": (None, *SUBFOLDER),  # where it lies in the adapter's own folder, if it came along
-    "encoder_subfolder": (None, *SUBFOLDER),
     "generation_config": (None, *GENERATION),  # what of the model's `GenerationConfig` is not the base's
 }
+SENSE = tuple(name for name in OWN if name.startswith(("encoder_", "projector_")))  # entries that every sense has
+AUDIO = {
+    "encoder_select_layer": -1,
+    "projector_downsample": 4,
+}  # defaults of its own: Whisper gives 50 features a second
+OWN |= {f"audio_{name}": (AUDIO.get(name, OWN[name][0]), *OWN[name][1:]) for name in SENSE}
 DEFAULTS = {name: default for name, (default, *_) in OWN.items()}
 INHERITED = {  # what a config of transformers has beside its own; the two implementations only where a call gives them
     **dict.fromkeys(("_name_or_path", "name_or_path"), PLACE),

@@ -118,6 +118,8 @@ def build_parser() -> Parser:
     command.add_argument(
         "--prompt", default="The", help="what the sample answers; without a tokenizer some token ids are"
     )
+    for kind in ("image", "audio"):
+        command.add_argument(f"--{kind}", metavar="FILE", help=f"{kind} that stands before the prompt")
     command.add_argument(
         "--max-new-tokens", type=positive, default=20, metavar="N", help="length of the sample (default: 20)"
     )
@@ -346,7 +348,7 @@ def verify_exit_code(result: dict[str, Any]) -> int:
 
 def add_parts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="folder or Hub id of the base, if it lies elsewhere than the adapter says")
-    parser.add_argument("--encoder", help="the same for its encoder")
+    parser.add_argument("--encoder", action="append", help="the same for its encoder; once for each of several")
 
 
 def add_hub_options(parser: argparse.ArgumentParser) -> None:

@@ -40,7 +40,7 @@ def verify_command(args: argparse.Namespace) -> dict[str, Any]:
     """
     from modeling_moextend.tools.verification import verify_adapter
 
-    names = ("base", "encoder", "prompt", "max_new_tokens", "dtype")
+    names = ("base", "encoder", "prompt", "image", "audio", "max_new_tokens", "dtype")
     return verify_adapter(args.adapter, **{name: getattr(args, name) for name in names}, **hub_options(args))
 
 

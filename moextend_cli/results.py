@@ -8,12 +8,12 @@ from .terminal import Terminal
 
 def show_inspect(console: Terminal, result: dict[str, Any]) -> None:
     console.say(f"{result['adapter']} (format {result['format']}, {', '.join(result['files'])})")
-    for role in ("base", "encoder"):
-        if result[role] is not None:
+    for role in ("base", "encoder", "audio_encoder"):
+        if result.get(role) is not None:
             part = result[role]
             location = f"{part['subfolder']}/ in this checkpoint" if part["subfolder"] else part["name_or_path"]
             revision = f" at {part['revision']}" if part["revision"] and not part["subfolder"] else ""
-            console.say(f"{role}: {location}{revision} ({part['model_type']})")
+            console.say(f"{role.replace('_', ' ')}: {location}{revision} ({part['model_type']})")
     console.say(", ".join(f"{name} {result[name]}" for name in ("scope", "selection", "calibration")))
     if result["deltas"]:
         ranks = (f"{kind} ({f'rank {rank}' if rank else 'whole'})" for kind, rank in result["deltas"].items())

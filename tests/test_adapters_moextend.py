@@ -623,7 +623,7 @@ def test_the_config_that_leads_has_the_bases_implementations(made):
 
 def test_two_pairs_of_eyes_do_not_look_at_one_batch(made, tmp_path):
     model = load(made, ("a", SEEING), ("b", SEEING))
-    with pytest.raises(ValueError, match=r"Adapters \['a', 'b'\] have an encoder each, and the images of a batch"):
+    with pytest.raises(ValueError, match=r"Adapters \['a', 'b'\] have an encoder each, and the inputs of a batch"):
         model(**inputs(), adapter_names=["a", "a", "b", "b"])
 
 
@@ -763,7 +763,7 @@ def test_a_gate_judges_from_the_tokens_of_passes_in_which_its_adapter_took_part(
         (COMPETE, EXCLUSIVE, r"must select alike, but these do not: {'a': 'compete', 'b': 'exclusive'}"),
         ({**PAPER}, COMPETE, r"Adapters \['a'\] are calibrated for their own new experts.*beside \['b'\]"),
         ({**PAPER}, {**PAPER}, r"Adapters \['a', 'b'\] are calibrated .*beside each other"),
-        (SEEING, SEEING, r"Adapters \['a', 'b'\] have an encoder each, and an image goes through one"),
+        (SEEING, SEEING, r"Adapters \['a', 'b'\] have an encoder each, and an input goes through one"),
     ],
 )
 def test_combinations_without_meaning_are_refused_by_name(one, other, message, made):

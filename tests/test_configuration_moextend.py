@@ -279,7 +279,9 @@ def test_refused_choices_name_the_way_out_in_from_base(values, message):
 def test_every_entry_has_its_rule():
     """A new entry of the config without one would be taken as it comes from whoever wrote the file."""
     formed = {name for name, (_, *rule) in OWN.items() if rule == [*FORMED]}
-    assert formed == {"text_config", "encoder_config", "extended_layers", "gate_threshold", "deltas"}
+    assert formed == {
+        *("text_config", "encoder_config", "audio_encoder_config", "extended_layers", "gate_threshold", "deltas")
+    }
     assert MoExtendConfig(**VALUES).to_dict().keys() <= ENTRIES.keys()
     fields = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"tie_last_hidden_states"}
     assert fields <= ENTRIES.keys(), "transformers has new ones"

@@ -165,7 +165,10 @@ def test_training_by_preference_improves_on_held_out_questions(first_adapter, sc
         ("quickstart.py --held_out_text no.jsonl", "No such file: no.jsonl"),
         ("dpo.py --base x/y/z", "argument --base: x/y/z is no folder with a base and held_out.jsonl"),
         ("grpo.py --start {0}/text.jsonl", "argument --start: .*text.jsonl is a file"),
-        ("answer.py --adapter nowhere --questions {0}/blind.json", "Entry 1 of .*blind.json has no image"),
+        (
+            "answer.py --adapter nowhere --questions {0}/blind.json",
+            "Entry 1 of .*blind.json has no image",
+        ),
     ],
 )
 def test_wrong_paths_are_said_before_anything_is_loaded(tmp_path, command, message):

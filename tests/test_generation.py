@@ -12,7 +12,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from modeling_moextend import MoExtendForCausalLM
 from modeling_moextend.modeling_moextend import BASE_FLAGS
-from modeling_moextend.vision_moextend import WithImageColumn
+from modeling_moextend.senses_moextend import WithPlaceholderColumn
 
 IMAGE = 96  # the first id past the vocabulary; an image has four features
 NEW = 10
@@ -140,7 +140,7 @@ def test_embeddings_generate_as_their_ids_do(model, options):
         return
     found = generate(model, inputs_embeds=embeds, attention_mask=inputs["attention_mask"], **options)
     assert torch.equal(found, generate(model, **inputs, **options)[:, 6:])
-    with pytest.raises(ValueError, match="Give images with input_ids, not with inputs_embeds"):
+    with pytest.raises(ValueError, match="Give images and audio with input_ids, not with inputs_embeds"):
         generate(model, inputs_embeds=embeds, pixel_values=pixels(1))
 
 
@@ -192,7 +192,7 @@ def test_prompt_lookup_changes_no_token_and_proposes_no_image(model, prompt, opt
 def test_a_repetition_penalty_reaches_the_text_and_nothing_else():
     scores = torch.ones(1, IMAGE)
     prompt = ids([5, 6, "image"])["input_ids"]  # the last token is an image's
-    processors = WithImageColumn(IMAGE, [RepetitionPenaltyLogitsProcessor(2.0)])
+    processors = WithPlaceholderColumn([IMAGE], [RepetitionPenaltyLogitsProcessor(2.0)])
     found = processors(prompt, scores)
     assert found.shape == (1, IMAGE)
     assert (found != 1).nonzero()[:, 1].tolist() == [5, 6]
@@ -262,7 +262,8 @@ def test_a_wrong_number_of_images_beside_a_cache_is_refused():
     cache = DynamicCache(config=model.config.text_config)
     seen = generate(model, **PROMPT, past_key_values=cache, pixel_values=pixels(1))
     with pytest.raises(
-        ValueError, match="3 images were given; the conversation has 2, of which 1 are not in the cache"
+        ValueError,
+        match="Image inputs for 12 tokens were given; the conversation has 8, of which 4 are not",
     ):
         generate(model, **next_turn(seen, "image"), past_key_values=cache, pixel_values=pixels(3))
 
@@ -289,7 +290,10 @@ def test_images_without_their_tokens_and_tokens_without_images_are_refused(model
 
 
 def test_images_while_the_adapter_is_off_are_refused(model):
-    with model.disable_adapter(), pytest.raises(ValueError, match="Images were given while the adapter is off"):
+    with (
+        model.disable_adapter(),
+        pytest.raises(ValueError, match="were given while the adapter is off"),
+    ):
         generate(model, **PROMPT, pixel_values=pixels(1))
 
 

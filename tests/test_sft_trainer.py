@@ -273,7 +273,7 @@ def test_other_families_train(tmp_path, family):
 
 def test_image_tokens_and_ids_past_the_head_are_no_labels():
     labels = torch.tensor([[5, 40, 7, 96, -100]])
-    collate = MaskImageLabels(lambda examples: {"labels": labels.clone()}, image_token_id=40, vocab_size=96)
+    collate = MaskImageLabels(lambda examples: {"labels": labels.clone()}, placeholder_ids=[40], vocab_size=96)
     assert collate([])["labels"].tolist() == [[5, -100, 7, -100, -100]]
 
 

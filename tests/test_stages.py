@@ -9,8 +9,18 @@ import yaml
 from conftest import PAPER, make_base, make_encoder
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    WhisperConfig,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from trl import TrlParser
 
 from modeling_moextend import MoExtendForCausalLM
@@ -139,6 +149,51 @@ def test_the_papers_recipe_builds_mixtral_on_the_meta_device():
     assert sum(size for name, size in sizes.items() if ".calibration." in name) == 16 * 2 * 16 * 9
     assert sum(size for name, size in sizes.items() if "projector" in name) == 1025 * 4096 + 4097 * 4096
     assert model.config.num_image_tokens == 576
+
+
+WHISPER_LARGE_V3 = {  # its config.json, as far as shapes go
+    "d_model": 1280,
+    "encoder_layers": 32,
+    "encoder_attention_heads": 20,
+    "encoder_ffn_dim": 5120,
+    "num_mel_bins": 128,
+    "max_source_positions": 1500,
+    "vocab_size": 51866,
+}
+SIGLIP2_SO400M = {"hidden_size": 1152, "num_hidden_layers": 27, "num_attention_heads": 16, "intermediate_size": 4304}
+QWEN3_30B_A3B = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "vocab_size": 151936,
+}
+
+
+@pytest.mark.parametrize("name", ["mixtral_8x7b_whisper_large", "qwen3_30b_a3b_siglip2"])
+def test_recipes_of_other_senses_parse_and_build_on_the_meta_device(name):
+    config, _ = parse(
+        "--config", str(ROOT / f"configuration/recipes/{name}.yaml"), "--use_cpu", "true", "--bf16", "false"
+    )
+    with torch.device("meta"):
+        if "whisper" in name:
+            base = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral"), dtype=torch.bfloat16)
+            encoder, size, downsample = WhisperEncoder(WhisperConfig(**WHISPER_LARGE_V3)), 3000, config.downsample
+        else:
+            text_config = AutoConfig.for_model("qwen3_moe", **QWEN3_30B_A3B)
+            base = AutoModelForCausalLM.from_config(text_config, dtype=torch.bfloat16)
+            encoder, size, downsample = Siglip2VisionModel(Siglip2VisionConfig(**SIGLIP2_SO400M)), 256, 1
+        depth = base.config.num_hidden_layers
+        plan = {j: [0] * config.new_experts for j in range(round(config.fraction * depth))}
+        model = MoExtendForCausalLM.from_base(base, plan, encoder=encoder, **config.chosen_routing())
+    (sense,) = model.senses.values()
+    assert sense.num_placeholders(size) == {3000: 375, 256: 256}[size]
+    width, hidden = encoder.config.hidden_size * downsample, base.config.hidden_size
+    sizes = {name: tensor.numel() for name, tensor in model.adapter_tensors().items()}
+    assert sum(n for name, n in sizes.items() if "projector" in name) == (width + 1) * hidden + (hidden + 1) * hidden
 
 
 @pytest.fixture

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
-
-from transformers import PreTrainedModel
 
 from ..adapter_file_moextend import check_keywords
 from ..base_checks_moextend import base_rule, check_plan
 from ..compatibility_moextend import check_new_name, check_together
-from ..configuration_moextend import normalise_plan
+from ..configuration_moextend import MODALITIES, normalise_plan
 from ..deltas_moextend import find_sites, remove_deltas
 from ..layers_moextend import remove_experts
 from ..tensors_moextend import split_by_part
 from ..tools.locations import hub_id
+from ..validation_moextend import SENSE
 from .choices import default_deltas, routing_choices
-from .parts import identity, load_new_encoder
+from .parts import Encoder, identity, load_new_encoders, token_ids
 from .selfcheck import self_checked
 from .start_values import start_tensors
 
@@ -28,9 +26,7 @@ if TYPE_CHECKING:
 
 ENTRIES = (  # further ones of the config that a new adapter may have of its own
     "expert_rank",
-    "encoder_select_layer",
-    "encoder_select_feature",
-    "projector_hidden_act",
+    *(f"{prefix}{name}" for prefix in MODALITIES.values() for name in SENSE if name.startswith(("encoder_s", "proj"))),
     "calibration_hidden_size",
     "gate_hidden_size",
     "gate_threshold",
@@ -46,8 +42,9 @@ def add_adapter(
     scope: str | None = None,
     selection: str | None = None,
     calibration: str | None = None,
-    encoder: str | os.PathLike | PreTrainedModel | None = None,
+    encoder: Encoder | list[Encoder] | None = None,
     image_token_id: int | None = None,
+    audio_token_id: int | None = None,
     **entries: Any,
 ) -> None:
     """Adds a new adapter on top of the active ones: continual extension.
@@ -57,8 +54,9 @@ def add_adapter(
 
     Args:
         adapter_name: a name that no other adapter has.
-        extended_layers, scope, selection, calibration, encoder, image_token_id: as in `from_base`; of several active
-            adapters all select alike, `calibration` is "none" for each, and at most one has an encoder.
+        extended_layers, scope, selection, calibration, encoder, image_token_id, audio_token_id: as in `from_base`; of
+            several active adapters all select alike, `calibration` is "none" for each, and one at most takes images,
+            and one audio.
         **entries: more of the config: those of `ENTRIES`.
 
     Raises:
@@ -81,16 +79,16 @@ def add_adapter(
             raise ValueError("Nothing to add: give extended_layers, like {2: [1]}, or encoder=... for a projector.")
         layers = model.moe_layers
         check_plan(layers, plan)
-        encoder = load_new_encoder(encoder, model.base)
+        encoders = load_new_encoders(encoder, model.base)
         vocab_size = model.get_input_embeddings().weight.shape[0]
         config = model.config_class(
-            **identity(model.base, encoder),
-            image_token_id=vocab_size if image_token_id is None else image_token_id,
+            **identity(model.base, encoders),
+            **token_ids(encoders, {"image": image_token_id, "audio": audio_token_id}, vocab_size),
             extended_layers=plan,
             routing_rule=model.config.routing_rule,
             trained_on=describe_adapters(model, dependencies),
             dtype=model.base.dtype,
-            **routing_choices(scope, selection, calibration, has_encoder=encoder is not None),
+            **routing_choices(scope, selection, calibration, has_encoder=bool(encoders)),
             **entries,
         )
         check_together({**{name: model.adapters[name].config for name in dependencies}, adapter_name: config}, model)
@@ -99,7 +97,7 @@ def add_adapter(
         rule = base_rule(config, layers)
         try:
             with self_checked(layers, plan, rule, adapter_name):
-                model.attach_adapter(adapter_name, config, start_tensors(config, layers, model.base), encoder)
+                model.attach_adapter(adapter_name, config, start_tensors(config, layers, model.base), encoders)
         except BaseException:
             model.remove_adapter(adapter_name)
             raise

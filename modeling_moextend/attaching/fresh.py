@@ -14,10 +14,10 @@ from ..configuration_moextend import normalise_deltas, normalise_plan
 from ..families_moextend import find_moe_layers
 from ..loading_moextend import ENCODER_KWARGS, SHARED_HUB_KWARGS, load_base, undone_on_error
 from ..tools.locations import check_folder_or_id, check_location
-from ..validation_moextend import is_generation
+from ..validation_moextend import SENSE, is_generation
 from .choices import check_rank, default_deltas, routing_choices
 from .layouts import check_quantised, check_request
-from .parts import identity, load_new_encoder
+from .parts import Encoder, identity, listed, load_new_encoders, token_ids
 from .rules import check_family
 from .selfcheck import self_checked
 
@@ -34,11 +34,9 @@ def from_base(
     selection: str | None = None,
     calibration: str | None = None,
     paper: bool = False,
-    encoder: str | os.PathLike | PreTrainedModel | None = None,
+    encoder: Encoder | list[Encoder] | None = None,
     image_token_id: int | None = None,
-    encoder_select_layer: int = -2,
-    encoder_select_feature: str = "patch",
-    projector_hidden_act: str = "gelu",
+    audio_token_id: int | None = None,
     expert_rank: int | None = None,
     calibration_hidden_size: int = 16,
     gate_hidden_size: int = 64,
@@ -60,15 +58,18 @@ def from_base(
         expert_rank: r makes a new expert its source expert plus a trained delta of rank r, which is all that the
             adapter holds of it; `None`: a whole copy.
         paper: sets the paper's three (`"all"`, `"compete"`, `"all"`) and refuses others, and `expert_rank`.
-        encoder: CLIP or SigLIP vision checkpoint or model; `None` for text only.
-        image_token_id: stands for image features in `input_ids`; default: the first id past the embedding. With a
-            processor: `processor.image_token_id`.
+        encoder: checkpoint or model that takes images alone (CLIP, SigLIP, SigLIP 2, DINOv2, ...) or audio alone
+            (Whisper, Wav2Vec2, HuBERT, WavLM, AST, ...), or a list of one for each; `None` for text only.
+        image_token_id, audio_token_id: stand for features in `input_ids`; default: the first ids past the embedding.
+            With a processor: `processor.image_token_id`, `processor.audio_token_id`.
         deltas: shared layers that move too, for tokens in scope alone: any of `"embedding"`, `"attention"` (its
             projections) and `"output"` (the last hidden state); or a mapping from these to ranks (0: whole matrices),
             as in `DELTAS`. In decoder layers above the lowest extended one. Default: with scope `"gate"` all three,
             as far as the base can have them; else none, as `()`.
         adapter_name: what the adapter is called in this model, where more are to come.
-        **kwargs: to the base's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
+        **kwargs: what a sense is: `encoder_select_layer`, `encoder_select_feature`, `projector_type`,
+            `projector_hidden_act`, `projector_downsample`, of audio with `audio_` in front (docs/senses.md); others to
+            the base's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
 
     Raises:
         ValueError: no MoE layers; a family without the interface; a layer that is no MoE layer; a source out of
@@ -77,9 +78,10 @@ def from_base(
         ImportError: only the code of an adapter is there, and not the package, which finds a base's routing rule.
     """
     loaded = isinstance(base, PreTrainedModel)
+    senses = {name: kwargs.pop(name) for name in list(kwargs) if name.removeprefix("audio_") in SENSE}
     if not loaded:
         check_folder_or_id("The base", base)
-    elif not isinstance(encoder, str | os.PathLike):
+    elif not any(isinstance(one, str | os.PathLike) for one in listed(encoder)):
         check_keywords("from_base", kwargs, ())
     else:
         check_keywords("from_base", kwargs, ENCODER_KWARGS)
@@ -93,8 +95,9 @@ def from_base(
         )
     if not loaded:
         check_request(base, kwargs)
-        if encoder is not None and not isinstance(encoder, PreTrainedModel):  # before a base that takes minutes
-            check_location("encoder", encoder, **{key: kwargs[key] for key in SHARED_HUB_KWARGS if key in kwargs})
+        for one in listed(encoder):
+            if not isinstance(one, PreTrainedModel):  # before a base that takes minutes
+                check_location("encoder", one, **{key: kwargs[key] for key in SHARED_HUB_KWARGS if key in kwargs})
         base = load_base(base, cls.auto_base_class, **kwargs)
     check_quantised(base)
     check_loaded(base)
@@ -102,13 +105,12 @@ def from_base(
     check_family(base.get_decoder())
     layers = find_moe_layers(base.get_decoder())
     check_plan(layers, plan)
-    encoder = load_new_encoder(encoder, base, kwargs)
+    encoders = load_new_encoders(encoder, base, kwargs)
+    given = {"image": image_token_id, "audio": audio_token_id}
     config = cls.config_class(
-        **identity(base, encoder),
-        encoder_select_layer=encoder_select_layer,
-        encoder_select_feature=encoder_select_feature,
-        projector_hidden_act=projector_hidden_act,
-        image_token_id=base.get_input_embeddings().weight.shape[0] if image_token_id is None else image_token_id,
+        **identity(base, encoders),
+        **token_ids(encoders, given, base.get_input_embeddings().weight.shape[0]),
+        **senses,
         extended_layers=plan,
         expert_rank=expert_rank,
         calibration_hidden_size=calibration_hidden_size,
@@ -121,8 +123,8 @@ def from_base(
     if deltas is None:
         config.deltas = default_deltas(config, base.get_decoder())
     rule = base_rule(config, layers)
-    with undone_on_error(base, encoder), self_checked(layers, plan, rule, adapter_name):
-        model = cls(config, base, encoder, adapter_name=adapter_name)
+    with undone_on_error(base, encoders), self_checked(layers, plan, rule, adapter_name):
+        model = cls(config, base, encoders, adapter_name=adapter_name)
     if loaded and hasattr(model, "initial_generation"):
         model.initial_generation |= stored_generation(base)
     return model

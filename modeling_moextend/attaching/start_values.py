@@ -6,15 +6,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..configuration_moextend import MoExtendConfig
+from ..configuration_moextend import MODALITIES, MoExtendConfig
 from ..deltas_moextend import Site, delta_shapes, find_sites
 from ..families_moextend import MoELayer, correction_of, onloaded, tensor_at
 from ..gate_moextend import TokenGate
 from ..layers_moextend import execution_device, input_device
 from ..low_rank_moextend import expert_shapes
 from ..routing_moextend import Calibration, Rule
+from ..senses_moextend import Projector
 from ..tensors_moextend import row_paths
-from ..vision_moextend import Projector
 
 
 def start_tensors(
@@ -62,9 +62,9 @@ def start_tensors(
     if config.scope == "gate" and plan and with_gate:
         rows = tensors[f"layers.{min(plan)}.router.weight"]
         modules["gate"] = TokenGate(rows.shape[-1], config.gate_hidden_size, device=rows.device)
-    if config.encoder_config is not None and with_projector:
-        sizes = config.encoder_config.hidden_size, config.get_text_config().hidden_size
-        modules["projector"] = Projector(*sizes, config.projector_hidden_act, device=input_device(base))
+    for modality, sense in config.senses.items() if with_projector else ():
+        projector = Projector(sense, config.get_text_config().hidden_size, device=input_device(base))
+        modules[f"{MODALITIES[modality]}projector"] = projector
     for part, module in modules.items():
         tensors |= named_tensors(part, module)
     return tensors | start_deltas(config, find_sites(config, base.get_decoder()) if sites is None else sites)

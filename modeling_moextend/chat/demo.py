@@ -96,7 +96,7 @@ def launch(
     adapter: str,
     *,
     base: str | None = None,
-    encoder: str | None = None,
+    encoder: str | list[str] | None = None,
     dtype: str = "auto",
     port: int | None = None,
     share: bool = False,

@@ -34,7 +34,8 @@ def read_documents(path: str | os.PathLike) -> list[dict[str, Any]]:
 def read_questions(
     path: str | os.PathLike, image_folder: str | os.PathLike | None = None, number: int | None = None
 ) -> list[dict[str, Any]]:
-    """[{"prompt": messages, "answer": str, "images": [paths]}]: the last message is the answer, the others ask.
+    """[{"prompt": messages, "answer": str, "images": [paths], "audios": [paths]}]: the last message
+    is the answer, the others ask.
 
     Args:
         path: JSON or JSON lines, either with `messages` and, if need be, `images` (TRL's) or with `conversations` and
@@ -69,19 +70,22 @@ def question(index: int, record: dict[str, Any], path: str | os.PathLike, folder
             f"Entry {index} of {path} must hold `messages` that end with the assistant's, the reference answer, or "
             f"LLaVA's `conversations`{'' if problem is None else f'; {problem}'}."
         )
-    images = [image.get("path") if isinstance(image, dict) else image for image in record.get("images") or []]
-    if not all(isinstance(image, str) for image in images):
-        raise ValueError(f"Entry {index} of {path} must hold the paths of its images, not {str(images)[:200]}.")
     result = {"prompt": messages[:-1], "answer": as_text(messages[-1]["content"])}
-    result["images"] = [str(Path(folder, image)) for image in images]
-    missing = [image for image in result["images"] if not os.path.isfile(image)]
-    if missing:
-        raise ValueError(f"Entry {index} of {path}: image {missing[0]} does not exist (paths begin at {folder}).")
+    for kind, name in (("image", "images"), ("audio", "audios")):
+        inputs = [one.get("path") if isinstance(one, dict) else one for one in record.get(name) or []]
+        if not all(isinstance(one, str) for one in inputs):
+            raise ValueError(f"Entry {index} of {path} must hold the paths of its {name}, not {str(inputs)[:200]}.")
+        result |= {name: [str(Path(folder, one)) for one in inputs]} if inputs or name == "images" else {}
+        missing = [one for one in result.get(name, ()) if not os.path.isfile(one)]
+        if missing:
+            raise ValueError(f"Entry {index} of {path}: {kind} {missing[0]} does not exist (paths begin at {folder}).")
     return result | ({"answers": record["answers"]} if record.get("answers") else {})
 
 
-def as_text(content: str | list[dict[str, Any]], image_token: str = "") -> str:
-    """A message's content as text, whether it is a string or a list of parts; `image_token` where an image stands."""
+def as_text(content: str | list[dict[str, Any]], image_token: str = "", audio_token: str = "") -> str:
+    """A message's content as text, whether it is a string or a list of parts, with tokens where images and clips
+    stand."""
+    tokens = {"image": image_token, "audio": audio_token}
     if isinstance(content, str):
         return content
-    return "".join(image_token if part.get("type") == "image" else part.get("text") or "" for part in content)
+    return "".join(tokens.get(part.get("type"), part.get("text") or "") for part in content)

@@ -1,8 +1,9 @@
 """LLaVA-1.5 JSON, read as it is, into TRL's conversational image format.
 
-One entry of a file: {"id": ..., "image": path, list of paths or absent, "system": text or absent, "conversations":
-[{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": ...}, ...]}. One sample made of it:
-`messages` whose content is a list of parts, an image part where `<image>` stood, and `images` in the same order.
+One entry of a file: {"id": ..., "image": path, list of paths or absent, "audio": the same of clips, "system": text or
+absent, "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": ...}, ...]}.
+One sample made of it: `messages` whose content is a list of parts, an image or audio part where `<image>` or `<audio>`
+stood, and `images` and `audios` in the same order.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
 from transformers.utils import requires_backends
 
-from ..processing_moextend import IMAGE_TOKEN, to_rgb
+from ..processing_moextend import AUDIO_TOKEN, IMAGE_TOKEN, to_rgb
 
 if TYPE_CHECKING:
     import datasets
@@ -28,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 JSON_FILES = (".json", ".jsonl")  # how their names end
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-KEYS = ("id", "image", "conversations", "system")  # what is read of an entry
+KEYS = ("id", "image", "audio", "conversations", "system")  # what is read of an entry
 TURN_KEYS = ("from", "value")
 METADATA = (  # nothing is trained on it: where an entry comes from, not what it says
     "category", "data_source", "dataset", "dataset_name", "height", "idx", "image_id", "index", "language", "license",
@@ -38,6 +40,7 @@ CHUNK = 1 << 20  # characters read at a time
 MAX_ENTRY = 1 << 26  # characters one entry may have: beyond that the file is broken, not long
 BATCH = 1000  # samples made into one Arrow table at a time
 SHOWN = 5  # skipped samples named in the report
+TOKENS = {IMAGE_TOKEN: "image", AUDIO_TOKEN: "audio"}  # in a text -> the kind of part
 SEPARATORS = re.compile(r"[\s,]*")
 
 
@@ -68,8 +71,9 @@ def load_llava(
             is empty or named here: it may say what is to be trained on (`tools`, `weight`, `video`, ...).
 
     Returns:
-        `datasets.Dataset` or `datasets.IterableDataset`: `id`, `images` (list of PIL images, empty for text only) and
-        `messages`, or `prompt` and `completion`.
+        `datasets.Dataset` or `datasets.IterableDataset`: `id`, `images` (list of PIL images, empty for text only),
+        `audios` where the file speaks of audio (list of {"array", "sampling_rate"}, one channel) and `messages`, or
+        `prompt` and `completion`.
 
     Raises:
         ValueError: no valid JSON, no sample left, or a bad sample; names the sample's id, its index and what is wrong.
@@ -83,10 +87,10 @@ def load_llava(
     json_path = Path(json_path)
     folder = json_path.parent if image_folder is None else Path(image_folder)
     settings = {"json_path": str(json_path), "folder": str(folder), "prompt_completion": prompt_completion}
-    settings["ignore_keys"] = tuple(ignore_keys)
+    settings |= {"ignore_keys": tuple(ignore_keys), "with_audio": _speaks_of_audio(json_path)}
     if streaming:
         return datasets.IterableDataset.from_generator(_stream, gen_kwargs={**settings, "on_error": on_error})
-    features = _features(datasets, prompt_completion)
+    features = _features(datasets, prompt_completion, settings["with_audio"])
     samples = _checked_samples(**settings, on_error=on_error)
     tables = []
     while batch := list(islice(samples, BATCH)):
@@ -154,10 +158,10 @@ class _BadSample(ValueError):
     """A sample that cannot be trained on; the text names it."""
 
 
-def _convert(entry, index, json_path, folder, prompt_completion, ignore_keys):
-    """One entry as a sample: `id`, `messages` (or `prompt`, `completion`), `images` as {"path", "sample"}.
+def _convert(entry, index, json_path, folder, prompt_completion, ignore_keys, with_audio):
+    """One entry as a sample: `id`, `messages` (or `prompt`, `completion`), `images`, `audios` as {"path", "sample"}.
 
-    Each image carries its sample's name, because trainers drop the `id` column before images are opened.
+    Each of these carries its sample's name, because trainers drop the `id` column before images are opened.
     """
     name = f"sample {entry.get('id')!r} (index {index} of {json_path})" if isinstance(entry, dict) else None
     try:
@@ -165,13 +169,14 @@ def _convert(entry, index, json_path, folder, prompt_completion, ignore_keys):
             raise ValueError(f"it must be an object with 'conversations', not {type(entry).__name__}")
         messages = _messages(entry.get("conversations"), entry.get("system"))
         _check_keys(entry, ignore_keys)
-        paths = _image_paths(entry)
+        paths = {kind: _paths(entry, kind) for kind in TOKENS.values()}
         _check_counts(messages, paths, prompt_completion)
     except ValueError as error:
         raise _BadSample(f"{name or f'index {index} of {json_path}'}: {error}.") from error
     sample = {"id": None if entry.get("id") is None else str(entry["id"])}
     sample |= {"prompt": messages[:-1], "completion": messages[-1:]} if prompt_completion else {"messages": messages}
-    sample["images"] = [{"path": os.path.join(folder, path), "sample": name} for path in paths]
+    for kind in TOKENS.values() if with_audio else ("image",):
+        sample[f"{kind}s"] = [{"path": os.path.join(folder, path), "sample": name} for path in paths[kind]]
     return sample
 
 
@@ -220,32 +225,34 @@ def _messages(turns, system):
 
 def _parts(text):
     """ "<image>\\nWhat?" as content parts; joined again they are the text as it was."""
-    parts = []
-    for number, piece in enumerate(text.split(IMAGE_TOKEN)):
-        if number:
-            parts.append({"type": "image", "text": None})
-        if piece:
-            parts.append({"type": "text", "text": piece})
+    pieces = re.split(f"({'|'.join(TOKENS)})", text)
+    parts = [
+        {"type": TOKENS[piece], "text": None} if piece in TOKENS else {"type": "text", "text": piece}
+        for piece in pieces
+        if piece
+    ]
     return parts or [{"type": "text", "text": ""}]
 
 
-def _image_paths(entry):
-    paths = entry.get("image")
+def _paths(entry, kind):
+    paths = entry.get(kind)
     paths = [] if paths is None else paths if isinstance(paths, list) else [paths]
     if not all(isinstance(path, str) and path for path in paths):
-        raise ValueError(f"'image' must be a path or a list of paths, not {entry['image']!r}")
+        raise ValueError(f"{kind!r} must be a path or a list of paths, not {entry[kind]!r}")
     return paths
 
 
 def _check_counts(messages, paths, prompt_completion):
-    counts = [sum(part["type"] == "image" for part in message["content"]) for message in messages]
-    if sum(counts) != len(paths):
-        raise ValueError(f"its conversation has {sum(counts)} {IMAGE_TOKEN!r} but it has {len(paths)} images")
-    if prompt_completion and counts[-1]:
-        raise ValueError(f"its last turn has {counts[-1]} {IMAGE_TOKEN!r}, and a completion takes no images")
+    for token, kind in TOKENS.items():
+        counts = [sum(part["type"] == kind for part in message["content"]) for message in messages]
+        name = f"{kind}s" if kind == "image" else "clips"
+        if sum(counts) != len(paths[kind]):
+            raise ValueError(f"its conversation has {sum(counts)} {token!r} but it has {len(paths[kind])} {name}")
+        if prompt_completion and counts[-1]:
+            raise ValueError(f"its last turn has {counts[-1]} {token!r}, and a completion takes no {name}")
 
 
-# Images
+# Images and clips
 
 
 def _open_image(path, sample):
@@ -258,19 +265,34 @@ def _open_image(path, sample):
         raise _BadSample(f"{sample}: image {path} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _check_exists(path, sample):
+def _check_exists(path, sample, kind="image"):
     if not os.path.isfile(path):
-        raise _BadSample(f"{sample}: image {path} does not exist.")
+        raise _BadSample(f"{sample}: {kind} {path} does not exist.")
 
 
-def _open_images(images):
-    return [_open_image(**image) for image in images]
+def _open_clip(path, sample):
+    """The whole clip as {"array": float32 [samples], "sampling_rate": samples a second}, its channels averaged."""
+    try:
+        import soundfile
+    except ImportError as error:
+        raise ImportError("audio needs the soundfile library: pip install 'moextend[audio]'") from error
+    _check_exists(path, sample, "audio")
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        if not len(samples) or not numpy.isfinite(samples).all():
+            raise ValueError("it has no samples" if not len(samples) else "it has samples that are not finite")
+    except Exception as error:  # of libsndfile
+        raise _BadSample(f"{sample}: audio {path} cannot be read: {type(error).__name__}: {error}") from error
+    return {"array": samples.mean(axis=1), "sampling_rate": rate}
+
+
+OPENERS = {"images": _open_image, "audios": _open_clip}
 
 
 def _open_batch(batch):
-    """The transform of a map-style dataset: `images` from paths to PIL images, where that column is asked for."""
+    """The transform of a map-style dataset: paths to PIL images and clips, where these columns are asked for."""
     return {
-        name: [_open_images(images) for images in values] if name == "images" else values
+        name: [[OPENERS[name](**one) for one in ones] for ones in values] if name in OPENERS else values
         for name, values in batch.items()
     }
 
@@ -278,20 +300,32 @@ def _open_batch(batch):
 # Whole files
 
 
-def _stream(json_path, folder, prompt_completion, ignore_keys, on_error):
+def _speaks_of_audio(json_path):
+    """Whether a file may have entries with audio: their samples have one more column, in every row."""
+    with open(json_path, encoding="utf-8-sig", errors="replace") as file:
+        end = ""
+        while chunk := file.read(CHUNK):
+            if '"audio"' in end + chunk:
+                return True
+            end = chunk[-8:]
+    return False
+
+
+def _stream(json_path, folder, prompt_completion, ignore_keys, with_audio, on_error):
     """Yields samples with opened images, one after the other."""
     skips = _Skips(json_path, on_error)
     try:
         for index, entry in read_entries(json_path):
             with skips:
-                sample = _convert(entry, index, json_path, folder, prompt_completion, ignore_keys)
-                sample["images"] = _open_images(sample["images"])
+                sample = _convert(entry, index, json_path, folder, prompt_completion, ignore_keys, with_audio)
+                for name in OPENERS.keys() & sample.keys():
+                    sample[name] = [OPENERS[name](**one) for one in sample[name]]
                 yield sample
     finally:
         skips.report()
 
 
-def _checked_samples(json_path, folder, prompt_completion, ignore_keys, on_error):
+def _checked_samples(json_path, folder, prompt_completion, ignore_keys, with_audio, on_error):
     """Yields samples with paths of images, in threads: checking one waits for the disk, or decodes outside the GIL.
 
     With "skip" every image is decoded once and let go; with "raise" it only has to be there.
@@ -300,9 +334,11 @@ def _checked_samples(json_path, folder, prompt_completion, ignore_keys, on_error
 
     def convert(indexed):
         try:
-            sample = _convert(indexed[1], indexed[0], json_path, folder, prompt_completion, ignore_keys)
-            for image in sample["images"]:
-                (_open_image if on_error == "skip" else _check_exists)(**image)
+            sample = _convert(indexed[1], indexed[0], json_path, folder, prompt_completion, ignore_keys, with_audio)
+            for name in OPENERS.keys() & sample.keys():
+                kind = name.removesuffix("s")
+                for one in sample[name]:
+                    OPENERS[name](**one) if on_error == "skip" else _check_exists(**one, kind=kind)
             return sample
         except _BadSample as error:
             return error
@@ -343,9 +379,9 @@ class _Skips:
             )  # fmt: skip
 
 
-def _features(datasets, prompt_completion):
+def _features(datasets, prompt_completion, with_audio):
     text = datasets.Value("string")
     messages = [{"role": text, "content": [{"type": text, "text": text}]}]
     columns = ("prompt", "completion") if prompt_completion else ("messages",)
-    images = [{"path": text, "sample": text}]
-    return datasets.Features({"id": text, **dict.fromkeys(columns, messages), "images": images})
+    paths = dict.fromkeys(("images", "audios") if with_audio else ("images",), [{"path": text, "sample": text}])
+    return datasets.Features({"id": text, **dict.fromkeys(columns, messages), **paths})

@@ -1,26 +1,30 @@
-"""What a trainer reads text and images with: the processor for a base, with or without an encoder."""
+"""What a trainer reads text, images and audio with: the processor for a base, with or without encoders."""
 
 import os
 import re
 from typing import Any
 
 from transformers import (
+    AutoFeatureExtractor,
     AutoImageProcessor,
     AutoTokenizer,
     BaseImageProcessor,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     ProcessorMixin,
+    SequenceFeatureExtractor,
 )
 from transformers.utils import logging
 
-from ..configuration_moextend import MoExtendConfig, as_config
-from ..processing_moextend import IMAGE_TOKEN, MoExtendProcessor
+from ..configuration_moextend import MODALITIES, MoExtendConfig, as_config
+from ..loading_moextend import by_modality
+from ..processing_moextend import AUDIO_TOKEN, IMAGE_TOKEN, MoExtendProcessor
 from .processor_files import check_merges, checked_files, readable
 
 logger = logging.get_logger(__name__)
 MoExtendProcessor.reading = staticmethod(checked_files)  # where the package is there, a stranger's files are checked
 
+TOKENS = {"image": IMAGE_TOKEN, "audio": AUDIO_TOKEN}
 GENERATION = re.compile(r"{%[-+]?\s*(?:end)?generation\s*[-+]?%}")
 
 # The assistant's text begins with a space inside the generation markers: the prompt then ends in "ASSISTANT:" in
@@ -29,8 +33,8 @@ CHAT_TEMPLATE = (
     "{%- macro content(message) -%}"
     "{%- if message['content'] is string -%}{{- message['content'] -}}{%- else -%}"
     "{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'image' -%}{{- '<image>' -}}"
-    "{%- elif part['type'] == 'text' -%}{{- part['text'] -}}"
+    "{%- if part['type'] == 'text' -%}{{- part['text'] -}}"
+    "<parts>"
     "{%- else -%}{{- raise_exception('Unknown content type: ' ~ part['type']) -}}{%- endif -%}"
     "{%- endfor -%}{%- endif -%}"
     "{%- endmacro -%}"
@@ -53,8 +57,8 @@ JOIN_PARTS = (
     "{%- if message['content'] is defined and message['content'] is not string and message['content'] is iterable -%}"
     "{%- set parts = namespace(text='') -%}"
     "{%- for part in message['content'] -%}"
-    "{%- if part['type'] == 'image' -%}{%- set parts.text = parts.text ~ '<image>' -%}"
-    "{%- elif part['type'] == 'text' -%}{%- set parts.text = parts.text ~ part['text'] -%}"
+    "{%- if part['type'] == 'text' -%}{%- set parts.text = parts.text ~ part['text'] -%}"
+    "<parts>"
     "{%- else -%}{{- raise_exception('Unknown content type: ' ~ part['type']) -}}{%- endif -%}"
     "{%- endfor -%}"
     "{%- set joined.messages = joined.messages + [dict(message, content=parts.text)] -%}"
@@ -65,34 +69,50 @@ JOIN_PARTS = (
 )
 
 
-def default_chat_template(image_token: str = IMAGE_TOKEN) -> str:
-    """LLaVA's format, "USER: ... ASSISTANT: ...", with generation markers around the assistant's text and its EOS."""
-    return CHAT_TEMPLATE.replace("'<image>'", repr(image_token))
+def default_chat_template(image_token: str | None = IMAGE_TOKEN, audio_token: str | None = None) -> str:
+    """LLaVA's format, "USER: ... ASSISTANT: ...", with generation markers around the assistant's text and its EOS.
+
+    Args:
+        image_token, audio_token: what stands for such parts; `None`: there are none.
+    """
+    return with_parts(CHAT_TEMPLATE, "{{- %r -}}", image_token, audio_token)
 
 
-def with_image_parts(chat_template: str, image_token: str = IMAGE_TOKEN) -> str:
+def with_image_parts(chat_template: str, image_token: str | None = IMAGE_TOKEN, audio_token: str | None = None) -> str:
     """A base's own chat template, which knows text only, made to take content parts.
 
-    Each message's parts are joined to one string, with `image_token` where an image stands, before `chat_template` is
-    rendered: plain text gives exactly what it gave before. Generation markers are not added.
+    Each message's parts are joined to one string, with `image_token` where an image stands and `audio_token` where
+    audio does (`None`: there is none), before `chat_template` is rendered: plain text gives exactly what it gave
+    before. Generation markers are not added.
     """
-    return JOIN_PARTS.replace("'<image>'", repr(image_token)) + chat_template
+    return (
+        with_parts(JOIN_PARTS, "{%%- set parts.text = parts.text ~ %r -%%}", image_token, audio_token) + chat_template
+    )
+
+
+def with_parts(template: str, branch: str, image_token: str | None, audio_token: str | None) -> str:
+    """`template` with a `branch` for each kind of part that has a token."""
+    tokens = {"image": image_token, "audio": audio_token}
+    branches = [f"{{%- elif part['type'] == '{m}' -%}}{branch % one}" for m, one in tokens.items() if one is not None]
+    return template.replace("<parts>", "".join(branches))
 
 
 def load_processor(
     name_or_path: str | os.PathLike,
-    encoder: str | os.PathLike | None = None,
+    encoder: str | os.PathLike | list[str | os.PathLike] | None = None,
     assistant_only_loss: bool = False,
     trust_remote_code: bool = False,
+    downsample: int | None = None,
 ) -> MoExtendProcessor | PreTrainedTokenizerBase:
     """What a trainer needs for a base, with or without an encoder; or what an adapter's folder holds.
 
     Args:
         name_or_path: the base, or an adapter saved with its processor.
-        encoder: CLIP or SigLIP vision checkpoint; `None`: the tokenizer alone.
+        encoder: checkpoint of an encoder, or a list of them; `None`: the tokenizer alone.
         assistant_only_loss: whether the chat template must mark the assistant's text. A base's own that does not gives
             way to LLaVA's format, with a warning, unless TRL knows how to mark it (text only); else the base's own
             stays. A base without one gets LLaVA's, with an encoder in any case.
+        downsample: the `audio_projector_downsample` of the model's config, where it is not the default.
         trust_remote_code: whether code that comes with the tokenizer may run; nothing asks for it at a prompt.
 
     Returns:
@@ -116,17 +136,36 @@ def load_processor(
         if template:
             problem = "The base's chat template does not mark the assistant's text"
             logger.warning(f"{problem}: using LLaVA's, USER: ASSISTANT:.")
-        template = default_chat_template()
+        template = None if encoder else default_chat_template()
         if encoder is None:
             tokenizer.chat_template = template
     if encoder is None:
         return tokenizer
-    if template and "image" not in template:
-        template = with_image_parts(template)
-    with readable(f"The image processor of {encoder}"):  # CLIP's or SigLIP's, which have no code of their own
-        image_processor = AutoImageProcessor.from_pretrained(encoder, backend="pil", trust_remote_code=False)
-        encoder_config, _ = PreTrainedConfig.get_config_dict(encoder)
-    return MoExtendProcessor.from_encoder(tokenizer, image_processor, encoder_config, chat_template=template)
+    with readable(f"The image processor of {encoder}"):  # what is there tells what it is
+        found = by_modality(encoder, list(MODALITIES))
+    parts, configs = {}, {m: PreTrainedConfig.get_config_dict(where)[0] for m, where in found.items()}
+    tokens = [token if modality in found else None for modality, token in TOKENS.items()]
+    if template is None:
+        template = default_chat_template(*tokens)
+    elif not all(modality in template for modality in found):
+        template = with_image_parts(template, *tokens)
+    if "image" in found:
+        with readable(f"The image processor of {found['image']}"):  # CLIP's, say, which has no code of its own
+            parts["image_processor"] = AutoImageProcessor.from_pretrained(
+                found["image"], backend="pil", trust_remote_code=False
+            )
+    if "audio" in found:
+        with readable(f"The feature extractor of {found['audio']}"):
+            parts["feature_extractor"] = AutoFeatureExtractor.from_pretrained(found["audio"], trust_remote_code=False)
+    return MoExtendProcessor.from_encoder(
+        tokenizer,
+        parts.get("image_processor"),
+        configs.get("image"),
+        chat_template=template,
+        feature_extractor=parts.get("feature_extractor"),
+        audio_encoder_config=configs.get("audio"),
+        **({} if downsample is None else {"audio_projector_downsample": downsample}),
+    )
 
 
 def trl_marks(chat_template: object) -> bool:
@@ -146,49 +185,93 @@ def text_tokenizer(tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> PreTr
 def processor_for(
     cls: type[MoExtendProcessor],
     tokenizer: PreTrainedTokenizerBase,
-    image_processor: BaseImageProcessor,
-    encoder_config: PreTrainedConfig | dict[str, Any],
+    image_processor: BaseImageProcessor | None = None,
+    encoder_config: PreTrainedConfig | dict[str, Any] | None = None,
     select_feature: str = "patch",
     image_token: str = IMAGE_TOKEN,
     chat_template: str | None = None,
+    *,
+    feature_extractor: SequenceFeatureExtractor | None = None,
+    audio_encoder_config: PreTrainedConfig | dict[str, Any] | None = None,
+    audio_token: str = AUDIO_TOKEN,
+    max_audio_seconds: float | None = None,
+    **senses: Any,
 ) -> MoExtendProcessor:
-    """The processor for an encoder, an instance of `cls`.
+    """The processor for an encoder, or for one of images and one of audio, an instance of `cls`.
 
     Args:
-        encoder_config: CLIP's or SigLIP's config, or the vision config in it.
-        select_feature: "patch", or "full": with the class token.
+        encoder_config: of images, or the config of a whole model that has it.
+        select_feature: "patch", or "full": with class tokens.
         chat_template: default: the tokenizer's, or `default_chat_template()` where it has none.
+        feature_extractor, audio_encoder_config: of audio.
+        max_audio_seconds: see `MoExtendProcessor`.
+        **senses: entries of the config that change how many placeholders an input takes, where they are not the
+            defaults: `projector_downsample`, `audio_projector_downsample`, `audio_encoder_select_feature`.
 
     Raises:
         ValueError: the image processor makes images of another size than the encoder takes, or the chat template
-            cannot render a message with an image.
+            cannot render a message with an image or audio.
     """
-    encoder_config = as_config(encoder_config)
+    encoder_config, audio_encoder_config = as_config(encoder_config), as_config(audio_encoder_config)
     encoder_config = getattr(encoder_config, "vision_config", encoder_config)
-    encoder_size = encoder_config.image_size
-    processor_size = pixel_size(image_processor)
-    if processor_size is not None and processor_size != (encoder_size, encoder_size):
-        raise ValueError(
-            f"The image processor makes images of {processor_size[0]}x{processor_size[1]} pixels, the encoder takes "
-            f"{encoder_size}x{encoder_size}. Load the image processor from the encoder's own checkpoint."
-        )
+    config = MoExtendConfig(
+        encoder_config=encoder_config,
+        audio_encoder_config=audio_encoder_config,
+        encoder_select_feature=select_feature,
+        **senses,
+    )
+    entries = {}
+    for modality, sense in config.senses.items():
+        if sense.convolutions is not None:
+            size = sense.projector_downsample
+            whole = [[size, size, size - 1]] if size > 1 else []
+            entries[f"{modality}_convolutions"] = [*sense.convolutions, *whole]
+        else:
+            size = image_size(image_processor, sense) if modality == "image" else None
+            entries[f"num_{modality}_tokens"] = sense.num_placeholders(size)
     processor = cls(
         image_processor,
         tokenizer,
+        feature_extractor,
         image_token=image_token,
-        num_image_tokens=MoExtendConfig(
-            encoder_config=encoder_config, encoder_select_feature=select_feature
-        ).num_image_tokens,
+        audio_token=audio_token,
+        max_audio_seconds=max_audio_seconds,
         chat_template=chat_template,
+        **entries,
     )
-    check_chat_template(processor.chat_template, tokenizer, image_token)
+    for kind, token in (("an image", processor.image_token), ("audio", processor.audio_token)):
+        if token is not None:
+            check_chat_template(processor.chat_template, tokenizer, token, kind)
     return processor
 
 
+def image_size(image_processor: BaseImageProcessor, sense: Any) -> tuple[int, int]:
+    """(height, width) of the images that the processor makes for an encoder.
+
+    Raises:
+        ValueError: another size than the encoder takes.
+    """
+    size, made = sense.input_size, pixel_size(image_processor)
+    if made is None:
+        return size
+    if "dino" in sense.encoder_config.model_type:  # takes any size in whole patches
+        return made
+    if made != size:
+        raise ValueError(
+            f"The image processor makes images of {made[0]}x{made[1]} pixels, the encoder takes "
+            f"{size[0]}x{size[1]}. Load the image processor from the encoder's own checkpoint."
+        )
+    return size
+
+
 def check_chat_template(
-    chat_template: str | dict[str, str] | None, tokenizer: PreTrainedTokenizerBase, image_token: str
+    chat_template: str | dict[str, str] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    image_token: str,
+    kind: str = "an image",
 ) -> None:
-    """Refuses a chat template that never writes the image token. It is not run: a stranger's need not come to an end.
+    """Refuses a chat template that never writes the image token, or that of another `kind` of part. It is
+    not run: a stranger's need not come to an end.
 
     Raises:
         ValueError: says what else to pass.
@@ -206,7 +289,7 @@ def check_chat_template(
         fits, problem = False, f"{type(error).__name__}: {error}"
     if not fits:
         raise ValueError(
-            f"The chat template cannot render a message with an image as {image_token!r}: {problem}. Pass "
+            f"The chat template cannot render a message with {kind} as {image_token!r}: {problem}. Pass "
             "chat_template=with_image_parts(tokenizer.chat_template) to keep the base's format, "
             "chat_template=default_chat_template() for LLaVA's (it also marks the assistant's text for "
             "assistant_only_loss), or a template of your own; a base that has an image token: image_token=."

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from .collators import AUDIO_COLUMNS
+
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from trl import SFTConfig
@@ -50,7 +52,7 @@ def check_rows(
     sample = next(iter(dataset), None)
     if sample is None:
         raise ValueError(f"The {name} dataset is empty: give rows, or leave it out.")
-    images = bool({"image", "images"} & set(sample))
+    images = bool({"image", "images", *AUDIO_COLUMNS} & set(sample))
     columns = (*(IMAGE_COLUMNS if images else COLUMNS), *(() if images and drops_columns else (text_field,)))
     if not set(sample) & set(columns):
         beside = ", beside images," if images else ""
@@ -156,7 +158,23 @@ def check_datasets(
             return {key: check(dataset, str(key)) for key, dataset in given.items()}
         return check(given, name) if is_dataset(given) else given
 
-    return {key: checked(dataset, key.removesuffix("_dataset")) for key, dataset in datasets.items()}
+    def for_trl(given: Any) -> Any:
+        if isinstance(given, dict):
+            return {key: for_trl(dataset) for key, dataset in given.items()}
+        return with_image_column(given) if is_dataset(given) else given
+
+    checked_ = {key: checked(dataset, key.removesuffix("_dataset")) for key, dataset in datasets.items()}
+    return {key: for_trl(dataset) for key, dataset in checked_.items()}
+
+
+def with_image_column(dataset: Any) -> Any:
+    """A dataset with audio as one with (no) images too: TRL would prepare it as text."""
+    names = dataset.column_names or list(next(iter(dataset), {}))
+    if not set(AUDIO_COLUMNS) & set(names) or {"image", "images"} & set(names):
+        return dataset
+    if hasattr(dataset, "add_column") and hasattr(dataset, "__len__"):
+        return dataset.add_column("images", [[]] * len(dataset))
+    return dataset.map(lambda row: {"images": []})
 
 
 @contextmanager

@@ -34,11 +34,12 @@ class KnownTokens:
 
     def __post_init__(self):
         self.vocab_size = self.model.get_input_embeddings().num_embeddings
-        self.image = self.model.config.image_token_id if getattr(self.model, "encoder", None) is not None else None
+        self.placeholders = getattr(self.model, "placeholder_ids", [])
         base = getattr(self.model, "base", self.model).config
         self.puts_own = is_multimodal(base)  # images of its own, perhaps where there is no embedding
         vocab = text_tokenizer(self.tokenizer).get_vocab().items()
-        self.unknown = {number: token for token, number in vocab if number >= self.vocab_size and number != self.image}
+        size, known = self.vocab_size, self.placeholders
+        self.unknown = {number: token for token, number in vocab if number >= size and number not in known}
 
     def check(self, ids: Iterable[int], where: str) -> None:
         """Refuses token ids past the embedding that are not the image token.
@@ -75,7 +76,7 @@ class KnownTokens:
                 for number, ids in enumerate(table["input_ids"].to_pylist(), start=row):
                     where = f"Row {number} of the {name} dataset, as it is tokenised"
                     self.check(ids, where)
-                    wrong = [one for one in ids if not 0 <= one < self.vocab_size and one != self.image]
+                    wrong = [one for one in ids if not 0 <= one < self.vocab_size and one not in self.placeholders]
                     if wrong and read_as_they_are and not self.puts_own:
                         raise ValueError(
                             f"{where}: {wrong[0]} is no token of the tokenizer, and the base's embedding has "

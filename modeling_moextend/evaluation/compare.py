@@ -234,6 +234,7 @@ def answer(
     prompts: list[list[dict[str, Any]]],
     *,
     images: list[list] | None = None,
+    audio: list[list] | None = None,
     max_new_tokens: int = 12,
     batch_size: int = 64,
     progress: bool = True,
@@ -244,7 +245,8 @@ def answer(
         model: any causal LM; with images a MoExtend model with an encoder. Its mode is given back.
         tokenizer: with a chat template; with images the processor.
         prompts: lists of messages, each ending with what is asked.
-        images: for each prompt a list of images (PIL or paths), in reading order; default: none.
+        images, audio: for each prompt a list of images (PIL or paths), or of clips (paths, or what a processor
+            takes), in reading order; default: none.
         max_new_tokens: an answer is cut there, or at its end token.
         batch_size: prompts at once, of similar length.
         progress: show a bar.
@@ -256,14 +258,17 @@ def answer(
         ValueError: images for an adapter without an encoder; a token that the model has no embedding for.
     """
     texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
-    images = [[] for _ in texts] if images is None else images
-    if any(images) and is_moextend(model) and model.encoder is None:
+    given = {name: own or [[] for _ in texts] for name, own in (("images", images), ("audio", audio))}
+    if any(given["images"]) and is_moextend(model) and model.encoder is None:
         raise ValueError("The questions come with images, but this adapter has no encoder to see them.")
+    if any(given["audio"]) and is_moextend(model) and model.audio_encoder is None:
+        raise ValueError("The questions come with audio, but this adapter has no encoder to hear it.")
     answers = [None] * len(texts)
     known, stop = KnownTokens(model, tokenizer), generation_ends(model, tokenizer)
     with evaluation_mode(model), bar(len(texts), "questions", progress) as counter:
         for indices in batches([len(text) for text in texts], batch_size):
-            inputs = encode(tokenizer, [texts[index] for index in indices], [images[index] for index in indices])
+            own = {name: [inputs[index] for index in indices] for name, inputs in given.items()}
+            inputs = encode(tokenizer, [texts[index] for index in indices], **own)
             for index, ids in zip(indices, inputs["input_ids"].tolist(), strict=True):
                 known.check(ids, f"Prompt {index}, padded")
             inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
@@ -278,14 +283,18 @@ def answer(
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase | ProcessorMixin, texts: list[str], images: list[list]
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
+    texts: list[str],
+    images: list[list],
+    audio: list[list] = (),
 ) -> dict[str, torch.Tensor]:
-    """Left-padded inputs of one batch; images go to the processor."""
-    if not any(images):
+    """Left-padded inputs of one batch; images and audio go to the processor."""
+    if not any(images) and not any(audio):
         return pad_ids(text_tokenizer(tokenizer)(texts, add_special_tokens=False).input_ids, pad_id(tokenizer), "left")
     images = [[to_rgb(image) for image in sample] for sample in images]
     options = {"add_special_tokens": False, "padding": True, "padding_side": "left", "return_tensors": "pt"}
-    return dict(tokenizer(images=images, text=texts, **options))
+    given = {name: own for name, own in (("images", images), ("audio", audio)) if any(own)}
+    return dict(tokenizer(text=texts, **given, **options))
 
 
 def generation_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> dict[str, Any]:

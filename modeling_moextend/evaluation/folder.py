@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
+from ..attaching.parts import listed
 from ..data.files import read_documents, read_questions
 from ..data.processors import load_processor
 from ..modeling_moextend import MoExtendForCausalLM
@@ -22,7 +23,7 @@ THRESHOLDS = [-1.0, -0.5, 0.0, 0.5, 1.0]
 
 
 def load_adapter(
-    adapter: str, base: str | None = None, encoder: str | None = None, dtype: str = "auto"
+    adapter: str, base: str | None = None, encoder: str | list[str] | None = None, dtype: str = "auto"
 ) -> tuple[MoExtendForCausalLM, PreTrainedTokenizerBase | ProcessorMixin]:
     """The model, in evaluation mode, and the processor saved with it or, where none was, its base's.
 
@@ -30,15 +31,22 @@ def load_adapter(
         ValueError: adapter, base or encoder is neither a folder nor a Hub id.
     """
     locations = {name: value for name, value in (("base", base), ("encoder", encoder)) if value is not None}
-    for role, location in {"adapter": adapter, **locations}.items():
-        check_location(role, location)
+    check_locations(adapter, base, encoder)
     device_map = "auto" if torch.accelerator.is_available() else None
     model = MoExtendForCausalLM.from_pretrained(adapter, dtype=dtype, device_map=device_map, **locations).eval()
     if not Path(adapter).is_dir() or Path(adapter, "tokenizer_config.json").exists():
-        reader = AutoTokenizer if model.encoder is None else AutoProcessor
+        reader = AutoProcessor if model.senses else AutoTokenizer
         return model, reader.from_pretrained(adapter, trust_remote_code=False)
-    config = model.config
-    return model, load_processor(base or config.base_model_name_or_path, encoder or config.encoder_name_or_path)
+    known = [sense.encoder_name_or_path for sense in model.config.senses.values()]
+    return model, load_processor(base or model.config.base_model_name_or_path, listed(encoder) or known or None)
+
+
+def check_locations(adapter: str, base: str | None, encoder: str | list[str] | None) -> None:
+    """Refuses what is neither a folder nor a Hub id."""
+    given = [("adapter", adapter), ("base", base), *(("encoder", one) for one in listed(encoder))]
+    for role, location in given:
+        if location is not None:
+            check_location(role, location)
 
 
 def report_adapter(
@@ -48,7 +56,7 @@ def report_adapter(
     questions: str | os.PathLike | None = None,
     output: str | os.PathLike = "report",
     base: str | None = None,
-    encoder: str | None = None,
+    encoder: str | list[str] | None = None,
     image_folder: str | None = None,
     max_questions: int | None = None,
     thresholds: Sequence[float] | None = None,
@@ -69,9 +77,7 @@ def report_adapter(
     Returns:
         {"folder", "files", "results": records of the table}.
     """
-    for role, location in (("adapter", adapter), ("base", base), ("encoder", encoder)):
-        if location is not None:  # all of it before hours of measuring
-            check_location(role, location)
+    check_locations(adapter, base, encoder)  # all of it before hours of measuring
     Path(output).mkdir(parents=True, exist_ok=True)
     documents = read_documents(text)
     asked = read_questions(questions, image_folder, max_questions) if questions else []

@@ -136,8 +136,8 @@ def task_documents(questions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def text_only(questions: Sequence[dict[str, Any]]) -> bool:
-    """Whether there are questions, and none about images."""
-    return bool(questions) and not any(question.get("images") for question in questions)
+    """Whether there are questions, and none about images or audio."""
+    return bool(questions) and not any(question.get("images") or question.get("audios") for question in questions)
 
 
 def evaluate_questions(
@@ -189,11 +189,12 @@ def accuracy(
     """(share of right answers, the answers); (`None`, []) without questions."""
     if not questions:
         return None, []
-    prompts, images = (
+    prompts, images, audio = (
         [question["prompt"] for question in questions],
         [question.get("images") or [] for question in questions],
+        [question.get("audios") or [] for question in questions],
     )
-    answers = answer(model, tokenizer, prompts, images=images, **answer_options)
+    answers = answer(model, tokenizer, prompts, images=images, audio=audio, **answer_options)
     several = metric == "vqa_accuracy"  # the only one that hears several people
     references = [several and question.get("answers") or question["answer"] for question in questions]
     return score(answers, references, metric), answers

@@ -59,13 +59,13 @@ def token_view(
         model(input_ids=ids.to(device), **inputs, use_cache=False, logits_to_keep=1)
     ids = ids[0].tolist()
     selected = {layer: record.selects_new.tolist() for layer, record in records.items() if record.num_new}
-    image = model.image_token_id if model.encoder is not None else None
+    placeholders = {sense.token_id: modality for modality, sense in model.senses.items()}
     texts, found, start = token_texts(text_tokenizer(tokenizer), ids), [], 0
     while start < len(ids):
         stop = start + 1
-        while image is not None and ids[start] == image and stop < len(ids) and ids[stop] == image:
+        while ids[start] in placeholders and stop < len(ids) and ids[stop] == ids[start]:
             stop += 1
-        text = texts[start] if stop == start + 1 else f"<image: {stop - start} tokens>"
+        text = texts[start] if stop == start + 1 else f"<{placeholders[ids[start]]}: {stop - start} tokens>"
         shares = {layer: sum(used[start:stop]) / (stop - start) for layer, used in selected.items()}
         found.append(TokenUse(text, shares))
         start = stop

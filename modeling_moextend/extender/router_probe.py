@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig, SFTTrainer
 
-from ..data.collators import MaskImageLabels
+from ..data.collators import MaskImageLabels, prepare_collator
 from ..data.rows import check_datasets
 from ..data.tokens import check_trainer_tokens
 from ..evaluation.compare import count_selected
@@ -218,10 +218,11 @@ def restored(model: PreTrainedModel) -> Iterator[None]:
 
 def mask_image_labels(trainer: SFTTrainer) -> None:
     """Keeps image tokens out of the labels of a model that has any."""
-    image_token_id = getattr(trainer.model.config, "image_token_id", None)
-    if image_token_id is not None and not isinstance(trainer.data_collator, MaskImageLabels):
-        vocab_size = trainer.model.config.get_text_config().vocab_size
-        trainer.data_collator = MaskImageLabels(trainer.data_collator, image_token_id, vocab_size)
+    config = trainer.model.config
+    names = ("image_token_id", "audio_token_id")
+    ids = [one for name in names if (one := getattr(config, name, None)) is not None]
+    if ids and not isinstance(trainer.data_collator, MaskImageLabels):
+        prepare_collator(trainer, ids, config.get_text_config().vocab_size)
 
 
 def count_selections(trainer: SFTTrainer, layers: dict[int, MoELayer], title: str) -> torch.Tensor:

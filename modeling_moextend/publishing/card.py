@@ -136,11 +136,15 @@ def _metadata(config):
 
 
 def _task(config):
-    return "image-text-to-text" if _has_encoder(config) else "text-generation"
+    senses = tuple(config.senses) or (("image",) if _has_encoder(config) else ())
+    tasks = {("image",): "image-text-to-text", ("audio",): "audio-text-to-text", ("image", "audio"): "any-to-any"}
+    return tasks.get(senses, "text-generation")
 
 
 def _tags(config):
-    return TAGS + (["multimodal", "vision-language"] if _has_encoder(config) else [])
+    audio = "audio" in config.senses
+    sees = ["vision-language"] if config.encoder_name_or_path or config.encoder_config else []
+    return TAGS + (["multimodal", *sees, *(["audio"] if audio else [])] if sees or audio else [])
 
 
 def _model_index(config, title, metrics):
@@ -170,7 +174,9 @@ def _overview(config, adapter_bytes, num_parameters, tensors):
     base = _link(config.base_model_name_or_path)
     if base and config.base_model_revision:
         base += f", revision `{config.base_model_revision}`"
-    encoder = _link(config.encoder_name_or_path) or ("of the adapter's config" if _has_encoder(config) else None)
+    places = [_link(sense.encoder_name_or_path) or "of the adapter's config" for sense in config.senses.values()]
+    places = places or ([_link(config.encoder_name_or_path)] if _has_encoder(config) else [])
+    encoder = " and ".join(places) or None
     entries = {
         "base": base,
         "encoder": encoder and f"{encoder} (frozen)",
@@ -185,7 +191,7 @@ def _overview(config, adapter_bytes, num_parameters, tensors):
 
 
 def _has_encoder(config):
-    return bool(config.encoder_name_or_path or config.encoder_config)
+    return bool(config.encoder_name_or_path or config.senses)
 
 
 def _num_new_experts(config):

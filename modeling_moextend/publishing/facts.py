@@ -51,7 +51,7 @@ def folder_card(
     if shift is not None:
         facts["router_shift"] = copy_picture(Path(shift), folder / SHIFT)
     if not any((folder / name).exists() for name in ("tokenizer_config.json", "processor_config.json")):
-        facts["tokenizer"] = None if config.encoder_config else config.base_model_name_or_path
+        facts["tokenizer"] = None if config.senses else config.base_model_name_or_path
     return create_card(config, repo_id=repo_id, **{**facts, **overrides})
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 from ..adapter_file_moextend import check_link, write_folder
-from ..configuration_moextend import MoExtendConfig
+from ..configuration_moextend import MODALITIES, MoExtendConfig
 from ..tensor_files_moextend import parse_json
 from ..tensors_moextend import check_finite
 from ..tools.base_weights import TOKENIZER, unusable
@@ -58,7 +58,9 @@ def check_published(config: MoExtendConfig, api: HfApi | None = None) -> None:
     Raises:
         ValueError: one of them is a path on this machine, has no known location, or is not on the Hub.
     """
-    entries = ["base_model"] + (["encoder"] if config.encoder_name_or_path or config.encoder_config else [])
+    encoders = [f"{prefix}encoder" for prefix in MODALITIES.values()]
+    given = [one for one in encoders if getattr(config, f"{one}_name_or_path") or getattr(config, f"{one}_config")]
+    entries = ["base_model", *given]
     for entry in entries:
         location, role = getattr(config, f"{entry}_name_or_path"), entry.removesuffix("_model")
         if not location:
@@ -149,7 +151,10 @@ def publish_folder(
     if base is not None and base != config.base_model_name_or_path:
         config.base_model_name_or_path, config.base_model_revision = base, None
     if encoder is not None:
-        config.encoder_name_or_path = encoder
+        if len(config.senses) > 1:
+            raise ValueError("The adapter has several encoders: say where each lies in its config, then save it anew.")
+        prefix = "".join(MODALITIES[modality] for modality in config.senses)
+        setattr(config, f"{prefix}encoder_name_or_path", encoder)
     check_published(config)
     check_finite(stored.tensors, "published")
     names, config = published_files(folder), config.published()
@@ -248,7 +253,7 @@ def upload(
         write_text(folder / "README.md", str(folder_card(folder, config, repo_id, **license, **card_options)))
     names = published_files(folder)
     check_private(folder, names)
-    if config.encoder_config is not None and "processor_config.json" not in repo_files.union(names):
+    if config.senses and "processor_config.json" not in repo_files.union(names):
         logger.warning(
             "No processor goes along, so AutoProcessor can't load it from there: push_to_hub(processor=...)."
         )

@@ -1,4 +1,4 @@
-"""What the quickstart measures: questions about images, readers that can't see, the base on plain text."""
+"""What the quickstarts measure: questions about images or audio, readers without them, the base on plain text."""
 
 import os
 import random
@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data import files
 from ..data.llava import JSON_FILES
 from ..evaluation.compare import base_retention, compare_with_base, score
-from ..processing_moextend import IMAGE_TOKEN
+from ..processing_moextend import AUDIO_TOKEN, IMAGE_TOKEN
 
 KINDS = ("open", "yes/no")
+KEYS = {"image": IMAGE_TOKEN, "audio": AUDIO_TOKEN}
 
 
 def read_questions(
@@ -24,7 +25,7 @@ def read_questions(
     number: int | None = None,
     split: str = "test",
 ) -> list[dict[str, Any]]:
-    """[{image, question, answer, kind}]: first turns about one image, `<image>` where it stands.
+    """[{image or audio, question, answer, kind}]: first turns about one, `<image>` or `<audio>` where it stands.
 
     Args:
         name: LLaVA JSON or JSONL file (images come as paths), or a dataset in TRL's format (Hub id or folder).
@@ -39,10 +40,13 @@ def read_questions(
         conversations = file_conversations(name, image_folder)
     else:
         samples = datasets.load_dataset(name, split=split)
-        conversations = ((sample["messages"], sample["images"]) for sample in samples)
-    questions = [first_turns(messages, *images) for messages, images in conversations if len(images) == 1]
+        conversations = (
+            (sample["messages"], [(kind, one) for kind in KEYS for one in sample.get(f"{kind}s") or ()])
+            for sample in samples
+        )
+    questions = [first_turns(messages, *inputs) for messages, inputs in conversations if len(inputs) == 1]
     if not questions:
-        raise ValueError(f"{name} holds no question about an image.")
+        raise ValueError(f"{name} holds no question about an image or clip.")
     if number is None:
         return questions
     generator = random.Random(0)
@@ -52,18 +56,20 @@ def read_questions(
 
 def file_conversations(
     path: str | os.PathLike, image_folder: str | os.PathLike | None
-) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
-    """(messages, paths of images) of every entry of a LLaVA file."""
+) -> Iterator[tuple[list[dict[str, Any]], list[tuple[str, str]]]]:
+    """(messages, ("image" or "audio", path) of its inputs) of every entry of a LLaVA file."""
     for question in files.read_questions(path, image_folder):
-        yield [*question["prompt"], {"role": "assistant", "content": question["answer"]}], question["images"]
+        inputs = [(kind, one) for kind in KEYS for one in question.get(f"{kind}s") or ()]
+        yield [*question["prompt"], {"role": "assistant", "content": question["answer"]}], inputs
 
 
-def first_turns(messages: list[dict[str, Any]], image: str | Image) -> dict[str, Any]:
-    """The first question about `image` and its answer."""
-    turns = [files.as_text(message["content"], IMAGE_TOKEN) for message in messages if message["role"] != "system"]
-    question = turns[0] if IMAGE_TOKEN in turns[0] else f"{IMAGE_TOKEN}{turns[0]}"  # where TRL would put it
+def first_turns(messages: list[dict[str, Any]], given: tuple[str, str | Image]) -> dict[str, Any]:
+    """The first question about an input ("image" or "audio", itself) and its answer."""
+    token = KEYS[given[0]]
+    turns = [files.as_text(message["content"], *KEYS.values()) for message in messages if message["role"] != "system"]
+    question = turns[0] if token in turns[0] else f"{token}{turns[0]}"  # where TRL would put it
     kind = "yes/no" if turns[1].strip().lower() in ("yes", "no") else "open"
-    return {"image": image, "question": question, "answer": turns[1], "kind": kind}
+    return {given[0]: given[1], "question": question, "answer": turns[1], "kind": kind}
 
 
 def accuracy(questions: list[dict[str, Any]], answers: list[str]) -> dict[str, float | None]:

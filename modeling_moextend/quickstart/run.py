@@ -1,20 +1,21 @@
-"""Teaches a small pretrained MoE to see: easy-VQA, align, extend, finetune, save, answer in a fresh process."""
+"""Teaches a small pretrained MoE to see, or to hear: align, extend, finetune, save, answer in a fresh process."""
 
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, logging
 
+from ..attaching.parts import listed
 from ..modeling_moextend import MoExtendForCausalLM
-from ..processing_moextend import IMAGE_TOKEN, MoExtendProcessor, to_rgb
+from ..processing_moextend import AUDIO_TOKEN, IMAGE_TOKEN, MoExtendProcessor, to_rgb
 from ..publishing.facts import folder_card, read_facts, write_facts
 from ..tools.hashes import base_tensors_hash
 from ..training.config import MoExtendSFTConfig
@@ -23,14 +24,38 @@ from ..training.stages import STAGES, StagesConfig, check_paths, run_stages
 from .measure import accuracy, base_on_text, blind_readers, read_questions
 
 HERE = Path(__file__).resolve().parent
-EASY_VQA = Path("outputs/easy-vqa")
+
+
+class Task(NamedTuple):
+    """What a quickstart is about: examples/hear.py has another."""
+
+    recipe: str  # name of a recipe, or its path
+    folder: Path  # where its data is written, which the recipe names
+    write: Callable[[Path], object]  # writes captions.json, train.json and test.json there
+    title: str
+    zeroed: str  # the row of the table for answers without an input
+
+
+def write_easy_vqa(folder: Path) -> None:
+    from .easy_vqa_data import write  # needs a package that brings the images
+
+    write(folder)
+
+
+EASY_VQA = Task(
+    "easy_vqa",
+    Path("outputs/easy-vqa"),
+    write_easy_vqa,
+    "Held-out questions about held-out images (exact match)",
+    "trained, images zeroed",
+)
 
 
 @dataclass
 class QuickstartConfig:
     """What the quickstart itself needs."""
 
-    test: str = field(default=str(EASY_VQA / "test.json"), metadata={"help": "Held-out questions; see --data."})
+    test: str | None = field(default=None, metadata={"help": "Held-out questions; see --data."})
     held_out_text: str | None = field(
         default=None,
         metadata={"help": "JSON lines {domain, text} for base perplexity; default: <base>/held_out.jsonl."},
@@ -38,23 +63,25 @@ class QuickstartConfig:
     max_questions: int = field(default=4000, metadata={"help": "Held-out questions to answer, half of them open."})
 
 
-def parse(words: Sequence[str]) -> tuple[QuickstartConfig, StagesConfig, MoExtendSFTConfig]:
+def parse(words: Sequence[str], task: Task = EASY_VQA) -> tuple[QuickstartConfig, StagesConfig, MoExtendSFTConfig]:
     """(quick, config, args) from recipe and command line, checked before anything is trained."""
     if not any(word.split("=")[0] == "--config" for word in words):
-        words = ["--config", "easy_vqa", *words]
+        words = ["--config", task.recipe, *words]
     quick, config, args = RecipeParser((QuickstartConfig, StagesConfig, MoExtendSFTConfig)).parse(words)
     if config.encoder is None or config.stages != list(STAGES):
         raise ValueError("The quickstart runs all three stages with an encoder; for others use moextend train.")
     if config.paper:
         args.output_dir += "-paper"
-    own_files = [Path(p) for p in (config.data, config.align_data, quick.test) if Path(p).parent != EASY_VQA]
+    quick.test = quick.test or str(task.folder / "test.json")
+    own_files = [Path(p) for p in (config.data, config.align_data, quick.test) if Path(p).parent != task.folder]
     if len(own_files) in (1, 2):
         raise ValueError("Replace --data, --align_data and --test together: they are the parts of one data set.")
     missing = [str(path) for path in own_files if path.suffix in (".json", ".jsonl") and not path.exists()]
     missing += [path for path in [quick.held_out_text] if path is not None and not Path(path).is_file()]
     if missing:
         raise ValueError(f"No such file: {', '.join(missing)}.")
-    return quick, replace(config, base=repository_path(config.base), encoder=repository_path(config.encoder)), args
+    encoders = [repository_path(one) for one in listed(config.encoder)]
+    return quick, replace(config, base=repository_path(config.base), encoder=encoders), args
 
 
 def repository_path(name: str) -> str:
@@ -68,20 +95,22 @@ def write_questions(questions: list[dict[str, Any]], folder: Path) -> Path:
     folder, entries = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
     for number, question in enumerate(questions):
-        image = question["image"]
-        if not isinstance(image, str):
-            image = folder / f"{number}.png"
-            to_rgb(question["image"]).save(image)
+        kind = "image" if "image" in question else "audio"
+        path = question[kind]
+        if not isinstance(path, str):
+            path = folder / f"{number}.png"
+            to_rgb(question["image"]).save(path)
         turns = [{"from": "human", "value": question["question"]}, {"from": "gpt", "value": question["answer"]}]
-        entries.append({"image": str(Path(image).absolute()), "conversations": turns})
+        entries.append({kind: str(Path(path).absolute()), "conversations": turns})
     (folder / "questions.json").write_text(json.dumps(entries), encoding="utf-8")
     return folder / "questions.json"
 
 
 def answers(folder: str, config: StagesConfig, questions: Path, *flags: str) -> list[str]:
-    """Answers of a saved adapter, by `answer.py` in a process that has only the three folders and transformers."""
-    options = {"adapter": folder, "questions": questions, "base": config.base, "encoder": config.encoder}
+    """Answers of a saved adapter, by `answer.py` in a process that has only these folders and transformers."""
+    options = {"adapter": folder, "questions": questions, "base": config.base}
     command = [sys.executable, str(HERE / "answer.py"), *flags, *(f"--{name}={options[name]}" for name in options)]
+    command += ["--encoder", *listed(config.encoder)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
@@ -97,18 +126,16 @@ def save_untrained(model: MoExtendForCausalLM, config: StagesConfig, args: MoExt
     return folder
 
 
-def quickstart(words: Sequence[str] = ()) -> dict[str, Any]:
+def quickstart(words: Sequence[str] = (), task: Task = EASY_VQA) -> dict[str, Any]:
     """Runs it all with the options in `words`, prints the table, and returns what is in results.json.
 
     Writes the adapter, the picture of stage extend, results.json and a model card to `--output_dir`.
     """
-    quick, config, args = parse(words)
+    quick, config, args = parse(words, task)
     start = time.time()
     logging.set_verbosity_error()
-    if Path(config.data).parent == EASY_VQA:
-        from .easy_vqa_data import write  # needs a package that brings the images
-
-        write(EASY_VQA)
+    if Path(config.data).parent == task.folder:
+        task.write(task.folder)
     check_paths(config)
     known = read_questions(config.data, config.image_folder, split="train")
     asked = read_questions(quick.test, config.image_folder, quick.max_questions)
@@ -120,7 +147,7 @@ def quickstart(words: Sequence[str] = ()) -> dict[str, Any]:
     questions = write_questions(asked, Path(args.output_dir, "questions"))
     answered = {
         "untrained extension": answers(save_untrained(model, config, args), config, questions),
-        "trained, images zeroed": answers(args.output_dir, config, questions, "--zero_images"),
+        task.zeroed: answers(args.output_dir, config, questions, "--zero_inputs"),
         "trained": answers(args.output_dir, config, questions),
     }
     results["accuracy"] = blind_readers(known, asked)
@@ -134,7 +161,7 @@ def quickstart(words: Sequence[str] = ()) -> dict[str, Any]:
     records = [{"": name, **{k: percent(v) for k, v in part.items()}} for name, part in results["accuracy"].items()]
     write_facts(args.output_dir, **read_facts(args.output_dir), results=records)
     folder_card(args.output_dir, model.config).save(f"{args.output_dir}/README.md")
-    show(results, text)
+    show(results, text, task.title)
     say_next(args.output_dir, asked, answered["trained"])
     return results
 
@@ -142,11 +169,12 @@ def quickstart(words: Sequence[str] = ()) -> dict[str, Any]:
 def say_next(folder: str, questions: list[dict[str, Any]], texts: list[str]) -> None:
     """Where everything lies, three answers to look at, and what to do next."""
     table = Table(title="Three of the held-out questions")
-    for heading in ("image", "question", "answer", "truth"):
+    for heading in ("input", "question", "answer", "truth"):
         table.add_column(heading, overflow="fold")
     for question, text in shown(questions, texts):
-        image = question["image"] if isinstance(question["image"], str) else "(in the data set)"
-        table.add_row(image, question["question"].replace(IMAGE_TOKEN, "").strip(), text, question["answer"])
+        given = question.get("image", question.get("audio"))
+        asked = question["question"].replace(IMAGE_TOKEN, "").replace(AUDIO_TOKEN, "").strip()
+        table.add_row(given if isinstance(given, str) else "(in the data set)", asked, text, question["answer"])
     console = Console(width=100)
     console.print(table)
     print(f"Adapter: {folder}\nPicture of stage extend: {folder}/shift.png\nModel card: {folder}/README.md")
@@ -165,9 +193,9 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}%"
 
 
-def show(results: dict[str, Any], text: Path) -> None:
+def show(results: dict[str, Any], text: Path, title: str) -> None:
     """The table on the terminal."""
-    table = Table(title="Held-out questions about held-out images (exact match)")
+    table = Table(title=title)
     for heading in ("", "open questions", "yes/no"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, part in results["accuracy"].items():

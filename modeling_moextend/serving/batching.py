@@ -170,12 +170,13 @@ class PagedGates:
     def passes(self, inputs: dict[str, Any]) -> Callable[..., GatedPass]:
         """What makes a gate's `GatedPass` in the pass with these `inputs`, as `scope_moextend.gated_pass` does.
 
-        An image token among the inputs was generated, for no prompt has one: as in `generate`, another one's embedding
-        stands for it, and no image begins.
+        A placeholder among the inputs was generated, for no prompt has one: as in `generate`, another token's
+        embedding stands for it, and no image begins.
         """
-        if (vision := self.model.vision_adapter) is not None:
+        if placeholders := self.model.placeholder_ids:
             tokens = inputs["input_ids"]
-            inputs["input_ids"] = tokens.masked_fill(tokens == vision.config.image_token_id, 0)
+            is_placeholder = torch.isin(tokens, torch.tensor(placeholders, device=tokens.device))
+            inputs["input_ids"] = tokens.masked_fill(is_placeholder, 0)
 
         def paged_pass(name: str, given: PassInputs, past_length: int, served: Any, threshold: float) -> GatedPass:
             places = Places.of_step(inputs, self.allocators[name])

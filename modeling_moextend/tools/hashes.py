@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..configuration_moextend import MODALITIES
 from ..families_moextend import onloaded
 from ..tensor_files_moextend import as_bytes
 from ..tensors_moextend import DTensor, reshard
@@ -22,7 +23,11 @@ def base_tensors_hash(model: MoExtendPreTrainedModel) -> dict[str, str]:
     Where tensors are sharded, of this process's shards.
     """
     reshard(model)
-    encoders = {f"adapters.{name}.encoder": adapter.encoder for name, adapter in model.adapters.items()}
+    encoders = {
+        f"adapters.{name}.{MODALITIES[modality]}encoder": encoder
+        for name, adapter in model.adapters.items()
+        for modality, encoder in adapter.encoders.items()
+    }
     parts, hashes = {"base": model.base, **encoders}, {}
     for part, module in parts.items():
         for prefix, owner in module.named_modules() if module is not None else ():

@@ -29,7 +29,12 @@ from ..validation_moextend import short
 from .base_weights import unusable
 
 ROUTING = ("scope", "selection", "calibration")
-OTHERS = (*(f"{kind} deltas" for kind in DELTAS), "gate", "projector")  # parts of an adapter that are no layer's
+OTHERS = (
+    *(f"{kind} deltas" for kind in DELTAS),
+    "gate",
+    "projector",
+    "audio_projector",
+)  # parts of an adapter that are no layer's
 # What huggingface_hub and torch make of a header that is no header; what the network does is none of these.
 BROKEN_HEADER = (SafetensorsParsingError, RuntimeError, ValueError, TypeError, KeyError, AttributeError)
 
@@ -54,7 +59,8 @@ def read_whole(name_or_path: str | os.PathLike, **hub_kwargs: Any) -> StoredAdap
 def inspect_adapter(name_or_path: str | os.PathLike, **hub_kwargs: Any) -> dict[str, Any]:
     """What an adapter holds, as a JSON-ready `dict`; of a repository on the Hub only the headers are fetched.
 
-    Keys: adapter, format, base, encoder (`None`: none), scope, selection, calibration, deltas (kind -> rank),
+    Keys: adapter, format, base, encoder (`None`: none), audio_encoder (where there is one), scope, selection,
+    calibration, deltas (kind -> rank),
     expert_rank (`None`: whole experts), gate_threshold (`None`: no gate), num_tensors, num_parameters, num_bytes (of
     tensors), not_finite (names of tensors that hold NaN or infinity; `None`: on the Hub, not fetched), files, layers
     (an entry for each extended layer), others (the same for deltas, gate and projector), tensors (an entry for each).
@@ -70,6 +76,11 @@ def inspect_adapter(name_or_path: str | os.PathLike, **hub_kwargs: Any) -> dict[
         "format": int(stored.metadata["moextend_format"]),
         "base": describe_part(config, "base", config.text_config),
         "encoder": describe_part(config, "encoder", config.encoder_config) if config.encoder_config else None,
+        **{
+            f"{modality}_encoder": describe_part(config, f"{modality}_encoder", sense.encoder_config)
+            for modality, sense in config.senses.items()
+            if modality != "image"
+        },
         **{name: getattr(config, name) for name in (*ROUTING, "deltas", "expert_rank")},
         "gate_threshold": config.gate_threshold if config.scope == "gate" else None,
         **size_of(tensors),

@@ -22,13 +22,14 @@ from transformers.utils import cached_file
 
 from ..adapter_file_moextend import StoredAdapter, check_tensors, write_folder
 from ..base_checks_moextend import base_rule, check_fingerprint, check_plan
-from ..configuration_moextend import MoExtendConfig
+from ..configuration_moextend import MODALITIES, MoExtendConfig
 from ..deltas_moextend import find_sites
 from ..families_moextend import find_moe_layers
+from ..loading_moextend import by_modality
 from ..low_rank_moextend import expert_shapes, whole_weights
+from ..senses_moextend import load_encoder
 from ..tensor_files_moextend import parse_json
 from ..tensors_moextend import check_finite, fingerprint, tensor_shapes
-from ..vision_moextend import load_encoder
 from .base_weights import TOKENIZER, Checkpoint, checkpoint_fingerprint, location_of_part, skeleton, unusable
 from .files import copy_file, write_text
 from .inspection import read_whole
@@ -97,10 +98,12 @@ def merge(
             copy_files(checkpoint.find, ABOUT_NATIVE, folder)
             add_generation(folder / "generation_config.json", config.generation_config)
         else:
-            has_encoder = config.encoder_config is not None
-            with unusable():
-                encoder = open_part("encoder", encoder, config, adapter, hub_kwargs) if has_encoder else None
-            write_standalone(folder, config, checkpoint, encoder, tensors, max_shard_size, check_base)
+            encoders, requested = {}, by_modality(encoder, list(config.senses))
+            for modality in config.senses:
+                with unusable():
+                    role = f"{MODALITIES[modality]}encoder"
+                    encoders[modality] = open_part(role, requested.get(modality), config, adapter, hub_kwargs)
+            write_standalone(folder, config, checkpoint, encoders, tensors, max_shard_size, check_base)
         copy_files(finder(adapter, hub_kwargs), ABOUT_ADAPTER if not native else TOKENIZER, folder)
     files = [path for path in Path(output).rglob("*") if path.is_file()]
     return {
@@ -248,23 +251,24 @@ def write_standalone(
     folder: Path,
     config: MoExtendConfig,
     checkpoint: Checkpoint,
-    encoder: Checkpoint | None,
+    encoders: dict[str, Checkpoint],
     tensors: dict[str, torch.Tensor],
     max_shard_size: int | str,
     check_base: bool,
 ) -> None:
-    """The adapter with the code of this version, the base in `base/` and the encoder (or `None`) in `encoder/`."""
+    """The adapter with the code of this version, the base in `base/`, encoders (by modality) in folders."""
     config = config.published()
     config.base_subfolder = BASE
     copy_checkpoint(checkpoint, ABOUT_MODEL, folder / BASE)
-    if encoder is not None:
-        config.encoder_subfolder = ENCODER
-        copy_checkpoint(encoder, ABOUT_ENCODER, folder / ENCODER)
+    for modality, encoder in encoders.items():
+        role = f"{MODALITIES[modality]}{ENCODER}"
+        setattr(config, f"{role}_subfolder", role)
+        copy_checkpoint(encoder, ABOUT_ENCODER, folder / role)
         with unusable():  # no encoder
-            tower = load_encoder(str(folder / ENCODER))
+            tower = load_encoder(str(folder / role))
         if check_base:
-            check_fingerprint("encoder", config.encoder_fingerprint, fingerprint(tower))
-        config.encoder_fingerprint = fingerprint(tower)
+            check_fingerprint("encoder", getattr(config, f"{role}_fingerprint"), fingerprint(tower))
+        setattr(config, f"{role}_fingerprint", fingerprint(tower))
     write_folder(folder, tensors, config, max_shard_size)
     copy_files(checkpoint.find, READER, folder)
 

@@ -78,7 +78,7 @@ def obstacles(
         ),
         (
             "encoder",
-            config.encoder_config is not None,
+            bool(config.senses),
             "the adapter has one; the base's architecture has no place for it",
         ),
         (

@@ -10,19 +10,21 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from ..configuration_moextend import MoExtendConfig
+from ..configuration_moextend import MODALITIES, MoExtendConfig
 from ..data.processor_files import readable
 from ..loading_moextend import (
     SHARED_HUB_KWARGS,
     auto_class_for,
+    by_modality,
     load_base,
     load_stored,
     location_of,
 )
 from ..modeling_moextend import MoExtendForCausalLM
+from ..processing_moextend import MoExtendProcessor
+from ..senses_moextend import load_encoder
 from ..tensor_files_moextend import shown
 from ..tensors_moextend import fingerprint, not_finite, same_fingerprint
-from ..vision_moextend import load_encoder
 from .base_weights import Checkpoint, Unusable, location_of_part, unusable
 from .inspection import read_whole
 
@@ -35,6 +37,8 @@ def verify_adapter(
     base: str | os.PathLike | None = None,
     encoder: str | os.PathLike | None = None,
     prompt: str = PROMPT,
+    image: str | os.PathLike | None = None,
+    audio: str | os.PathLike | None = None,
     max_new_tokens: int = 20,
     dtype: str | torch.dtype = "auto",
     **hub_kwargs: Any,
@@ -48,12 +52,13 @@ def verify_adapter(
     | base | the base's fingerprint is the adapter's |
     | fit | names and shapes are what the base and the config ask for; the encoder's fingerprint too |
     | off | logits with the adapter off are the base's, bit for bit |
-    | sample | a greedy answer to `prompt`: all logits of it are finite |
+    | sample | a greedy answer to `prompt`, and to `image` and `audio` before it: all logits of it are finite |
 
     Args:
         name_or_path: folder or Hub id.
         base, encoder: folder or Hub id, if they lie elsewhere than the adapter says.
         prompt: what the sample begins with; needs a tokenizer with the adapter or the base, else ids 1 to 8 are taken.
+        image, audio: files that stand before the prompt; they need a processor with the adapter.
         dtype: what base and encoder are loaded in.
 
     Returns:
@@ -74,12 +79,15 @@ def verify_adapter(
         auto_class = auto_class_for(config.text_config, AutoModelForCausalLM)
         loaded = load_part("base", base, config, location, load_base, auto_class=auto_class, dtype=dtype).eval()
         loaded.requires_grad_(False)  # as it is when extended: torch may round otherwise where a weight trains
-        if encoder is not None and config.encoder_config is None:
-            raise ValueError("The adapter has no encoder, so it can't see: leave out encoder=...")
-        if config.encoder_config is not None:
-            encoder = load_part("encoder", encoder, config, location, load_encoder, dtype=dtype)
+        encoders = []
+        requested = by_modality(encoder, list(config.senses))
+        for modality in config.senses:
+            role = f"{MODALITIES[modality]}encoder"
+            encoders.append(load_part(role, requested.get(modality), config, location, load_encoder, dtype=dtype))
+        encoder = encoders or None
         tokenizer = find_tokenizer(location, location_of("base", base, config, location))
-        base_results, sample = base_checks(location, config, loaded, encoder, tokenizer, prompt, max_new_tokens)
+        given = sensed_inputs(location, prompt, image, audio)
+        base_results, sample = base_checks(location, config, loaded, encoder, tokenizer, prompt, max_new_tokens, given)
         checks = file_checks(tensors) + base_results
     ok = all(check["ok"] for check in checks)
     return {"adapter": str(name_or_path), "ok": ok, "checks": checks, "sample": sample}
@@ -129,12 +137,13 @@ def base_checks(
     location: tuple[str | os.PathLike, dict[str, Any]],
     config: MoExtendConfig,
     base: PreTrainedModel,
-    encoder: PreTrainedModel | None,
+    encoder: list[PreTrainedModel] | None,
     tokenizer: PreTrainedTokenizerBase | None,
     prompt: str,
     max_new_tokens: int,
+    given: dict[str, torch.Tensor],
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """The checks on `base`, a loaded model, and the sample."""
+    """The checks on `base`, a loaded model, and the sample; `given`: inputs of it beside the prompt."""
     is_same_base, detail = compare_base(config.base_fingerprint, base)
     checks = [check_result("base", is_same_base, f"{base.config._name_or_path}: {detail}")]
     ids = prompt_ids(prompt, tokenizer).to(base.get_input_embeddings().weight.device)
@@ -150,7 +159,8 @@ def base_checks(
     layers += f"; trained on top of {dependencies}, left out here" if dependencies else ""
     with model.disable_adapter():
         bit_equal = torch.equal(logits_of(model, ids), before)
-    with_adapter, finite = answer(model, ids, max_new_tokens)
+    own = {**given, "input_ids": given.get("input_ids", ids)}
+    with_adapter, finite = answer(model, own.pop("input_ids").to(ids.device), max_new_tokens, **own)
     checks += [
         check_result("fit", True, f"extended layers: {layers}"),
         check_result(
@@ -177,6 +187,28 @@ def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase | None) -> torch.
     if not ids.numel():
         raise ValueError(f"prompt={prompt!r} makes no tokens: give some text.")
     return ids
+
+
+def sensed_inputs(
+    location: tuple[str | os.PathLike, dict[str, Any]],
+    prompt: str,
+    image: str | os.PathLike | None,
+    audio: str | os.PathLike | None,
+) -> dict[str, torch.Tensor]:
+    """Inputs of a prompt behind an image or clip, by the adapter's processor; {} without any.
+
+    Raises:
+        OSError: no processor there.
+        ValueError: a file that can't be read; a sense that the adapter does not have.
+    """
+    given = {name: [[os.fspath(one)]] for name, one in (("images", image), ("audio", audio)) if one is not None}
+    if not given:
+        return {}
+    processor = MoExtendProcessor.from_pretrained(location[0], **location[1])
+    tokens = {"images": processor.image_token, "audio": processor.audio_token}
+    text = "".join(tokens[name] or "" for name in given) + prompt
+    inputs = dict(processor(**given, text=[text], return_tensors="pt"))
+    return {name: tensor for name, tensor in inputs.items() if name != "attention_mask"}
 
 
 def compare_base(stored: str | None, base: PreTrainedModel) -> tuple[bool, str]:
@@ -208,10 +240,13 @@ def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def answer(model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int) -> tuple[list[int], bool]:
+def answer(
+    model: PreTrainedModel, ids: torch.Tensor, max_new_tokens: int, **given: torch.Tensor
+) -> tuple[list[int], bool]:
     """A greedy answer: (new token ids, whether all logits on the way were finite)."""
     output = model.generate(
         ids,
+        **given,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
         do_sample=False,

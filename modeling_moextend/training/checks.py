@@ -149,11 +149,13 @@ def default_processor(
     Raises:
         ValueError: the model does not know where its base lies.
     """
-    base, encoder = model.config.base_model_name_or_path, model.config.encoder_name_or_path
-    if base is None or (encoder is None) != (model.encoder is None):
+    base = model.config.base_model_name_or_path
+    encoders = [sense.encoder_name_or_path for sense in model.senses.values()]
+    if base is None or None in encoders:
         raise ValueError("Pass processing_class=: the model does not say where its base and encoder lie.")
-    processor = load_processor(base, encoder, assistant_only_loss)
-    model.config.image_token_id = getattr(processor, "image_token_id", model.config.image_token_id)
+    processor = load_processor(base, encoders or None, assistant_only_loss)
+    for modality in model.senses:
+        setattr(model.config, f"{modality}_token_id", getattr(processor, f"{modality}_token_id"))
     return processor
 
 
@@ -171,17 +173,18 @@ def check_rows_left(dataset: Dataset | IterableDataset | None, args: MoExtendSFT
 
 
 def check_image_token(model: MoExtendForCausalLM, processing_class: PreTrainedTokenizerBase | ProcessorMixin) -> None:
-    """Refuses a processor that writes another image token than the model looks for.
+    """Refuses a processor that writes another image or audio token than the model looks for.
 
     Raises:
         ValueError: names both ids.
     """
-    processor_id, model_id = getattr(processing_class, "image_token_id", None), model.image_token_id
-    if model.encoder is not None and processor_id is not None and processor_id != model_id:
-        raise ValueError(
-            f"The processor's image token has id {processor_id}, the model looks for {model_id}: build the model with "
-            "from_base(..., image_token_id=processor.image_token_id)."
-        )
+    for modality, sense in model.senses.items():
+        processor_id = getattr(processing_class, f"{modality}_token_id", None)
+        if processor_id is not None and processor_id != sense.token_id:
+            raise ValueError(
+                f"The processor's {modality} token has id {processor_id}, the model looks for {sense.token_id}: build "
+                f"the model with from_base(..., {modality}_token_id=processor.{modality}_token_id)."
+            )
 
 
 def allow_missing_base(model: nn.Module, keys: Any) -> None:

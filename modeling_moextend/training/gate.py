@@ -7,7 +7,7 @@ retention text's hidden states change while new experts train, and what the gate
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -106,18 +106,18 @@ def split_sequences(
     return pairs
 
 
-def shared_prefix(sequences: list[tuple[torch.Tensor, torch.Tensor]], image_token_id: int | None = None) -> int:
+def shared_prefix(sequences: list[tuple[torch.Tensor, torch.Tensor]], placeholder_ids: Sequence[int] = ()) -> int:
     """Number of leading tokens that say nothing about the task: those that all its samples share (a chat template's).
 
-    It ends before the first image token, whose id is shared and whose content is not.
+    It ends before the first placeholder, whose id is shared and whose content is not.
 
     Raises:
         ValueError: all samples are the same text, so nothing tells the task.
     """
     sequence_ids = [ids.tolist() for ids, _ in sequences]
     prefix = common_prefix(sequence_ids)
-    if image_token_id in sequence_ids[0][:prefix]:
-        prefix = sequence_ids[0].index(image_token_id)
+    first = sequence_ids[0]
+    prefix = min([prefix, *(first.index(one) for one in placeholder_ids if one in first)])
     if prefix == max(map(len, sequence_ids)):
         raise ValueError("The gate can't learn from this training data: all its samples are the same.")
     return prefix
@@ -258,7 +258,7 @@ def train_gate(trainer: SFTTrainer) -> GateReport:
             model.gate,
             task,
             retention,
-            prefix=shared_prefix(task, model.image_token_id),
+            prefix=shared_prefix(task, model.placeholder_ids),
             steps=args.gate_steps,
             learning_rate=args.gate_learning_rate,
             task_weight=args.gate_task_weight,

@@ -43,13 +43,14 @@ class Reference(nn.Module):
         super().__init__()
         names = below_trained(model) if adapter_names is None else listed_names(adapter_names, model.adapters)
         check_names(model, names)
-        self.config, self.projector = model.config, None
+        self.config = model.config
         adapters, seeing = dict(model.passes.current.adapters), list(names)
         trained = model.passes.current.trained
-        if adapter_names is None and adapters[trained].encoder is not None:
+        self.projectors = nn.ModuleDict()
+        if adapter_names is None and adapters[trained].encoders:
             seeing.append(trained)
             adapters[trained] = without_experts(adapters[trained])
-            self.projector = adapters[trained].projector
+            self.projectors.update(adapters[trained].projectors)
         thresholds = {name: one.config.gate_threshold for name, one in adapters.items() if one.config.scope == "gate"}
         selection = Selection(adapters, tuple(sorted(seeing)), (tuple(sorted(names)),), thresholds=thresholds)
         self.__dict__.update(model=model, selection=selection)  # no children: the model's tensors stay the model's
@@ -103,9 +104,9 @@ def check_names(model: MoExtendForCausalLM, names: list[str]) -> None:
 
 
 def without_experts(adapter: nn.Module) -> nn.Module:
-    """An `Adapter` with the encoder of this one and a frozen copy of its projector, and without new experts."""
-    projector = copy.deepcopy(adapter.projector).requires_grad_(False)
-    return type(adapter)(adapter.config, adapter.encoder, projector)
+    """An `Adapter` with the encoders of this one and frozen copies of its projectors, and without new experts."""
+    projectors = {m: copy.deepcopy(one).requires_grad_(False) for m, one in adapter.projectors.items()}
+    return type(adapter)(adapter.config, adapter.encoders, projectors)
 
 
 def use_reference(trainer: Trainer, beta: float, reference: Reference | None = None) -> None:

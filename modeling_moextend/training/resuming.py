@@ -9,8 +9,9 @@ import torch
 
 from ..adapter_file_moextend import check_tensors, read_adapter
 from ..attaching.extending import check_no_dependents
-from ..configuration_moextend import MoExtendConfig
+from ..configuration_moextend import MODALITIES, MoExtendConfig
 from ..tensors_moextend import DTensor, check_finite, same_fingerprint
+from ..validation_moextend import SENSE
 
 if TYPE_CHECKING:
     from ..modeling_moextend import MoExtendForCausalLM
@@ -21,9 +22,7 @@ HOW_TO_READ = (  # entries of the config without which the tensors of an adapter
     "scope",
     "selection",
     "calibration",
-    "encoder_select_layer",
-    "encoder_select_feature",
-    "projector_hidden_act",
+    *(f"{prefix}{name}" for prefix in MODALITIES.values() for name in SENSE if name.startswith(("encoder_s", "proj"))),
 )
 
 
@@ -66,7 +65,7 @@ def check_same_kind(config: MoExtendConfig, other: MoExtendConfig, name: str | o
     ):
         names = [[entry["name"] for entry in owner.trained_on] for owner in (other, config)]
         problems.append(f"trained_on: the adapter depends on {names[0]}, the model's on {names[1]} as they are now")
-    for role in ("base", "encoder") if check_base else ():
+    for role in ("base", "encoder", "audio_encoder") if check_base else ():
         pair = [getattr(owner, f"{role}_fingerprint") for owner in (other, config)]
         if all(pair) and not same_fingerprint(*pair):
             problems.append(f"{role}_fingerprint: made on a different {role}; check_base=False loads it all the same")

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..folder_moextend import locked
+from ..senses_moextend import INPUTS
 from ..tools.files import replace_file
 from ..tools.interrupts import stopped_at
 from ..tools.modes import evaluation_mode
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from ..modeling_moextend import MoExtendForCausalLM
 
 STARTS = ("document", "1 random token", "3 random tokens", "chat")
-FORWARD_KEYS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
+FORWARD_KEYS = ("input_ids", "attention_mask", "position_ids", *(name for names in INPUTS.values() for name in names))
 TIMED = 6  # tokens that are timed before sampling
 SAMPLER = 1  # counts up when the same settings would give other text, so that no stale cache is read
 
@@ -132,10 +133,10 @@ def first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
-def drawn_image_token(model: MoExtendForCausalLM) -> int | None:
+def drawn_image_token(model: MoExtendForCausalLM) -> int | list[int] | None:
     """The image token's id where the base could draw it, `None` elsewhere: text has no images."""
-    image, vocab_size = model.image_token_id, model.config.get_text_config().vocab_size
-    return image if model.encoder is not None and 0 <= image < vocab_size else None
+    drawn = [one for one in model.placeholder_ids if 0 <= one < model.config.get_text_config().vocab_size]
+    return None if not drawn else drawn[0] if len(drawn) == 1 else drawn
 
 
 def start_of(
@@ -145,7 +146,7 @@ def start_of(
     if kind == "chat":
         return chat_start(tokenizer)
     first = first_token(tokenizer)
-    special = {*tokenizer.all_special_ids, model.image_token_id}
+    special = {*tokenizer.all_special_ids, model.image_token_id, *model.placeholder_ids}
     known = min(len(tokenizer), model.get_input_embeddings().num_embeddings)  # tokens may have been added
     words = torch.tensor([token for token in range(known) if token not in special])
     number = 0 if kind == "document" else int(kind[0])
@@ -181,7 +182,7 @@ def draw(
         max_length=length,
         pad_token_id=0,
         eos_token_id=model.config.get_text_config().vocab_size,  # never drawn: a chat goes on with its next turn
-        suppress_tokens=None if image is None else [image],
+        suppress_tokens=[image] if isinstance(image, int) else image,
     )
     device = model.get_input_embeddings().weight.device
     groups = batches(starts, batch_size)

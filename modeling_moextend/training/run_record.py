@@ -59,6 +59,7 @@ def describe_run(trainer: SFTTrainer, given: Mapping[str, str]) -> dict[str, dic
         "run": {
             "dtype of the base": dtypes_of(core.base),
             "dtype of the encoder": dtypes_of(core.encoder),
+            **({} if core.audio_encoder is None else {"dtype of the audio encoder": dtypes_of(core.audio_encoder)}),
             "attention": core.base.config._attn_implementation,
             "experts": getattr(core.base.config, "_experts_implementation", None),
             "processes": trainer.accelerator.num_processes,

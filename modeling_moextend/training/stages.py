@@ -16,6 +16,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
 from ..attaching.choices import check_rank, routing_choices
+from ..attaching.parts import listed
 from ..base_checks_moextend import check_plan
 from ..configuration_moextend import MoExtendConfig, check_choices, normalise_deltas, normalise_plan
 from ..data.files import as_text
@@ -63,8 +64,16 @@ class StagesConfig:
         default=None,
         metadata={"help": "LLaVA JSON(L) file; or in TRL's formats: JSON(L) file with `messages`, Hub id, folder."},
     )
-    encoder: str | None = field(default=None, metadata={"help": "CLIP or SigLIP vision checkpoint; none: text only."})
-    align_data: str | None = field(default=None, metadata={"help": "Image-caption pairs for stage align; see --data."})
+    encoder: list[str] | None = field(
+        default=None,
+        metadata={"help": "Checkpoint that takes images or audio (CLIP, Whisper), or one of each; none: text only."},
+    )
+    downsample: int | None = field(
+        default=None, metadata={"help": "So many features of audio make one placeholder; default: 4."}
+    )
+    align_data: str | None = field(
+        default=None, metadata={"help": "Captions of images or audio for stage align; see --data."}
+    )
     eval_data: str | None = field(
         default=None, metadata={"help": "Samples to evaluate on while finetuning, like --data."}
     )
@@ -75,7 +84,7 @@ class StagesConfig:
             "a dataset (Hub id or folder). Unset: sampled from the base itself."
         },
     )
-    image_folder: str | None = field(default=None, metadata={"help": "What image paths in a LLaVA JSON start from."})
+    image_folder: str | None = field(default=None, metadata={"help": "What paths in a LLaVA JSON start from."})
     on_error: str = field(
         default="raise", metadata={"help": "A missing or broken image: 'raise', or 'skip' it and count at the end."}
     )
@@ -143,6 +152,8 @@ class StagesConfig:
     device_map: str | None = field(default=None, metadata={"help": "The base's device map, e.g. 'auto'."})
 
     def __post_init__(self):
+        if isinstance(self.encoder, list):  # a recipe may give one as a string
+            self.encoder = (self.encoder[0] if len(self.encoder) == 1 else self.encoder) or None
         unknown = [stage for stage in self.stages if stage not in STAGES]
         if unknown or self.stages != sorted(set(self.stages), key=STAGES.index) or not self.stages:
             raise ValueError(f"stages={self.stages} must be some of {list(STAGES)}, in this order.")
@@ -207,7 +218,8 @@ def load_data(name: str, config: StagesConfig) -> Dataset | IterableDataset:
         data = load_llava(name, config.image_folder, **options)
         if config.encoder is not None:
             return data
-        return (data if config.streaming else data.with_format(None)).map(plain_text, remove_columns=["images", "id"])
+        columns = [name for name in data.column_names or ("images", "id") if name != "messages"]
+        return (data if config.streaming else data.with_format(None)).map(plain_text, remove_columns=columns)
     return load_any(name, streaming=config.streaming)
 
 
@@ -219,10 +231,11 @@ def check_paths(config: StagesConfig) -> None:
         OSError: the Hub can't be read.
     """
     problems = []
-    for role in ("base", "encoder", "adapter"):
-        if getattr(config, role) is not None:
+    given = [(role, getattr(config, role)) for role in ("base", "adapter")]
+    for role, where in given + [("encoder", where) for where in listed(config.encoder)]:
+        if where is not None:
             with noted(problems):
-                check_location(role, getattr(config, role))
+                check_location(role, where)
     used = [name for name in ("eval_data", "retention_data") if getattr(config, name)]
     used += ["align_data"] * ("align" in config.stages) + ["data"] * (config.stages != ["align"])
     for name in used:
@@ -281,8 +294,9 @@ def load_any(name: str, **options: Any) -> Dataset | IterableDataset:
 
 def plain_text(sample: dict[str, Any]) -> dict[str, Any]:
     """A sample without images: its messages' parts as strings, which text-only chat templates know."""
-    if sample["images"]:
-        raise ValueError(f"Sample {sample['id']} has an image, but there is no encoder: pass --encoder.")
+    for kind, name in (("images", "an image"), ("audios", "audio")):
+        if sample.get(kind):
+            raise ValueError(f"Sample {sample['id']} has {name}, but there is no encoder: pass --encoder.")
     messages = sample["messages"]
     return {"messages": [{**message, "content": as_text(message["content"])} for message in messages]}
 
@@ -311,8 +325,11 @@ def build_model(config: StagesConfig, processor: PreTrainedTokenizerBase | Proce
     elif config.encoder is None:
         model = AutoModelForCausalLM.from_pretrained(config.base, trust_remote_code=False, **options)
     else:
-        vision = {"encoder": config.encoder, "image_token_id": processor.image_token_id}
-        model = MoExtendForCausalLM.from_base(config.base, **vision, **config.chosen_experts(), **options)
+        senses = {"encoder": config.encoder, "image_token_id": processor.image_token_id}
+        senses["audio_token_id"] = processor.audio_token_id
+        if config.downsample is not None:
+            senses["audio_projector_downsample"] = config.downsample
+        model = MoExtendForCausalLM.from_base(config.base, **senses, **config.chosen_experts(), **options)
     return model
 
 
@@ -511,7 +528,9 @@ def run_alone(config: StagesConfig, args: MoExtendSFTConfig) -> MoExtendForCausa
         data, held_out = split_held_out(load_data(config.data, config), config)
     eval_data = load_data(config.eval_data, config) if config.eval_data else None
     retention_data = load_any(config.retention_data) if config.retention_data else None
-    processor = load_processor(config.adapter or config.base, config.encoder, args.assistant_only_loss)
+    processor = load_processor(
+        config.adapter or config.base, config.encoder, args.assistant_only_loss, downsample=config.downsample
+    )
     model = build_model(config, processor)
     check_before(model, config, args, held_out)
     say = partial(heading, config)

@@ -39,7 +39,7 @@ def set_trainable(
     trained = {}
     for name, tensor in model.adapter_tensors(adapter_name).items():
         trains = stage == "finetune" and model.learns(name, adapter_name)
-        if with_projector if name.startswith("projector.") else trains:
+        if with_projector if name.split(".")[0].endswith("projector") else trains:
             trained[name] = tensor
     if not trained:
         raise ValueError(

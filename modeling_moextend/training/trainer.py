@@ -25,7 +25,7 @@ from transformers.utils import PushInProgress
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..data.collators import MaskImageLabels
+from ..data.collators import prepare_collator
 from ..data.rows import check_datasets, check_rows, template_errors_named
 from ..data.tokens import check_trainer_tokens
 from ..publishing.facts import folder_card, write_facts
@@ -168,7 +168,8 @@ class MoExtendSFTTrainer(SFTTrainer):
             self.model.register_load_state_dict_post_hook(allow_missing_base)
         if not isinstance(self.data_collator, DataCollatorForLanguageModeling):  # that one has no images
             vocab_size = self.model.config.get_text_config().vocab_size
-            self.data_collator = MaskImageLabels(self.data_collator, self.model.image_token_id, vocab_size)
+            ids = self.model.placeholder_ids or [self.model.image_token_id]
+            prepare_collator(self, [one for one in ids if one is not None], vocab_size)
         check_trainer_tokens(self)
         self.retention_dataset, self.gate_report, self.retention_text = retention_dataset, None, None
         self.retention = "prompts", 0.0  # kind and weight of the retention loss

@@ -20,10 +20,10 @@ from ...layers_moextend import RouterRows
 from ...loading_moextend import load_stored
 from ...low_rank_moextend import whole_weights
 from ...routing_moextend import Calibration, Rule
+from ...senses_moextend import Projector, encoder_of, load_encoder
 from ...tensors_moextend import fingerprint, same_fingerprint, split_by_part, tensor_shapes
 from ...tools.base_weights import Checkpoint, checkpoint_fingerprint, location_of_part, skeleton
 from ...tools.inspection import read_whole
-from ...vision_moextend import Projector, load_encoder, vision_tower
 from .refusals import check_adapter, refuse
 
 
@@ -205,11 +205,10 @@ def vision_of(config, parts, source, device, dtype) -> tuple[PreTrainedModel | N
     if config.encoder_config is None:
         return None, None
     encoder = load_stored("encoder", None, config, load_encoder, (source.name, source.options), dtype=dtype)
-    encoder = vision_tower(encoder)
+    encoder = encoder_of(encoder)
     if config.encoder_fingerprint and not same_fingerprint(config.encoder_fingerprint, fingerprint(encoder)):
         raise ValueError(f"The encoder of {source.name} is a different one than the adapter was made with.")
-    sizes = encoder.config.hidden_size, config.get_text_config().hidden_size
-    projector = Projector(*sizes, config.projector_hidden_act, device="meta")
+    projector = Projector(config.senses["image"], config.get_text_config().hidden_size, device="meta")
     tensors = {name: wider(tensor, device, dtype) for name, tensor in parts["projector"].items()}
     projector.load_state_dict(tensors, assign=True)
     return encoder.to(device).eval(), projector.requires_grad_(False)

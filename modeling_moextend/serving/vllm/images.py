@@ -20,7 +20,7 @@ from vllm.multimodal.processing import (
 from vllm.v1.engine.input_processor import InputProcessor
 
 from ...processing_moextend import MoExtendProcessor
-from ...vision_moextend import encode_images
+from ...senses_moextend import encode
 
 
 @cache
@@ -102,8 +102,10 @@ def with_images(extended: type[nn.Module], name: str) -> type[nn.Module]:
             if pixel_values is None:
                 return []
             (adapter,) = self.moextend[0].adapters
-            choice = adapter.config.encoder_select_layer, adapter.config.encoder_select_feature
-            return encode_images(adapter.encoder, adapter.projector, pixel_values, *choice)
+            features = encode(
+                adapter.config.senses["image"], adapter.encoder, adapter.projector, {"pixel_values": pixel_values}
+            )
+            return features.unflatten(0, (len(pixel_values), -1))
 
         def embed_input_ids(self, input_ids, multimodal_embeddings=None, *, is_multimodal=None):
             """[T] -> [T, H]; the image token never reaches the embedding: its id may lie past it."""

@@ -2,31 +2,43 @@
 
 import copy
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import PAPER, batch, frozen_copy, make_base, make_encoder, shake
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel, SiglipVisionModel, ViTConfig, ViTModel
-
-from modeling_moextend import MoExtendForCausalLM
-from modeling_moextend.tools.hashes import base_tensors_hash
-from modeling_moextend.vision_moextend import (
-    Projector,
-    encode_images,
-    expand_images,
-    images_per_item,
-    load_encoder,
-    merge_images,
-    select_images,
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionModel,
 )
+
+from modeling_moextend import MoExtendConfig, MoExtendForCausalLM
+from modeling_moextend.senses_moextend import (
+    Projector,
+    encode,
+    expand_inputs,
+    inputs_per_item,
+    load_encoder,
+    merge_features,
+    select_inputs,
+)
+from modeling_moextend.tools.hashes import base_tensors_hash
 
 IMAGE = 96  # the first id past the embedding of the bases in conftest
 TEXT = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 EYES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 EYES |= {"image_size": 16, "patch_size": 8}
+
+
+def sense_of(encoder_config, **entries):
+    """What a config says of images, for an encoder."""
+    return MoExtendConfig(encoder_config=encoder_config, image_token_id=IMAGE, **entries).senses["image"]
 
 
 def whole(kind):
@@ -68,7 +80,7 @@ def with_images(counts=(1, 0, 2), patches=4, seed=0):
 def test_projector_is_two_linear_layers_with_an_activation_between():
     torch.manual_seed(0)
     for activation, function in (("gelu", F.gelu), ("relu", F.relu)):
-        projector = Projector(16, 32, activation)
+        projector = Projector(sense_of(make_encoder().config, projector_hidden_act=activation), 32)
         x, (one, two) = torch.randn(2, 4, 16), (projector.linear_1, projector.linear_2)
         expected = function(x @ one.weight.T + one.bias) @ two.weight.T + two.bias
         torch.testing.assert_close(projector(x), expected, rtol=1e-5, atol=1e-6)
@@ -79,12 +91,13 @@ def test_projector_is_two_linear_layers_with_an_activation_between():
 @pytest.mark.parametrize(("layer", "feature"), [(-2, "patch"), (-1, "patch"), (-2, "full"), (1, "full")])
 def test_select_layer_and_feature(kind, layer, feature):
     tower = whole(kind).vision_model
-    projector, images = Projector(16, 32), pixels()
+    sense = sense_of(tower.config, encoder_select_layer=layer, encoder_select_feature=feature)
+    projector, images = Projector(sense, 32), pixels()
     hidden = tower(images, output_hidden_states=True).hidden_states[layer]
     assert hidden.shape[1] == (5 if kind == "clip" else 4), "CLIP has a class token in front, SigLIP has none"
     expected = projector(hidden[:, 1:] if kind == "clip" and feature == "patch" else hidden)
-    found = encode_images(tower, projector, images, layer, feature)
-    assert torch.equal(found, expected)
+    found = encode(sense, tower, projector, {"pixel_values": images})
+    assert torch.equal(found, expected.flatten(0, 1))
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
@@ -114,12 +127,12 @@ def test_a_loaded_whole_model_gives_its_vision_tower_and_its_place(kind, tmp_pat
 
 
 def test_other_encoders_are_refused_by_name(tmp_path):
-    vit = ViTModel(ViTConfig(**EYES))
-    vit.save_pretrained(tmp_path)
-    for given in (vit, str(tmp_path)):
-        with pytest.raises(ValueError, match="is a 'vit' model; an encoder must be a CLIP or SigLIP vision model"):
+    text = BertModel(BertConfig(**TEXT))
+    text.save_pretrained(tmp_path)
+    for given in (text, str(tmp_path)):
+        with pytest.raises(ValueError, match="is a 'bert' model; an encoder must be a model"):
             MoExtendForCausalLM.from_base(make_base(), {1: [0]}, encoder=given)
-    with pytest.raises(ValueError, match="is a 'vit' model"):
+    with pytest.raises(ValueError, match="is a 'bert' model"):
         load_encoder(tmp_path)
 
 
@@ -163,7 +176,7 @@ def test_features_take_the_image_tokens_places_in_reading_order():
     embedding = torch.nn.Embedding(90, 6)
     ids = with_images((2, 0, 1))
     features = torch.arange(3 * 4 * 6, dtype=torch.float32).reshape(3, 4, 6)
-    merged = merge_images(ids, embedding, IMAGE, features)
+    merged = merge_features(ids, embedding, [(sense_of(make_encoder().config), features.flatten(0, 1), [4, 4, 4])])
     assert torch.equal(merged[0, 1:5], features[0]) and torch.equal(merged[0, 6:10], features[1])
     assert torch.equal(merged[2, 1:5], features[2])
     is_text = ids != IMAGE
@@ -181,7 +194,8 @@ def test_the_image_token_never_reaches_the_embedding():
     embedding = Embedding(90, 6)
     for token in (IMAGE, 10**6, -200):
         ids = with_images((1,))
-        merge_images(ids.masked_fill(ids == IMAGE, token), embedding, token, torch.zeros(1, 4, 6))
+        sense = MoExtendConfig(encoder_config=make_encoder().config, image_token_id=token).senses["image"]
+        merge_features(ids.masked_fill(ids == IMAGE, token), embedding, [(sense, torch.zeros(4, 6), [4])])
     assert max(seen) < 90
 
 
@@ -251,17 +265,20 @@ def test_images_without_an_encoder_are_refused():
 
 def test_images_beside_embeddings_are_refused():
     model = seeing()
-    with pytest.raises(ValueError, match="Give images with input_ids, not with inputs_embeds"):
+    with pytest.raises(ValueError, match="Give images and audio with input_ids, not with inputs_embeds"):
         model(inputs_embeds=torch.zeros(1, 5, 32), pixel_values=pixels(1))
 
 
 def test_images_while_the_adapter_is_off_are_refused():
     model = seeing()
     for given in ({"pixel_values": pixels(1)}, {}):  # image tokens alone have no embedding either
-        with model.disable_adapter(), pytest.raises(ValueError, match="Images were given while the adapter is off"):
+        with (
+            model.disable_adapter(),
+            pytest.raises(ValueError, match="were given while the adapter is off"),
+        ):
             model(input_ids=with_images((1,)), **given)
     model.disable_adapters()
-    with pytest.raises(ValueError, match="Images were given while the adapter is off"):
+    with pytest.raises(ValueError, match="were given while the adapter is off"):
         model.generate(input_ids=with_images((1,)), pixel_values=pixels(1), max_new_tokens=2)
     model.enable_adapters()
     assert model(input_ids=with_images((1,)), pixel_values=pixels(1)).logits.isfinite().all()
@@ -299,15 +316,13 @@ def test_the_encoder_stays_frozen_in_eval_mode_and_bit_equal_in_training():
 # ---------------------------------------------------------------- generation
 
 
-SEEING = SimpleNamespace(image_token_id=IMAGE, num_image_tokens=4)  # of an adapter's config, what matters here
-
-
 def test_images_are_repeated_item_by_item_for_beams():
     ids, images = with_images((1, 0, 2)), pixels(3)
-    assert images_per_item(ids, SEEING).tolist() == [1, 0, 2]
-    expanded = expand_images(images, ids, 2, SEEING)
+    sense = sense_of(make_encoder().config)
+    assert inputs_per_item(sense, ids, [4] * 3) == [1, 0, 2]
+    expanded = expand_inputs(sense, {"pixel_values": images}, ids, 2)["pixel_values"]
     assert torch.equal(expanded, images[[0, 0, 1, 2, 1, 2]])
-    assert images_per_item(ids.repeat_interleave(2, dim=0), SEEING).tolist() == [1, 1, 0, 0, 2, 2]
+    assert inputs_per_item(sense, ids.repeat_interleave(2, dim=0), [4] * 6) == [1, 1, 0, 0, 2, 2]
 
 
 def test_beam_search_over_a_batch_gives_what_each_sample_gives_alone():
@@ -323,14 +338,20 @@ def test_beam_search_over_a_batch_gives_what_each_sample_gives_alone():
 
 def test_images_of_a_continued_conversation():
     ids, images = with_images((2, 0, 1)), pixels(3)
-    assert select_images(images, ids, 0, SEEING) is images
-    assert torch.equal(select_images(images, ids, 6, SEEING), images[[1]]), "row 0's second image is new"
-    assert torch.equal(select_images(images[[1]], ids, 6, SEEING), images[[1]]), "only the new ones given"
-    assert select_images(images, ids, 12, SEEING) is None
+    sense = sense_of(make_encoder().config)
+
+    def selected(given, length):
+        return select_inputs(sense, {"pixel_values": given}, ids, length).get("pixel_values")
+
+    assert selected(images, 0) is images
+    assert torch.equal(selected(images, 6), images[[1]]), "row 0's second image is new"
+    assert torch.equal(selected(images[[1]], 6), images[[1]]), "only the new ones given"
+    assert selected(images, 12) is None
     with pytest.raises(
-        ValueError, match="2 images were given; the conversation has 3, of which 1 are not in the cache"
+        ValueError,
+        match="Image inputs for 8 tokens were given; the conversation has 12, of which 4 are not",
     ):
-        select_images(images[:2], ids, 6, SEEING)
+        selected(images[:2], 6)
 
 
 def test_the_caller_keeps_its_tensors():

@@ -1,0 +1,1 @@
+../../modeling_moextend/senses_moextend.py

@@ -1,1 +1,0 @@
-../../modeling_moextend/vision_moextend.py
