@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
-from ..attaching.parts import listed
 from ..data.files import read_documents, read_questions
 from ..data.processors import load_processor
 from ..modeling_moextend import MoExtendForCausalLM
@@ -38,13 +37,13 @@ def load_adapter(
         reader = AutoProcessor if model.senses else AutoTokenizer
         return model, reader.from_pretrained(adapter, trust_remote_code=False)
     known = [sense.encoder_name_or_path for sense in model.config.senses.values()]
-    return model, load_processor(base or model.config.base_model_name_or_path, listed(encoder) or known or None)
+    return model, load_processor(base or model.config.base_model_name_or_path, encoder or known or None)
 
 
 def check_locations(adapter: str, base: str | None, encoder: str | list[str] | None) -> None:
     """Refuses what is neither a folder nor a Hub id."""
-    given = [("adapter", adapter), ("base", base), *(("encoder", one) for one in listed(encoder))]
-    for role, location in given:
+    encoders = encoder if isinstance(encoder, list) else [encoder]
+    for role, location in (("adapter", adapter), ("base", base), *(("encoder", one) for one in encoders)):
         if location is not None:
             check_location(role, location)
 
