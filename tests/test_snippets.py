@@ -12,7 +12,7 @@ have to exist. README's are run by tests/walk.py, in processes of their own.
 
 import ast
 import configparser
-import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -44,7 +44,20 @@ OBJECTS = {  # what these names are on every page
     "shift": RouterShift,
     "trainer": MoExtendSFTTrainer,
 }
-PROGRAMS = {"pip", "make", "moextend", "python", "accelerate", "git", "cd", "transformers", "lm_eval", "trl", "env"}
+PROGRAMS = {
+    "pip",
+    "make",
+    "moextend",
+    "python",
+    "accelerate",
+    "git",
+    "cd",
+    "transformers",
+    "lm_eval",
+    "trl",
+    "vllm",
+    "env",
+}
 
 
 class Snippet(NamedTuple):
@@ -101,6 +114,9 @@ def test_python_names_and_arguments_exist(snippet):
     before = [other for other in PYTHON if other.page == snippet.page and other.line <= snippet.line]
     for node in [node for other in before for node in ast.walk(ast.parse(other.code))]:
         if isinstance(node, ast.ImportFrom):
+            if importlib.util.find_spec(node.module.partition(".")[0]) is None:
+                assert not snippet.runs, f"{snippet} runs, but {node.module} is not installed"
+                continue
             module = importlib.import_module(node.module)
             for alias in node.names:
                 assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
