@@ -29,13 +29,7 @@ from .supported import FAMILIES, PREFIX, SEEING, check_version
 BASE_TENSORS = "base."  # before the names of the base's tensors where the adapter is in the model's place
 ROUTER_OPTIONS = ("renormalize", "use_grouped_topk", "num_expert_group", "topk_group", "scoring_func")
 ROUTER_OPTIONS += ("routed_scaling_factor", "e_score_correction_bias")
-IGNORED = (
-    "enable_eplb",
-    "num_redundant_experts",
-    "zero_expert_type",
-    "custom_routing_function",
-    "router",
-)  # not given
+UNKNOWN = ("enable_eplb", "num_redundant_experts", "zero_expert_type", "custom_routing_function", "router")
 
 
 class Builder:
@@ -50,7 +44,7 @@ class Builder:
         given = {"top_k": top_k, "hidden_size": hidden_size, "prefix": prefix, **options}
         if not adapters:
             return FusedMoEFactory(num_experts=num_experts, **given)
-        found = [name for name in IGNORED if options.get(name)]
+        found = [name for name in UNKNOWN if options.get(name)]
         if found:
             raise ValueError(f"Layer {layer} of this base routes by {', '.join(found)}: it can't be served extended.")
         choices = {name: options[name] for name in ROUTER_OPTIONS if name in options}

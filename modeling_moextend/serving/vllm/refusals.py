@@ -14,15 +14,8 @@ from .supported import FAMILIES
 UNMEASURED = "--additional-config '{\"moextend_unmeasured_device\": true}'"
 DTYPES = (torch.float32, torch.bfloat16)
 LOAD_FORMATS = ("auto", "hf", "safetensors")
-PLAIN_RULE = (
-    "score",
-    "renormalise",
-    "scale",
-    "epsilon",
-    "floor",
-    "correction",
-    "rows",
-)  # entries that may be anything
+# Entries of a routing rule that may be anything; of the others only the default was measured.
+FREE = ("score", "renormalise", "scale", "epsilon", "floor", "correction", "rows")
 
 
 def refuse(what: str, problems: list[str]) -> None:
@@ -56,7 +49,7 @@ def check_adapter(config: MoExtendConfig, name: str, among_others: bool = False)
         problems.append(f"it was trained on top of {below}, and a request is served by one adapter.")
     rule = Rule(**(config.routing_rule or {"score": "", "renormalise": False}))
     other = [entry for entry, value in Rule._field_defaults.items() if getattr(rule, entry) != value]
-    other = [entry for entry in other if entry not in PLAIN_RULE]
+    other = [entry for entry in other if entry not in FREE]
     if not config.routing_rule or other:
         problems.append(f"its base's routing rule has {', '.join(other) or 'no record'} (docs/families.md).")
     refuse(f"The adapter {name}", problems)

@@ -20,10 +20,8 @@ class AdapterManager:
 
     def __init__(self, vllm_config, device, embedding_modules):
         self.num_tokens, self.device = vllm_config.scheduler_config.max_num_batched_tokens, device
-        self.numbers, self.names = (
-            {},
-            {},
-        )  # vLLM's number of a request's adapter, and its name -> number of the adapter
+        self.numbers, self.names = {}, {}  # number of the adapter, by vLLM's number for it and by its name
+        self.dummies = set()  # paths of what vLLM warms up with
 
     def create_lora_manager(self, model: nn.Module, vllm_config) -> nn.Module:
         self.serving = model.moextend[0]
@@ -46,13 +44,15 @@ class AdapterManager:
 
     def set_active_adapters(self, requests, mapping) -> None:
         for request in requests:
-            self.add_adapter(request)
-        numbers = [self.numbers.get(one, BASE) if one else BASE for one in mapping.index_mapping]
+            if request.lora_path not in self.dummies:
+                self.add_adapter(request)
+        numbers = [self.numbers[one] if one else BASE for one in mapping.index_mapping]
         self.serving.owners.fill_(BASE)
         self.serving.owners[: len(numbers)] = torch.tensor(numbers, dtype=torch.long, device=self.device)
 
     def add_dummy_lora(self, request, rank: int) -> bool:
-        self.numbers.setdefault(request.lora_int_id, BASE)
+        self.numbers[request.lora_int_id] = BASE
+        self.dummies.add(request.lora_path)
         return True
 
     @contextlib.contextmanager
