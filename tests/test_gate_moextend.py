@@ -621,6 +621,44 @@ def test_a_crop_while_the_adapter_is_off_is_not_forgotten():
     close(z[0], slow_margins(model.gate, torch.cat([heard[0][0, :2], heard[1][0]]))[2:])
 
 
+@pytest.mark.parametrize(
+    ("family", "attention", "config"),
+    [
+        ("mixtral", "sdpa", {}),
+        ("mixtral", "eager", {}),
+        ("mixtral", "sdpa", {"sliding_window": 6}),
+        ("gpt_oss", "eager", {}),  # a mask for each kind of attention
+    ],
+    ids=str,
+)
+def test_padding_of_a_static_cache_passes_no_gate(family, attention, config, monkeypatch):
+    """generate makes a mask of four dimensions for it. Rows of several lengths answer as each does alone."""
+    model = opened(family)
+    for name, value in config.items():
+        setattr(model.base.config, name, value)
+    model.set_attn_implementation(attention)
+    rows = [text(1, length, seed=length)[0] for length in (5, 9, 3)]
+    ids = torch.stack([F.pad(row, (9 - len(row), 0)) for row in rows])
+    mask = torch.stack([F.pad(torch.ones_like(row), (9 - len(row), 0)) for row in rows])
+    passes, apply_gate = [], GatedPass.apply_gate
+
+    def applied(self, *args):
+        answer = apply_gate(self, *args)
+        passes.append((self.is_real, self.in_scope.reshape(self.is_real.shape)))
+        return answer
+
+    monkeypatch.setattr(GatedPass, "apply_gate", applied)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    options |= {"cache_implementation": "static", "disable_compile": True}
+    found = model.generate(ids, attention_mask=mask, **options)
+    assert torch.equal(passes[0][0], mask.bool())
+    assert all(is_real.all() for is_real, _ in passes[1:])
+    assert not passes[0][1][mask == 0].any() and passes[0][1].any()
+    assert len(passes) == 8
+    for row, answer in zip(rows, found, strict=True):
+        assert torch.equal(model.generate(row[None], **options)[0, len(row) :], answer[9:])
+
+
 def test_a_static_cache_carries_the_sums():
     model, ids = opened(), text(2, 8)
     expected, output = margins(model, ids)

@@ -6,10 +6,21 @@ import io
 import pytest
 import torch
 from conftest import PAPER, frozen_copy, make_base, make_encoder, shake
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import DynamicCache, StaticCache
 
 from modeling_moextend import MoExtendForCausalLM
-from modeling_moextend.scope_moextend import IMAGES, NEVER, STATE, cached_first, cached_state, modality_scope, remember
+from modeling_moextend.scope_moextend import (
+    IMAGES,
+    NEVER,
+    STATE,
+    PassInputs,
+    cached_first,
+    cached_state,
+    modality_scope,
+    real_tokens,
+    remember,
+)
 
 IMAGE = 96
 TABLE = [  # name, tokens (i: image), position ids, scope, state
@@ -258,3 +269,39 @@ def test_a_static_cache_carries_the_state_too():
     model(torch.tensor([[7]]), past_key_values=cache)
     found = model(torch.tensor([[8]]), past_key_values=cache).logits[:, -1]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def wide_masks(real, past, length, columns):
+    """[B, past + S] bool as a causal mask of each kind, for the last S of these tokens and `columns` keys."""
+    padded = torch.nn.functional.pad(real, (0, max(columns - real.shape[1], 0)))[:, -columns:]
+    offset = min(past, columns - length)
+    causal = torch.arange(columns) <= offset + torch.arange(length)[:, None]
+    allowed = causal & padded[:, None, None]
+    added = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    block = create_block_mask(
+        lambda b, h, q, k: (k <= offset + q) & padded[b, k], len(real), None, length, columns, device="cpu"
+    )
+    return {
+        "bool": allowed,
+        "float": added,
+        "-inf": torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf),
+        "int": allowed.long(),
+        "of each kind of attention": {"full_attention": None, "sliding_attention": added},
+        "block": block,
+    }
+
+
+@pytest.mark.parametrize("kind", wide_masks(torch.ones(1, 2, dtype=torch.bool), 0, 2, 2))
+@pytest.mark.parametrize(
+    ("past", "length", "columns"),
+    [(0, 6, 6), (0, 6, 10), (3, 3, 6), (3, 3, 10), (5, 1, 10), (4, 2, 3)],
+    ids=["whole", "static", "in two parts", "static, in two parts", "static, one token", "sliding"],
+)
+def test_padding_is_found_in_every_kind_of_mask(kind, past, length, columns):
+    real = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 0, 0]]).bool()
+    mask = wide_masks(real, past, length, columns)[kind]
+    inputs = PassInputs(torch.zeros(4, length, dtype=torch.long), None, None, mask, None)
+    assert torch.equal(real_tokens(inputs, past), real[:, past : past + length])
+    whole = inputs._replace(attention_mask=real.long())
+    assert torch.equal(real_tokens(whole, past), real[:, past : past + length])
+    assert real_tokens(inputs._replace(attention_mask=None), past).all()
