@@ -31,7 +31,11 @@ TEXT = VISION | {"encoder_name_or_path": None, "encoder_config": None}
 
 
 def make_config(values=VISION, **changes):
-    return SimpleNamespace(**(values | changes))
+    entries = {"senses": {}} | values | changes
+    if entries["encoder_config"] or entries["encoder_name_or_path"]:
+        sense = SimpleNamespace(encoder_name_or_path=entries["encoder_name_or_path"])
+        entries["senses"] = {"image": sense} | entries["senses"]
+    return SimpleNamespace(**entries)
 
 
 def metadata(card):
@@ -337,3 +341,12 @@ def test_card_survives_saving(tmp_path):
 
 def test_template_is_the_one_at_the_root(pytestconfig):
     assert read_template() == (pytestconfig.rootpath / "model_card_template.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("image", "task"), [(None, "audio-text-to-text"), ("openai/clip", "any-to-any")])
+def test_an_adapter_that_hears_says_so(image, task):
+    ears = {"audio": SimpleNamespace(encoder_name_or_path="openai/whisper-large-v3")}
+    eyes = {"encoder_name_or_path": image, "encoder_config": {"model_type": "clip"} if image else None}
+    card = create_card(make_config(TEXT, senses=ears, **eyes))
+    assert metadata(card)["pipeline_tag"] == task and "audio" in metadata(card)["tags"]
+    assert ("vision-language" in metadata(card)["tags"]) == bool(image) and "openai/whisper-large-v3" in str(card)

@@ -92,12 +92,14 @@ def test_kinds_come_in_equal_shares_one_after_the_other():
 
 
 EMBEDDING = SimpleNamespace(num_embeddings=96)
-TEXT_ONLY = SimpleNamespace(image_token_id=None, get_input_embeddings=lambda: EMBEDDING)
+TEXT_ONLY = SimpleNamespace(image_token_id=None, placeholder_ids=[], get_input_embeddings=lambda: EMBEDDING)
 
 
 def test_no_start_is_an_image_token():
     generator, tokenizer = torch.Generator().manual_seed(0), make_tokenizer()
-    eyes = SimpleNamespace(image_token_id=len(SPECIAL), get_input_embeddings=lambda: EMBEDDING)
+    eyes = SimpleNamespace(
+        image_token_id=len(SPECIAL), placeholder_ids=[len(SPECIAL)], get_input_embeddings=lambda: EMBEDDING
+    )
     drawn = {token for _ in range(200) for token in start_of("3 random tokens", tokenizer, eyes, generator)[1:]}
     assert len(SPECIAL) not in drawn and len(SPECIAL) + 1 in drawn
 

@@ -286,13 +286,18 @@ def _open_clip(path, sample):
     return {"array": samples.mean(axis=1), "sampling_rate": rate}
 
 
-OPENERS = {"images": _open_image, "audios": _open_clip}
+def _open(column, path, sample):
+    """What a column holds: an image or a clip."""
+    return (_open_image if column == "images" else _open_clip)(path, sample)
+
+
+OPENED = ("images", "audios")  # columns of files
 
 
 def _open_batch(batch):
     """The transform of a map-style dataset: paths to PIL images and clips, where these columns are asked for."""
     return {
-        name: [[OPENERS[name](**one) for one in ones] for ones in values] if name in OPENERS else values
+        name: [[_open(name, **one) for one in ones] for ones in values] if name in OPENED else values
         for name, values in batch.items()
     }
 
@@ -318,8 +323,8 @@ def _stream(json_path, folder, prompt_completion, ignore_keys, with_audio, on_er
         for index, entry in read_entries(json_path):
             with skips:
                 sample = _convert(entry, index, json_path, folder, prompt_completion, ignore_keys, with_audio)
-                for name in OPENERS.keys() & sample.keys():
-                    sample[name] = [OPENERS[name](**one) for one in sample[name]]
+                for name in sample.keys() & {*OPENED}:
+                    sample[name] = [_open(name, **one) for one in sample[name]]
                 yield sample
     finally:
         skips.report()
@@ -335,10 +340,10 @@ def _checked_samples(json_path, folder, prompt_completion, ignore_keys, with_aud
     def convert(indexed):
         try:
             sample = _convert(indexed[1], indexed[0], json_path, folder, prompt_completion, ignore_keys, with_audio)
-            for name in OPENERS.keys() & sample.keys():
+            for name in sample.keys() & {*OPENED}:
                 kind = name.removesuffix("s")
                 for one in sample[name]:
-                    OPENERS[name](**one) if on_error == "skip" else _check_exists(**one, kind=kind)
+                    _open(name, **one) if on_error == "skip" else _check_exists(**one, kind=kind)
             return sample
         except _BadSample as error:
             return error
