@@ -358,7 +358,9 @@ def tracked_files():
     listed = subprocess.run(git, capture_output=True, text=True).stdout if shutil.which("git") else ""
     if listed:
         return [ROOT / name for name in listed.split("\0") if name]
-    return [path for path in ROOT.rglob("*") if not any(part[0] == "." for part in path.relative_to(ROOT).parts)]
+    unpacked = (path.relative_to(ROOT).parts for path in ROOT.rglob("*"))
+    made = {"PKG-INFO", "moextend.egg-info"}  # by whoever built the archive
+    return [ROOT.joinpath(*parts) for parts in unpacked if not (made & {*parts} or any(p[0] == "." for p in parts))]
 
 
 def folders():
