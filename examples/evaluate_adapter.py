@@ -29,7 +29,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", required=True, help="folder or Hub id of the adapter")
     parser.add_argument("--base", help="where the base lies, if elsewhere than the adapter says")
-    parser.add_argument("--encoder", help="where the encoder lies, if elsewhere than the adapter says")
+    parser.add_argument("--encoder", nargs="+", help="where the encoder lies, if elsewhere than the adapter says")
     parser.add_argument("--text", required=True, help="JSON lines with texts that the base knew")
     parser.add_argument("--questions", help="JSON or JSON lines with the new task; default: only the base's text")
     parser.add_argument("--image_folder", help="what image paths start from; default: the folder of --questions")
@@ -54,19 +54,19 @@ def load(args: argparse.Namespace) -> tuple[MoExtendForCausalLM, PreTrainedToken
     device_map = "auto" if torch.accelerator.is_available() else None
     model = MoExtendForCausalLM.from_pretrained(args.adapter, dtype=args.dtype, device_map=device_map, **locations)
     if not Path(args.adapter).is_dir() or Path(args.adapter, "tokenizer_config.json").exists():
-        reader = AutoTokenizer if model.encoder is None else AutoProcessor
+        reader = AutoProcessor if model.senses else AutoTokenizer
         return model.eval(), reader.from_pretrained(args.adapter, trust_remote_code=False)
     config = model.config
-    return model.eval(), load_processor(
-        args.base or config.base_model_name_or_path, args.encoder or config.encoder_name_or_path
-    )
+    encoders = args.encoder or [sense.encoder_name_or_path for sense in config.senses.values()]
+    return model.eval(), load_processor(args.base or config.base_model_name_or_path, encoders or None)
 
 
 def main() -> None:
     args = parse()
-    for role in ("adapter", "base", "encoder"):  # all of it before hours of measuring
-        if getattr(args, role) is not None:
-            check_location(role, getattr(args, role))
+    places = [("adapter", args.adapter), ("base", args.base), *(("encoder", one) for one in args.encoder or ())]
+    for role, place in places:  # all of it before hours of measuring
+        if place is not None:
+            check_location(role, place)
     Path(args.output).mkdir(parents=True, exist_ok=True)
     documents = read_documents(args.text)
     questions = read_questions(args.questions, args.image_folder, args.max_questions) if args.questions else []
