@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import torch
 from conftest import COMMON, EVERY_FAMILY, batch, frozen_copy, make_base, make_encoder, shake
+from datasets import Dataset
 from test_processing_moextend import build_tokenizer
 from transformers import (
     ASTConfig,
@@ -42,7 +43,13 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from modeling_moextend import MoExtendConfig, MoExtendForCausalLM, MoExtendProcessor
+from modeling_moextend import (
+    MoExtendConfig,
+    MoExtendForCausalLM,
+    MoExtendProcessor,
+    MoExtendSFTConfig,
+    MoExtendSFTTrainer,
+)
 from modeling_moextend.data.collators import AudioInMessages
 from modeling_moextend.data.llava import load_llava
 from modeling_moextend.senses_moextend import load_encoder
@@ -451,3 +458,28 @@ def test_audio_columns_go_into_messages():
     apart = [{"role": "user", "content": [{"type": "audio"}, {"type": "audio"}]}]
     with pytest.raises(ValueError, match="Sample 0 of the batch has 1 clips and 2 audio parts"):
         AudioInMessages(lambda examples: examples)([{"messages": apart, "audios": [clip]}])
+
+
+@pytest.mark.parametrize("column", ["audio", "audios"])
+def test_a_trainer_takes_audio_columns(column, tmp_path):
+    """Clips of a dataset reach the encoder, and only the projector moves in stage align."""
+    processor = make_processor()
+    model = hearing(processor=processor, scope="modality")
+    before, start = base_tensors_hash(model), copy.deepcopy(model.get_adapter_state_dict())
+    parts = [{"type": "audio", "text": None}, {"type": "text", "text": "What?"}]
+    chat = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "a word"}]}]
+    paths = [write_wav(tmp_path / f"{number}.wav", tone(0.2 + number / 10, number), 8000) for number in range(4)]
+    clips = paths if column == "audio" else [[path] for path in paths]
+    data = Dataset.from_dict({"messages": [chat] * 4, column: clips})
+    options = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1}
+    options |= {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    options |= {"assistant_only_loss": True, "max_length": None, "gradient_checkpointing": False}
+    args = MoExtendSFTConfig(str(tmp_path / "out"), stage="align", **options)
+    trainer = MoExtendSFTTrainer(model=model, args=args, train_dataset=data, processing_class=processor)
+    batch_ = next(iter(trainer.get_train_dataloader()))
+    assert batch_["input_features"].shape[0] == 2
+    assert not (batch_["labels"] == processor.audio_token_id).any() and (batch_["labels"] >= 0).any()
+    trainer.train()
+    moved = {name for name, tensor in model.get_adapter_state_dict().items() if not torch.equal(tensor, start[name])}
+    assert moved and all(name.startswith("audio_projector.") for name in moved)
+    assert base_tensors_hash(model) == before

@@ -391,7 +391,7 @@ def test_a_damaged_encoder_is_code_2(command, tmp_path, moextend):
     assert code == 2 and f"{weights} is damaged" in found["error"]
     make_base().save_pretrained(tmp_path / "encoder")
     code, found = moextend(*command_line(command, adapter), "--json")
-    assert code == 2 and "must be a CLIP or SigLIP" in found["error"]
+    assert code == 2 and "an encoder must be a model of transformers that takes images" in found["error"]
 
 
 @pytest.mark.parametrize("command", ["verify", "merge"])

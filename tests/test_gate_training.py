@@ -150,9 +150,9 @@ def test_shared_prefix_by_hand():
 
 def test_image_tokens_share_an_id_and_nothing_else():
     rows = rows_of([1, 9, 9, 4, 5], [1, 9, 9, 4, 6])
-    assert shared_prefix(rows, image_token_id=9) == 1
-    assert shared_prefix(rows) == shared_prefix(rows, image_token_id=5) == 4
-    assert shared_prefix(rows_of([1, 9, 4], [1, 9, 4]), image_token_id=9) == 1  # one question about many images
+    assert shared_prefix(rows, [9]) == 1
+    assert shared_prefix(rows) == shared_prefix(rows, [5]) == 4
+    assert shared_prefix(rows_of([1, 9, 4], [1, 9, 4]), [9]) == 1  # one question about many images
 
 
 def test_samples_that_are_all_the_same_tell_nothing():
