@@ -182,7 +182,8 @@ def train_command(args: argparse.Namespace) -> dict[str, Any]:
     """Train an adapter by a recipe: align, extend, finetune.
 
     A recipe is a flat YAML file of options. Options on the command line win over it;
-    unknown ones are an error. Those that ship: easy_vqa, mixtral_8x7b_clip_l,
+    unknown ones are an error. Those that ship: easy_vqa, spoken_words,
+    mixtral_8x7b_clip_l, mixtral_8x7b_whisper_large, qwen3_30b_a3b_siglip2,
     qwen3_30b_a3b_text. Several processes: `accelerate launch -m moextend_cli train ...`.
 
     Ctrl-C ends with one line: where it stopped, and how to go on.
