@@ -197,7 +197,13 @@ def test_a_base_that_vllm_routes_otherwise_is_refused(workshop):
 
     router = CPURouter(top_k=2, global_num_experts=8, renormalize=False)
     extended = SimpleNamespace(hidden_size=16)
-    check_router(1, router, Rule("softmax", renormalise=False), extended)
+    before = torch.get_default_dtype()
+    for dtype in (torch.bfloat16, torch.float32):  # what vLLM builds models in
+        torch.set_default_dtype(dtype)
+        try:
+            check_router(1, router, Rule("softmax", renormalise=False), extended)
+        finally:
+            torch.set_default_dtype(before)
     with pytest.raises(ValueError, match="layer 1 vLLM's router weighs experts otherwise"):
         check_router(1, router, Rule("softmax", renormalise=True), extended)
     router.custom_routing_function = lambda hidden_states, gating_output, topk, renormalize: gating_output.topk(

@@ -12,7 +12,8 @@ def check_router(layer: int, router: BaseRouter, rule: Rule, extended: BaseRoute
     """Refuses a router that chooses or weighs otherwise: random logits are shown to it."""
     bias, groups = getattr(router, "e_score_correction_bias", None), getattr(router, "num_expert_group", None) or 1
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(64, router.global_num_experts, generator=generator, device="cpu")
+    options = {"generator": generator, "device": "cpu", "dtype": torch.float32}  # whatever vLLM builds models in
+    logits = torch.randn(64, router.global_num_experts, **options)
     logits = logits.to("cpu" if bias is None else bias.device)
     hidden_states = logits.new_zeros(len(logits), extended.hidden_size)
     weights, index = router._compute_routing(hidden_states, logits, None)
