@@ -485,11 +485,10 @@ FAMILIES = {
         {**GROUPED, **MLA, **INDEXER, **TWO, "first_k_dense_replace": 0, "head_dim": 8}, SWITCHES_DENSE
     ),
     "gpt_oss": Family({"num_local_experts": 6, "intermediate_size": 24, "head_dim": 8, "sliding_window": 16}),
-    "granitemoe": Family({"num_local_experts": 6, "intermediate_size": 24, "logits_scaling": 2.0}),
+    "granitemoe": Family({"num_local_experts": 6, "intermediate_size": 24, "logits_scaling": 2.0}, since="5.23"),
     "granitemoe_swa": Family(
         {**TWO, "num_local_experts": 6, "intermediate_size": 24, "sliding_window": 16, "shared_intermediate_size": 24},
         {"no_shared": {"shared_intermediate_size": 0}},
-        since="5.23",
     ),
     "granitemoehybrid": Family(
         {

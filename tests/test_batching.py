@@ -6,6 +6,7 @@ requests are cut into chunks, preempted and begun anew.
 
 import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -326,3 +327,20 @@ def test_a_pass_of_another_manager_is_refused():
 
     with pytest.raises(ValueError, match="begin with a new manager"), torch.no_grad():
         make("gate")(torch.tensor([[3, 4, 5]]), cache=Cache(), cu_seq_lens_k={})
+
+
+def test_a_new_request_knows_nothing_of_whose_slots_it_is_given():
+    """One request with three tokens in the cache goes on, one begins, where another has left sums in every slot."""
+    pages = [torch.arange(16.0)[:, None].expand(16, 2).clone() for _ in range(2)]
+    inputs = {
+        "position_ids": torch.tensor([[3, 0, 1]]),
+        "cu_seq_lens_q": torch.tensor([0, 1, 3]),
+        "cu_seq_lens_k": {"full_attention": torch.tensor([0, 4, 6])},
+        "read_index": [torch.tensor([8, 9, 10, 11, 4, 5])],
+        "write_index": [torch.tensor([11, 4, 5])],
+    }
+    places = batching.Places.of_step(inputs, SimpleNamespace(index=0, layer_type="full_attention"))
+    found = batching.PagedPass(torch.zeros(1, 3), 0.0, places, pages).add(torch.ones(1, 3, 3))
+    assert found[0, :, 0].tolist() == [10 + 1, 1, 2]
+    assert torch.equal(torch.cat(pages, dim=1)[[11, 4, 5], :3], found[0])
+    assert [page[12, 0].item() for page in pages] == [12, 12]
