@@ -510,7 +510,7 @@ def test_code_runs_where_it_is_asked_for(traps, code_cache):
 
 @pytest.mark.parametrize("call", ["encoder", "encoder, new", "verify, encoder"])
 def test_an_encoder_with_code_is_refused_by_what_it_is(call, traps):
-    message = "'a_family_of_its_own' model; an encoder must be a CLIP or SigLIP vision model"
+    message = "'a_family_of_its_own' model; an encoder must be a model of transformers"
     with pytest.raises(ValueError, match=message):
         CALLS[call](traps[0])
 
