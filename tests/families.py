@@ -920,7 +920,7 @@ FAMILIES = {
     ),
 }
 INSTALLED = Version(transformers.__version__)
-NEWEST = INSTALLED >= Version("5.23")  # what README's table is of
+NEWEST = INSTALLED >= Version("5.23")  # what the table of docs/families.md is of
 EVERY = FAMILIES  # of every supported version
 FAMILIES = {name: family for name, family in EVERY.items() if (family.model_type or name) in CONFIG_MAPPING_NAMES}
 TOO_OLD = {name: family for name, family in FAMILIES.items() if INSTALLED < Version(family.since)}  # here: refused

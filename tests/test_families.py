@@ -1,7 +1,7 @@
 """Every MoE family of transformers, extended: off it is the base, on it is the family's own rule with more rows.
 
 The matrix is family x dtype x experts implementation; a family's variants (what its config can switch) run in float32
-and eager. All of it is marked slow, but for one family a rule. `make families` writes the table in the README.
+and eager. All of it is marked slow, but for one family a rule. `make families` writes the table in docs/families.md.
 """
 
 import functools
@@ -13,7 +13,7 @@ import torch
 import transformers
 from conftest import batch, frozen_copy, rounding, shake
 from families import EVERY, FAMILIES, IMAGE_TOKEN, NEWEST, TOO_OLD, make_config, make_family, variants_of
-from family_table import END, README, START, table
+from family_table import END, PAGE, START, table
 from plain_routing import ROUTING, Routing, beside_shared, compete, exclusive
 from torch import nn
 from torch.nn import functional as F
@@ -361,9 +361,9 @@ def test_every_switch_of_a_router_is_tried_both_ways(switch, entry):
     assert not once
 
 
-@pytest.mark.skipif(not NEWEST, reason="README's table is of the newest transformers that is supported")
+@pytest.mark.skipif(not NEWEST, reason="the table of docs/families.md is of the newest transformers that is supported")
 def test_the_table_of_families_is_fresh():
-    written = README.read_text().split(START)[1].split(END)[0]
+    written = PAGE.read_text().split(START)[1].split(END)[0]
     assert written == table(), "make families"
 
 
