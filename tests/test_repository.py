@@ -357,7 +357,9 @@ def tracked_files():
     listed = subprocess.run(git, capture_output=True, text=True).stdout if shutil.which("git") else ""
     if listed:
         return [ROOT / name for name in listed.split("\0") if name]
-    return [path for path in ROOT.rglob("*") if not any(part[0] == "." for part in path.relative_to(ROOT).parts)]
+    unpacked = (path.relative_to(ROOT).parts for path in ROOT.rglob("*"))
+    made = {"PKG-INFO", "moextend.egg-info"}  # by whoever built the archive
+    return [ROOT.joinpath(*parts) for parts in unpacked if not (made & {*parts} or any(p[0] == "." for p in parts))]
 
 
 def folders():
@@ -493,6 +495,24 @@ def test_wheel_holds_the_modules_and_the_template(source_tree, new_python, tmp_p
 def test_editable_install_reads_the_template(source_tree, new_python, tmp_path):
     pip(new_python, "install", "--ignore-installed", "-e", source_tree, cwd=tmp_path)
     assert check_installed(new_python, cwd=tmp_path).is_relative_to(source_tree)
+
+
+def test_the_source_archive_holds_what_its_tests_need():
+    """Every tracked top folder and file is named, or is of a kind that only a checkout has."""
+    text = (ROOT / "MANIFEST.in").read_text(encoding="utf-8")
+    tops = {path.relative_to(ROOT).parts[0] for path in tracked_files()}
+    packages = {path.name for path in PACKAGES}
+    kept = packages | {"setup.cfg", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", ".gitignore", ".github"}
+    missing = sorted(name for name in tops - kept if not re.search(rf"(?<!\S){re.escape(name)}(?!\S)", text))
+    assert not missing, f"MANIFEST.in does not name {missing}"
+
+
+def test_the_workflow_runs_what_everybody_runs():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8"))
+    assert workflow["jobs"]["tests"]["steps"][-1] == {"run": ".ci/run"} and os.access(ROOT / ".ci/run", os.X_OK)
+    for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"):
+        form = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert form["name"] and form["body"] and all(field["attributes"]["label"] for field in form["body"])
 
 
 @pytest.mark.slow
