@@ -265,7 +265,8 @@ class MoExtendProcessor(ProcessorMixin):
             audio = [audio]
         none = images is None or (isinstance(images, (list, tuple)) and not images)
         images = None if none else image_utils.make_flat_list_of_images(images)
-        given, count = len(images or ()), sum(str(sample).count(self.image_token) for sample in text or ())
+        given, token = len(images or ()), self.image_token
+        count = 0 if token is None else sum(str(sample).count(token) for sample in text or ())
         if text is not None and given != count:
             raise ValueError(f"{given} images were given, but text has {count} {self.image_token!r} in all.")
         return images, text, videos, audio or None

@@ -74,7 +74,7 @@ def test_questions_come_from_a_dataset_in_trls_format(tmp_path):
 
 def test_questions_of_a_dataset_are_written_with_their_images(tmp_path):
     pytest.importorskip("easy_vqa")
-    from quickstart import write_questions
+    from modeling_moextend.quickstart.run import write_questions
 
     image = Image.new("RGBA", (4, 4), (255, 0, 0, 10))
     questions = [asked("<image>red?", "no") | {"image": image}, asked("<image>?", "red") | {"image": "here.png"}]
