@@ -110,7 +110,9 @@ def logits(model: nn.Module) -> torch.Tensor:
     return model(input_ids=ids_of(2, 24)).logits
 
 
-def trained(model: MoExtendForCausalLM, steps: int, optimizer: torch.optim.Optimizer | None = None, first: int = 0):
+def trained(
+    model: MoExtendForCausalLM, steps: int, optimizer: torch.optim.Optimizer | None = None, first: int = 0
+) -> torch.optim.Optimizer:
     """`steps` steps of AdamW: -> the optimizer."""
     parameters = list(model.set_trainable().values())
     optimizer = optimizer or torch.optim.AdamW(parameters, lr=1e-2)

@@ -326,7 +326,7 @@ class SenseGenerationMixin(GenerationMixin):
         batching = from_package("serving.batching", "Continuous batching with a gate or an encoder")
         return batching.manager_with_gates(init, selection, *args, **kwargs)
 
-    def check_prompts(self, prompts):
+    def check_prompts(self, prompts: list[list[int]]) -> None:
         """`ValueError`: one of the `prompts` (lists of ids) of continuous batching holds placeholders."""
         if any(one in prompt for one in self.placeholder_ids for prompt in prompts):
             raise ValueError("Continuous batching takes no images or audio: use generate for prompts that hold them.")
@@ -421,11 +421,13 @@ def check_processors(generation_config, negative_prompt_ids, past_head):
     given = {"guidance_scale": scale not in (None, 1), "negative_prompt_ids": negative_prompt_ids is not None}
     given |= {"encoder_repetition_penalty": past_head and penalty not in (None, 1)}
     given |= {"encoder_no_repeat_ngram_size": past_head and bool(size)}
+    given |= {"prefill_chunk_size": generation_config.prefill_chunk_size is not None}
     used = [name for name in given if given[name]]
     if used:
         raise ValueError(
-            f"{' and '.join(used)} cannot be used in generate with images: guidance runs the model without them, and "
-            "encoder_... looks up scores of the prompt's tokens, of which an image token past the vocabulary has none."
+            f"{' and '.join(used)} cannot be used in generate with images: guidance runs the model without them, "
+            "chunks may cut one in two, and encoder_... looks up scores of the prompt's tokens, of which "
+            "an image token past the vocabulary has none."
         )
 
 

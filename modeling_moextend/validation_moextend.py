@@ -130,6 +130,7 @@ OWN = {  # entry -> default (what a config without it means), test, what passes 
     "generation_config": (None, *GENERATION),  # what of the model's `GenerationConfig` is not the base's
 }
 SENSE = tuple(name for name in OWN if name.startswith(("encoder_", "projector_")))  # entries that every sense has
+CHOSEN = tuple(name for name in SENSE if name.startswith(("encoder_select", "projector_")))  # of these, the user's own
 AUDIO = {
     "encoder_select_layer": -1,
     "projector_downsample": 4,

@@ -15,6 +15,7 @@ from modeling_moextend.publishing.hub import publish_folder
 from modeling_moextend.tools.inspection import inspect_adapter
 from modeling_moextend.tools.merge import merge
 from modeling_moextend.training.resuming import load_adapter_tensors
+from modeling_moextend.training.trainer import AdapterReport
 
 NAME = "layers.2.experts.down_proj"
 
@@ -101,7 +102,7 @@ def test_a_run_stops_at_the_first_gradient_that_is_not_finite(tmp_path, max_grad
 @pytest.mark.parametrize("scale, stops", [(65536.0, False), (1.0, True)])
 def test_a_gradient_that_its_loss_scale_made_infinite_is_skipped(tmp_path, scale, stops):
     trainer = make_trainer(tmp_path)
-    report = trainer.callback_handler.callbacks[-1]
+    (report,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, AdapterReport))
     trainer.trainable[NAME].grad = torch.full_like(trainer.trainable[NAME], torch.inf)
     trainer.accelerator.scaler = SimpleNamespace(is_enabled=lambda: True, get_scale=lambda: scale)
     if not stops:

@@ -14,7 +14,7 @@ from ..deltas_moextend import find_sites, remove_deltas
 from ..layers_moextend import remove_experts
 from ..tensors_moextend import split_by_part
 from ..tools.locations import hub_id
-from ..validation_moextend import SENSE
+from ..validation_moextend import CHOSEN
 from .choices import default_deltas, routing_choices
 from .parts import Encoder, identity, load_new_encoders, token_ids
 from .selfcheck import self_checked
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ENTRIES = (  # further ones of the config that a new adapter may have of its own
     "expert_rank",
-    *(f"{prefix}{name}" for prefix in MODALITIES.values() for name in SENSE if name.startswith(("encoder_s", "proj"))),
+    *(f"{prefix}{name}" for prefix in MODALITIES.values() for name in CHOSEN),
     "calibration_hidden_size",
     "gate_hidden_size",
     "gate_threshold",

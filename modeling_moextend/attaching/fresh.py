@@ -14,7 +14,7 @@ from ..configuration_moextend import normalise_deltas, normalise_plan
 from ..families_moextend import find_moe_layers
 from ..loading_moextend import ENCODER_KWARGS, SHARED_HUB_KWARGS, load_base, undone_on_error
 from ..tools.locations import check_folder_or_id, check_location
-from ..validation_moextend import SENSE, is_generation
+from ..validation_moextend import CHOSEN, is_generation
 from .choices import check_rank, default_deltas, routing_choices
 from .layouts import check_quantised, check_request
 from .parts import Encoder, identity, listed, load_new_encoders, token_ids
@@ -78,7 +78,7 @@ def from_base(
         ImportError: only the code of an adapter is there, and not the package, which finds a base's routing rule.
     """
     loaded = isinstance(base, PreTrainedModel)
-    senses = {name: kwargs.pop(name) for name in list(kwargs) if name.removeprefix("audio_") in SENSE}
+    senses = {name: kwargs.pop(name) for name in list(kwargs) if name.removeprefix("audio_") in CHOSEN}
     if not loaded:
         check_folder_or_id("The base", base)
     elif not any(isinstance(one, str | os.PathLike) for one in listed(encoder)):

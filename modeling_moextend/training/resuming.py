@@ -11,7 +11,7 @@ from ..adapter_file_moextend import check_tensors, read_adapter
 from ..attaching.extending import check_no_dependents
 from ..configuration_moextend import MODALITIES, MoExtendConfig
 from ..tensors_moextend import DTensor, check_finite, same_fingerprint
-from ..validation_moextend import SENSE
+from ..validation_moextend import CHOSEN
 
 if TYPE_CHECKING:
     from ..modeling_moextend import MoExtendForCausalLM
@@ -22,7 +22,7 @@ HOW_TO_READ = (  # entries of the config without which the tensors of an adapter
     "scope",
     "selection",
     "calibration",
-    *(f"{prefix}{name}" for prefix in MODALITIES.values() for name in SENSE if name.startswith(("encoder_s", "proj"))),
+    *(f"{prefix}{name}" for prefix in MODALITIES.values() for name in CHOSEN),
 )
 
 
