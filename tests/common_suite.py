@@ -69,8 +69,8 @@ modeling_auto.MODEL_MAPPING_NAMES["moextend"] = "MoExtendModel"
 def pretrained(model_class):
     """`model_class`; the random base and encoder that it makes of a config are saved, and the config says where."""
 
-    def init(self, config, base=None, encoder=None, **kwargs):
-        model_class.__init__(self, config, base, encoder, **kwargs)
+    def init(self, config, base=None, encoders=None, **kwargs):
+        model_class.__init__(self, config, base, encoders, **kwargs)
         if base is not None or self.device.type == "meta":
             return
         folder, encoder = tempfile.mkdtemp(), self.encoder
@@ -78,7 +78,7 @@ def pretrained(model_class):
             if part is not None:
                 part.save_pretrained(f"{folder}/{name}")
                 part.config.name_or_path = f"{folder}/{name}"
-        for name, value in identity(self.base, encoder).items():
+        for name, value in identity(self.base, {} if encoder is None else {"image": encoder}).items():
             if name not in ("text_config", "encoder_config"):
                 setattr(self.config, name, value)
         shake(self)

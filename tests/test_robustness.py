@@ -240,7 +240,7 @@ REFUSED = {
     "link": (link_out, f"{FILE} is a link to .*elsewhere.safetensors, outside the adapter's folder: put a copy"),
     "pipe": (pipe, "holds no MoExtend adapter"),
     "key twice": (twice, r"the config in its header can't be read: .*given twice: \['scope'\]"),
-    "dtype": (other_dtype, "wrong dtype: 'layers.1.router.weight' is 'I32'; allowed: F64, F32, BF16, F16"),
+    "dtype": (other_dtype, "wrong dtype: layers.1.router.weight is 'I32'; allowed: F64, F32, BF16, F16"),
     "experts": (
         lambda folder: set_config(folder, extended_layers={"1": [0] * 10**5}),
         "extended_layers names 100000 experts, and there are tensors of 3",
