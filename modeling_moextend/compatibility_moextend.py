@@ -84,6 +84,12 @@ def check_one_encoder(configs, reason):
         with_encoder = [name for name, config in configs.items() if modality in config.senses]
         if len(with_encoder) > 1:
             raise ValueError(f"Adapters {with_encoder} have an encoder each, and {reason}")
+    ids = [sense.token_id for config in configs.values() for sense in config.senses.values()]
+    if len(ids) > len(set(ids)):
+        raise ValueError(
+            f"Senses of the adapters {list(configs)} share a token id ({ids}), and {reason} Make one of them with "
+            "another: from_base(..., audio_token_id=processor.audio_token_id)."
+        )
 
 
 def check_items(selection, input_ids):

@@ -269,6 +269,9 @@ def meaning_problems(config):
     given = [config.encoder_name_or_path, config.audio_encoder_name_or_path, *config.senses]
     if config.scope == "modality" and not any(given):
         problems.append("scope='modality' needs an encoder: without images no token would ever use a new expert.")
+    ids = [sense.token_id for sense in config.senses.values() if sense.token_id is not None]
+    if len(ids) > len(set(ids)):
+        problems.append(f"image_token_id and audio_token_id are both {ids[0]}: one token can't stand for both.")
     for sense in config.senses.values():
         depth = getattr(sense.encoder_config, "num_hidden_layers", None)
         if depth is not None and sense.encoder_select_layer not in range(-depth - 1, depth + 1):

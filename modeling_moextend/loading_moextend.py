@@ -61,7 +61,7 @@ def by_modality(given, senses, **hub):
     `senses` takes. Where there is one of each, they belong together."""
     given = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
     if given and not senses:
-        raise ValueError("The adapter has no encoder, so it can't see: leave out encoder=...")
+        raise ValueError("The adapter has no encoder, so it can't see or hear: leave out encoder=...")
     if len(given) == len(senses) == 1:
         return dict(zip(senses, given, strict=True))
     found = {}

@@ -312,12 +312,12 @@ class MoExtendModel(MoExtendPreTrainedModel):
 
 
 class MoExtendForCausalLM(MoExtendPreTrainedModel, SenseGenerationMixin):
-    """A pretrained MoE causal LM with new experts in some layers and, with an encoder, images. See `from_base`."""
+    """A pretrained MoE causal LM with new experts in some layers; with encoders it sees and hears: `from_base`."""
 
     auto_base_class = AutoModelForCausalLM
 
-    def __init__(self, config: MoExtendConfig, base=None, encoder=None, **kwargs):
-        super().__init__(config, base, encoder, **kwargs)
+    def __init__(self, config: MoExtendConfig, base=None, encoders=None, **kwargs):
+        super().__init__(config, base, encoders, **kwargs)
         self.generation_config = copy.deepcopy(self.base.generation_config)
         vars(self.generation_config).update(config.generation_config or {})
         self.initial_generation = self.generation_config.to_dict()

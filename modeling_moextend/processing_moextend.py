@@ -71,7 +71,10 @@ def to_waveform(audio, rate, index):
             encoded, source = audio.get("bytes"), audio.get("path")
             audio = source if encoded is None else base64.b64encode(encoded).decode()
         if isinstance(audio, dict):
-            wave, given = torch.as_tensor(audio["array"]).double(), int(audio["sampling_rate"])
+            wave, given = torch.as_tensor(audio["array"]), int(audio["sampling_rate"])
+            wave = wave.double() if wave.is_floating_point() else wave / 32768 if wave.dtype == torch.int16 else None
+            if wave is None:
+                raise ValueError("whole numbers other than of 16 bits have no fixed range")
             wave = wave.mean(dim=0) if wave.dim() == 2 and len(wave) < wave.shape[1] else wave
             wave = wave.mean(dim=1) if wave.dim() == 2 else wave
             if given != rate:
@@ -80,7 +83,10 @@ def to_waveform(audio, rate, index):
             audio = wave
         elif isinstance(audio, (str, os.PathLike)):
             audio = audio_utils.load_audio(os.fspath(audio), sampling_rate=rate)
-        wave = torch.as_tensor(audio).float()
+        wave = torch.as_tensor(audio)
+        if not wave.is_floating_point():
+            raise ValueError("whole numbers have no fixed range: divide 16-bit samples by 32768")
+        wave = wave.float()
     except Exception as error:  # libraries that decode raise what they like
         raise ValueError(
             f"Audio {index}, {str(source)[:200]!r}, can't be read: {type(error).__name__}: {error}"
@@ -158,8 +164,11 @@ class MoExtendProcessor(ProcessorMixin):
                 )
         if not isinstance(image_token, str) or not image_token or not isinstance(chat_template or "", (str, dict)):
             raise ValueError(f"image_token={image_token!r} and chat_template={chat_template!r:.99} must be texts.")
-        if not isinstance(audio_token, str) or not audio_token or not isinstance(max_audio_seconds or 1, (int, float)):
+        longest = 1 if max_audio_seconds is None else max_audio_seconds
+        if not isinstance(audio_token, str) or not audio_token or type(longest) not in (int, float):
             raise ValueError(f"audio_token={audio_token!r} must be a text, max_audio_seconds a number.")
+        if not 0 < longest < 1e6:
+            raise ValueError(f"max_audio_seconds={max_audio_seconds!r} must be a number of seconds above 0.")
         self.num_image_tokens, self.num_audio_tokens = num_image_tokens, num_audio_tokens
         self.image_convolutions, self.audio_convolutions = image_convolutions, audio_convolutions
         self.max_audio_seconds, self.cut_audio = max_audio_seconds, cut_audio
@@ -174,14 +183,13 @@ class MoExtendProcessor(ProcessorMixin):
         )
         self.chat_template = chat_template or tokenizer.chat_template
         if not self.chat_template:  # a saved processor has one
-            self.chat_template = from_package("data.processors", BUILDING).default_chat_template(
-                image_token, audio_token
-            )
+            processors = from_package("data.processors", BUILDING)
+            self.chat_template = processors.default_chat_template(self.image_token, self.audio_token)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs) -> Self:
         """As in transformers; no code runs unless the call says `trust_remote_code=True`. `OSError`: no processor;
-        `ValueError`: damaged files, links to elsewhere, or more than an image processor and a tokenizer."""
+        `ValueError`: damaged files, links to elsewhere, or more parts than the three that `__init__` takes."""
         kwargs["trust_remote_code"] = bool(kwargs.get("trust_remote_code"))  # of `None` transformers asks at a prompt
         with cls.reading(pretrained_model_name_or_path, **kwargs):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -286,6 +294,11 @@ class MoExtendProcessor(ProcessorMixin):
     def _process_audio(self, audio, **kwargs):
         """Clips through the feature extractor, padded as it pads, and which of their frames or samples are real."""
         extractor, limit = self.feature_extractor, self.longest_audio
+        if kwargs.get("sampling_rate") not in (None, extractor.sampling_rate):
+            raise ValueError(
+                f"sampling_rate={kwargs['sampling_rate']}: bare arrays must be at {extractor.sampling_rate} Hz. Give "
+                '{"array": ..., "sampling_rate": ...}, which is resampled.'
+            )
         waves = [to_waveform(clip, extractor.sampling_rate, index) for index, clip in enumerate(audio)]
         for index, wave in enumerate(waves):
             seconds = len(wave) / extractor.sampling_rate
@@ -321,7 +334,11 @@ def is_convolutions(value):
     """Whether `value` is `None`, or [[kernel, stride, padding], ...] as no file can make it harmful."""
     triples = value if isinstance(value, list) and len(value) <= 64 else [None]
     return value is None or all(
-        isinstance(one, list) and len(one) == 3 and all(type(n) is int and 0 <= n < 2**16 for n in one) and one[1] > 0
+        isinstance(one, list)
+        and len(one) == 3
+        and all(type(n) is int and 0 <= n < 2**16 for n in one)
+        and one[1] > 0
+        and one[2] < max(one[0], 1)  # else a step would make more than it got
         for one in triples
     )
 

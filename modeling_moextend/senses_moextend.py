@@ -81,10 +81,7 @@ def load_encoder(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
     config = getattr(config, "vision_config", config)
     encoder_class = class_of_encoder(config)
     check_encoder(name_or_path, encoder_class, config.model_type or values["model_type"])  # an unknown config has none
-    for name in (
-        "mask_time_prob",
-        "mask_feature_prob",
-    ):  # for training alone, which some checkpoints lack a tensor for
+    for name in ("mask_time_prob", "mask_feature_prob"):  # of training alone; some checkpoints lack its tensor
         if hasattr(config, name):
             setattr(config, name, 0.0)
     kwargs |= {"config": config}

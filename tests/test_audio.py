@@ -269,6 +269,33 @@ def test_what_cannot_be_heard_is_refused_by_number_and_name(tmp_path):
     assert silent["input_features"].isfinite().all()
 
 
+def test_what_would_be_heard_wrong_is_refused():
+    processor, clip = make_processor(), tone()
+    with pytest.raises(ValueError, match=r"sampling_rate=44100: bare arrays must be at 16000 Hz"):
+        processor(text="<audio>", audio=clip, sampling_rate=44100)
+    whole = (np.asarray(clip) * 32767).astype("int16")
+    with pytest.raises(ValueError, match="Audio 0, .*whole numbers have no fixed range"):
+        processor(text="<audio>", audio=whole)
+    scaled = processor(text="<audio>", audio={"array": whole, "sampling_rate": RATE}, return_tensors="pt")
+    exact = processor(text="<audio>", audio=clip, return_tensors="pt")
+    torch.testing.assert_close(scaled["input_features"], exact["input_features"], atol=1e-2, rtol=0)
+    for seconds in (math.nan, math.inf, -5, "1"):
+        with pytest.raises(ValueError, match="max_audio_seconds"):
+            make_processor(max_audio_seconds=seconds)
+
+
+def test_two_senses_have_a_token_each():
+    with pytest.raises(ValueError, match="image_token_id and audio_token_id are both 7"):
+        encoders = [make_encoder(), make_ears()]
+        MoExtendForCausalLM.from_base(make_base(), {1: [0]}, encoder=encoders, image_token_id=7, audio_token_id=7)
+
+
+def test_clips_without_a_place_in_the_messages_are_an_error():
+    collate, row = AudioInMessages(lambda examples: examples), {"audio": tone()}
+    with pytest.raises(ValueError, match="Sample 1 of the batch has 1 clips, and no user's message for them"):
+        collate([{"messages": []}, {"messages": [{"role": "assistant", "content": "b"}], **row}])
+
+
 def test_long_clips_are_cut_by_choice():
     processor = make_processor()
     processor.cut_audio = True

@@ -215,7 +215,9 @@ def test_an_encoder_for_an_adapter_without_one_is_refused(model, folder, tmp_pat
         lambda given: model.load_adapter(folder, "x", encoder=given),
         lambda given: verify_adapter(folder, base=str(tmp_path / "base"), encoder=given),
     ):
-        with pytest.raises(ValueError, match="The adapter has no encoder, so it can't see: leave out encoder="):
+        with pytest.raises(
+            ValueError, match="The adapter has no encoder, so it can't see or hear: leave out encoder="
+        ):
             action(str(tmp_path / "encoder"))
     with pytest.raises(ValueError, match="encoder' can't be loaded.*is no causal LM"):
         verify_adapter(folder, base=str(tmp_path / "encoder"))

@@ -77,7 +77,7 @@ def from_base(
             given as a model stays as it was.
         ImportError: only the code of an adapter is there, and not the package, which finds a base's routing rule.
     """
-    loaded = isinstance(base, PreTrainedModel)
+    loaded, encoder = isinstance(base, PreTrainedModel), listed(encoder) or None
     senses = {name: kwargs.pop(name) for name in list(kwargs) if name.removeprefix("audio_") in CHOSEN}
     if not loaded:
         check_folder_or_id("The base", base)

@@ -56,7 +56,8 @@ class Chat:
         """
         if images and self.model.encoder is None:
             raise ValueError("This adapter has no encoder: it can't see images.")
-        content = f"{getattr(self.processor, 'image_token', '') * len(images)}\n" * bool(images) + text
+        marks = (getattr(self.processor, "image_token", None) or "") * len(images)
+        content = f"{marks}\n" * bool(images) + text
         messages, all_images = [*self.messages, {"role": "user", "content": content}], [*self.images, *images]
         prompt = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         inputs = encode(self.processor, [prompt], [all_images])
@@ -88,9 +89,11 @@ class Chat:
         Raises:
             ValueError, OSError: there is no such adapter, or it does not fit the base.
         """
-        if name not in self.model.adapters:
+        adapters = self.model.adapters
+        if name not in adapters:
             location, name = name, Path(name).name.replace(".", "_") or name
-            self.model.load_adapter(location, adapter_name=name)
+            if name not in adapters or adapters[name].config.name_or_path != location:  # else it was loaded here before
+                self.model.load_adapter(location, adapter_name=name)
         self.model.enable_adapters()
         self.model.set_adapter(name)
         return name

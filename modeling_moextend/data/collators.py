@@ -66,7 +66,11 @@ class AudioInMessages:
             )
         messages, rest = [dict(message) for message in example["messages"]], iter(clips)
         if not any(part["type"] == "audio" for message in messages for part in parts_of(message)):
-            first = next(message for message in messages if message["role"] == "user")  # where TRL puts images
+            first = next((message for message in messages if message["role"] == "user"), None)  # as TRL puts images
+            if first is None:
+                raise ValueError(
+                    f"Sample {index} of the batch has {len(clips)} clips, and no user's message for them."
+                )
             first["content"] = [{"type": "audio"}] * len(clips) + parts_of(first)
         number = sum(part["type"] == "audio" for message in messages for part in parts_of(message))
         if number != len(clips):

@@ -39,7 +39,7 @@ def checked_files(name_or_path: str | os.PathLike, **options: Any) -> Iterator[N
 
     Raises:
         OSError: no processor there.
-        ValueError: damaged files, links to elsewhere, or more than an image processor and a tokenizer.
+        ValueError: damaged files, links to elsewhere, or more than image processor, feature extractor and tokenizer.
     """
     hub_kwargs = {key: options[key] for key in HUB_KWARGS if options.get(key)}
     with readable(f"The processor of {name_or_path}"):
@@ -57,7 +57,7 @@ def check_files(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> 
     for name in (PROCESSOR_NAME, AUDIO):
         path = cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
         if path is not None and (name == AUDIO or "audio_tokenizer" in json.loads(Path(path).read_text("utf-8"))):
-            raise ValueError(f"{path} asks for an audio tokenizer, and this is a processor of text and images.")
+            raise ValueError(f"{path} asks for an audio tokenizer, which no adapter has.")
 
 
 def check_merges(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> None:

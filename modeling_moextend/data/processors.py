@@ -25,6 +25,12 @@ logger = logging.get_logger(__name__)
 MoExtendProcessor.reading = staticmethod(checked_files)  # where the package is there, a stranger's files are checked
 
 TOKENS = {"image": IMAGE_TOKEN, "audio": AUDIO_TOKEN}
+COUNTED = (  # entries of a config that say how many placeholders an input takes
+    "encoder_select_feature",
+    "projector_downsample",
+    "audio_encoder_select_feature",
+    "audio_projector_downsample",
+)
 GENERATION = re.compile(r"{%[-+]?\s*(?:end)?generation\s*[-+]?%}")
 
 # The assistant's text begins with a space inside the generation markers: the prompt then ends in "ASSISTANT:" in
@@ -102,7 +108,7 @@ def load_processor(
     encoder: str | os.PathLike | list[str | os.PathLike] | None = None,
     assistant_only_loss: bool = False,
     trust_remote_code: bool = False,
-    downsample: int | None = None,
+    **senses: Any,
 ) -> MoExtendProcessor | PreTrainedTokenizerBase:
     """What a trainer needs for a base, with or without an encoder; or what an adapter's folder holds.
 
@@ -112,8 +118,9 @@ def load_processor(
         assistant_only_loss: whether the chat template must mark the assistant's text. A base's own that does not gives
             way to LLaVA's format, with a warning, unless TRL knows how to mark it (text only); else the base's own
             stays. A base without one gets LLaVA's, with an encoder in any case.
-        downsample: the `audio_projector_downsample` of the model's config, where it is not the default.
         trust_remote_code: whether code that comes with the tokenizer may run; nothing asks for it at a prompt.
+        **senses: entries of the model's config that say how many placeholders an input takes, where they are not the
+            defaults: those of `COUNTED`.
 
     Returns:
         `MoExtendProcessor`, or the base's tokenizer.
@@ -164,7 +171,8 @@ def load_processor(
         chat_template=template,
         feature_extractor=parts.get("feature_extractor"),
         audio_encoder_config=configs.get("audio"),
-        **({} if downsample is None else {"audio_projector_downsample": downsample}),
+        select_feature=senses.pop("encoder_select_feature", "patch"),
+        **senses,
     )
 
 
@@ -288,11 +296,14 @@ def check_chat_template(
     except Exception as error:  # whatever a template from elsewhere makes the parser stumble over
         fits, problem = False, f"{type(error).__name__}: {error}"
     if not fits:
+        key = "audio_token" if kind == "audio" else "image_token"
+        given = f", {key}={image_token!r}" if kind == "audio" else ""
         raise ValueError(
             f"The chat template cannot render a message with {kind} as {image_token!r}: {problem}. Pass "
-            "chat_template=with_image_parts(tokenizer.chat_template) to keep the base's format, "
-            "chat_template=default_chat_template() for LLaVA's (it also marks the assistant's text for "
-            "assistant_only_loss), or a template of your own; a base that has an image token: image_token=."
+            f"chat_template=with_image_parts(tokenizer.chat_template{given}) to keep the base's format, "
+            f"chat_template=default_chat_template({given.removeprefix(', ')}) for LLaVA's (it also marks the "
+            "assistant's text for assistant_only_loss), or a template of your own; a base that has such a token: "
+            f"{key}=."
         )
 
 

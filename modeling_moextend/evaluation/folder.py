@@ -10,7 +10,7 @@ import torch
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..data.files import read_documents, read_questions
-from ..data.processors import load_processor
+from ..data.processors import COUNTED, load_processor
 from ..modeling_moextend import MoExtendForCausalLM
 from ..publishing.card import create_card
 from ..tools.base_weights import Unusable
@@ -37,7 +37,11 @@ def load_adapter(
         reader = AutoProcessor if model.senses else AutoTokenizer
         return model, reader.from_pretrained(adapter, trust_remote_code=False)
     known = [sense.encoder_name_or_path for sense in model.config.senses.values()]
-    return model, load_processor(base or model.config.base_model_name_or_path, encoder or known or None)
+    return model, load_processor(
+        base or model.config.base_model_name_or_path,
+        encoder or known or None,
+        **{name: getattr(model.config, name) for name in COUNTED},
+    )
 
 
 def check_locations(adapter: str, base: str | None, encoder: str | list[str] | None) -> None:

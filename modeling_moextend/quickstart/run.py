@@ -178,7 +178,9 @@ def say_next(folder: str, questions: list[dict[str, Any]], texts: list[str]) -> 
     console = Console(width=100)
     console.print(table)
     print(f"Adapter: {folder}\nPicture of stage extend: {folder}/shift.png\nModel card: {folder}/README.md")
-    print(f"Next: moextend inspect {folder}\n      moextend chat {folder}    (then: /image FILE)")
+    print(f"Next: moextend inspect {folder}")
+    if "image" in questions[0]:
+        print(f"      moextend chat {folder}    (then: /image FILE)")
 
 
 def shown(questions: list[dict[str, Any]], texts: list[str]) -> list[tuple[dict[str, Any], str]]:

@@ -51,7 +51,8 @@ def manager_with_gates(
     Raises:
         ValueError: one of these was asked for.
     """
-    given = continuous_batching_config or getattr(generation_config, "continuous_batching_config", None)
+    own = init.__self__.generation_config if generation_config is None else generation_config
+    given = continuous_batching_config or getattr(own, "continuous_batching_config", None)
     config = copy.deepcopy(given or ContinuousBatchingConfig())
     values = {name: getattr(config, name) for name in LEFT_OUT}
     asked = {name: value for name, value in values.items() if value and value != (False, False)}

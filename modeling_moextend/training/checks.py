@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import HubStrategy
 
 from ..base_checks_moextend import check_gradients, check_in_memory
-from ..data.processors import load_processor
+from ..data.processors import COUNTED, load_processor
 from ..gate_moextend import TokenGate
 from ..tools.modes import is_moextend
 from .config import GROUP_SETTINGS, MoExtendSFTConfig, retention_of
@@ -153,7 +153,8 @@ def default_processor(
     encoders = [sense.encoder_name_or_path for sense in model.senses.values()]
     if base is None or None in encoders:
         raise ValueError("Pass processing_class=: the model does not say where its base and encoder lie.")
-    processor = load_processor(base, encoders or None, assistant_only_loss)
+    counted = {name: getattr(model.config, name) for name in COUNTED}
+    processor = load_processor(base, encoders or None, assistant_only_loss, **counted)
     for modality in model.senses:
         setattr(model.config, f"{modality}_token_id", getattr(processor, f"{modality}_token_id"))
     return processor

@@ -528,9 +528,8 @@ def run_alone(config: StagesConfig, args: MoExtendSFTConfig) -> MoExtendForCausa
         data, held_out = split_held_out(load_data(config.data, config), config)
     eval_data = load_data(config.eval_data, config) if config.eval_data else None
     retention_data = load_any(config.retention_data) if config.retention_data else None
-    processor = load_processor(
-        config.adapter or config.base, config.encoder, args.assistant_only_loss, downsample=config.downsample
-    )
+    counted = {} if config.downsample is None else {"audio_projector_downsample": config.downsample}
+    processor = load_processor(config.adapter or config.base, config.encoder, args.assistant_only_loss, **counted)
     model = build_model(config, processor)
     check_before(model, config, args, held_out)
     say = partial(heading, config)

@@ -63,7 +63,10 @@ def sources(config: VllmConfig) -> tuple[list[Source], Source | None]:
     one = getattr(model.hf_config, "moextend_adapter", None)
     shared = {"cache_dir": config.load_config.download_dir} if config.load_config.download_dir else {}
     if one is not None:
-        return [Source(one["name_or_path"], shared | {key: one[key] for key in ("revision",) if key in one})], None
+        if model.revision not in (None, "main") and not os.path.isdir(one["name_or_path"]):
+            way = "download it (hf download ... --revision ... --local-dir FOLDER), and serve the folder."
+            refuse(f"The adapter {one['name_or_path']}", [f"--revision {model.revision} does not reach it: {way}"])
+        return [Source(one["name_or_path"], shared)], None
     several = getattr(model.hf_config, "moextend_adapters", None)
     if not isinstance(several, (list, tuple)) or not several or not all(isinstance(name, str) for name in several):
         raise ValueError(

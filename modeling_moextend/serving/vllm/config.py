@@ -32,18 +32,17 @@ class ServedConfig(PreTrainedConfig):
         """
         check_version()
         name = kwargs["name_or_path"]
-        hub = {"revision": config_dict["_commit_hash"]} if config_dict.get("_commit_hash") else {}
-        stored = read_headers(name, hub)
+        stored = read_headers(name, {})
         config = stored.config_for_loading()
         check_adapter(config, name)
-        path, options = location_of_part("base", None, config, (name, hub))
+        path, options = location_of_part("base", None, config, (name, {}))
         base_config = AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
         check_family(base_config, name)
         for key, value in generation_values(config, path, options).items():
             setattr(base_config, key, value)
         prefix = PREFIX if config.encoder_config is None else SEEING
         base_config.architectures = [prefix + base_config.architectures[0]]
-        base_config.moextend_adapter = {"name_or_path": str(name), **hub}
+        base_config.moextend_adapter = {"name_or_path": str(name)}
         if config.encoder_config is not None:
             from .images import refuse_stray_image_tokens  # much of vLLM, which text needs no part of here
 
