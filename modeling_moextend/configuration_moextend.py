@@ -145,6 +145,9 @@ class Sense(NamedTuple):
     def __getattr__(self, entry):
         return getattr(self.config, MODALITIES[self.modality] + entry)
 
+    def __repr__(self):  # without the whole config
+        return f"Sense({self.modality}: {self.encoder_name_or_path!r}, token {self.token_id})"
+
     @property
     def token_id(self) -> int:
         """What stands for its features in `input_ids`."""

@@ -240,6 +240,8 @@ def merge_features(input_ids, embedding, features):
 
 def split_inputs(inputs):
     """What a call was given of each modality, modality -> {name: tensor}, taken out of its keywords `inputs`."""
+    if inputs.get("input_values") is not None:
+        raise ValueError("Audio goes in as input_features and input_features_mask, as the processor makes them.")
     given = {modality: {n: inputs.pop(n) for n in names if n in inputs} for modality, names in INPUTS.items()}
     return {m: own for m, own in given.items() if own.get(INPUTS[m][0]) is not None}
 

@@ -62,6 +62,9 @@ class Parser(argparse.ArgumentParser):
                 positional[dest] = value if equals else next(words, "")
             else:
                 others.append(f"--{dest.replace('_', '-')}{equals}{value}")
+        if positional and len(positional) < len(names) and others and not others[0].startswith("-"):
+            missing = ", ".join(f"--{name.replace('_', '-')}" for name in names if name not in positional)
+            self.error(f"name all of what a command works on, or nothing of it: {missing} is missing")
         return [positional[name] for name in names if name in positional] + others
 
 
@@ -270,7 +273,8 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", nargs="*", default=[], metavar="FOLDER", help=text)
     parser.add_argument("--title", help="the adapter's name in the report (default: its folder's)")
     parser.add_argument("--max-length", type=positive, default=256, metavar="N", help="tokens of a text that count")
-    parser.add_argument("--max-new-tokens", type=positive, default=12, metavar="N", help="length of an answer")
+    text = "tokens at which an answer that has not ended is cut (default: 64)"
+    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help=text)
     text = "texts at once (default: 16); four times as many questions"
     parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help=text)
     parser.add_argument("--dtype", default="auto", choices=DTYPES, metavar="DTYPE", help="default: the base's")

@@ -61,6 +61,8 @@ class Conversation:
         if word == "/image":
             if not Path(argument).is_file():
                 raise ValueError(f"{argument}: no such file.")
+            if self.chat.model.encoder is None:
+                raise ValueError("The adapter that is on has no encoder: it can't see images.")
             self.images.append(argument)
             self.say(f"{len(self.images)} with the next message")
         elif word == "/adapter":
@@ -87,6 +89,11 @@ class Conversation:
         print(escaped(f"{who}> "), end="", flush=True)
         try:
             self.chat.ask(text, self.images, lambda piece: print(escaped(piece, "\n\t"), end="", flush=True))
+        except (ValueError, OSError):
+            if self.images:
+                self.images = []
+                self.say("\n(its images are forgotten)")
+            raise
         except KeyboardInterrupt:
             self.say("\n(stopped; this question and its answer are forgotten)")
             return

@@ -92,7 +92,7 @@ class Chat:
         adapters = self.model.adapters
         if name not in adapters:
             location, name = name, Path(name).name.replace(".", "_") or name
-            if name not in adapters or adapters[name].config.name_or_path != location:  # else it was loaded here before
+            if name not in adapters or adapters[name].config.name_or_path != location:  # else it is here
                 self.model.load_adapter(location, adapter_name=name)
         self.model.enable_adapters()
         self.model.set_adapter(name)

@@ -235,7 +235,7 @@ def answer(
     *,
     images: list[list] | None = None,
     audio: list[list] | None = None,
-    max_new_tokens: int = 12,
+    max_new_tokens: int = 64,
     batch_size: int = 64,
     progress: bool = True,
 ) -> list[str]:

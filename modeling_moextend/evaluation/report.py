@@ -59,7 +59,7 @@ def evaluate_adapter(
     metric: str = "exact_match",
     max_length: int = 256,
     batch_size: int = 16,
-    max_new_tokens: int = 12,
+    max_new_tokens: int = 64,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Everything a report holds.

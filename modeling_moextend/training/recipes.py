@@ -35,7 +35,9 @@ class RecipeParser(TrlParser):
             words[position] = find_recipe(words[position])
         try:
             return self.parse_args_and_config(words)
-        except argparse.ArgumentError as error:
+        except (argparse.ArgumentError, ValueError) as error:
+            if isinstance(error, Unusable):
+                raise
             raise Unusable(f"{error}. The options: moextend train --help-all") from error
 
 

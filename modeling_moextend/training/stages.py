@@ -158,7 +158,10 @@ class StagesConfig:
         if unknown or self.stages != sorted(set(self.stages), key=STAGES.index) or not self.stages:
             raise ValueError(f"stages={self.stages} must be some of {list(STAGES)}, in this order.")
         if "align" in self.stages and (self.encoder is None or self.align_data is None):
-            raise ValueError("Stage align needs --encoder and --align_data (image-caption pairs); or leave it out.")
+            raise ValueError(
+                "Stage align needs --encoder and --align_data (captions). For a task of text leave it out: --stages "
+                "extend finetune."
+            )
         if self.stages != ["align"] and self.data is None:
             raise ValueError(f"Stages {self.stages} need --data.")
         if "finetune" in self.stages and "extend" not in self.stages and not (self.plan or self.adapter):
