@@ -341,7 +341,7 @@ def test_the_script_writes_a_report_and_a_card(tmp_path, place):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "exact match, 4 questions: " in done.stdout and "after / before: " in done.stdout
     written = {path.name for path in (tmp_path / "report").iterdir()}
-    pictures = {"frontier.png", "expert_use.png", "captured.png"}
+    pictures = {f"{name}.{kind}" for name in ("frontier", "expert_use", "captured") for kind in ("png", "svg")}
     assert written == {"report.json", "report.md", "model_card.md", "tokens.html", *pictures}
     assert "(tokens.html)" in (tmp_path / "report/report.md").read_text()
     assert json.loads((tmp_path / "report/report.json").read_text())["title"] == "law"
