@@ -4,7 +4,7 @@ import contextlib
 import copy
 import math
 from operator import index
-from typing import NamedTuple, Self
+from typing import Self
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -136,13 +136,15 @@ def as_config(config):
         raise ValueError(f"no config of a {short(model_type)} model: {short(str(error))}") from error
 
 
-class Sense(NamedTuple):
+class Sense:
     """What a config says of one sense: its entries by the names that those of images have."""
 
-    config: MoExtendConfig
-    modality: str
+    def __init__(self, config: MoExtendConfig, modality: str):
+        self.config, self.modality = config, modality
 
     def __getattr__(self, entry):
+        if entry in ("config", "modality") or entry.startswith("__"):  # of a copy that is not filled yet
+            raise AttributeError(entry)
         return getattr(self.config, MODALITIES[self.modality] + entry)
 
     def __repr__(self):  # without the whole config

@@ -64,7 +64,7 @@ class Selection(NamedTuple):
 
     def placeholders(self, input_ids):
         """[B, S] bool: the tokens that stand for features, of any sense."""
-        ids = [adapter.config.senses[modality].token_id for modality, adapter in self.sensing.items()]
+        ids = [getattr(adapter.config, f"{modality}_token_id") for modality, adapter in self.sensing.items()]
         return functools.reduce(
             torch.logical_or, (input_ids == one for one in ids), torch.zeros_like(input_ids).bool()
         )
