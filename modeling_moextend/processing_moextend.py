@@ -150,6 +150,7 @@ class MoExtendProcessor(ProcessorMixin):
         pil = getattr(transformers, f"{type(image_processor).__name__}Pil", None)  # torchvision makes other pixels
         image_processor = pil.from_dict(image_processor.to_dict()) if pil else image_processor
         super().__init__(image_processor, tokenizer, feature_extractor)
+        self.image_processor, self.feature_extractor = image_processor, feature_extractor  # one may be none
         counts = {"image": (num_image_tokens, image_convolutions), "audio": (num_audio_tokens, audio_convolutions)}
         for modality, part in (("image", image_processor or not feature_extractor), ("audio", feature_extractor)):
             number, convolutions = counts[modality]

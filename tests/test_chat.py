@@ -180,10 +180,8 @@ def test_the_command_in_a_terminal(tmp_path):
         ):
             terminal.type(line)
             assert answer in terminal.until("you> ")
-        terminal.type(f"/image {ROOT / 'docs/cli.md'}")
-        terminal.until("you> ")
-        terminal.type("what is it?")
-        assert "! This adapter has no encoder" in terminal.until("you> ")
+        terminal.type(f"/image {ROOT / 'docs/images/idea.png'}")
+        assert "! The adapter that is on has no encoder" in terminal.until("you> ")
         terminal.type("/quit")
         assert terminal.process.wait(60) == 0
     finally:

@@ -58,6 +58,8 @@ OTHERWISE = {  # test, without its parameters -> (the classes of common_suite.py
     "test_can_set_attention_dynamically": ("Image", ENCODER),
     "test_sdpa_can_dispatch_non_composite_models": ("Image", ENCODER),
     "test_if_input_has_mismatching_tokens_and_mm_data": ("Processor", "refused, in other words"),
+    "test_flat_kwarg_applied_when_modality_dict_lacks_it": ("Processor", "hands audio to one of images: refused"),
+    "test_model_input_names": ("Processor", "the same"),
     "test_tokenizer_decode_defaults": ("Processor", "makes a processor without num_image_tokens: refused"),
     "test_processor_from_and_save_pretrained": ("Processor", "saving leaves auto_map on a processor with own code"),
     "test_processor_from_and_save_pretrained_as_nested_dict": ("Processor", "the same"),
