@@ -34,6 +34,7 @@ TASKS = ROOT / "examples" / "lm_eval"
 PLAN = {1: [0, 3], 3: [2]}
 QUESTION = [{"role": "user", "content": "What is a list?"}]
 NEW = 12  # generated tokens
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # a stream holds back the bytes of a last character that is not whole
 DOCUMENTS = 6  # of each lm_eval task
 CHATS = [
     {"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"A number: {i}."}]}
@@ -197,7 +198,7 @@ def test_the_openai_client_chats_with_an_adapter_that_is_served(reads, server):
     assert whole.choices[0].message.content == expected != answer(BASE)
     assert 0 < whole.usage.completion_tokens <= NEW
     pieces = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**ask, stream=True)]
-    assert "".join(pieces) == expected and sum(map(bool, pieces)) > 1
+    assert "".join(pieces) == expected.rstrip(UNFINISHED) and sum(map(bool, pieces)) > 1
     served = client.chat.completions.create(**{**ask, "model": str(BASE)})
     assert served.choices[0].message.content == answer(BASE)
 
@@ -220,7 +221,7 @@ def test_an_adapter_with_an_encoder_is_served_images(sees, server):
         ask = {"model": str(sees), "messages": served, "max_tokens": NEW, "temperature": 0}
         assert client.chat.completions.create(**ask).choices[0].message.content == answers[-1]
         pieces = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**ask, stream=True)]
-        assert "".join(pieces) == answers[-1]
+        assert "".join(pieces) == answers[-1].rstrip(UNFINISHED)
     assert len(set(answers)) == 3
 
 
