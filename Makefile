@@ -6,7 +6,8 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -c $(CONSTRAINTS)
-PYTEST := $(BIN)/python -m pytest --durations=10
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --durations=10 -n $(WORKERS)
 METADATA := setup.cfg pyproject.toml $(CONSTRAINTS)
 READY_TO_RUN := $(VENV)/.installed-quickstart
 READY_TO_TEST := $(VENV)/.installed-dev
@@ -54,19 +55,19 @@ docs: $(READY_TO_TEST) ## build the site of docs/ into outputs/site; a broken li
 
 test: test-fast test-slow ## set up, then run every test: the fast ones first
 
-# Tests never reach for the Hub, and one thread keeps times and rounding comparable.
+# Tests never reach for the Hub; one thread keeps times and rounding comparable, and leaves the cores to $(WORKERS).
 test-fast test-slow: export HF_HUB_OFFLINE = 1
 test-fast test-slow: export OMP_NUM_THREADS = 1
 
 test-fast: $(READY_TO_TEST) ## run the tests not marked slow (options: ARGS="...")
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) --dist worksteal -m "not slow" $(ARGS)
 
 test-oldest: ## run the fast tests in the oldest versions (constraints-oldest.txt), in a venv of its own
 	$(MAKE) test-fast VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
-# pytest's exit code 5 says that no test was selected.
+# What a slow file sets up may take minutes, so its tests stay in one process. Exit code 5: no test was selected.
 test-slow: $(READY_TO_TEST) ## run the tests marked slow (options: ARGS="...")
-	$(PYTEST) -m slow $(ARGS) || { code=$$?; test $$code -eq 5 || exit $$code; \
+	$(PYTEST) --dist loadfile -m slow $(ARGS) || { code=$$?; test $$code -eq 5 || exit $$code; \
 		echo "No test is marked slow (pytest exit code 5): counted as passed."; }
 
 # Torch would not ask whether the processor has AVX2 or AVX-512; where it has not, the setting is left out.
@@ -80,7 +81,7 @@ test-kernels: $(READY_TO_TEST) ## run the fast tests by each kind of CPU kernels
 			*=avx2,* | *=avx512,*) echo "=== $$setting: left out, this processor has $$best"; continue ;; \
 		esac; \
 		echo "=== $$setting"; \
-		env OMP_NUM_THREADS=1 $$setting $(PYTEST) -m "not slow" $(ARGS) || failed="$$failed $$setting"; \
+		env OMP_NUM_THREADS=1 $$setting $(PYTEST) --dist worksteal -m "not slow" $(ARGS) || failed="$$failed $$setting"; \
 	done; \
 	test -z "$$failed" || { echo "=== failed:$$failed"; exit 1; }
 

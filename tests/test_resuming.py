@@ -222,7 +222,7 @@ def test_the_same_run_goes_on(run, written):
         ({"data_collator": DataCollatorForSeq2Seq(make_tokenizer())}, "data_collator: it was None, now 'DataCollator"),
         ({"callbacks": [EarlyStoppingCallback()]}, "callback EarlyStoppingCallback: it was not there, now it is"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "+".join(value),
 )
 def test_another_run_is_refused_by_what_has_changed(written, changed, message):
     model = changed.get("model")
