@@ -168,7 +168,7 @@ def find_files(name_or_path, hub_kwargs):
         why = f"holds no MoExtend adapter: neither {FILE} nor {INDEX} is there"
         if isinstance(error.__cause__, LocalEntryNotFoundError):
             why = "is no folder here, and the Hub can't be reached"
-        raise OSError(f"{name_or_path} {why}. ({error})") from error
+        raise OSError(f"{name_or_path} {why}." + ("" if os.path.isdir(name_or_path) else f" ({error})")) from error
     if index is not None:
         check_link(index, name_or_path)
         paths = {shard: cached_file(name_or_path, shard, **optional) for shard in shards_of(index)}

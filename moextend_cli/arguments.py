@@ -18,8 +18,8 @@ OK, PROBLEM, UNREADABLE = 0, 1, 2
 EXIT_CODES = """\
 exit codes:
   0  all is well: read, every check passed, equal, written, pushed
-  1  a problem was found: a check failed, the adapters differ, the merge or push was refused
-  2  wrong usage, or something can't be read: not there, damaged, no network
+  1  the answer is no: a check failed, the adapters differ, merge, compress or push refused
+  2  wrong usage, or what was given is of no use: not there, damaged, of another kind, no network
   130  stopped by Ctrl-C
 They mean the same for every command: of a damaged adapter verify too ends with 2."""
 AS_WRITTEN = argparse.RawDescriptionHelpFormatter
@@ -99,7 +99,7 @@ def build_parser() -> Parser:
     hint = "`moextend <command> --help` says more"
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="<command>", help=hint)
 
-    command = add_command(subparsers, "inspect", commands.inspect_command, results.show_inspect, refused=UNREADABLE)
+    command = add_command(subparsers, "inspect", commands.inspect_command, results.show_inspect)
     command.add_argument("adapter", type=adapter_location, help=ADAPTER)
     command.add_argument(
         "--tensors", dest="show", action="store_const", const=results.show_inspect_all, help="list every tensor"
@@ -134,12 +134,11 @@ def build_parser() -> Parser:
         commands.diff_command,
         results.show_diff,
         code=lambda result: OK if result["equal"] else PROBLEM,
-        refused=UNREADABLE,
     )
     command.add_argument("adapter", type=adapter_location, help=ADAPTER)
     command.add_argument("other", type=adapter_location, help="another one")
 
-    command = add_command(subparsers, "merge", commands.merge_command, results.show_merge)
+    command = add_command(subparsers, "merge", commands.merge_command, results.show_merge, refused=PROBLEM)
     command.add_argument("adapter", type=adapter_location, help=ADAPTER)
     command.add_argument("output", help="the new folder; may not exist yet")
     command.add_argument("--native", action="store_true", help="the base's own architecture with more experts")
@@ -162,7 +161,7 @@ def build_parser() -> Parser:
     add_parts(command)
     add_hub_options(command)
 
-    command = add_command(subparsers, "compress", commands.compress_command, results.show_compress)
+    command = add_command(subparsers, "compress", commands.compress_command, results.show_compress, refused=PROBLEM)
     command.add_argument("adapter", type=adapter_location, help=ADAPTER)
     command.add_argument("output", help="the new folder; may not exist yet")
     command.add_argument("--rank", type=positive, required=True, metavar="R", help="of each new expert's difference")
@@ -172,11 +171,11 @@ def build_parser() -> Parser:
     )
     add_hub_options(command)
 
-    command = add_command(subparsers, "plan", commands.plan_command, results.show_plan, refused=UNREADABLE)
+    command = add_command(subparsers, "plan", commands.plan_command, results.show_plan)
     add_plan_options(command)
     add_hub_options(command)
 
-    command = add_command(subparsers, "push", commands.push_command, results.show_push)
+    command = add_command(subparsers, "push", commands.push_command, results.show_push, refused=PROBLEM)
     command.add_argument("adapter", metavar="folder", help="that save_pretrained or the trainer wrote")
     command.add_argument("repo_id", type=hub_name, help="where to, e.g. me/my-adapter; made if it is not there")
     command.add_argument("--private", action="store_true", help="make the repository private")
@@ -205,7 +204,7 @@ def build_parser() -> Parser:
     add_evaluate_options(command)
     add_parts(command)
 
-    command = add_command(subparsers, "report", commands.report_command, results.show_report, refused=UNREADABLE)
+    command = add_command(subparsers, "report", commands.report_command, results.show_report)
     command.add_argument("folders", nargs="+", help="of `moextend evaluate`, or their report.json")
     command.add_argument("--picture", metavar="FILE", help="draw accuracy against forgetting there (.png, .svg, .pdf)")
 
@@ -288,7 +287,7 @@ def add_command(
     show: "Callable[[Terminal, dict[str, Any]], None]",
     *,
     code: Callable[[dict[str, Any]], int] = lambda result: OK,
-    refused: int = PROBLEM,
+    refused: int = UNREADABLE,
     as_json: bool = True,
 ) -> argparse.ArgumentParser:
     """A command's parser.
@@ -297,7 +296,7 @@ def add_command(
         run: parsed arguments -> JSON-ready result; its docstring is the help text.
         show: prints the result.
         code: result -> exit code.
-        refused: exit code when `run` raises a `ValueError` that is no `Unusable`.
+        refused: exit code when `run` raises a `ValueError` that is no `Unusable`: whether "no" is an answer to it.
         as_json: whether it has a result to print as JSON.
     """
     text = getdoc(run)

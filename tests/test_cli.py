@@ -309,6 +309,54 @@ def test_wrong_usage_is_code_2(command, adapter, moextend):
         assert code == 2 and found == {"error": found["error"], "exit_code": 2} and reason in found["error"]
 
 
+EVALUATE, TRAIN = "evaluate {} --text {} --output NEW", "train --base {} --data {} --stages finetune --output-dir NEW"
+OF_NO_USE = {  # what is said -> lines with something of another kind
+    "holds no MoExtend adapter": [
+        *(f"{command} PEFT" for command in ("inspect", "verify", "chat", "demo")),
+        *("diff PEFT PEFT", "merge PEFT NEW", "compress PEFT NEW --rank 2", "push PEFT me/x"),
+        EVALUATE.format("PEFT", "README"),
+    ],
+    "not valid JSON": [EVALUATE.format("ADAPTER", "README")],
+    "is no text in UTF-8": [
+        EVALUATE.format("ADAPTER", "WEIGHTS"),
+        EVALUATE.format("ADAPTER", "TEXT") + " --questions WEIGHTS",
+    ],
+    "must hold a list": [EVALUATE.format("ADAPTER", "TEXT") + " --questions README"],
+    "is no report": ["report PEFT", EVALUATE.format("ADAPTER", "TEXT") + " --compare PEFT"],
+    "a file must be .json or .jsonl": [TRAIN.format("BASE", "README") + " --plan {}"],
+    "holds no config.json": [
+        TRAIN.format("PEFT", "TEXT") + " --plan {}",
+        "quickstart --base PEFT --output-dir NEW",
+        "chat ADAPTER --base PEFT",
+    ],
+    "is a PEFT adapter": ["plan --base PEFT"],
+    "is extended already": ["plan --base ADAPTER"],
+    "it is of another kind": ["plan --base assets/tiny-clip"],
+    "not a valid JSON file": ["plan --base README"],
+    "expected int, got str": ["plan --base STRANGE"],
+    "nonesuch": ["completion nonesuch"],
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), [(line, reason) for reason in OF_NO_USE for line in OF_NO_USE[reason]])
+def test_what_is_of_no_use_is_code_2_and_leaves_nothing(line, reason, adapter, moextend):
+    place = adapter.parent
+    names = {"ADAPTER": adapter, "BASE": place / "base", "WEIGHTS": adapter / FILE, "NEW": place / "new" / "er"}
+    names |= {"README": ROOT / "README.md", "TEXT": ROOT / "assets/tiny-moe/held_out.jsonl", "PEFT": place / "peft"}
+    names |= {"STRANGE": place / "strange"}
+    strange = {"model_type": "mixtral", "hidden_size": "x"}
+    for name, values in {"peft/adapter_config": {}, "strange/config": strange}.items():
+        (place / name).parent.mkdir()
+        (place / f"{name}.json").write_text(json.dumps(values))
+    code, text = moextend(*(names.get(word, word) for word in line.split()))
+    assert code == 2 and reason in text
+    assert "Traceback" not in text and "huggingface.co//" not in text and not names["NEW"].parent.exists()
+
+
+def test_the_lines_of_no_use_are_of_every_command():
+    assert {line.split()[0] for lines in OF_NO_USE.values() for line in lines} == {*COMMANDS}
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty"])
 @pytest.mark.parametrize("command", [*OF_ADAPTERS, "merge --native"])
 def test_a_damaged_base_is_code_2_where_it_is_read(command, damage, adapter, moextend):
@@ -1042,7 +1090,7 @@ def test_recipes_ship_and_are_found_by_name_or_path(moextend, tmp_path):
 @pytest.mark.parametrize("line", ["--nonsense 1", "--max_steps many", "--stages fly", "--bf16 false"])
 def test_wrong_options_of_a_recipe_are_said_in_a_line(line, moextend):
     code, text = moextend("train", *line.split(), "--use_cpu", "true")
-    assert code in (1, 2) and len(text.splitlines()) <= 4 and "Traceback" not in text
+    assert code == 2 and len(text.splitlines()) <= 4 and "Traceback" not in text
 
 
 @pytest.mark.parametrize("command", ["train", "quickstart"])
@@ -1136,7 +1184,7 @@ def test_plan_says_what_a_run_would_take(adapter, moextend, wide):
         (["plan", "--base", "BASE", "--tokens", "-1"], "no number above 0"),
         (["plan", "--base", "BASE", "--fraction", "2"], "fraction=2.0"),
         (["plan", "--base", "BASE", "--layers", "9"], "not MoE layers"),
-        (["plan", "--base", "/no/such/base"], "no folder here"),
+        (["plan", "--base", "/no/such/base"], "no such folder"),
     ],
 )
 def test_a_plan_without_meaning_is_code_2(line, reason, adapter, moextend):

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from .llava import load_llava, read_entries
+from .llava import load_llava, read_entries, texts_of
 from .rows import messages_problem
 
 
@@ -17,7 +17,9 @@ def read_documents(path: str | os.PathLike) -> list[dict[str, Any]]:
         ValueError: names the line that is no JSON, holds neither, or no domain; an empty file.
     """
     documents = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    with texts_of(path):
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 document = json.loads(line)

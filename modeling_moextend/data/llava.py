@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,8 +110,17 @@ def read_entries(json_path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
     Raises:
         ValueError: the file is no JSON list, or ends within it; names the file and the index it came to.
     """
-    with open(json_path, encoding="utf-8-sig") as file:
+    with open(json_path, encoding="utf-8-sig") as file, texts_of(json_path):
         yield from (_read_lines if str(json_path).endswith(".jsonl") else _read_list)(file, json_path)
+
+
+@contextmanager
+def texts_of(path: str | os.PathLike) -> Iterator[None]:
+    """Names the file, which the block reads, where it is no text: a `ValueError`."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}.") from error
 
 
 def _read_lines(file, json_path):

@@ -1,5 +1,6 @@
 """An adapter's folder or Hub id -> its report folder: what `moextend evaluate` and `moextend report` run."""
 
+import copy
 import json
 import os
 from collections.abc import Sequence
@@ -9,11 +10,15 @@ from typing import Any
 import torch
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
+from ..adapter_file_moextend import find_files
+from ..configuration_moextend import MODALITIES, MoExtendConfig
 from ..data.files import read_documents, read_questions
 from ..data.processors import COUNTED, load_processor
+from ..loading_moextend import by_modality
 from ..modeling_moextend import MoExtendForCausalLM
 from ..publishing.card import create_card
 from ..tools.base_weights import Unusable
+from ..tools.files import made_folder
 from ..tools.locations import check_location
 from .figures import plot_frontier
 from .report import evaluate_adapter, point, write_report
@@ -27,7 +32,7 @@ def load_adapter(
     """The model, in evaluation mode, and the processor saved with it or, where none was, its base's.
 
     Raises:
-        ValueError: adapter, base or encoder is neither a folder nor a Hub id.
+        ValueError, OSError: adapter, base or encoder is not there, damaged, or does not fit the others.
     """
     locations = {name: value for name, value in (("base", base), ("encoder", encoder)) if value is not None}
     check_locations(adapter, base, encoder)
@@ -45,8 +50,10 @@ def load_adapter(
 
 
 def check_locations(adapter: str, base: str | None, encoder: str | list[str] | None) -> None:
-    """Refuses what is neither a folder nor a Hub id."""
+    """Refuses an adapter, base or encoder that is not there."""
     encoders = encoder if isinstance(encoder, list) else [encoder]
+    if Path(adapter).is_dir():
+        find_files(adapter, {})
     for role, location in (("adapter", adapter), ("base", base), *(("encoder", one) for one in encoders)):
         if location is not None:
             check_location(role, location)
@@ -81,22 +88,34 @@ def report_adapter(
         {"folder", "files", "results": records of the table}.
     """
     check_locations(adapter, base, encoder)  # all of it before hours of measuring
-    Path(output).mkdir(parents=True, exist_ok=True)
     documents = read_documents(text)
     asked = read_questions(questions, image_folder, max_questions) if questions else []
     points = [read_result(path)["point"] for path in compare]
     if None in points:
         raise ValueError(f"{compare[points.index(None)]} has no accuracy: write it again with questions.")
-    model, processor = load_adapter(adapter, base, encoder, dtype)
-    if thresholds is None:
-        thresholds = THRESHOLDS if model.config.scope == "gate" else []
-    results = evaluate_adapter(model, processor, documents, asked, thresholds=thresholds, **options)
-    names = {"text": Path(text).stem} | ({"task": Path(questions).stem} if questions else {})
-    card = write_report(output, results, title=title or Path(adapter).name, points=points, **names)
-    sizes = {"adapter_bytes": model.adapter_bytes(), "num_parameters": model.num_parameters(only_trainable=True)}
-    create_card(model.config, **sizes, **card).save(Path(output, "model_card.md"))
-    made = sorted(path.name for path in Path(output).iterdir())
+    with made_folder(output) as folder:
+        model, processor = load_adapter(adapter, base, encoder, dtype)
+        if thresholds is None:
+            thresholds = THRESHOLDS if model.config.scope == "gate" else []
+        results = evaluate_adapter(model, processor, documents, asked, thresholds=thresholds, **options)
+        names = {"text": Path(text).stem} | ({"task": Path(questions).stem} if questions else {})
+        card = write_report(folder, results, title=title or Path(adapter).name, points=points, **names)
+        sizes = {"adapter_bytes": model.adapter_bytes(), "num_parameters": model.num_parameters(only_trainable=True)}
+        config = with_places(model.config, base, encoder)
+        create_card(config, **sizes, **card).save(folder / "model_card.md")
+    made = sorted(path.name for path in folder.iterdir())
     return {"folder": str(output), "files": made, "results": card["results"]}
+
+
+def with_places(config: MoExtendConfig, base: str | None, encoder: str | list[str] | None) -> MoExtendConfig:
+    """A copy that names the folders which base and encoder were loaded from, as given: what an adapter made of folders
+    names may look like a Hub id, and be none. A base with a revision is from the Hub."""
+    config = copy.deepcopy(config)
+    if base is not None and config.base_model_revision is None:
+        config.base_model_name_or_path = base
+    for modality, location in by_modality(encoder, list(config.senses)).items():
+        setattr(config, f"{MODALITIES[modality]}encoder_name_or_path", location)
+    return config
 
 
 def read_result(path: str | os.PathLike) -> dict[str, Any]:

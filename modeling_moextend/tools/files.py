@@ -36,6 +36,21 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 @contextlib.contextmanager
+def made_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """The folder, made if need be with those above it; what of them is empty when the block raises goes again."""
+    folder = Path(folder).absolute()
+    new = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first that holds something, and all above it, stay
+            for one in new:
+                one.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def alone_in(folder: str | os.PathLike, name: str) -> Iterator[None]:
     """Inside, no other process is in such a block of the same folder and name; the folder is made if need be.
 
@@ -46,8 +61,7 @@ def alone_in(folder: str | os.PathLike, name: str) -> Iterator[None]:
         ValueError: another process is there.
     """
     path = Path(folder, f".{name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
+    with made_folder(folder), open(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -31,7 +31,7 @@ from ..senses_moextend import load_encoder
 from ..tensor_files_moextend import parse_json
 from ..tensors_moextend import check_finite, fingerprint, tensor_shapes
 from .base_weights import TOKENIZER, Checkpoint, checkpoint_fingerprint, location_of_part, skeleton, unusable
-from .files import copy_file, write_text
+from .files import copy_file, made_folder, write_text
 from .inspection import read_whole
 from .native import check_native, write_native
 
@@ -159,13 +159,14 @@ def new_folder(target: str | os.PathLike) -> Iterator[Path]:
     if target.exists() or target.is_symlink():
         raise FileExistsError(f"{target} exists already: name a folder that does not, or remove that one first.")
     unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        os.rename(unfinished, target)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    with made_folder(target.parent):
+        unfinished.mkdir()
+        try:
+            yield unfinished
+            os.rename(unfinished, target)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
 
 def check_fit(

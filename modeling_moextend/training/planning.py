@@ -22,9 +22,9 @@ from ..attaching.rules import check_family
 from ..configuration_moextend import normalise_plan
 from ..deltas_moextend import attention_projections, decoder_layers
 from ..families_moextend import find_moe_layers
-from ..loading_moextend import auto_class_for
+from ..loading_moextend import auto_class_for, check_no_adapter
 from ..modeling_moextend import MoExtendForCausalLM
-from ..tools.locations import check_folder_or_id
+from ..tools.locations import check_location
 
 TRAINED = 16  # bytes a trained parameter: weight, gradient and AdamW's two moments in float32
 FREE = 0.92  # of a GPU's memory: the rest goes to the driver, and to gaps between tensors
@@ -177,12 +177,22 @@ def sharded(memory: Mapping[str, int], sizes: Model, gpus: int) -> int:
 
 def on_meta(base: str | os.PathLike, dtype: str, hub: Mapping[str, Any]) -> PreTrainedModel:
     """A base without weights, from its config."""
+    check_no_adapter(base, hub)
     if not os.path.isfile(base):
-        check_folder_or_id("The base", base)
-    config = AutoConfig.from_pretrained(base, trust_remote_code=False, **hub)
-    with torch.device("meta"):
+        check_location("base", base, **hub)
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False, **hub)
         auto_class = auto_class_for(config, AutoModelForCausalLM)
-        return auto_class.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
+        with torch.device("meta"):
+            return auto_class.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
+    except Exception as error:  # a stranger's config may hold anything
+        lines = [line.strip() for line in str(error).splitlines()]
+        said = " ".join(line for line in lines if "://" not in line and "trust_remote_code" not in line)
+        reason = "it is of another kind" if "Unrecognized configuration class" in said else said.removesuffix(".")
+        raise ValueError(
+            f"base={str(base)!r}: transformers makes no causal LM of its config, without code of others: {reason}. "
+            "Give the folder, Hub id or config.json of a Mixture-of-Experts model."
+        ) from error
 
 
 # ---------------------------------------------------------------- sizes

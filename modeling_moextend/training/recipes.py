@@ -21,7 +21,7 @@ class RecipeParser(TrlParser):
     """TRL's parser of a YAML file and options that win over it; wrong ones are a `ValueError`, not a page of usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise Unusable(f"{message}. The options: moextend train --help-all")
+        raise Unusable(f"{message.removesuffix('.')}. The options: moextend train --help-all")
 
     def parse(self, words: Sequence[str]) -> tuple[Any, ...]:
         """One object a dataclass, from `--config RECIPE` (its name or path) and options.
@@ -38,7 +38,7 @@ class RecipeParser(TrlParser):
         except (argparse.ArgumentError, ValueError) as error:
             if isinstance(error, Unusable):
                 raise
-            raise Unusable(f"{error}. The options: moextend train --help-all") from error
+            raise Unusable(f"{str(error).removesuffix('.')}. The options: moextend train --help-all") from error
 
 
 def recipe_names() -> list[str]:

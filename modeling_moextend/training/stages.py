@@ -272,6 +272,9 @@ def check_data(option: str, name: str) -> None:
     if name.endswith(JSON_FILES):
         if not os.path.isfile(name):
             raise ValueError(f"{option}={name!r}: there is no such file.")
+    elif os.path.isfile(name):
+        kinds = " or ".join(JSON_FILES)
+        raise ValueError(f"{option}={name!r}: a file must be {kinds}; of others give the folder that holds them.")
     elif not os.path.exists(name) and hub_id(name) is None:
         raise ValueError(f"{option}={name!r}: there is no such folder, and it is no Hub id like me/my-data.")
 
