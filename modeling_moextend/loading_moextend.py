@@ -6,7 +6,6 @@ from pathlib import Path
 
 from huggingface_hub import ResolvedRevision
 from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedConfig,
@@ -21,7 +20,7 @@ from .configuration_moextend import MODALITIES, check_choices
 from .families_moextend import check_routers, find_moe_layers
 from .layers_moextend import detach, input_device
 from .routing_moextend import Rule
-from .senses_moextend import encoder_of, load_encoder, load_whole, modality_at, modality_of
+from .senses_moextend import encoder_of, is_multimodal, load_encoder, load_whole, modality_at, modality_of
 from .tensors_moextend import fingerprint, same_fingerprint
 
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -193,11 +192,6 @@ def check_no_adapter(name_or_path, options):
     if model_type and model_type.endswith(ADAPTER_CONFIG_NAME):
         name = str(name_or_path)
         raise ValueError(f"base={name!r} is a PEFT adapter and no model: merge it into its own (merge_and_unload()).")
-
-
-def is_multimodal(config):
-    """Whether a base of this config has a language model inside a model that sees."""
-    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def auto_class_for(config, auto_class):

@@ -82,6 +82,8 @@ def to_waveform(audio, rate, index):
                 wave = audio_utils.soxr.resample(wave.numpy(), given, rate)
             audio = wave
         elif isinstance(audio, (str, os.PathLike)):
+            if "." in str(audio) and "://" not in str(audio) and not os.path.exists(audio):  # nor is it base64
+                raise FileNotFoundError("there is no such file")
             audio = audio_utils.load_audio(os.fspath(audio), sampling_rate=rate)
         wave = torch.as_tensor(audio)
         if not wave.is_floating_point():

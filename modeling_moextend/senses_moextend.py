@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_MAPPING,
     AutoModel,
     Cache,
@@ -238,6 +239,11 @@ def merge_features(input_ids, embedding, features):
     return embeds
 
 
+def is_multimodal(config):
+    """Whether a base of this config has a language model inside a model that sees."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
 def split_inputs(inputs):
     """What a call was given of each modality, modality -> {name: tensor}, taken out of its keywords `inputs`."""
     if inputs.get("input_values") is not None:
@@ -337,11 +343,10 @@ class SenseGenerationMixin(GenerationMixin):
     _prepare_position_ids_for_generation = of_base("_prepare_position_ids_for_generation")
 
     def _validate_model_kwargs(self, model_kwargs):
-        """Without an encoder here, the base's own: what a multimodal one takes is its affair."""
-        if not self.senses:
-            return self.base._validate_model_kwargs(model_kwargs)
-        own = {name for modality in self.senses for name in INPUTS[modality]}
-        super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name not in own})
+        """Without an encoder, the base's own check; what no encoder takes is refused by the pass, which says why."""
+        own = () if not self.senses and is_multimodal(self.base.config) else sum(INPUTS.values(), ())
+        validate = super()._validate_model_kwargs if self.senses else self.base._validate_model_kwargs
+        validate({name: value for name, value in model_kwargs.items() if name not in own})
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, past_key_values: Cache | None = None, pixel_values: Any = None, **kwargs

@@ -632,6 +632,9 @@ def test_merges_that_would_end_the_process_are_one_clear_error(tmp_path):
             load_processor(folder)
     with pytest.raises(ValueError, match="merges without its continuing_subword_prefix"):
         load_processor(folder)
+    with pytest.raises(OSError, match=f"^{folder} holds a tokenizer and no processor, .* AutoTokenizer loads it"):
+        MoExtendProcessor.from_pretrained(folder)
+    (folder / "processor_config.json").write_text("{}")
     with pytest.raises(ValueError, match="merges without its continuing_subword_prefix"):
         MoExtendProcessor.from_pretrained(folder)
 

@@ -257,10 +257,14 @@ def test_an_id_past_the_embedding_is_named_before_anything_runs():
         hook.remove()
 
 
-def test_images_without_an_encoder_are_refused():
+@pytest.mark.parametrize("name", ["pixel_values", "input_features"])
+@pytest.mark.parametrize("run", ["forward", "generate"])
+def test_inputs_without_an_encoder_are_refused(name, run):
     model = MoExtendForCausalLM.from_base(make_base(), {1: [0]})
-    with pytest.raises(ValueError, match="pixel_values was given, but this model has no encoder.*encoder="):
-        model(input_ids=with_images((1,)), pixel_values=pixels(1))
+    with pytest.raises(ValueError, match=f"{name} was given, but this model has no encoder.*encoder="):
+        getattr(model, run)(input_ids=with_images((1,)), **{name: pixels(1)})
+    with pytest.raises(ValueError, match="not used by the model: .'pixel_value'"):
+        model.generate(with_images((1,)), pixel_value=pixels(1))
 
 
 def test_images_beside_embeddings_are_refused():

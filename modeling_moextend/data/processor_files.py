@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import PROCESSOR_NAME, cached_file
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, cached_file
 
 from ..folder_moextend import check_link
 
@@ -38,14 +39,28 @@ def checked_files(name_or_path: str | os.PathLike, **options: Any) -> Iterator[N
     """Checks a processor's files before the block, which reads them; `options`: of its `from_pretrained`.
 
     Raises:
-        OSError: no processor there.
+        OSError: no processor there; says so where a tokenizer is.
         ValueError: damaged files, links to elsewhere, or more than image processor, feature extractor and tokenizer.
     """
     hub_kwargs = {key: options[key] for key in HUB_KWARGS if options.get(key)}
+    found = [is_there(name_or_path, name, hub_kwargs) for name in (PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME)]
+    if not any(found) and is_there(name_or_path, TOKENIZER_CONFIG_FILE, hub_kwargs):
+        raise OSError(
+            f"{name_or_path} holds a tokenizer and no processor, as all that read text alone: AutoTokenizer loads it. "
+            "For an encoder, load_processor(base, encoder) of modeling_moextend.data.processors makes a processor."
+        )
     with readable(f"The processor of {name_or_path}"):
         check_files(name_or_path, hub_kwargs)
         check_merges(name_or_path, hub_kwargs)
         yield
+
+
+def is_there(name_or_path: str | os.PathLike, name: str, hub_kwargs: dict[str, Any]) -> bool:
+    """Whether a folder or repository holds a file; `False` as well where it can't be asked."""
+    try:
+        return cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs) is not None
+    except OSError:
+        return False
 
 
 def check_files(name_or_path: str | os.PathLike, hub_kwargs: dict[str, Any]) -> None:
