@@ -12,18 +12,21 @@ if TYPE_CHECKING:
 
 HELP = """\
   /image FILE     show an image with the next message
+  /audio FILE     let it hear a clip with the next message
   /adapter NAME   switch to an adapter: one that is loaded, a folder, or a Hub id
   /off, /on       the base alone, and back
   /tokens FILE    write which tokens of the last answer used new experts, layer by layer, as HTML
   /new            forget what was said
   /help, /quit"""
+NEEDS = {"/image": "a file", "/audio": "a file", "/adapter": "a name", "/tokens": "a file to write"}
+ALONE = ("/off", "/on", "/new", "/help", "/quit", "/exit")
 
 
 class Conversation:
     """Reads lines, and does what they say. Words that begin with / are for this program, all others for the model."""
 
     def __init__(self, chat: "Chat"):
-        self.chat, self.images = chat, []
+        self.chat, self.given = chat, {"image": [], "audio": []}
         self.colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
     def run(self) -> None:
@@ -55,16 +58,14 @@ class Conversation:
             self.say(f"! {error}")
 
     def command(self, word: str, argument: str = "") -> None:
-        needs = {"/image": "a file", "/adapter": "a name", "/tokens": "a file to write"}
-        if word in needs and not argument:
-            raise ValueError(f"{word} needs {needs[word]}.")
-        if word == "/image":
-            if not Path(argument).is_file():
-                raise ValueError(f"{argument}: no such file.")
-            if self.chat.model.encoder is None:
-                raise ValueError("The adapter that is on has no encoder: it can't see images.")
-            self.images.append(argument)
-            self.say(f"{len(self.images)} with the next message")
+        if word not in (*NEEDS, *ALONE):
+            raise ValueError(f"{word} is no command; /help names them.")
+        if word in NEEDS and not argument:
+            raise ValueError(f"{word} needs {NEEDS[word]}.")
+        if word in ALONE and argument:
+            raise ValueError(f"{word} stands alone, without {argument!r}.")
+        if word in ("/image", "/audio"):
+            self.give(word[1:], argument.strip("'\""))
         elif word == "/adapter":
             self.say(f"{self.chat.switch(argument)} is on")
         elif word in ("/on", "/off"):
@@ -74,12 +75,23 @@ class Conversation:
             self.write_tokens(argument)
         elif word == "/new":
             self.chat.clear()
-            self.images = []
+            self.forget()
             self.say("Forgotten.")
-        elif word == "/help":
-            self.say(HELP)
         else:
-            raise ValueError(f"{word} is no command; /help names them.")
+            self.say(HELP)
+
+    def give(self, modality: str, file: str) -> None:
+        """An image or a clip for the next message."""
+        self.chat.check_sense(modality)
+        if not Path(file).expanduser().is_file():
+            raise ValueError(f"{file}: no such file.")
+        self.given[modality].append(str(Path(file).expanduser()))
+        self.say(f"{sum(map(len, self.given.values()))} with the next message")
+
+    def forget(self) -> bool:
+        """Images and clips for the next message go; whether there were any."""
+        before, self.given = self.given, {"image": [], "audio": []}
+        return any(before.values())
 
     def ask(self, text: str) -> None:
         """The answer as it comes, then which of its tokens used new experts. Ctrl-C ends the answer, not the chat."""
@@ -88,20 +100,22 @@ class Conversation:
         who = self.chat.on[0] if len(self.chat.on) == 1 else "+".join(self.chat.on) or "base"
         print(escaped(f"{who}> "), end="", flush=True)
         try:
-            self.chat.ask(text, self.images, lambda piece: print(escaped(piece, "\n\t"), end="", flush=True))
+            self.chat.ask(text, self.given["image"], self.given["audio"], self.write)
         except (ValueError, OSError):
-            if self.images:
-                self.images = []
-                self.say("\n(its images are forgotten)")
+            if self.forget():
+                self.say("\n(what came with it is forgotten)")
             raise
         except KeyboardInterrupt:
             self.say("\n(stopped; this question and its answer are forgotten)")
             return
-        self.images = []
+        self.forget()
         print()
         if self.chat.on:
             line = f": {tokens_line(self.chat.tokens, self.colour)}" if self.chat.used else ""
             print(f"   {summary(self.chat.tokens)}{line}", flush=True)
+
+    def write(self, piece: str) -> None:
+        print(escaped(piece, "\n\t", sys.stdout.encoding), end="", flush=True)
 
     def write_tokens(self, file: str) -> None:
         from modeling_moextend.evaluation.token_view import tokens_page

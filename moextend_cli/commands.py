@@ -256,8 +256,9 @@ def chat_command(args: argparse.Namespace) -> dict[str, Any]:
 
     Answers come word by word. After each it is said which of its tokens used new experts,
     marked by colour, or by [brackets] where there is none. /off lets the base answer alone,
-    /on brings the adapter back, /adapter NAME switches to another one, /image FILE shows an
-    image with the next message, /help names the rest. Ctrl-C ends an answer.
+    /on brings the adapter back, /adapter NAME switches to another one, /image FILE and
+    /audio FILE show an image and play a clip with the next message, /help names the rest.
+    Ctrl-C ends an answer.
 
     examples:
       moextend chat assets/numbers
@@ -278,8 +279,8 @@ def demo_command(args: argparse.Namespace) -> dict[str, Any]:
     """Show base and adapter side by side in a browser.
 
     Needs gradio: pip install 'moextend[demo]'. The page asks both the same question, with
-    an image where the adapter sees, and marks which tokens used new experts. As a Hugging
-    Face Space: modeling_moextend/chat/demo.py is its app.py.
+    an image where the adapter sees and a clip where it hears, and marks which tokens used
+    new experts. As a Hugging Face Space: modeling_moextend/chat/demo.py is its app.py.
 
     examples:
       moextend demo assets/numbers

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from test_audio import RATE, hearing, make_processor, tone, write_wav
 from transformers import AutoTokenizer
 
 from modeling_moextend import MoExtendForCausalLM
@@ -25,6 +27,7 @@ from modeling_moextend.evaluation.token_view import (
     tokens_line,
     tokens_page,
 )
+from moextend_cli.chat import Conversation
 
 ROOT = Path(__file__).parents[1]
 NUMBERS = ROOT / "assets" / "numbers"
@@ -114,11 +117,52 @@ def test_a_conversation_goes_on_and_switches(chat, tmp_path):
 
 
 def test_what_goes_wrong_leaves_the_conversation(chat, tmp_path):
-    with pytest.raises(ValueError, match="no encoder"):
-        chat.ask("what is this?", images=["x.png"])
+    for given, reason in ({"images": ["x.png"]}, "an image"), ({"audio": ["x.wav"]}, "audio"):
+        with pytest.raises(ValueError, match=f"no encoder for {reason}"):
+            chat.ask("what is this?", **given)
     with pytest.raises((ValueError, OSError)):
         chat.switch(str(tmp_path / "nothing"))
     assert chat.messages == [] and chat.on == ["default"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("/quit now", "/quit stands alone, without 'now'"),
+        ("/off now", "/off stands alone"),
+        ("/fly", "/fly is no command; /help names them"),
+        ("/image", "/image needs a file"),
+        ("/image no.png", "no encoder for an image"),
+        ("/audio no.wav", "no encoder for audio"),
+        ("/adapter no/such/adapter", "!"),
+    ],
+)
+def test_lines_that_mean_nothing_are_answered(line, said, chat, capsys):
+    Conversation(chat).take(line)
+    assert capsys.readouterr().out.startswith("! ") and chat.on == ["default"] and chat.messages == []
+    Conversation(chat).take(line)
+    assert said in capsys.readouterr().out
+
+
+def test_images_and_clips_come_with_the_next_message(tmp_path, capsys):
+    """By path, in a conversation of one question each and one about both."""
+    processor = make_processor(eyes=True)
+    processor.tokenizer.chat_template = processor.chat_template
+    model = hearing(processor=processor, eyes=True)
+    talk = Conversation(Chat(model, processor, max_new_tokens=2))
+    write_wav(tmp_path / "a clip.wav", tone(), RATE)
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    image, clip = f"/image {tmp_path}/a.png", f"/audio '{tmp_path}/a clip.wav'"
+    for line in (image, "What?", clip, image, "And?"):
+        talk.take(line)
+    said = capsys.readouterr().out
+    assert "!" not in said and "2 with the next message" in said and not any(talk.given.values())
+    asked = [message["content"] for message in talk.chat.messages if message["role"] == "user"]
+    assert asked == ["<image>\nWhat?", "<image><audio>\nAnd?"]
+    assert (len(talk.chat.images), len(talk.chat.audio)) == (2, 1)
+    for line in (f"/audio {tmp_path}/no.wav", "/image a.jpg"):
+        talk.take(line)
+        assert "no such file" in capsys.readouterr().out and not any(talk.given.values())
 
 
 # ---------------------------------------------------------------- in a pseudo-terminal
@@ -175,13 +219,12 @@ def test_the_command_in_a_terminal(tmp_path):
         assert "base> " in said and "thousand" not in said and "new experts" not in said
         for line, answer in (
             ("/on", "default is on"),
-            ("/image no.png", "no such file"),
-            ("/fly", "/help names them"),
+            ("/quit now", "/quit stands alone"),
         ):
             terminal.type(line)
             assert answer in terminal.until("you> ")
         terminal.type(f"/image {ROOT / 'docs/images/idea.png'}")
-        assert "! The adapter that is on has no encoder" in terminal.until("you> ")
+        assert "! The adapter that is on has no encoder for an image" in terminal.until("you> ")
         terminal.type("/quit")
         assert terminal.process.wait(60) == 0
     finally:

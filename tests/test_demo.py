@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_base, make_encoder, shake
+from test_audio import make_ears
 from transformers import AutoTokenizer
 
 from modeling_moextend import MoExtendForCausalLM
@@ -46,13 +47,14 @@ def test_two_answers_and_the_marks(numbers):
     assert "layer 0: new" in view and numbers[0].active_adapters() == ["default"]
 
 
-def test_an_image_is_asked_for_where_the_adapter_sees(numbers):
+def test_an_image_and_a_clip_are_asked_for_where_the_adapter_takes_them(numbers):
     gradio = pytest.importorskip("gradio")
     from modeling_moextend.chat.demo import build_demo
 
-    seeing = shake(MoExtendForCausalLM.from_base(make_base(), {1: [0]}, encoder=make_encoder(), image_token_id=5))
-    kinds = [{type(block) for block in build_demo(model, None).blocks.values()} for model in (seeing, numbers[0])]
-    assert gradio.Image in kinds[0] and gradio.Image not in kinds[1]
+    senses = {"encoder": [make_encoder(), make_ears()], "image_token_id": 5, "audio_token_id": 6}
+    both = shake(MoExtendForCausalLM.from_base(make_base(), {1: [0]}, **senses))
+    kinds = [{type(block) for block in build_demo(model, None).blocks.values()} for model in (both, numbers[0])]
+    assert {gradio.Image, gradio.Audio} <= kinds[0] and not {gradio.Image, gradio.Audio} & kinds[1]
 
 
 @pytest.fixture

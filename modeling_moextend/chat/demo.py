@@ -1,6 +1,6 @@
 """Base and adapter side by side in a browser: `moextend demo ADAPTER`.
 
-This file is a Hugging Face Space too: as `app.py`, with `moextend[demo,vision]` in its requirements.txt and the
+This file is a Hugging Face Space too: as `app.py`, with `moextend[demo,vision,audio]` in its requirements.txt and the
 adapter's Hub id in the Space's variable MOEXTEND_ADAPTER.
 """
 
@@ -19,7 +19,7 @@ from modeling_moextend.modeling_moextend import MoExtendForCausalLM
 if TYPE_CHECKING:
     import gradio
 
-BLIND = "(The base alone can't see images.)"
+BLIND = "(The base alone can't see or hear.)"
 
 
 class SideBySide:
@@ -30,8 +30,12 @@ class SideBySide:
     ):
         self.model, self.processor, self.options = model, processor, options
 
-    def answer(self, question: str, image: Any = None) -> tuple[str, str, str]:
+    def answer(self, question: str, image: Any = None, audio: Any = None) -> tuple[str, str, str]:
         """(the base's answer, the adapter's, which of its tokens used new experts as HTML).
+
+        Args:
+            image: a path or PIL image; `None`: none.
+            audio: a path, or what else the processor takes as a clip; `None`: none.
 
         Raises:
             gradio.Error: no question, or one that the model can't take; shown in the browser.
@@ -42,8 +46,9 @@ class SideBySide:
             raise gradio.Error("Ask something first.")
         chat = Chat(self.model, self.processor, **self.options)
         try:
-            answer = chat.ask(question, [] if image is None else [image])
-            if image is not None:
+            images, clips = ([] if one is None else [one] for one in (image, audio))
+            answer = chat.ask(question, images, clips)
+            if images or clips:
                 return BLIND, answer, view_of(chat)
             with self.model.disable_adapter():
                 base = Chat(self.model, self.processor, **self.options).ask(question)
@@ -76,19 +81,25 @@ def build_demo(
     except ImportError as error:
         raise ImportError(f"The demo needs gradio: pip install 'moextend[demo]' ({error}).") from error
     both = SideBySide(model, processor, **options)
+
+    def ask(question, *inputs):  # gradio hands them over by their order
+        return both.answer(question, **dict(zip(given, inputs, strict=True)))
+
     with gradio.Blocks(title=title) as page:
         gradio.Markdown(f"# {title}\nOne question, two answers: of the base, and with the adapter's new experts.")
         with gradio.Row():
             question = gradio.Textbox(label="question", scale=3, autofocus=True)
-            inputs = [question]
-            if model.encoder is not None:
-                inputs.append(gradio.Image(label="image", type="pil", scale=1, height=200))
+            given = {}
+            if "image" in model.senses:
+                given["image"] = gradio.Image(label="image", type="pil", scale=1, height=200)
+            if "audio" in model.senses:
+                given["audio"] = gradio.Audio(label="audio", type="filepath", scale=1)
             button = gradio.Button("ask", variant="primary", scale=1)
         with gradio.Row():
             outputs = [gradio.Textbox(label=name, lines=4, interactive=False) for name in ("base", "with the adapter")]
         outputs.append(gradio.HTML(label="which tokens used new experts"))
         for event in (button.click, question.submit):
-            event(both.answer, inputs, outputs, concurrency_limit=1)
+            event(ask, [question, *given.values()], outputs, concurrency_limit=1)
     return page
 
 

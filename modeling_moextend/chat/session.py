@@ -16,11 +16,11 @@ from ..tools.modes import evaluation_mode
 
 
 class Chat:
-    """Messages with images, answers as they come, and which tokens of the last one used new experts.
+    """Messages with images and audio, answers as they come, and which tokens of the last one used new experts.
 
     Attributes:
         messages: what was said, [{"role", "content"}].
-        images: of all of them, in reading order: paths or PIL images.
+        images, audio: of all of them, in reading order: paths, PIL images, or what a processor takes as a clip.
         tokens: of the last answer, `TokenUse` each; `[]` before the first.
     """
 
@@ -41,26 +41,36 @@ class Chat:
 
     def clear(self) -> None:
         """Forgets what was said."""
-        self.messages, self.images, self.tokens = [], [], []
+        self.messages, self.images, self.audio, self.tokens = [], [], [], []
 
-    def ask(self, text: str, images: Sequence[Any] = (), write: Callable[[str], None] | None = None) -> str:
+    def ask(
+        self,
+        text: str,
+        images: Sequence[Any] = (),
+        audio: Sequence[Any] = (),
+        write: Callable[[str], None] | None = None,
+    ) -> str:
         """The answer to `text`, which becomes part of the conversation.
 
         Args:
             images: paths or PIL images that `text` is about.
+            audio: clips that it is about: paths, or what else the processor takes.
             write: called with each new piece of the answer as it comes.
 
         Raises:
-            ValueError: images where no adapter with an encoder is on; the conversation stays as it was.
-            OSError: an image can't be read; as above.
+            ValueError: images or audio that no adapter takes that is on, or a clip that can't be read.
+            OSError: an image can't be read. Either way the conversation stays as it was.
         """
-        if images and self.model.encoder is None:
-            raise ValueError("This adapter has no encoder: it can't see images.")
-        marks = (getattr(self.processor, "image_token", None) or "") * len(images)
-        content = f"{marks}\n" * bool(images) + text
-        messages, all_images = [*self.messages, {"role": "user", "content": content}], [*self.images, *images]
+        marks = ""
+        for modality, given in (("image", images), ("audio", audio)):
+            if given:
+                self.check_sense(modality)
+                marks += getattr(self.processor, f"{modality}_token") * len(given)
+        content = f"{marks}\n" * bool(marks) + text
+        messages = [*self.messages, {"role": "user", "content": content}]
+        all_images, all_audio = [*self.images, *images], [*self.audio, *audio]
         prompt = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        inputs = encode(self.processor, [prompt], [all_images])
+        inputs = encode(self.processor, [prompt], [all_images], [all_audio])
         self.known.check(inputs["input_ids"][0].tolist(), "The conversation")
         inputs = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
         output = self.generate(inputs, write)
@@ -68,9 +78,20 @@ class Chat:
         answer = text_tokenizer(self.processor).decode(output[0, start:], skip_special_tokens=True).strip()
         others = {name: inputs[name] for name in inputs if name not in ("input_ids", "attention_mask")}
         tokens = token_view(self.model, self.processor, output, **others)
-        self.messages, self.images = [*messages, {"role": "assistant", "content": answer}], all_images
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        self.images, self.audio = all_images, all_audio
         self.tokens = tokens[-(output.shape[1] - start) :] if output.shape[1] > start else []
         return answer
+
+    def check_sense(self, modality: str) -> None:
+        """Refuses an "image" or "audio" where no adapter that is on takes it.
+
+        Raises:
+            ValueError: says what is missing.
+        """
+        if modality not in self.model.senses or getattr(self.processor, f"{modality}_token", None) is None:
+            reason = {"image": "an image: it can't see", "audio": "audio: it can't hear"}[modality]
+            raise ValueError(f"The adapter that is on has no encoder for {reason}.")
 
     @torch.inference_mode()
     def generate(self, inputs: dict[str, torch.Tensor], write: Callable[[str], None] | None) -> torch.Tensor:
