@@ -283,8 +283,9 @@ def plot_ablations(runs: list[dict[str, Any]], path: str | os.PathLike) -> None:
             kind = next(number for number, kind in enumerate(LOST) if abs(rise(run)) < kind[0])
             colour, marker = LOST[kind][1:3]
             axes.plot([100 * run["validation"], 100 * run["test"]], [row, row], marker="", color="0.75", zorder=2)
-            axes.plot(100 * run["validation"], row, marker, color="white", markeredgecolor=colour, zorder=3)
-            axes.plot(100 * run["test"], row, marker, color=colour, zorder=3)
+            axes.plot(100 * run["test"], row, marker, color=colour, markersize=5, markeredgewidth=0, zorder=3)
+            look = {"color": "none", "markersize": 8, "markeredgecolor": colour, "markeredgewidth": 1.2}
+            axes.plot(100 * run["validation"], row, marker, zorder=4, **look)  # rings the other where both are one
         axes.axvline(100 * plain["test"], color="0.3", linestyle=":", marker="", linewidth=1)
         axes.set_yticks(range(len(group)), [run["method"].partition(": ")[2] for run in group])
         axes.get_yticklabels()[group.index(plain)].set_fontweight("bold")

@@ -1205,9 +1205,11 @@ def test_a_gate_that_was_never_trained_is_not_finetuned_behind(tmp_path):
 def test_given_retention_text_is_cut_and_in_mixed_order(tmp_path):
     texts = [" ".join([word] * 12) for word in "abcdefgh"]
     trainer = gated_trainer(tmp_path, retention_dataset=Dataset.from_dict({"text": texts}), retention_length=8)
+    trainer.processing_class.model_max_length = 4
     rows = [row["input_ids"] for row in gate_training.retention_from_dataset(trainer)]
     tokens = make_tokenizer()(list("abcdefgh"), add_special_tokens=False).input_ids
     assert {len(row) for row in rows} == {8}
+    assert not trainer.processing_class.deprecation_warnings, "text that is cut is not said to be too long"
     assert sorted(row[-1] for row in rows) == sorted(token for (token,) in tokens) != [row[-1] for row in rows]
 
 

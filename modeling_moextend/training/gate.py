@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from torch.nn import functional as F
 from tqdm.auto import tqdm, trange
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from trl import SFTTrainer
 
 from ..data.collators import pad_ids
@@ -288,7 +289,8 @@ def retention_from_dataset(trainer: SFTTrainer) -> Iterator[dict[str, Any]] | No
     reader = copy(trainer)  # all text counts here, whatever is a label in training
     reader.args, reader.completion_only_loss = copy(trainer.args), False
     reader.args.assistant_only_loss, reader.args.max_length = False, None
-    tokenizer = text_tokenizer(trainer.processing_class)
+    tokenizer = copy(text_tokenizer(trainer.processing_class))
+    tokenizer.model_max_length = VERY_LARGE_INTEGER  # texts are cut below: it is no news that they are long
     data = reader._prepare_dataset(trainer.retention_dataset, tokenizer, reader.args, False, None, "retention")
     known, length = KnownTokens(trainer.model, tokenizer), trainer.args.retention_length
     if hasattr(data, "__len__"):
