@@ -3,8 +3,8 @@
 
     .ci/release.py https://example.org/me/moextend
 
-Links and pictures of README.md are relative, as a checkout wants them; PyPI shows README.md alone. So in the copy that is
-built they lead to the files of this version in the repository, and what else has to name the repository does: the
+Links and pictures of README.md are relative, as a checkout wants them; PyPI shows README.md alone. So in the copy that
+is built they lead to the files of this version in the repository, and what else has to name the repository does: the
 metadata's addresses, CITATION.cff, and mkdocs.yml (`make docs` in the unpacked archive builds the site to publish).
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RELATIVE = re.compile(r"\]\((?!https?://|#)([^)#\s]+)(#[^)\s]*)?\)")
-BUILD = "import sys; from setuptools import build_meta as b; [f(sys.argv[1]) for f in (b.build_sdist, b.build_wheel)]"
+BUILD = "import sys; from setuptools import build_meta as b; to = sys.argv[1]; b.build_sdist(to); b.build_wheel(to)"
 
 
 def absolute_links(text: str, repository: str, tag: str) -> str:

@@ -57,7 +57,7 @@ def test_wheel_and_archive(tmp_path):
         "Documentation",
         "Changelog",
     }
-    assert f"![A router" in metadata.get_payload() and f"{ADDRESS}/raw/v" in metadata.get_payload()
+    assert "![A router" in metadata.get_payload() and f"{ADDRESS}/raw/v" in metadata.get_payload()
     assert "modeling_moextend/training/recipe_files/easy_vqa.yaml" in names
     with tarfile.open(archive) as file:
         file.extractall(tmp_path, filter="data")
