@@ -168,27 +168,26 @@ def quickstart(words: Sequence[str] = (), task: Task = EASY_VQA) -> dict[str, An
 
 def say_next(folder: str, questions: list[dict[str, Any]], texts: list[str]) -> None:
     """Where everything lies, three answers to look at, and what to do next."""
-    table = Table(title="Three of the held-out questions")
-    for heading in ("input", "question", "answer", "truth"):
-        table.add_column(heading, overflow="fold")
+    print("Three of the held-out questions:")  # as lines: a path is there to be copied
     for question, text in shown(questions, texts):
         given = question.get("image", question.get("audio"))
         asked = question["question"].replace(IMAGE_TOKEN, "").replace(AUDIO_TOKEN, "").strip()
-        table.add_row(given if isinstance(given, str) else "(in the data set)", asked, text, question["answer"])
-    console = Console(width=100)
-    console.print(table)
+        print(f"  {given if isinstance(given, str) else '(in the data set)'}")
+        print(f"    {asked}  answer: {text}  truth: {question['answer']}")
     print(f"Adapter: {folder}\nPicture of stage extend: {folder}/shift.png\nModel card: {folder}/README.md")
-    print(f"Next: moextend inspect {folder}")
-    if "image" in questions[0]:
-        print(f"      moextend chat {folder}    (then: /image FILE)")
+    kind = "image" if "image" in questions[0] else "audio"
+    print(f"Next: moextend inspect {folder}\n      moextend chat {folder}    (then: /{kind} FILE, and a question)")
 
 
 def shown(questions: list[dict[str, Any]], texts: list[str]) -> list[tuple[dict[str, Any], str]]:
-    """Three questions about three images with their answers, the first of each distinct question text."""
-    first = {}
+    """Three different questions about three different inputs with their answers."""
+    found, seen = [], set()
     for question, text in zip(questions, texts, strict=True):
-        first.setdefault(question["question"], (question, text))
-    return list(first.values())[:3]
+        marks = {question["question"], str(question.get("image", question.get("audio")))}
+        if not marks & seen and len(found) < 3:
+            found.append((question, text))
+            seen |= marks
+    return found
 
 
 def percent(value: float | None) -> str:
