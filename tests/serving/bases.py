@@ -46,19 +46,43 @@ QWEN = {
     "head_dim": 32,
     "decoder_sparse_step": 1,
 }
+# With the entries of real checkpoints that transformers needs none of and vLLM goes by, and the one width of latent
+# attention (kv_lora_rank + qk_rope_head_dim) that vLLM computes on a CPU.
+DEEPSEEK = {
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 64,
+    "intermediate_size": 128,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "num_experts_per_tok": 3,
+    "topk_group": 2,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 256}
+YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.7, "mscale_all_dim": 0.7}
+DEEPSEEK_V2 = {"topk_method": "group_limited_greedy", "scoring_func": "softmax", "routed_scaling_factor": 1.5}
+DEEPSEEK_V3 = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "routed_scaling_factor": 2.5}
 FAMILIES = {
+    "deepseek_v2": {**DEEPSEEK, **DEEPSEEK_V2, "q_lora_rank": None, "rope_parameters": YARN},
+    "deepseek_v3": {**DEEPSEEK, **DEEPSEEK_V3, "q_lora_rank": 32, "num_mtp_layers": 0},
     "qwen3_moe": {**QWEN, "norm_topk_prob": True},
     "qwen2_moe": {**QWEN, "shared_expert_intermediate_size": 64, "norm_topk_prob": False},
     "olmoe": {"num_experts": 8, "intermediate_size": 64, "norm_topk_prob": False},
     "gpt_oss": {"num_local_experts": 8, "intermediate_size": 64, "head_dim": 32, "sliding_window": 32},
 }
-FOUR, ONE = {1: [1, 5, 0, 3], 3: [3, 0, 6, 2]}, {1: [1], 2: [4]}
+FOUR, ONE, EVERY = {1: [1, 5, 0, 3], 3: [3, 0, 6, 2]}, {1: [1], 2: [4]}, dict.fromkeys(range(4), [5, 1])
 PLAIN = {"deltas": ()}  # a gate has deltas of all kinds unless this says otherwise
 ADAPTERS = {  # name -> what `from_base` is told
     "paper": {"extended_layers": FOUR, "paper": True},
     "all": {"extended_layers": FOUR, "scope": "all"},
     "all_one": {"extended_layers": ONE, "scope": "all"},
     "all_routed": {"extended_layers": FOUR, "scope": "all", "selection": "compete", "calibration": "routed"},
+    "native": {"extended_layers": EVERY, "scope": "all", "selection": "compete", "calibration": "none"},
     "gate": {"extended_layers": FOUR},
     "gate_one": {"extended_layers": ONE, **PLAIN},
     "gate_routed": {"extended_layers": FOUR, "selection": "compete", "calibration": "routed", **PLAIN},

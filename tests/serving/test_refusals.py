@@ -112,6 +112,10 @@ def test_other_families_and_quantised_bases_are_refused_by_name():
     config.quantization_config = {"quant_method": "fp8"}
     with pytest.raises(ValueError, match="quantised"):
         check_family(config, "it")
+    options = {"architectures": ["DeepseekV2ForCausalLM"], "n_group": 4, "topk_group": 2}
+    check_family(AutoConfig.for_model("deepseek_v2", topk_method="group_limited_greedy", **options), "it")
+    with pytest.raises(ValueError, match="chooses among all experts .* n_group=4 groups"):
+        check_family(AutoConfig.for_model("deepseek_v2", topk_method="greedy", **options), "it")
 
 
 REFUSED = {
@@ -124,8 +128,8 @@ REFUSED = {
     "--load-format: dummy": {"load_format": "dummy"},
     "--enable-prompt-embeds: True": {"enable_prompt_embeds": True},
     "--runner: pooling": {"runner": "pooling"},
-    "--speculative-config: ngram": {
-        "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    "--speculative-config: ngram_gpu": {
+        "speculative_config": {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
     },
     "--enable-lora beside": {"enable_lora": True},
 }
@@ -206,6 +210,8 @@ def test_a_base_that_vllm_routes_otherwise_is_refused(workshop):
             torch.set_default_dtype(before)
     with pytest.raises(ValueError, match="layer 1 vLLM's router weighs experts otherwise"):
         check_router(1, router, Rule("softmax", renormalise=True), extended)
+    with pytest.raises(ValueError, match="chooses experts otherwise"):  # DeepSeek-V3 without topk_method="noaux_tc"
+        check_router(1, router, Rule("softmax", renormalise=False, correction="e_score_correction_bias"), extended)
     router.custom_routing_function = lambda hidden_states, gating_output, topk, renormalize: gating_output.topk(
         topk, largest=False
     )

@@ -8,6 +8,9 @@ from bases import ADAPTERS, FAMILIES
 from engines import ask, check, running, several
 from vllm.config import CompilationMode
 
+from modeling_moextend import MoExtendForCausalLM
+from modeling_moextend.tools.merge import merge
+
 
 def test_adapters_of_every_kind_and_the_base_in_one_batch(workshop):
     """Twice: the second time from the prefix cache. Requests of one step share prefixes as well."""
@@ -56,12 +59,37 @@ def test_state_lives_through_chunks_preemption_and_cached_prefixes(workshop):
     assert preempted
 
 
+def test_speculative_decoding_by_n_grams(workshop, monkeypatch):
+    """What a token adds to its sequence's sums is its own: that of a rejected one is overwritten by the next. In a
+    process of its own: where numba is loaded, as it is for this, vLLM can't start another engine."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    base, kinds = workshop.base(), ("paper", "all_routed", "gate", "low_rank")
+    folders = {kind: workshop.adapter(kind) for kind in kinds}
+    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    engine, requests = several(base, folders, speculative_config=speculation, disable_log_stats=False)
+    references = {None: workshop.reference(base)}
+    references |= {name: workshop.reference(folder) for name, folder in folders.items()}
+    jobs = [(item, requests.get(name)) for name, items in references.items() for item in items]
+    with engine as engine:
+        check([item for item, _ in jobs], ask(engine, jobs))
+        counts = {metric.name: getattr(metric, "value", 0) for metric in engine.get_metrics()}
+    accepted, drafted = (counts[f"vllm:spec_decode_num_{what}_tokens"] for what in ("accepted", "draft"))
+    assert 20 < accepted < drafted - 20
+
+
+def test_a_native_export_is_served_unchanged(workshop, tmp_path):
+    folder = workshop.adapter("native")
+    merge(folder, tmp_path / "native", native=True)
+    with running(tmp_path / "native") as engine:
+        assert engine.llm_engine.model_config.architectures == ["MixtralForCausalLM"]
+        items = workshop.reference(folder)
+        check(items, ask(engine, [(item, None) for item in items]))
+
+
 def test_compiled(workshop, tmp_path, monkeypatch):
     """Compiled graphs are kept on disk. An adapter that was trained anew in the same folder gets its own: these two
     differ in the layers that have deltas, and in the gate's threshold."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
-    from modeling_moextend import MoExtendForCausalLM
-
     base, folder = workshop.base(), tmp_path / "adapter"
     for layers in ({2: [1]}, {1: [1, 5], 3: [3, 0]}):
         shutil.rmtree(folder, ignore_errors=True)
@@ -88,6 +116,7 @@ def test_bfloat16_differs_by_rounding_as_the_base_itself_does(workshop):
 
 
 ARCHITECTURES = {"olmoe": "OlmoeForCausalLM", "gpt_oss": "GptOssForCausalLM"}
+ARCHITECTURES |= {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
 ARCHITECTURES |= {"qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 
 
@@ -97,7 +126,8 @@ def test_families(workshop, family):
     base = workshop.base(family)
     kinds = ("paper", "all_routed", "gate", "low_rank", "all_deltas")
     folders = {kind: workshop.adapter(kind, family) for kind in kinds}
-    engine, requests = several(base, folders, architecture=ARCHITECTURES[family])
+    options = {"block_size": None} if family.startswith("deepseek") else {}
+    engine, requests = several(base, folders, architecture=ARCHITECTURES[family], **options)
     references = {None: workshop.reference(base)}
     references |= {name: workshop.reference(folder) for name, folder in folders.items()}
     with engine as engine:

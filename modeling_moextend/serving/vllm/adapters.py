@@ -24,7 +24,7 @@ from ...senses_moextend import Projector, encoder_of, load_encoder
 from ...tensors_moextend import fingerprint, same_fingerprint, split_by_part, tensor_shapes
 from ...tools.base_weights import Checkpoint, checkpoint_fingerprint, location_of_part, skeleton
 from ...tools.inspection import read_whole
-from .refusals import check_adapter, refuse
+from .refusals import check_adapter, check_family, refuse
 
 
 class Source(NamedTuple):
@@ -105,6 +105,7 @@ def load_adapters(config: VllmConfig, device: torch.device) -> tuple[list[Served
             base = Source(*location_of_part("base", None, own, (source.name, source.options)))
         checkpoint = Checkpoint(base.name, **base.options)
         model = skeleton(checkpoint.config())
+        check_family(model.config, adapter_sources[0].name)
         found, layers = checkpoint_fingerprint(checkpoint, model), find_moe_layers(model.get_decoder())
         adapters = []
         for source, own, one in zip(adapter_sources, configs, stored, strict=True):

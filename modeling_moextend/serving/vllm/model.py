@@ -13,9 +13,11 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
 from vllm.model_executor.layers.fused_moe.router.router_factory import create_fused_moe_router
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 
 from .adapters import load_adapters
 from .delta_sites import add_hooks
@@ -124,6 +126,15 @@ def building(base: type[nn.Module], builder: Builder, config: VllmConfig) -> Ite
         config.lora_config, names["FusedMoEFactory"] = lora, FusedMoEFactory
 
 
+def rotate_every_head(model: nn.Module) -> None:
+    """Has rotary embeddings computed by torch where vLLM has an operator for CPUs of its own: that takes a query
+    [tokens, heads, size], as DeepSeek's attention hands it over, for one head's, and turns it wrongly."""
+    if current_platform.is_cpu():
+        for module in model.modules():
+            if isinstance(module, RotaryEmbedding):
+                module._forward_method = module.forward_native
+
+
 def extend(base: type[nn.Module]) -> type[nn.Module]:
     """vLLM's class of a base, with adapters."""
 
@@ -140,6 +151,8 @@ def extend(base: type[nn.Module]) -> type[nn.Module]:
             builder = Builder(serving)
             with building(base, builder, vllm_config):
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
+            if "Deepseek" in base.__name__:
+                rotate_every_head(self)
             missing = sorted({layer for one in adapters for layer in one.rows} - builder.runners.keys())
             if missing:
                 raise ValueError(f"vLLM builds no MoE layers {missing} for {base.__name__}.")

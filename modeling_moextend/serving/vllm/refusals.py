@@ -32,6 +32,11 @@ def check_family(base_config: PreTrainedConfig, name: str) -> None:
         problems.append(f"its base is {architectures or base_config.model_type}; measured: {', '.join(FAMILIES)}.")
     if getattr(base_config, "quantization_config", None):
         problems.append("its base is quantised: give the checkpoint that it was quantised from.")
+    if getattr(base_config, "topk_method", None) == "greedy" and (base_config.n_group or 1) > 1:
+        problems.append(
+            f'its base chooses among all experts (topk_method="greedy"), and vLLM among those of the best of its '
+            f"n_group={base_config.n_group} groups."
+        )
     refuse(f"The adapter {name}", problems)
 
 
@@ -79,7 +84,7 @@ def check_engine(config: VllmConfig, several: bool) -> None:
         "--load-format": (config.load_config.load_format, list(LOAD_FORMATS)),
         "--enable-prompt-embeds": (model.enable_prompt_embeds, [False]),
         "--quantization": (model.quantization, [None]),
-        "--speculative-config": (getattr(config.speculative_config, "method", None), [None]),
+        "--speculative-config": (getattr(config.speculative_config, "method", None), [None, "ngram"]),
         "--kv-transfer-config": (getattr(config.kv_transfer_config, "kv_connector", None), [None]),
         "VLLM_USE_V2_MODEL_RUNNER": (config.use_v2_model_runner, [False]),
     }

@@ -18,7 +18,7 @@ def check_router(layer: int, router: BaseRouter, rule: Rule, extended: BaseRoute
     hidden_states = logits.new_zeros(len(logits), extended.hidden_size)
     weights, index = router._compute_routing(hidden_states, logits, None)
     keys = choice_keys(logits, rule, None if bias is None else bias.float())
-    chooses = is_top_k(index.long(), keys, groups)
+    chooses = bool(rule.correction) == (bias is not None) and is_top_k(index.long(), keys, groups)
     if not chooses or not close(expert_weights(logits, index.long(), rule), weights):
         what = "weighs" if chooses else "chooses"
         raise ValueError(

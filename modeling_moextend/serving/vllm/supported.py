@@ -4,6 +4,8 @@ VERSIONS = ("0.32",)  # minor versions of vLLM whose inside the files here were 
 PREFIX = "MoExtend"  # before the name of a base's architecture: the same, with adapters
 SEEING = "MoExtendSeeing"  # the same, with an adapter that has an encoder
 FAMILIES = (  # architectures of bases, by their names in transformers and vLLM
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
     "GptOssForCausalLM",
     "MixtralForCausalLM",
     "OlmoeForCausalLM",
