@@ -108,15 +108,14 @@ class ServingPass:
         return weights, index.to(torch.int32)
 
     def add_deltas(self, site: str, output: torch.Tensor, inputs: torch.Tensor | None) -> None:
-        """Adds to `output` [T, ...], in place, what adapters add for their tokens; `inputs`: `None` for token ids."""
+        """Adds to `output` [T, size], in place, what adapters add for their tokens; `inputs`: `None` for token ids."""
+        inputs = self.input_ids[: len(output)] if inputs is None else inputs
         for part in self.sites[site]:
-            tokens = self.in_scope[part.number]
-            if tokens is not None and not len(tokens):
-                continue
-            tokens = slice(None) if tokens is None else tokens
-            own = self.input_ids[: len(output)] if inputs is None else inputs
-            added = part.delta(own[tokens]).to(output.dtype)
-            output[tokens, part.first : part.first + part.size] += added
+            tokens, columns = self.in_scope[part.number], output.narrow(1, part.first, part.size)
+            if tokens is None:
+                columns += part.delta(inputs).to(output.dtype)
+            elif len(tokens):
+                columns.index_add_(0, tokens, part.delta(inputs[tokens]).to(output.dtype))
 
 
 class ExtendedRouter(BaseRouter):
