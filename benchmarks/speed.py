@@ -14,6 +14,7 @@ processes of their own.
     memory   peak beyond the loaded base, of two such steps
     infer    prefill 1 x 512, decoding one token for 1 and for 8 rows
     host     decoding with a base too small to compute: what is left is the host's work
+    epochs   two epochs of the trainer, hidden states below the new experts kept (`prefix_cache`), beside two without
     half     a step over a bfloat16 base of 4 layers: new experts kept in float32, beside new experts kept in bfloat16
     load     from_pretrained of the base, and of an adapter on it: time and peak
 """
@@ -36,22 +37,25 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     MixtralConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
+    TrainerCallback,
 )
 
-from modeling_moextend import MoExtendForCausalLM
+from modeling_moextend import MoExtendForCausalLM, MoExtendSFTConfig, MoExtendSFTTrainer
 from modeling_moextend.evaluation.figures import COLOURS, MARKERS, WIDTH, new_figure, save, styled
 from modeling_moextend.training.retention_text import LENGTH, LIKELIEST, PIECES_A_STEP, RetentionText, text_distance
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 START, END = "<!-- python benchmarks/speed.py -->", "<!-- end -->"  # around the tables of docs/speed.md
-PARTS = ("train", "memory", "infer", "host", "half", "load")
+PARTS = ("train", "memory", "epochs", "infer", "host", "half", "load")
 LAYERS, VOCAB, NEW = 8, 4096, 4
 clock = time.process_time
 Times = dict[str, float]
@@ -131,6 +135,7 @@ def shared_copy(base: PreTrainedModel) -> PreTrainedModel:
 def plan_of(base: PreTrainedModel, where: str, new: int) -> dict[int, list[int]]:
     layers = base.config.num_hidden_layers
     chosen = {"upper": range(layers // 2, layers), "lower": range(layers // 2), "alternating": range(1, layers, 2)}
+    chosen["upper quarter"] = range(layers - layers // 4, layers)
     num_experts = base.model.layers[0].mlp.experts.num_experts
     return {layer: [(7 * n + 1) % num_experts for n in range(new)] for layer in chosen.get(where, range(layers))}
 
@@ -352,6 +357,49 @@ def peak_of_training(size: str, name: str) -> dict[str, Any]:
     return found
 
 
+def epochs_part(size: str, args: argparse.Namespace) -> dict[str, Any]:
+    base = make_base(size)
+    ids = torch.randint(4, 60, (16, 256), generator=torch.Generator().manual_seed(1))
+    data = Dataset.from_dict({"input_ids": ids.tolist()})
+    variants = {
+        f"{where}, {states}": epochs(extended(base, Adapter(where)), data, states == "kept")
+        for where in ("upper", "upper quarter")
+        for states in ("kept", "not")
+    }
+    return {"seconds": interleaved(variants, args.rounds)}
+
+
+def epochs(model: MoExtendForCausalLM, data: Dataset, kept: bool) -> Callable[[], Times]:
+    """Two epochs of four micro-batches, rate 0."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets/tiny-moe")
+
+    def run():
+        with tempfile.TemporaryDirectory() as folder:
+            settings = {"learning_rate": 0.0, "per_device_train_batch_size": 4, "num_train_epochs": 2, "use_cpu": True}
+            settings |= {"save_strategy": "no", "report_to": "none", "gradient_checkpointing": False, "bf16": False}
+            settings |= {"disable_tqdm": True, "prefix_cache": f"{folder}/states" if kept else None}
+            config = MoExtendSFTConfig(folder, **settings)
+            watch = EpochClock()
+            options = {"train_dataset": data, "processing_class": tokenizer, "callbacks": [watch]}
+            MoExtendSFTTrainer(model, config, **options).train()
+        return dict(zip(("first", "second"), watch.seconds, strict=True))
+
+    return run
+
+
+class EpochClock(TrainerCallback):
+    """CPU seconds an epoch."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.start = clock()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.seconds.append(clock() - self.start)
+
+
 def infer_part(size: str, args: argparse.Namespace) -> dict[str, Any]:
     base = make_base(size)
     return {"seconds": interleaved(used_variants(base, args.quick, prompts=True), args.rounds)}
@@ -525,6 +573,15 @@ def memory_table(result: dict[str, Any]) -> list[str]:
     return lines + [f"| {name} | {peak / 2**20:.0f} | {peak / result[FULL]:.2f} |" for name, peak in result.items()]
 
 
+def epochs_table(result: dict[str, Any]) -> list[str]:
+    lines = ["| epoch with `prefix_cache` / without | first | second |", "|---|---|---|"]
+    for where in ("upper", "upper quarter"):
+        pair = f"{where}, kept", f"{where}, not"
+        cells = [shown(result["seconds"], *pair, epoch) for epoch in ("first", "second")]
+        lines.append(f"| {where} | {' | '.join(cells)} |")
+    return lines
+
+
 def half_table(result: dict[str, Any]) -> list[str]:
     lines = ["| step, kept in float32 / kept in bfloat16 | |", "|---|---|"]
     for routing in ("compete", "exclusive"):
@@ -577,9 +634,9 @@ def picture(results: dict[str, Any], path: Path) -> None:
 
 
 MEASURES = {"train": train_part, "memory": memory_part, "infer": infer_part, "host": host_part}
-MEASURES |= {"half": half_part, "load": load_part}
+MEASURES |= {"epochs": epochs_part, "half": half_part, "load": load_part}
 TABLES = {"train": train_table, "memory": memory_table, "infer": infer_table, "host": infer_table}
-TABLES |= {"half": half_table, "load": load_table}
+TABLES |= {"epochs": epochs_table, "half": half_table, "load": load_table}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

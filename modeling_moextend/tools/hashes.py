@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..configuration_moextend import MODALITIES
@@ -17,12 +19,14 @@ if TYPE_CHECKING:
     from ..modeling_moextend import MoExtendPreTrainedModel
 
 
-def base_tensors_hash(model: MoExtendPreTrainedModel) -> dict[str, str]:
-    """name -> sha256 of every base and encoder tensor of a MoExtend model (new tensors and projectors left out).
+def base_tensors_hash(model: MoExtendPreTrainedModel, without: Iterable[nn.Module] = ()) -> dict[str, str]:
+    """name -> sha256 of every base and encoder tensor of a MoExtend model (new tensors and projectors left out), but
+    for those of the modules `without`.
 
     Where tensors are sharded, of this process's shards.
     """
     reshard(model)
+    skipped = {part for module in without for part in module.modules()}
     encoders = {
         f"adapters.{name}.{MODALITIES[modality]}encoder": encoder
         for name, adapter in model.adapters.items()
@@ -31,7 +35,7 @@ def base_tensors_hash(model: MoExtendPreTrainedModel) -> dict[str, str]:
     parts, hashes = {"base": model.base, **encoders}, {}
     for part, module in parts.items():
         for prefix, owner in module.named_modules() if module is not None else ():
-            if "moextend" in prefix.split("."):
+            if owner in skipped or "moextend" in prefix.split("."):
                 continue
             with onloaded(owner):
                 for key, tensor in (*owner._parameters.items(), *owner._buffers.items()):

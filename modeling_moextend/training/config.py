@@ -85,6 +85,11 @@ class MoExtendSFTConfig(SFTConfig):
             other deltas, times five, times the size (root mean square) of what it is added to.
         delta_weight_decay:
             Weight decay of deltas. Unset: `weight_decay`, as for new experts.
+        prefix_cache:
+            Folder in which the hidden states below the lowest extended layer are kept, so that from the second epoch
+            on, and in later runs on the same data, only the layers from that one on are computed, with the same
+            numbers to the bit. A row is then in a batch with the same rows in every epoch. The size is said before
+            the first step; delete the folder when it is no longer needed. Unset: nothing is kept.
         verify_base:
             Whether to hash every base and encoder tensor before the first and after the last step, and to fail if a
             single bit changed. Costs two passes over the weights (a minute or two for 47B parameters).
@@ -174,6 +179,13 @@ class MoExtendSFTConfig(SFTConfig):
     )
     delta_weight_decay: float | None = field(
         default=None, metadata={"help": "Weight decay of deltas. Unset: weight_decay."}
+    )
+    prefix_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for the hidden states below the lowest extended layer: from the second epoch on they are "
+            "read, not computed. Rows stay in the same batches in every epoch."
+        },
     )
     verify_base: bool = field(
         default=False,

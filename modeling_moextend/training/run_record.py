@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from itertools import islice
 from typing import Any
@@ -72,6 +72,7 @@ def describe_run(trainer: SFTTrainer, given: Mapping[str, str]) -> dict[str, dic
         "versions": {name: version(name) for name in LIBRARIES},
     }
     parts["base's config"].pop("transformers_version", None)
+    parts["settings"]["prefix_cache"] = bool(trainer.args.prefix_cache)  # which batches there are, wherever it lies
     parts["settings"]["retention_weight"] = retention_of(trainer.args, bool(core.config.deltas))[1]  # also where unset
     return json.loads(json.dumps(parts, default=name_of))
 
@@ -130,8 +131,19 @@ def data_hash(data: object) -> str | dict[str, str] | None:
 
 def batch_hash(trainer: SFTTrainer) -> str:
     """sha256 of the first samples of the training data, collated: what tokenizer, chat template and images make of
-    them. Random numbers are as they were afterwards."""
+    them."""
     data, number = trainer.train_dataset, trainer.args.per_device_train_batch_size
+    rows = (data[i] for i in range(len(data))) if hasattr(data, "__len__") else iter(data)
+    digest = hashlib.sha256()
+    for name, value in sorted(collated(trainer, islice(rows, number)).items()):
+        digest.update(name.encode())
+        if isinstance(value, torch.Tensor):
+            digest.update(str(value.shape).encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def collated(trainer: SFTTrainer, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """A micro-batch of training rows as the model gets it, on the CPU. Random numbers are as they were afterwards."""
     states = random.getstate(), numpy.random.get_state()
     devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
     try:
@@ -139,18 +151,10 @@ def batch_hash(trainer: SFTTrainer) -> str:
             torch.manual_seed(0)
             random.seed(0)
             numpy.random.seed(0)
-            rows = (data[i] for i in range(len(data))) if hasattr(data, "__len__") else iter(data)
-            collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
-            batch = collate(list(islice(rows, number)))
+            return trainer._get_collator_with_removed_columns(trainer.data_collator)(list(rows))
     finally:
         random.setstate(states[0])
         numpy.random.set_state(states[1])
-    digest = hashlib.sha256()
-    for name, value in sorted(batch.items()):
-        digest.update(name.encode())
-        if isinstance(value, torch.Tensor):
-            digest.update(str(value.shape).encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- held against a checkpoint

@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import broadcast_object_list, save_fsdp_optimizer
 from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo, HfApi
+from torch.utils.data import RandomSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy, TrainOutput
@@ -63,6 +64,7 @@ from .checks import (
 from .config import MoExtendSFTConfig, retention_of
 from .gate import train_gate
 from .groups import default_rate, kind_of, own_settings, split_groups, stream_size
+from .prefix_cache import PrefixCache, SameBatches
 from .resuming import load_adapter_tensors
 from .retention import last_hidden_states, prompt_distance
 from .retention_text import retention_text, text_distance
@@ -175,6 +177,7 @@ class MoExtendSFTTrainer(SFTTrainer):
         self.retention = "prompts", 0.0  # kind and weight of the retention loss
         if args.stage == "finetune" and self.model.gate is not None:
             self.retention = retention_of(args, bool(self.model.config.deltas))
+        self.prefix_cache = None
         self._stream_size = None  # measured before the first step
         self._drawn = 0, 0  # step, and micro-batches that have drawn retention text in it
         self._throughput = {}  # mode -> [tokens, start in seconds]
@@ -256,6 +259,7 @@ class MoExtendSFTTrainer(SFTTrainer):
             if resume_from_checkpoint:  # with the gate that chooses its pieces
                 load_adapter_tensors(self.core, resume_from_checkpoint)
             self.retention_text = retention_text(self)
+        self.prefix_cache = PrefixCache(self, self._described_run()) if self.args.prefix_cache else None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _described_run(self):
@@ -315,12 +319,16 @@ class MoExtendSFTTrainer(SFTTrainer):
         return optimizer
 
     def _get_train_sampler(self, train_dataset=None):
-        """Gives grouping by length random numbers of its own, per epoch: a resumed run would group otherwise."""
+        """Gives grouping by length random numbers of its own, per epoch: a resumed run would group otherwise. With
+        `prefix_cache`, batches are drawn once."""
         sampler = super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if isinstance(sampler, LengthGroupedSampler):
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             sampler.generator = torch.Generator()
             sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(seed + epoch)
+        if self.args.prefix_cache and isinstance(sampler, LengthGroupedSampler | RandomSampler):
+            sampler.generator = torch.Generator().manual_seed(seed)
+            return SameBatches(list(sampler), self.args.train_batch_size, seed)
         return sampler
 
     def compute_loss(
@@ -336,19 +344,20 @@ class MoExtendSFTTrainer(SFTTrainer):
         attention_mask = inputs.get("attention_mask")
         throughput = self._throughput.setdefault(mode, [0, time.perf_counter()])
         core = self.accelerator.unwrap_model(model)
-        with core.record_routing() as records, last_hidden_states(core) as hidden:
+        prefix = self.prefix_cache if mode == "train" else None
+        served = nullcontext() if prefix is None else prefix.serving(inputs)
+        with core.record_routing() as records, last_hidden_states(core) as hidden, served:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
         # With num_items_in_batch, the micro-batches of a step sum up to its loss; else Trainer averages them.
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         parts = {"task_loss": loss.detach() * steps}
         if self.router_aux_loss_coef:
-            balance = core.balance_loss(records, attention_mask).to(loss.device)
+            balance = (core if prefix is None else prefix).balance_loss(records, attention_mask).to(loss.device)
             loss = loss + self.router_aux_loss_coef * balance / steps
             parts["balance_loss"] = balance.detach()
         if mode == "train" and self._retains():
-            of_prompts = self._retains("prompts")
-            distance = prompt_distance(model, core, hidden[-1], inputs) if of_prompts else self._text_distance(core)
+            distance = self._distance(model, core, hidden[-1], inputs)
             loss = loss + self.retention[1] * distance.to(loss.device) / steps
             parts["retention_loss"] = distance.detach()
         throughput[0] += self._log_parts(mode, parts, records, attention_mask)
@@ -358,6 +367,13 @@ class MoExtendSFTTrainer(SFTTrainer):
         """Whether training has a retention loss, of one of these kinds."""
         kind, weight = self.retention
         return weight > 0 and (not kinds or kind in kinds)
+
+    def _distance(self, model, core, hidden, inputs):
+        """The retention loss of a micro-batch, of which `hidden` are the last hidden states."""
+        if self._retains("text"):
+            return self._text_distance(core)
+        with nullcontext() if self.prefix_cache is None else self.prefix_cache.again():
+            return prompt_distance(model, core, hidden, inputs)
 
     def _text_distance(self, core):
         """The retention loss on the text of this micro-batch; every process draws its own."""
