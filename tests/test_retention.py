@@ -2,11 +2,13 @@
 
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import batch, make_base, make_encoder
+from accelerate import PartialState
+from conftest import batch, in_two_processes, leave_group, make_base, make_encoder
 from datasets import Dataset
 from test_gate_moextend import gated, opened, text
 from tokenizers import Tokenizer
@@ -16,13 +18,16 @@ from transformers import PreTrainedTokenizerFast
 
 from modeling_moextend.training import retention
 from modeling_moextend.training.retention import (
+    batch_size_by_memory,
     batches,
     chat_start,
     closed_gate,
     common_prefix,
     cycle,
+    fitting,
     last_hidden_states,
     prompt_distance,
+    row_bytes,
     sample_retention,
     start_of,
 )
@@ -235,6 +240,40 @@ def test_a_base_with_eyes_draws_no_image_token(tmp_path):
     assert not any(40 in row for row in rows)
 
 
+def test_batches_are_as_large_as_memory_allows():
+    model = gated()
+    keys_and_values, logits = 2 * 4 * 2 * 8 * 4, 6 * 4 * 96  # layers, heads, their size, bytes; copies, bytes, words
+    assert row_bytes(model, 200) == 200 * keys_and_values + logits
+    assert [fitting(free, 10) for free in (-1, 5, 19, 40, 1279, 1280, 1e9)] == [1, 1, 1, 4, 64, 128, 512]
+    assert batch_size_by_memory(model, 200) == 32  # without an accelerator
+
+
+# ------------------------------------------------------------------ several processes
+
+
+def work(rank, port, folder):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    PartialState(cpu=True)
+    model, drawn, own = gated(), [], Path(folder, str(rank))  # each has a disk of its own
+    generate = model.generate
+    model.generate = lambda **inputs: drawn.append(inputs["generation_config"].do_sample) or generate(**inputs)
+    rows = [sample(own, model, batch_size=1)]
+    files_then = files(own)
+    rows.append(sample(own, model, batch_size=1))
+    torch.save((rows, sum(drawn), files_then), f"{folder}/{rank}.pt")
+    leave_group()
+
+
+@pytest.mark.slow
+def test_each_process_samples_its_share_of_the_text_of_one(tmp_path):
+    in_two_processes(work, tmp_path)
+    expected = sample(tmp_path / "alone", batch_size=1)
+    for rank in (0, 1):
+        rows, drawn, written = torch.load(tmp_path / f"{rank}.pt")
+        assert rows == [expected, expected] and drawn == 4 and len(written) == (rank == 0)
+
+
 # ------------------------------------------------------------------ the cache on disk
 
 
@@ -310,28 +349,38 @@ def test_a_sampling_that_was_stopped_goes_on_and_gives_the_same_text(tmp_path, m
         return generate(**inputs)
 
     monkeypatch.setattr(model, "generate", stop)
-    message = (
-        r"while sampling retention text, 3 of 8 sequences are there, in .*unfinished.jsonl; the same command goes on"
-    )
+    message = r"while sampling retention text, 3 of 8 sequences are there, in .*unfinished-0.jsonl; the same command"
     with pytest.raises(KeyboardInterrupt, match=message):
         sample(tmp_path / "stopped", model, batch_size=1)
     (unfinished,) = (tmp_path / "stopped").iterdir()
-    assert [json.loads(line)["input_ids"] for line in unfinished.read_text().splitlines()] == [
-        [r] for r in expected[:3]
-    ]
+    lines = [json.loads(line) for line in unfinished.read_text().splitlines()]
+    assert [(line["batch"], line["input_ids"]) for line in lines] == [(n, [expected[n]]) for n in range(3)]
     with open(unfinished, "a") as file:  # as a kill in the middle of a line leaves it
-        file.write('{"input_ids": [[1, 2')
+        file.write('{"batch": 3, "input_ids": [[1, 2')
+    other = unfinished.with_name(unfinished.name.replace("-0", "-5"))  # as a run of more processes leaves it
+    other.write_text(json.dumps({"batch": 6, "input_ids": [expected[6]], "device": "cpu"}) + "\n")
     assert sample(tmp_path / "stopped", model, batch_size=1) == expected
-    assert len(passes) == 4 + 5  # three are not sampled again
+    assert len(passes) == 4 + 4  # four are not sampled again
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("line", ["no json", '{"input_ids": [[1]], "random_state": {}}', '{"a": 1}', "[]", "null"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "no json",
+        '{"batch": 0, "input_ids": [[1]], "device": "cpu"}',
+        '{"batch": 9, "input_ids": [], "device": "cpu"}',
+        '{"batch": 0, "input_ids": [], "device": "cuda"}',
+        '{"a": 1}',
+        "[]",
+        "null",
+    ],
+)
 def test_lines_that_are_no_samples_are_sampled_anew(tmp_path, line):
     expected = sample(tmp_path)
     (path,) = tmp_path.iterdir()
     path.unlink()
-    path.with_suffix(".unfinished.jsonl").write_text(line + "\n")
+    path.with_suffix(".unfinished-0.jsonl").write_text(line + "\n")
     assert sample(tmp_path) == expected
 
 

@@ -239,11 +239,12 @@ def share_routed(
 def train_gate(trainer: SFTTrainer) -> GateReport:
     """Trains the gate of a `MoExtendSFTTrainer`'s model on its training data and retention text; -> `GateReport`.
 
-    One process does it, before anything is sharded, and hands the gate to the others, which wait for it: sampling much
-    text from a large base may need a higher `ddp_timeout`.
+    Text is sampled on all processes, before anything is sharded; then one trains the gate and hands it to the others,
+    which wait for it.
     """
     model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
     texts, report = retention_from_dataset(trainer), None  # on every process: TRL's preparation waits for all of them
+    texts = retention_from_base(trainer, args.retention_tokens) if texts is None else texts
     for parameter in model.gate.parameters():
         parameter.data = parameter.data.float()
     if trainer.accelerator.is_main_process:
@@ -253,7 +254,6 @@ def train_gate(trainer: SFTTrainer) -> GateReport:
             f"retention text, {size:,.0f} MiB of memory and at most a batch more"
         )
         task = gate_inputs(model, read_batches("the task", task_samples(trainer), trainer.data_collator, args))
-        texts = retention_from_base(trainer, args.retention_tokens) if texts is None else texts
         retention = gate_inputs(model, read_batches("retention text", texts, pad_texts, args))
         report = fit_gate(
             model.gate,
@@ -301,9 +301,9 @@ def retention_from_dataset(trainer: SFTTrainer) -> Iterator[dict[str, Any]] | No
 
 
 def retention_from_base(trainer: SFTTrainer, tokens: int) -> list[dict[str, list[int]]]:
-    """Text of so many tokens sampled from the base as [{"input_ids"}]."""
+    """Text of so many tokens sampled from the base as [{"input_ids"}], by all processes together."""
     args = trainer.args
-    if args.retention is None and trainer.gate_report is None:
+    if args.retention is None and trainer.gate_report is None and trainer.accelerator.is_main_process:
         print("MoExtend, gate: no retention_dataset was given, so text is sampled from the base itself")
     sequences = sample_retention(
         trainer.accelerator.unwrap_model(trainer.model),

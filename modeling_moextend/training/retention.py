@@ -7,7 +7,6 @@ all code through.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
 import json
@@ -15,18 +14,21 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub.constants import HF_HOME
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
+from transformers.cache_utils import CacheLayerMixin
 
 from ..folder_moextend import locked
 from ..senses_moextend import INPUTS
@@ -39,8 +41,10 @@ if TYPE_CHECKING:
 
 STARTS = ("document", "1 random token", "3 random tokens", "chat")
 FORWARD_KEYS = ("input_ids", "attention_mask", "position_ids", *(name for names in INPUTS.values() for name in names))
+BATCH, LARGEST = 32, 512  # sequences sampled together: where memory says nothing, and at most
+SHARE, COPIES = 0.7, 6  # of an accelerator's memory, which sampling may fill; of float32 logits, at their peak
 TIMED = 6  # tokens that are timed before sampling
-SAMPLER = 1  # counts up when the same settings would give other text, so that no stale cache is read
+SAMPLER = 2  # counts up when the same settings would give other text, so that no stale cache is read
 
 
 def sample_retention(
@@ -50,7 +54,7 @@ def sample_retention(
     tokens: int,
     length: int,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> list[list[int]]:
@@ -58,17 +62,21 @@ def sample_retention(
 
     A quarter of the samples begins each as a document, after one random token, after three, and as a user's turn (the
     chat template up to a message's content); a base without a chat template has three kinds. A second call with the
-    same base and settings reads the first one's samples from disk.
+    same base and settings reads the first one's samples from disk. Of several processes each samples its share; call
+    it on all of them. The text is the same, whatever their number.
 
     Args:
         model: a MoExtend model; it is sampled with the adapter off.
         tokenizer: the base's.
         tokens: how many to sample, in sequences of `length`, start tokens included.
+        batch_size: sequences sampled together; default: what fits in the memory of the model's devices.
         cache_dir: folder; default: `moextend` in the Hugging Face home.
 
     Returns:
-        list of token id lists, each of `length`.
+        list of token id lists, each of `length`; the same on every process.
     """
+    state = PartialState()
+    batch_size = min(gather_object([batch_size or batch_size_by_memory(model, length)]))
     settings = {"tokens": tokens, "length": length, "seed": seed, "sampler": SAMPLER}
     settings |= {"base": model.config.base_fingerprint, "chat": chat_start(tokenizer), "batch_size": batch_size}
     settings |= {
@@ -80,30 +88,81 @@ def sample_retention(
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     path = Path(cache_dir or Path(HF_HOME, "moextend"), f"self-retention-{key}.parquet")
     damaged = path.is_file()
-    if damaged:
-        try:
-            return read_samples(path)
-        except (DatasetGenerationError, OSError, pyarrow.ArrowException) as error:
-            warnings.warn(f"{path} can't be read ({error}): the text is sampled anew.", stacklevel=2)
+    sequences = of_first_process(lambda: read_samples(path))
+    if sequences is not None:
+        return sequences
     path.parent.mkdir(parents=True, exist_ok=True)  # before hours of sampling, not after
     generator = torch.Generator().manual_seed(seed)
     starts = [start_of(kind, tokenizer, model, generator) for kind in cycle(STARTS, -(-tokens // length), tokenizer)]
-    sampled = path.with_suffix(".unfinished.jsonl")
+    sampled = path.with_suffix(f".unfinished-{state.process_index}.jsonl")
     sampled.touch()
-    with locked(sampled):  # another process that samples the same text is waited for
-        if path.is_file() and not damaged:
-            sequences = read_samples(path)
-        else:
+    with locked(sampled):  # another run that samples the same text is waited for
+        sequences = of_first_process(lambda: None if damaged else read_samples(path))
+        if sequences is None:
             sequences = draw(model, starts, length, batch_size, seed, progress, sampled)
-            table = Dataset.from_dict({"input_ids": sequences})
-            replace_file(path, lambda unfinished: table.to_parquet(str(unfinished)))
-    sampled.unlink(missing_ok=True)
+            if state.is_main_process:
+                table = Dataset.from_dict({"input_ids": sequences})
+                replace_file(path, lambda unfinished: table.to_parquet(str(unfinished)))
+    state.wait_for_everyone()
+    for left in (sampled, *(unfinished_files(path) if state.is_main_process else ())):
+        left.unlink(missing_ok=True)
     return sequences
 
 
-def read_samples(path: Path) -> list[list[int]]:
-    """Token id lists of a file that `sample_retention` wrote."""
-    return Dataset.from_parquet(str(path), keep_in_memory=True)["input_ids"][:]
+def of_first_process(ask: Callable[[], Any]) -> Any:
+    """What `ask` answers on the first process, on all of them: the others may have another disk."""
+    return broadcast_object_list([ask() if PartialState().is_main_process else None])[0]
+
+
+def read_samples(path: Path) -> list[list[int]] | None:
+    """Token id lists of a file that `sample_retention` wrote; `None`: there is none, or it can't be read."""
+    try:
+        return Dataset.from_parquet(str(path), keep_in_memory=True)["input_ids"][:] if path.is_file() else None
+    except (DatasetGenerationError, OSError, pyarrow.ArrowException) as error:
+        warnings.warn(f"{path} can't be read ({error}): the text is sampled anew.", stacklevel=2)
+        return None
+
+
+def unfinished_files(path: Path) -> list[Path]:
+    """Those in which processes keep what they have sampled for `path`, of a run that was stopped too."""
+    return sorted(path.parent.glob(f"{path.name.partition('.')[0]}.unfinished-*.jsonl"))
+
+
+def batch_size_by_memory(model: MoExtendForCausalLM, length: int) -> int:
+    """Sequences of `length` whose caches and logits fit beside the model in `SHARE` of its accelerators' memory, a
+    power of two; `BATCH` where there is none. By the size of devices, not by what is free: so it is the same again."""
+    parameters = [parameter for parameter in model.parameters() if parameter.device.type == "cuda"]
+    if not parameters:
+        return BATCH
+    devices = {parameter.device for parameter in parameters}
+    memory = sum(torch.cuda.get_device_properties(device).total_memory for device in devices)
+    return fitting(SHARE * memory - sum(parameter.nbytes for parameter in parameters), row_bytes(model, length))
+
+
+def fitting(memory: float, row: int) -> int:
+    """The largest power of two of rows of so many bytes that `memory` holds, 1 to `LARGEST`."""
+    return 1 << (max(1, min(LARGEST, int(memory // row))).bit_length() - 1)
+
+
+@torch.no_grad()
+def row_bytes(model: MoExtendForCausalLM, length: int, tried: int = 8) -> int:
+    """Bytes that sampling a sequence takes: its cache, by that of `tried` tokens, and logits in a few copies."""
+    ids = torch.zeros(1, tried, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    with evaluation_mode(model), model.disable_adapter():
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
+    cache = {id(tensor): tensor.nbytes for tensor in tensors_in(output.past_key_values)}
+    return sum(cache.values()) * length // tried + COPIES * 4 * output.logits.shape[-1]
+
+
+def tensors_in(held: object) -> Iterator[torch.Tensor]:
+    """Every tensor of a cache, in whatever lists, mappings and objects it keeps them."""
+    if isinstance(held, torch.Tensor):
+        yield held
+    elif isinstance(held, list | tuple | dict):
+        for part in held.values() if isinstance(held, dict) else held:
+            yield from tensors_in(part)
+    elif isinstance(held, Cache | CacheLayerMixin):
+        yield from tensors_in(vars(held))
 
 
 def cycle(kinds: Iterable[str], number: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -162,18 +221,19 @@ def draw(
     batch_size: int,
     seed: int,
     progress: bool,
-    path: Path | None = None,
+    path: Path,
 ) -> list[list[int]]:
-    """Samples one sequence of `length` a start. The process's own random numbers stay as they are.
+    """Samples one sequence of `length` a start, each process its share of the batches, each batch by random numbers of
+    its own. The process's stay as they are.
 
     Args:
-        path: JSON lines to which every batch is added as it comes, with the random state after it; those that are
-            there already are not sampled again.
+        path: JSON lines to which this process adds every batch as it comes; those that any process has already are
+            not sampled again, however many there were.
 
     Raises:
         KeyboardInterrupt: says how many are there.
     """
-    image = drawn_image_token(model)
+    image, state = drawn_image_token(model), PartialState()
     settings = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -186,8 +246,9 @@ def draw(
     )
     device = model.get_input_embeddings().weight.device
     groups = batches(starts, batch_size)
-    done, state = read_batches_of(path, groups, length, device)
-    left = groups[len(done) :]
+    done = kept_batches(path, groups, length, device)
+    there = set(gather_object(list(done)))
+    left = [index for index in range(len(groups)) if index not in there][state.process_index :: state.num_processes]
     own_config = model.generation_config
     devices = [device] if device.type == "cuda" else []
     model.generation_config = GenerationConfig()  # generate fills in from it what `settings` leaves open
@@ -198,31 +259,29 @@ def draw(
             model.disable_adapter(),
             stopped_at(
                 lambda: (
-                    f"while sampling retention text, {sum(map(len, done))} of {len(starts)} sequences are there"
-                    + (f", in {path}; the same command goes on with the next" if path is not None else "")
+                    f"while sampling retention text, {sum(map(len, done.values()))} of {len(starts)} sequences are "
+                    f"there, in {path}; the same command goes on with the next"
                 )
             ),
         ):
-            if left:
-                print(sampling_time(model, left, length, device), flush=True)
-            torch.manual_seed(seed)
-            if state is not None:
-                set_random_state(state, device)
+            if left and state.is_main_process:
+                print(sampling_time(model, [groups[index] for index in left], length, device), flush=True)
             bar = {
                 "desc": "sampling retention text",
-                "disable": not progress,
-                "initial": len(done),
+                "disable": not (progress and state.is_main_process),
+                "initial": len(groups) - len(left),
                 "total": len(groups),
             }
-            for batch in tqdm(left, **bar):
-                ids = torch.tensor(batch, device=device)
+            for index in tqdm(left, **bar):
+                torch.manual_seed((seed + index * 1_000_003) % 2**63)
+                ids = torch.tensor(groups[index], device=device)
                 output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-                done.append(output.tolist())
-                if path is not None:
-                    add_batch(path, done[-1], random_state(device))
+                done[index] = output.tolist()
+                add_batch(path, index, done[index], device)
     finally:
         model.generation_config = own_config
-    return [sequence for batch in done for sequence in batch]
+    done = dict(gather_object(list(done.items())))
+    return [sequence for index in range(len(groups)) for sequence in done[index]]
 
 
 def sampling_time(model: MoExtendForCausalLM, groups: list[list[list[int]]], length: int, device: torch.device) -> str:
@@ -234,11 +293,12 @@ def sampling_time(model: MoExtendForCausalLM, groups: list[list[list[int]]], len
         start = time.perf_counter()
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
         seconds = time.perf_counter() - start
-    tokens = sum(length * len(group) for group in groups)
+    tokens, processes = sum(length * len(group) for group in groups), PartialState().num_processes
+    share = "" if processes == 1 else f" on each of {processes} processes"
     needed = sum(len(group) / len(groups[0]) * (length - len(group[0])) for group in groups) * seconds / TIMED
     return (
-        f"MoExtend, gate: samples {tokens:,} tokens of retention text from the base, about {duration(needed)}, kept "
-        "for the next run. Quicker: your own text (retention_dataset=, --retention_data), or fewer tokens "
+        f"MoExtend, gate: samples {tokens:,} tokens of retention text from the base{share}, about {duration(needed)}, "
+        "kept for the next run. Quicker: your own text (retention_dataset=, --retention_data), or fewer tokens "
         "(retention_tokens=50_000, --retention_tokens 50000)"
     )
 
@@ -250,53 +310,33 @@ def duration(seconds: float) -> str:
     return f"{round(seconds / 60)} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def random_state(device: torch.device) -> dict[str, str]:
-    """What torch's next random numbers depend on, by kind of device, as text."""
-    states = {"cpu": torch.random.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return {kind: base64.b64encode(state.numpy().tobytes()).decode() for kind, state in states.items()}
-
-
-def set_random_state(states: dict[str, str], device: torch.device) -> None:
-    """Back to what `random_state` gave."""
-    tensors = {
-        kind: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for kind, text in states.items()
-    }
-    torch.random.set_rng_state(tensors["cpu"])
-    if "cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["cuda"], device)
-
-
-def add_batch(path: Path, batch: list[list[int]], state: dict[str, str]) -> None:
-    """One more line: a batch's token ids, and the random state after it."""
+def add_batch(path: Path, index: int, batch: list[list[int]], device: torch.device) -> None:
+    """One more line: which batch, its token ids, and the kind of device that drew it."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"input_ids": batch, "random_state": state}) + "\n")
+        file.write(json.dumps({"batch": index, "input_ids": batch, "device": device.type}) + "\n")
 
 
-def read_batches_of(
-    path: Path | None, groups: list[list[list[int]]], length: int, device: torch.device
-) -> tuple[list[list[list[int]]], dict[str, str] | None]:
-    """(batches, random state after them) of a sampling that was stopped; a line that is cut off goes, and all of them
-    where they are no samples of `groups` or come from another kind of device."""
-    batches_, state, size = [], None, 0
-    lines = path.read_bytes().splitlines(keepends=True) if path is not None and path.is_file() else []
-    for line, starts in zip(lines, groups, strict=False):
-        try:
-            entry = json.loads(line)
-            fits = all(
-                len(ids) == length and ids[: len(start)] == start
-                for ids, start in zip(entry["input_ids"], starts, strict=True)
-            )
-            if not (fits and line.endswith(b"\n") and ("cuda" in entry["random_state"]) == (device.type == "cuda")):
-                break
-        except (ValueError, KeyError, TypeError):
-            break
-        batches_.append(entry["input_ids"])
-        state, size = entry["random_state"], size + len(line)
-    if lines:
-        os.truncate(path, size)
-    return batches_, state
+def kept_batches(
+    path: Path, groups: list[list[list[int]]], length: int, device: torch.device
+) -> dict[int, list[list[int]]]:
+    """Index -> batch of a sampling that was stopped; what is no sample of `groups`, or of another kind of device, is
+    passed over."""
+    found = {}
+    for file in {path, *unfinished_files(path)}:
+        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):
+                entry = json.loads(line)
+                fits = entry["device"] == device.type and all(
+                    len(ids) == length and ids[: len(start)] == start
+                    for ids, start in zip(entry["input_ids"], groups[entry["batch"]], strict=True)
+                )
+                if fits:
+                    found[entry["batch"]] = entry["input_ids"]
+        if file == path and text and not text.endswith("\n"):  # cut off in the middle of a line
+            with open(path, "a", encoding="utf-8") as own:
+                own.write("\n")
+    return found
 
 
 def batches(starts: list[list[int]], size: int) -> list[list[list[int]]]:

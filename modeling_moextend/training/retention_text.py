@@ -59,9 +59,9 @@ def retention_text(trainer: SFTTrainer) -> RetentionText:
     """The `RetentionText` of a `MoExtendSFTTrainer` whose gate is trained; one process makes it for all."""
     model, args, text = trainer.accelerator.unwrap_model(trainer.model), trainer.args, None
     samples = retention_from_dataset(trainer)  # on every process: TRL's preparation waits for all of them
+    tokens = args.retention_tokens if args.gate_steps else min(args.retention_tokens, DRAWN * LENGTH)
+    samples = retention_from_base(trainer, tokens) if samples is None else samples
     if trainer.accelerator.is_main_process:
-        tokens = args.retention_tokens if args.gate_steps else min(args.retention_tokens, DRAWN * LENGTH)
-        samples = retention_from_base(trainer, tokens) if samples is None else samples
         pieces = cut_pieces((sample["input_ids"] for sample in samples), tokens, args.seed)
         text = read_base(model, pieces, max(args.per_device_train_batch_size, PIECES_A_STEP), not args.disable_tqdm)
     return broadcast_object_list([text])[0]
