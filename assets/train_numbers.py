@@ -90,10 +90,10 @@ def measure(folder: str, report: str, records: list) -> None:
     )
     card = write_report(report, results, title="numbers", task="numbers 0 to 9,999", text="held_out.jsonl of tiny-moe")
     print(json.dumps({name: results[name] for name in ("accuracy", "base_accuracy", "bit_equal")}))
-    card = {name: card[name] for name in ("results", "forgetting", "metrics")} | {
+    card = {name: card[name] for name in ("results", "forgetting", "metrics", "token_lines")} | {
         "datasets": ["the numbers 0 to 9,999 in digits and in words, a tenth held out"]
     }
-    write_facts(folder, **read_facts(folder), **card, license="apache-2.0", language="en")
+    write_facts(folder, **read_facts(folder) | card | {"license": "apache-2.0", "language": "en"})
     folder_card(folder, model.config).save(Path(folder, "README.md"))
     link(Path(folder))
 

@@ -246,6 +246,12 @@ def test_measured_values_become_a_model_index():
     assert "metrics" not in metadata(create_card(make_config()))
 
 
+def test_tokens_that_used_new_experts_are_marked():
+    text = str(create_card(make_config(), token_lines=["a [b\nc]\n\n# d", "e"]))
+    assert "(in brackets):\n\n    a [b c] # d\n    e\n" in text, "code of one line each, whatever a text holds"
+    assert "in brackets" not in str(create_card(make_config()))
+
+
 def test_licences_that_need_a_name_are_linked():
     license = {"license": "other", "license_name": "base-2.0", "license_link": "https://example.org/base"}
     card = create_card(make_config(), **license)

@@ -82,10 +82,14 @@ def drawn(monkeypatch):
 
 
 def test_the_folder_holds_numbers_words_and_pictures(tmp_path):
-    card = write_report(tmp_path / "new" / "report", make_results(), title="law adapter")
+    tokens = [{"text": "who", "layers": {1: 0, 3: 0}}, {"text": " me\n", "layers": {1: 1, 3: 0}}]
+    seen = make_results(token_view=[{"question": "a|b?", "tokens": tokens}])
+    card = write_report(tmp_path / "new" / "report", seen, title="law adapter")
     folder = tmp_path / "new" / "report"
     stored = json.loads((folder / "report.json").read_text())
     assert stored["title"] == "law adapter" and stored["retention"]["kl"] == 0.25 and stored["card"] == card
+    assert card["token_lines"] == ["who[ me\n]"]
+    assert 'title="layer 1: new, 3: base"' in (folder / "tokens.html").read_text()
     assert stored["task_captured"] == {"1": 0.9, "3": 0.8}
     words = (folder / "report.md").read_text()
     assert words.startswith("# law adapter\n")

@@ -39,12 +39,12 @@ from .compare import (
     threshold_curve,
 )
 from .figures import plot_captured, plot_expert_use, plot_frontier, plot_threshold_curve
-from .token_view import TokenUse, as_records, token_view, tokens_page
+from .token_view import TokenUse, as_records, token_view, tokens_line, tokens_page
 
 TASK = "new task"  # the domain that questions are counted under in tables of expert use
 TEXT = "text the base knew"
 SAMPLES = 10  # questions shown with their answers
-VIEWS = 5  # of them, token by token
+VIEWS, LINES = 5, 3  # of them, token by token: as a page, in a card
 TOKENS = "tokens.html"
 
 
@@ -223,7 +223,7 @@ def write_report(
 
     Returns:
         {"results": records, "forgetting": records, "metrics": for the model-index, "figures": {caption: file in
-        `folder`}}, the part of `create_card` that was measured.
+        `folder`}, "token_lines": of some answers, where there are any}, the part of `create_card` that was measured.
 
     Raises:
         ValueError: a result that is NaN or infinite.
@@ -238,11 +238,14 @@ def write_report(
         "metrics": card_metrics(results, task, text),
         "figures": draw(folder, results, [*([own] if own else []), *points]),
     }
+    views = [
+        (view["question"], [TokenUse(**token) for token in view["tokens"]]) for view in results.get("token_view") or ()
+    ]
+    if views:
+        card["token_lines"] = [tokens_line(tokens, colour=False) for _, tokens in views[:LINES]]
+        write_text(folder / TOKENS, tokens_page(views))
     content = json.dumps({"title": title, **results, "card": card}, indent=2, allow_nan=False)
     write_text(folder / "report.json", content)
-    if results.get("token_view"):
-        views = [(view["question"], [TokenUse(**token) for token in view["tokens"]]) for view in results["token_view"]]
-        write_text(folder / TOKENS, tokens_page(views))
     write_text(folder / "report.md", markdown(title, results, card))
     return card
 

@@ -26,6 +26,7 @@ def create_card(
     forgetting: list[dict[str, Any]] | None = None,
     metrics: list[dict[str, Any]] | None = None,
     figures: dict[str, str] | None = None,
+    token_lines: list[str] | None = None,
     router_shift: str | None = None,
     tokenizer: str | None = None,
     adapter_bytes: int | None = None,
@@ -51,6 +52,7 @@ def create_card(
         metrics: measured values for the metadata's model-index, each with `type` (the
             metric's id on the Hub), `value` and `dataset` (its name); if known, `name` and `dataset_type` (a Hub id).
         figures: caption -> image file, relative to the repository.
+        token_lines: texts, those of their tokens in [brackets] that used new experts.
         router_shift: image file of the router shift, relative to the repository.
         tokenizer: where the tokenizer lies, if not in the repository.
         adapter_bytes: size of the adapter in bytes; default: that of `tensors`.
@@ -114,6 +116,7 @@ def create_card(
         training=[(cell(name), cell(value)) for name, value in (training or {}).items() if value is not None],
         results=_table(results or []),
         forgetting=_table(forgetting or []),
+        token_lines=[" ".join(str(line).split()) for line in token_lines or []],
         figures=[(cell(caption), _repo_file(file)) for caption, file in (figures or {}).items()],
         router_shift=router_shift and _repo_file(router_shift),
     )
