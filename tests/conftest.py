@@ -102,19 +102,19 @@ def batch(rows=3, length=10, seed=0):
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
 
 
-def in_two_processes(work, folder):
-    """Runs `work(rank, port, folder)` in two processes, to their end; each writes what it found to `folder`.
+def in_processes(work, folder, number=2):
+    """Runs `work(rank, port, folder)` in `number` processes, to their end; each writes what it found to `folder`.
 
     `work` is to call `leave_group` last.
     """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, str(folder)), nprocs=2)
+    torch.multiprocessing.spawn(work, (port, str(folder)), nprocs=number)
 
 
 def leave_group():
-    """Ends a process of `in_two_processes` that has written its results.
+    """Ends a process of `in_processes` that has written its results.
 
     Not through the interpreter's own end: C++ threads of gloo, the store and pyarrow are then taken down in no fixed
     order, and one may abort after all work is done ("terminate called without an active exception"; seen in CI).

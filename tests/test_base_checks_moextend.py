@@ -14,7 +14,7 @@ from conftest import (
     FAMILIES,
     batch,
     frozen_copy,
-    in_two_processes,
+    in_processes,
     leave_group,
     make_base,
     make_encoder,
@@ -668,7 +668,7 @@ def work(rank, port, folder):
 @pytest.mark.slow
 def test_a_base_sharded_over_two_processes_is_refused_by_name(tmp_path):
     make_base().save_pretrained(tmp_path / "base")
-    in_two_processes(work, tmp_path)
+    in_processes(work, tmp_path)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert found.keys() == PARALLEL.keys()

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from conftest import in_two_processes, leave_group, make_base, shake
+from conftest import in_processes, leave_group, make_base, shake
 from safetensors.torch import load_file
 from test_sft_trainer import (
     ADAPTER,
@@ -239,7 +239,7 @@ def work(rank, port, folder):
 def folder(tmp_path_factory):
     """All runs of two processes, in one start of them: it takes longer than the runs."""
     folder = tmp_path_factory.mktemp("distributed")
-    in_two_processes(work, folder)
+    in_processes(work, folder)
     return folder
 
 
@@ -380,7 +380,7 @@ def work_gate(rank, port, folder):
 
 @pytest.mark.slow
 def test_one_process_trains_the_gate_and_all_have_it(tmp_path):
-    in_two_processes(work_gate, tmp_path)
+    in_processes(work_gate, tmp_path)
     for name in ("sampled", "given"):
         first, second = results(tmp_path, name)
         assert_equal(first["tensors"], second["tensors"])

@@ -335,6 +335,22 @@ def test_no_pass_waits_for_an_accelerator(routing, implementation, as_on_an_acce
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize(("routing", "a_layer", "a_pass"), [("closed", 1, 2), ("exclusive", 3, 0), ("deltas", 3, 2)])
+def test_what_training_waits_for(routing, a_layer, a_pass, as_on_an_accelerator):
+    """Whether a new expert is selected, which pairs are the base's, which are new; the gate, and whom it let through.
+    Backward waits for nothing."""
+    model, base = make_model(routing), make_base(_experts_implementation="grouped_mm")
+    model.set_trainable()
+    ids, of_base, forward, backward = batch()["input_ids"], Waits(), Waits(), Waits()
+    with of_base:
+        base(ids, use_cache=False)
+    with forward:
+        loss = model(ids, labels=ids, use_cache=False).loss
+    with backward:
+        loss.backward()
+    assert len(forward.names) - len(of_base.names) == a_layer * len(PLAN) + a_pass and not backward.names
+
+
 def test_a_packed_batch_sees_the_same_gate_on_an_accelerator(monkeypatch):
     inputs = {"input_ids": batch(2, 12)["input_ids"], "position_ids": torch.arange(6).repeat(2, 2)}
     model = make_model("deltas", gate_threshold=0.0)

@@ -13,7 +13,7 @@ from conftest import (
     batch,
     enable_checkpointing,
     frozen_copy,
-    in_two_processes,
+    in_processes,
     leave_group,
     make_base,
     make_encoder,
@@ -1196,7 +1196,7 @@ def work(rank, port, folder):
 
 @pytest.mark.slow
 def test_two_processes_of_which_one_routes_nothing_get_the_mean_of_their_gradients(tmp_path):
-    in_two_processes(work, tmp_path)
+    in_processes(work, tmp_path)
     expected = []
     for rank in (0, 1):
         model = opened()

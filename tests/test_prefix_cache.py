@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from conftest import PAPER, batch, in_two_processes, leave_group, make_base, shake
+from conftest import PAPER, batch, in_processes, leave_group, make_base, shake
 from families import make_family
 from test_families import FAST, SUPPORTED
 from test_sft_trainer import (
@@ -240,7 +240,7 @@ def work(rank, port, folder):
 @pytest.mark.slow
 def test_two_processes_share_what_is_kept(tmp_path):
     """A micro-batch that the other process computed in the first epoch is read by this one."""
-    in_two_processes(work, tmp_path)
+    in_processes(work, tmp_path)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert [number for *_, number in found.values()] == [1 + 2, 1, 1 + 6]

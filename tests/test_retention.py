@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import batch, in_two_processes, leave_group, make_base, make_encoder
+from conftest import batch, in_processes, leave_group, make_base, make_encoder
 from datasets import Dataset
 from test_gate_moextend import gated, opened, text
 from tokenizers import Tokenizer
@@ -267,7 +267,7 @@ def work(rank, port, folder):
 
 @pytest.mark.slow
 def test_each_process_samples_its_share_of_the_text_of_one(tmp_path):
-    in_two_processes(work, tmp_path)
+    in_processes(work, tmp_path)
     expected = sample(tmp_path / "alone", batch_size=1)
     for rank in (0, 1):
         rows, drawn, written = torch.load(tmp_path / f"{rank}.pt")

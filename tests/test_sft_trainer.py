@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import PAPER, in_two_processes, leave_group, make_base, make_encoder, shake
+from conftest import PAPER, in_processes, leave_group, make_base, make_encoder, shake
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
@@ -1161,7 +1161,7 @@ def train_rank(rank, port, folder):
 
 @pytest.mark.slow
 def test_two_processes_end_with_the_same_adapter(tmp_path):
-    in_two_processes(train_rank, tmp_path)
+    in_processes(train_rank, tmp_path)
     (first, history), (second, _) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert_equal(first, second)
     alone = start_rank(tmp_path / "alone", per_device_train_batch_size=2)

@@ -398,6 +398,7 @@ def align(
         num_train_epochs=1,
         gradient_accumulation_steps=config.align_gradient_accumulation_steps,
         max_length=config.align_max_length,
+        prefix_cache=None,
         eval_strategy="no",
         push_to_hub=False,
     )

@@ -179,7 +179,7 @@ class MoExtendSFTTrainer(SFTTrainer):
             self.retention = retention_of(args, bool(self.model.config.deltas))
         self.prefix_cache = None
         self._stream_size = None  # measured before the first step
-        self._drawn = 0, 0  # step, and micro-batches that have drawn retention text in it
+        self._drawn = -1, 0  # step, and the last of its micro-batches that has drawn retention text
         self._throughput = {}  # mode -> [tokens, start in seconds]
         self._in_checkpoint = False
         self._diverged = None  # what is wrong with the loss, once it is no longer finite
@@ -376,10 +376,11 @@ class MoExtendSFTTrainer(SFTTrainer):
             return prompt_distance(model, core, hidden, inputs)
 
     def _text_distance(self, core):
-        """The retention loss on the text of this micro-batch; every process draws its own."""
+        """The retention loss on the text of this micro-batch; processes draw what one would in as many of them."""
         step, number = self.state.global_step, self._drawn[1] + 1 if self._drawn[0] == self.state.global_step else 0
         self._drawn = step, number
-        return text_distance(core, self.retention_text.draw(self.args.seed, step, number, self.args.process_index))
+        micro_batch = number * self.args.world_size + self.args.process_index
+        return text_distance(core, self.retention_text.draw(self.args.seed, step, micro_batch, 0))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As in Trainer, which leaves base, encoder and adapter in half precision after a full evaluation in it
