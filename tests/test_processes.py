@@ -27,7 +27,7 @@ from test_sft_trainer import (
 from transformers import TrainerCallback
 
 STEPS, ROWS = 20, 4
-COMPARED = ("loss", "task_loss", "balance_loss", "retention_loss", "new_expert_share", "grad_norm")
+COMPARED = ("loss", "task_loss", "balance_loss", "retention_loss", "grad_norm")  # shares are of a micro-batch's tokens
 NUMBERS = (2, 4)
 
 
@@ -69,9 +69,8 @@ RUNS = {
 
 
 def history(trainer):
-    return [
-        {name: log[name] for name in COMPARED if name in log} for log in trainer.state.log_history if "loss" in log
-    ]
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    return [{name: log[name] for name in COMPARED if name in log} for log in logs]
 
 
 def close(one, other):
@@ -135,8 +134,6 @@ def test_the_losses_are_those_of_one_process(alone, together, name):
     """`resumed`: from a checkpoint of one process, on two and four."""
     expected, whole = alone[1][name]
     assert len(expected) == STEPS and expected[0]["task_loss"] > 1.001 * expected[-1]["task_loss"]
-    if name in ("low rank", "deltas"):
-        assert len({log["new_expert_share"] for log in expected}) > 2
     for found in together:
         close(found[name][0], expected)
         for tensor, values in found[name][1].items():
