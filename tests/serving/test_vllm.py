@@ -90,15 +90,18 @@ def test_compiled(workshop, tmp_path, monkeypatch):
     """Compiled graphs are kept on disk. An adapter that was trained anew in the same folder gets its own: these two
     differ in the layers that have deltas, and in the gate's threshold."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
-    base, folder = workshop.base(), tmp_path / "adapter"
+    base, folder, keys = workshop.base(), tmp_path / "adapter", set()
     for layers in ({2: [1]}, {1: [1, 5], 3: [3, 0]}):
         shutil.rmtree(folder, ignore_errors=True)
         model = MoExtendForCausalLM.from_base(base, extended_layers=layers, dtype="float32", expert_rank=4).eval()
         workshop.save(model, folder, seed=len(layers))
         items = workshop.reference(folder)
         with running(folder, enforce_eager=False) as engine:  # beside LoRA requests vLLM compiles nothing on a CPU
-            assert engine.llm_engine.vllm_config.compilation_config.mode != CompilationMode.NONE
+            config = engine.llm_engine.vllm_config
+            assert config.compilation_config.mode != CompilationMode.NONE
             check(items, ask(engine, [(item, None) for item in items]))
+            keys.add(config.compute_hash())  # which vLLM finds graphs by
+    assert len(keys) == 2
 
 
 def test_bfloat16_differs_by_rounding_as_the_base_itself_does(workshop):
