@@ -5,8 +5,8 @@
     python examples/hear.py --paper true              # the paper's routing, one new expert a layer
 
 The options are those of configuration/recipes/spoken_words.yaml, and the few of `moextend quickstart`, whose code this
-is with another task: what is said, how many words, which one first or last, and who speaks, by voices that neither
-encoder nor adapter has heard. "Silenced" is a second of silence in place of each clip, whose length would tell
+is with another task: what is said, how many words, and who speaks, by voices that neither encoder nor adapter has
+heard. "Silenced" is a second of silence in place of each clip, whose length would tell
 something as well. Writes the adapter, the picture of stage extend, results.json and a model card to --output_dir, and
 prints the table.
 """

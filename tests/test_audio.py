@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 import wave
 from functools import partial
 
@@ -54,6 +55,7 @@ from modeling_moextend.data.collators import AudioInMessages
 from modeling_moextend.data.llava import load_llava
 from modeling_moextend.senses_moextend import load_encoder
 from modeling_moextend.tools.hashes import base_tensors_hash
+from modeling_moextend.tools.merge import merge
 
 RATE = 16000
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -487,22 +489,31 @@ def test_audio_columns_go_into_messages():
         AudioInMessages(lambda examples: examples)([{"messages": apart, "audios": [clip]}])
 
 
+def spoken(folder, column="audio", silent=()):
+    """Four conversations about clips of different length; of some, which are `silent`, about none."""
+    parts = [{"type": "audio", "text": None}, {"type": "text", "text": "What?"}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "a word"}]}
+    chats = [[{"role": "user", "content": parts[number in silent :]}, answer] for number in range(4)]
+    paths = [write_wav(folder / f"{number}.wav", tone(0.2 + number / 10, number), 8000) for number in range(4)]
+    paths = [None if number in silent else path for number, path in enumerate(paths)]
+    return Dataset.from_dict({"messages": chats, column: paths if column == "audio" else [[path] for path in paths]})
+
+
+def make_trainer(folder, model, processor, data, **changes):
+    options = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1}
+    options |= {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    options |= {"assistant_only_loss": True, "max_length": None, "gradient_checkpointing": False, **changes}
+    args = MoExtendSFTConfig(str(folder), **options)
+    return MoExtendSFTTrainer(model=model, args=args, train_dataset=data, processing_class=processor)
+
+
 @pytest.mark.parametrize("column", ["audio", "audios"])
 def test_a_trainer_takes_audio_columns(column, tmp_path):
     """Clips of a dataset reach the encoder, and only the projector moves in stage align."""
     processor = make_processor()
     model = hearing(processor=processor, scope="modality")
     before, start = base_tensors_hash(model), copy.deepcopy(model.get_adapter_state_dict())
-    parts = [{"type": "audio", "text": None}, {"type": "text", "text": "What?"}]
-    chat = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "a word"}]}]
-    paths = [write_wav(tmp_path / f"{number}.wav", tone(0.2 + number / 10, number), 8000) for number in range(4)]
-    clips = paths if column == "audio" else [[path] for path in paths]
-    data = Dataset.from_dict({"messages": [chat] * 4, column: clips})
-    options = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1}
-    options |= {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
-    options |= {"assistant_only_loss": True, "max_length": None, "gradient_checkpointing": False}
-    args = MoExtendSFTConfig(str(tmp_path / "out"), stage="align", **options)
-    trainer = MoExtendSFTTrainer(model=model, args=args, train_dataset=data, processing_class=processor)
+    trainer = make_trainer(tmp_path / "out", model, processor, spoken(tmp_path, column), stage="align")
     batch_ = next(iter(trainer.get_train_dataloader()))
     assert batch_["input_features"].shape[0] == 2
     assert not (batch_["labels"] == processor.audio_token_id).any() and (batch_["labels"] >= 0).any()
@@ -510,3 +521,36 @@ def test_a_trainer_takes_audio_columns(column, tmp_path):
     moved = {name for name, tensor in model.get_adapter_state_dict().items() if not torch.equal(tensor, start[name])}
     assert moved and all(name.startswith("audio_projector.") for name in moved)
     assert base_tensors_hash(model) == before
+
+
+def test_a_resumed_run_with_audio_is_the_run_that_never_stopped(tmp_path):
+    processor, data, states = make_processor(), spoken(tmp_path), []
+    for resumed in (None, str(tmp_path / "run/checkpoint-1")):
+        model = hearing(processor=processor, scope="modality")
+        saving = {"save_strategy": "steps", "save_steps": 1}
+        trainer = make_trainer(tmp_path / ("again" if resumed else "run"), model, processor, data, **saving)
+        trainer.train(resume_from_checkpoint=resumed)
+        states.append({name: tensor.clone() for name, tensor in model.get_adapter_state_dict().items()})
+    start = hearing(processor=processor, scope="modality").get_adapter_state_dict()
+    moved = [name for name in start if not torch.equal(start[name], states[0][name])]
+    assert any(name.startswith("audio_projector.") for name in moved)
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_standalone_checkpoint_hears(tmp_path):
+    """With encoders of both senses in it, and none of the folders that it was made of."""
+    processor = make_processor(eyes=True)
+    parts = {"base": make_wordy_base(), "ears": make_ears("whisper"), "eyes": make_encoder()}
+    for name, part in parts.items():
+        part.save_pretrained(tmp_path / name)
+    ids = {"audio_token_id": processor.audio_token_id, "image_token_id": processor.image_token_id}
+    places = [str(tmp_path / "ears"), str(tmp_path / "eyes")]
+    model = shake(MoExtendForCausalLM.from_base(str(tmp_path / "base"), {1: [0]}, encoder=places, **ids)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    for name in (*parts, "adapter"):
+        shutil.rmtree(tmp_path / name)
+    given = inputs_of(processor, [tone()], [tone(0.3, 2)])
+    loaded = MoExtendForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert set(loaded.senses) == {"image", "audio"}
+    assert torch.equal(loaded(**given).logits, model(**given).logits)

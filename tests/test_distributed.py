@@ -7,6 +7,7 @@ import weakref
 from pathlib import Path
 
 import pytest
+import test_audio
 import torch
 import yaml
 from accelerate import PartialState
@@ -213,6 +214,8 @@ RUNS = {
     for run in (
         run_ddp,  # first: accelerate remembers FSDP in the environment
         run_low_rank_ddp,
+        run_audio_ddp,
+        run_audio,
         run_low_rank_full,
         run_low_rank,
         run_full,
@@ -225,6 +228,27 @@ RUNS = {
         run_refused,
     )
 }
+
+
+def train_on_audio(folder, **fsdp):
+    """Samples in order, one a process: only process 1 has a clip in the first step, only process 0 in the second."""
+    Path(folder).mkdir(exist_ok=True)
+    data, processor = test_audio.spoken(Path(folder), silent=(0, 3)), test_audio.make_processor()
+    model = test_audio.hearing(processor=processor, scope="modality")
+    options = {"per_device_train_batch_size": 1, "train_sampling_strategy": "sequential", "ddp_timeout": 300}
+    options |= {"ddp_find_unused_parameters": False, "adapter_dtype": "float32", **fsdp}
+    trainer = test_audio.make_trainer(f"{folder}/run", model, processor, data, **options)
+    trainer.train()
+    return {"tensors": whole(trainer), "history": [entry["loss"] for entry in trainer.state.log_history[:-1]]}
+
+
+def run_audio_ddp(folder):
+    return train_on_audio(folder)
+
+
+def run_audio(folder):
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # as in `start`
+    return train_on_audio(folder, fsdp=True, fsdp_config=FSDP)
 
 
 def work(rank, port, folder):
@@ -266,6 +290,15 @@ def test_sharded_training_is_the_training_of_whole_tensors(folder, run):
     for sharded, ddp in zip(results(folder, run), results(folder, unsharded), strict=True):
         for one, other in zip(sharded["history"], ddp["history"], strict=True):
             assert one == pytest.approx(other, rel=1e-4)
+        for name, tensor in ddp["tensors"].items():
+            torch.testing.assert_close(sharded["tensors"][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_audio_of_some_processes_trains_sharded_as_whole(folder):
+    for sharded, ddp in zip(results(folder, "run_audio"), results(folder, "run_audio_ddp"), strict=True):
+        assert sharded["history"] == pytest.approx(ddp["history"], rel=1e-4)
+        assert ddp["tensors"].keys() == sharded["tensors"].keys()
         for name, tensor in ddp["tensors"].items():
             torch.testing.assert_close(sharded["tensors"][name], tensor, rtol=1e-3, atol=1e-4)
 
