@@ -209,27 +209,6 @@ def run_refused(folder):
     return {}
 
 
-RUNS = {
-    run.__name__: run
-    for run in (
-        run_ddp,  # first: accelerate remembers FSDP in the environment
-        run_low_rank_ddp,
-        run_audio_ddp,
-        run_audio,
-        run_low_rank_full,
-        run_low_rank,
-        run_full,
-        run_states_sharded,
-        run_half,
-        run_shards,
-        run_best,
-        run_verify,
-        run_push,
-        run_refused,
-    )
-}
-
-
 def train_on_audio(folder, **fsdp):
     """Samples in order, one a process: only process 1 has a clip in the first step, only process 0 in the second."""
     Path(folder).mkdir(exist_ok=True)
@@ -249,6 +228,27 @@ def run_audio_ddp(folder):
 def run_audio(folder):
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # as in `start`
     return train_on_audio(folder, fsdp=True, fsdp_config=FSDP)
+
+
+RUNS = {
+    run.__name__: run
+    for run in (
+        run_ddp,  # first: accelerate remembers FSDP in the environment
+        run_low_rank_ddp,
+        run_audio_ddp,
+        run_audio,
+        run_low_rank_full,
+        run_low_rank,
+        run_full,
+        run_states_sharded,
+        run_half,
+        run_shards,
+        run_best,
+        run_verify,
+        run_push,
+        run_refused,
+    )
+}
 
 
 def work(rank, port, folder):
