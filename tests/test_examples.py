@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,6 +73,18 @@ def test_publishing_says_what_would_go_up(quickstart):
     listed = run("publish.py", "--adapter", quickstart[0], "--repo_id", "me/eyes", *places, "--dry_run").split()
     assert {"config.json", "moextend_adapter.safetensors", "modeling_moextend.py", "README.md"} <= set(listed)
     assert not any("training_args" in name or "optimizer" in name or "results" in name for name in listed)
+
+
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng makes the speech")
+def test_the_small_base_learns_to_hear(tmp_path):
+    """By voices that neither encoder nor adapter has heard; without audio it knows what the questions tell."""
+    printed = run("hear.py", "--output_dir", tmp_path, "--disable_tqdm", "true")
+    results = json.loads((tmp_path / "results.json").read_text())
+    trained, silenced = (results["accuracy"][name]["open"] for name in ("trained", "trained, audio silenced"))
+    assert trained >= 0.85
+    assert silenced <= results["accuracy"]["question-only reader"]["open"] + 0.03
+    assert results["base_text"]["bit_equal"] and results["base_and_encoder_bit_equal"]
+    assert "open questions" in printed
 
 
 # ------------------------------------------------------------------ the accelerate commands of docs/training.md
