@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 ARGS ?=
+ALSO ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -c $(CONSTRAINTS)
@@ -62,8 +63,9 @@ test-fast test-slow: export OMP_NUM_THREADS = 1
 test-fast: $(READY_TO_TEST) ## run the tests not marked slow (options: ARGS="...")
 	$(PYTEST) --dist worksteal -m "not slow" $(ARGS)
 
+# transformers 5.19 reads audio by librosa.
 test-oldest: ## run the fast tests in the oldest versions (constraints-oldest.txt), in a venv of its own
-	$(MAKE) test-fast VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+	$(MAKE) test-fast VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt ALSO=librosa
 
 # What a slow file sets up may take minutes, so its tests stay in one process. Exit code 5: no test was selected.
 test-slow: $(READY_TO_TEST) ## run the tests marked slow (options: ARGS="...")
@@ -118,5 +120,5 @@ $(READY_TO_RUN): $(METADATA) | $(BIN)/python
 	@touch $@
 
 $(READY_TO_TEST): $(METADATA) | $(BIN)/python
-	$(INSTALL) -e ".[dev]"
+	$(INSTALL) -e ".[dev]" $(ALSO)
 	@touch $@

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.tokenization_utils_base import AddedToken
-from transformers.utils import requires_backends
+from transformers.utils import import_utils, requires_backends
 
 from .configuration_moextend import shortened
 from .package_moextend import from_package
@@ -78,7 +78,8 @@ def to_waveform(audio, rate, index):
             wave = wave.mean(dim=0) if wave.dim() == 2 and len(wave) < wave.shape[1] else wave
             wave = wave.mean(dim=1) if wave.dim() == 2 else wave
             if given != rate:
-                requires_backends(audio_utils.load_audio, ["audio"])  # soundfile and soxr
+                newer = "audio" in import_utils.BACKENDS_MAPPING  # soundfile and soxr; transformers 5.19 has librosa
+                requires_backends(audio_utils.load_audio, ["audio" if newer else "librosa"])
                 wave = audio_utils.soxr.resample(wave.numpy(), given, rate)
             audio = wave
         elif isinstance(audio, (str, os.PathLike)):
