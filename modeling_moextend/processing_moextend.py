@@ -26,8 +26,8 @@ from .configuration_moextend import shortened
 from .package_moextend import from_package
 
 IMAGE_TOKEN, AUDIO_TOKEN = "<image>", "<audio>"
-BUILDING = "Building a processor"
-MAX_IMAGE_TOKENS = 2**16
+BUILDING, MAX_IMAGE_TOKENS = "Building a processor", 2**16
+READS_AUDIO = "audio" if "audio" in import_utils.BACKENDS_MAPPING else "librosa"  # soundfile and soxr; 5.19: librosa
 # `transformers serve` asks this table, by the name of a model's class, whether what has a processor takes images.
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.setdefault("moextend_with_encoder", "MoExtendForCausalLM")
 
@@ -78,8 +78,7 @@ def to_waveform(audio, rate, index):
             wave = wave.mean(dim=0) if wave.dim() == 2 and len(wave) < wave.shape[1] else wave
             wave = wave.mean(dim=1) if wave.dim() == 2 else wave
             if given != rate:
-                newer = "audio" in import_utils.BACKENDS_MAPPING  # soundfile and soxr; transformers 5.19 has librosa
-                requires_backends(audio_utils.load_audio, ["audio" if newer else "librosa"])
+                requires_backends(audio_utils.load_audio, [READS_AUDIO])
                 wave = audio_utils.soxr.resample(wave.numpy(), given, rate)
             audio = wave
         elif isinstance(audio, (str, os.PathLike)):
