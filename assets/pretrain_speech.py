@@ -67,7 +67,11 @@ def make_clips(number, voices, seed, words=WORDS):
     first."""
     generator, weights = random.Random(seed), [1 if word in OTHERS else 4 for word in words]
     numbers = generator.choices((1, 2, 3), (2, 1, 1), k=number)
-    clips = [draw(generator, tuple(generator.choices(words, weights, k=k)), voices) for k in numbers]
+    texts = [generator.choices(words, weights, k=k) for k in numbers]
+    for text in texts:
+        if len(text) > 1 and generator.random() < 0.2:  # a word that is said twice is what is missed most
+            text[1] = text[0]
+    clips = [draw(generator, tuple(text), voices) for text in texts]
     with ThreadPoolExecutor(2) as pool:
         spoken = list(tqdm(pool.map(spoken_at_16k, clips), total=number, desc="speaking", mininterval=5))
     kept = [(samples, clip) for samples, clip in zip(spoken, clips, strict=True) if len(samples) <= SECONDS * 15000]

@@ -46,6 +46,9 @@ from transformers import (
     PreTrainedModel,
     Qwen3MoeConfig,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
 )
 
 from modeling_moextend import MoExtendForCausalLM, MoExtendSFTConfig, MoExtendSFTTrainer
@@ -390,13 +393,17 @@ def epochs(model: MoExtendForCausalLM, data: Dataset, kept: bool) -> Callable[[]
 class EpochClock(TrainerCallback):
     """CPU seconds an epoch."""
 
-    def __init__(self):
-        self.seconds = []
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.start = clock()
 
-    def on_epoch_end(self, args, state, control, **kwargs):
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.seconds.append(clock() - self.start)
 
 

@@ -101,6 +101,7 @@ def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
-def test_three_answers_are_to_three_questions():
-    questions = [{"question": text, "answer": "a"} for text in ("x", "x", "y", "z", "w")]
-    assert [question["question"] for question, _ in three_answers(questions, list("12345"))] == ["x", "y", "z"]
+@pytest.mark.parametrize(("inputs", "answered"), [("12345", "134"), ("11223", "135"), ("12134", "145")])
+def test_three_answers_are_to_three_questions_about_three_inputs(inputs, answered):
+    questions = [{"question": text, "audio": path} for text, path in zip("xxyzw", inputs, strict=True)]
+    assert [text for _, text in three_answers(questions, list("12345"))] == list(answered)
