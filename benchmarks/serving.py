@@ -23,12 +23,18 @@ SIZES |= {"num_attention_heads": 8, "num_key_value_heads": 4, "num_local_experts
 SOURCES, ATTENTION = [1, 5, 0, 3], ["q_proj", "k_proj", "v_proj", "o_proj"]
 BASE, BESIDE, LORA = "base", "base, served beside adapters", "PEFT LoRA, rank 16, attention"
 CLOSED, HALF = "gate, no token routed", "gate, half of the tokens routed"
+EXPERTS = "the same without deltas"
 ANSWER = "seconds: "
-ENGINES = {"base": [BASE], "adapters": [BESIDE, CLOSED, HALF], "lora": [LORA]}  # what each of them serves
+ENGINES = {  # what each of them serves
+    "base": [BASE],
+    "adapters": [BESIDE, CLOSED, HALF],
+    "experts": [EXPERTS],
+    "lora": [LORA],
+}
 
 
 def make(folder: Path) -> None:
-    """The base, two adapters and a LoRA."""
+    """The base, three adapters and a LoRA."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -37,16 +43,18 @@ def make(folder: Path) -> None:
 
     torch.manual_seed(0)
     MixtralForCausalLM(MixtralConfig(**SIZES)).save_pretrained(folder / "base")
-    model = MoExtendForCausalLM.from_base(folder / "base", dict.fromkeys(range(1, 6), SOURCES), dtype="float32")
-    for name, tensor in model.adapter_tensors().items():
-        if not name.startswith("layers."):
-            torch.nn.init.normal_(tensor, std=0.1)
-    with model.record_routing() as records, torch.no_grad():
-        model(input_ids=torch.randint(3, 4096, (8, 64)))
-    margins = torch.cat([record.gate for record in records.values() if record.margins])
-    for name, threshold in {"closed": 1e9, "half": float(margins.median())}.items():
-        model.gate_threshold = threshold
-        model.save_pretrained(folder / name)
+    layers, text = dict.fromkeys(range(1, 6), SOURCES), torch.randint(3, 4096, (8, 64))
+    for deltas, names in ((None, ("closed", "half")), ((), ("experts",))):
+        model = MoExtendForCausalLM.from_base(folder / "base", layers, dtype="float32", deltas=deltas)
+        for name, tensor in model.adapter_tensors().items():
+            if not name.startswith("layers."):
+                torch.nn.init.normal_(tensor, std=0.1)
+        with model.record_routing() as records, torch.no_grad():
+            model(input_ids=text)
+        median = float(torch.cat([record.gate for record in records.values() if record.margins]).median())
+        for name in names:
+            model.gate_threshold = 1e9 if name == "closed" else median
+            model.save_pretrained(folder / name)
     lora = LoraConfig(r=16, target_modules=ATTENTION, task_type="CAUSAL_LM", init_lora_weights=False)
     get_peft_model(MixtralForCausalLM.from_pretrained(folder / "base"), lora).save_pretrained(folder / "lora")
 
@@ -63,11 +71,12 @@ def serve(folder: Path, kind: str) -> None:
     paths = {
         "base": {},
         "adapters": {CLOSED: folder / "closed", HALF: folder / "half"},
+        "experts": {EXPERTS: folder / "experts"},
         "lora": {LORA: folder / "lora"},
     }
     if paths[kind]:
         options |= {"enable_lora": True, "max_loras": len(paths[kind])}
-    if kind == "adapters":
+    if kind in ("adapters", "experts"):
         options["hf_overrides"] = {"architectures": ["MoExtendMixtralForCausalLM"]}
         options["hf_overrides"] |= {"moextend_adapters": [str(path) for path in paths[kind].values()]}
     if kind == "lora":
