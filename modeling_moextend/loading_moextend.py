@@ -189,7 +189,7 @@ def check_no_adapter(name_or_path, options):
         raise ValueError(f"base={str(name_or_path)!r} has a config.json that can't be read: {error!r}.") from error
     if model_type == "moextend":
         raise ValueError(f"base={str(name_or_path)!r} is extended already: it is an adapter. Pass base=<its base>.")
-    if model_type and model_type.endswith(ADAPTER_CONFIG_NAME):
+    if str(model_type).endswith(ADAPTER_CONFIG_NAME):
         name = str(name_or_path)
         raise ValueError(f"base={name!r} is a PEFT adapter and no model: merge it into its own (merge_and_unload()).")
 

@@ -1,6 +1,7 @@
 """The arguments of every command. Nothing here imports torch: --help and completion are there at once."""
 
 import argparse
+import math
 import re
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -220,7 +221,7 @@ def build_parser() -> Parser:
     command = add_command(subparsers, "demo", commands.demo_command, results.show_nothing, as_json=False)
     command.add_argument("adapter", type=adapter_location, help=ADAPTER)
     add_talk_options(command)
-    command.add_argument("--port", type=positive, metavar="N", help="default: the first free one from 7860 on")
+    command.add_argument("--port", type=port, metavar="N", help="default: the first free one from 7860 on")
     command.add_argument("--share", action="store_true", help="behind a public link of gradio's, for 72 hours")
     add_parts(command)
 
@@ -267,7 +268,7 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     metrics = ("exact_match", "vqa_accuracy")
     parser.add_argument("--metric", default=metrics[0], choices=metrics, help="of the answers (default: exact_match)")
     text = "of the gate, with scope 'gate' (default: -1 -0.5 0 0.5 1)"
-    parser.add_argument("--thresholds", type=float, nargs="*", metavar="Z", help=text)
+    parser.add_argument("--thresholds", type=finite, nargs="*", metavar="Z", help=text)
     text = "report folders to show in the frontier as well"
     parser.add_argument("--compare", nargs="*", default=[], metavar="FOLDER", help=text)
     parser.add_argument("--title", help="the adapter's name in the report (default: its folder's)")
@@ -312,8 +313,9 @@ def add_command(
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", required=True, help="Hub id or folder of a base, or its config.json")
-    parser.add_argument("--layers", type=layer_numbers, metavar="L", help="that get new experts, like 16-31 or 3,5,7")
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--layers", type=layer_numbers, metavar="L", help="that get new experts, like 16-31 or 3,5,7")
+    which.add_argument(
         "--fraction",
         type=above_zero,
         default=0.5,
@@ -419,6 +421,20 @@ def above_zero(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return value
+
+
+def finite(text: str) -> float:
+    """A number that is not infinite; anything else is wrong usage."""
+    if not math.isfinite(value := float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number")
+    return value
+
+
+def port(text: str) -> int:
+    """A port of this machine; anything else is wrong usage."""
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no port from 1 to 65535")
+    return int(text)
 
 
 def positive(text: str) -> int:

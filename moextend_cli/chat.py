@@ -35,6 +35,8 @@ class Conversation:
             import readline  # noqa: F401  # arrows and history for input(), where the system has it
         except ImportError:
             pass
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="replace")  # bytes that are no text end no conversation
         self.say(f"Adapter {', '.join(self.chat.on)} is on. /help says what else there is.")
         while True:
             try:

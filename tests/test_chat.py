@@ -236,6 +236,6 @@ def test_the_command_in_a_terminal(tmp_path):
 def test_lines_from_a_pipe_are_marked_by_brackets():
     command = [sys.executable, "-m", "moextend_cli", "chat", "assets/numbers", "--dtype", "float32"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, input="1984\n", capture_output=True, text=True, cwd=ROOT, env=environment)
+    done = subprocess.run(command, input=b"\xff\xfe\n/new\n1984\n", capture_output=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert re.search(r"used new experts: \[?one thousand", done.stdout) and "\x1b" not in done.stdout
+    assert re.search(rb"used new experts: \[?one thousand", done.stdout) and b"\x1b" not in done.stdout

@@ -334,7 +334,25 @@ OF_NO_USE = {  # what is said -> lines with something of another kind
     "it is of another kind": ["plan --base assets/tiny-clip"],
     "not a valid JSON file": ["plan --base README"],
     "expected int, got str": ["plan --base STRANGE"],
+    "model type `5`": ["plan --base NUMBERED"],
+    "not allowed with": ["plan --base BASE --layers 1 --fraction 0.5"],
+    "is no finite number": [EVALUATE.format("ADAPTER", "TEXT") + " --thresholds nan"],
+    "is no port": ["demo ADAPTER --port 70000"],
+    "must be {": [EVALUATE.format("ADAPTER", name) for name in ("NO_DOMAIN", "NO_CHAT")],
+    "no text or list of parts": [EVALUATE.format("ADAPTER", "TEXT") + " --questions NO_TEXT"],
+    "is a file, or lies": [EVALUATE.format("ADAPTER", "TEXT") + f" --output {one}" for one in ("README", "README/x")],
+    "flow sequence": ["train --config NO_YAML"],
+    "keywords must be": ["train --config NO_NAMES"],
+    "has no ending": ["report PEFT --picture NEW"],
     "nonesuch": ["completion nonesuch"],
+}
+WRONG_FILES = {
+    "NUMBERED": '{"model_type": 5}',
+    "NO_DOMAIN": '{"domain": null, "text": "a b"}',
+    "NO_CHAT": '{"domain": "a", "messages": "hi"}',
+    "NO_TEXT": '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": 7}]}',
+    "NO_YAML": "a: [1",
+    "NO_NAMES": "1: 2",
 }
 
 
@@ -343,11 +361,14 @@ def test_what_is_of_no_use_is_code_2_and_leaves_nothing(line, reason, adapter, m
     place = adapter.parent
     names = {"ADAPTER": adapter, "BASE": place / "base", "WEIGHTS": adapter / FILE, "NEW": place / "new" / "er"}
     names |= {"README": ROOT / "README.md", "TEXT": ROOT / "assets/tiny-moe/held_out.jsonl", "PEFT": place / "peft"}
-    names |= {"STRANGE": place / "strange"}
+    names |= {"STRANGE": place / "strange", "README/x": ROOT / "README.md" / "x"}
     strange = {"model_type": "mixtral", "hidden_size": "x"}
     for name, values in {"peft/adapter_config": {}, "strange/config": strange}.items():
         (place / name).parent.mkdir()
         (place / f"{name}.json").write_text(json.dumps(values))
+    for name, content in WRONG_FILES.items():
+        names[name] = place / f"{name}.jsonl"
+        names[name].write_text(content)
     code, text = moextend(*(names.get(word, word) for word in line.split()))
     assert code == 2 and reason in text
     assert "Traceback" not in text and "huggingface.co//" not in text and not names["NEW"].parent.exists()

@@ -297,7 +297,7 @@ def test_a_threshold_curve_needs_a_gate():
 
 def test_documents_are_read_line_by_line(tmp_path):
     path = tmp_path / "text.jsonl"
-    rows = [{"domain": "a", "text": "b"}, {"domain": "c", "messages": []}]
+    rows = [{"domain": "a", "text": "b"}, {"domain": "c", "messages": [{"role": "user", "content": "d"}]}]
     path.write_text("\n\n".join(map(json.dumps, rows)))
     assert read_documents(path) == rows
     path.write_text(json.dumps(rows[0]) + "\n" + json.dumps({"text": "b"}))

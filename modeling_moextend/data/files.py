@@ -25,12 +25,21 @@ def read_documents(path: str | os.PathLike) -> list[dict[str, Any]]:
                 document = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"Line {number} of {path} is not valid JSON: {error}") from error
-            if not isinstance(document, dict) or "domain" not in document or not {"text", "messages"} & set(document):
+            if not is_document(document):
                 raise ValueError(f'Line {number} of {path} must be {{"domain": ..., "text": ... or "messages": ...}}.')
             documents.append(document)
     if not documents:
         raise ValueError(f"{path} holds no document.")
     return documents
+
+
+def is_document(document: Any) -> bool:
+    """Whether it names its domain and holds a text or a chat."""
+    if not isinstance(document, dict) or not isinstance(document.get("domain"), str):
+        return False
+    if "messages" in document:
+        return messages_problem(document["messages"], "messages", False) is None
+    return isinstance(document.get("text"), str)
 
 
 def read_questions(

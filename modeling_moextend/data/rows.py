@@ -115,10 +115,18 @@ def messages_problem(messages: Any, name: str, needs_assistant: bool) -> str | N
         role = (message.get("role") or message.get("from")) if isinstance(message, dict) else None
         if not isinstance(role, str) or all(message.get(key) is None for key in ("content", "value", "tool_calls")):
             return f"message {number} of its {name} is {str(message)[:200]}, without a role or without content"
+        contents = [] if role == "tool" else [message[key] for key in ("content", "value") if message.get(key) is not None]
+        if not all(map(is_content, contents)):  # what a tool says may be of any kind: the template writes it out
+            return f"message {number} of its {name} is {str(message)[:200]}, whose content is no text or list of parts"
         roles.append(role)
     if needs_assistant and "assistant" not in roles:
         return f"its {name} have no turn of the assistant, and nothing else is trained on: their roles are {roles}"
     return None
+
+
+def is_content(content: Any) -> bool:
+    """Whether a message may hold it: a text, or parts like {"type": "image"}."""
+    return isinstance(content, str) or isinstance(content, list) and all(isinstance(part, dict) for part in content)
 
 
 def check_datasets(

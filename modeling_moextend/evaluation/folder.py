@@ -144,7 +144,12 @@ def compare_reports(folders: Sequence[str | os.PathLike], picture: str | os.Path
 
     Returns:
         {"reports": of `read_result`, "picture": its path or `None`}.
+
+    Raises:
+        ValueError: a picture without an ending; reports without an accuracy.
     """
+    if picture is not None and not Path(picture).suffix:
+        raise ValueError(f"picture={str(picture)!r} has no ending, which says how to draw: .png, .svg or .pdf.")
     reports = [read_result(folder) for folder in folders]
     points = [report["point"] for report in reports if report["point"] is not None]
     if picture is not None:

@@ -40,7 +40,10 @@ def made_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """The folder, made if need be with those above it; what of them is empty when the block raises goes again."""
     folder = Path(folder).absolute()
     new = [one for one in (folder, *folder.parents) if not one.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise type(error)(f"{folder} is a file, or lies below one: name another folder.") from error
     try:
         yield folder
     except BaseException:

@@ -222,7 +222,7 @@ def sizes_of(model: PreTrainedModel) -> Model:
             heads if attention else 0,
             keys if attention else 0,
             heads + keys if attention and has_norms(layer) else 0,
-            sum(stack[0].numel() for stack in stacks),
+            sum(stack[:1].numel() for stack in stacks),
             inner,
             0 if experts is None else text.num_experts_per_tok,
             0 if experts is None else moe[index].num_experts,

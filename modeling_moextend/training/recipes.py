@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from trl import TrlParser
 
 from ..publishing.hub import publish_folder
@@ -35,7 +36,7 @@ class RecipeParser(TrlParser):
             words[position] = find_recipe(words[position])
         try:
             return self.parse_args_and_config(words)
-        except (argparse.ArgumentError, ValueError) as error:
+        except (argparse.ArgumentError, ValueError, TypeError, yaml.YAMLError) as error:
             if isinstance(error, Unusable):
                 raise
             raise Unusable(f"{str(error).removesuffix('.')}. The options: moextend train --help-all") from error
