@@ -115,8 +115,8 @@ def messages_problem(messages: Any, name: str, needs_assistant: bool) -> str | N
         role = (message.get("role") or message.get("from")) if isinstance(message, dict) else None
         if not isinstance(role, str) or all(message.get(key) is None for key in ("content", "value", "tool_calls")):
             return f"message {number} of its {name} is {str(message)[:200]}, without a role or without content"
-        contents = [] if role == "tool" else [message[key] for key in ("content", "value") if message.get(key) is not None]
-        if not all(map(is_content, contents)):  # what a tool says may be of any kind: the template writes it out
+        contents = [message[key] for key in ("content", "value") if message.get(key) is not None]
+        if role != "tool" and not all(map(is_content, contents)):  # a tool's is any, which the template writes out
             return f"message {number} of its {name} is {str(message)[:200]}, whose content is no text or list of parts"
         roles.append(role)
     if needs_assistant and "assistant" not in roles:
