@@ -58,18 +58,18 @@ def to_rgb(image):
     return image
 
 
-def to_waveform(audio, rate, index):
+def to_waveform(audio, rate, index, longest=None):
     """Clip number `index` as a float32 array [samples] at `rate` a second, of one channel: of a file, URL or base64
     text; of {"array", "sampling_rate"}, or {"bytes"} or {"path"}, as `datasets.Audio` gives it; of its decoder; of an
-    array, one channel at `rate`. `ValueError` names the clip, and what is wrong with it."""
-    source = audio
+    array, one channel at `rate`. `ValueError` names the clip, and what is wrong; too much: over `longest` seconds."""
+    source = audio.get("path") if isinstance(audio, dict) else audio
+    name = f"Audio {index}" + (f", {str(source)[:200]!r}," if isinstance(source, (str, os.PathLike)) else "")
     try:
         if hasattr(audio, "get_all_samples"):  # torchcodec's decoder
             samples = audio.get_all_samples()
             audio = {"array": samples.data, "sampling_rate": samples.sample_rate}
         if isinstance(audio, dict) and audio.get("array") is None:
-            encoded, source = audio.get("bytes"), audio.get("path")
-            audio = source if encoded is None else base64.b64encode(encoded).decode()
+            audio = source if audio.get("bytes") is None else base64.b64encode(audio["bytes"]).decode()
         if isinstance(audio, dict):
             wave, given = torch.as_tensor(audio["array"]), int(audio["sampling_rate"])
             wave = wave.double() if wave.is_floating_point() else wave / 32768 if wave.dtype == torch.int16 else None
@@ -90,12 +90,15 @@ def to_waveform(audio, rate, index):
             raise ValueError("whole numbers have no fixed range: divide 16-bit samples by 32768")
         wave = wave.float()
     except Exception as error:  # libraries that decode raise what they like
-        raise ValueError(
-            f"Audio {index}, {str(source)[:200]!r}, can't be read: {type(error).__name__}: {error}"
-        ) from error
+        raise ValueError(f"{name} can't be read: {type(error).__name__}: {error}") from error
     if wave.dim() != 1 or not len(wave) or not wave.isfinite().all():
         reason = "NaN or infinity in it" if wave.dim() == 1 and len(wave) else f"its samples are {list(wave.shape)}"
-        raise ValueError(f"Audio {index}, {str(source)[:200]!r}, must be one channel of finite samples: {reason}.")
+        raise ValueError(f"{name} must be one channel of finite samples: {reason}.")
+    if longest is not None and len(wave) > longest * rate:
+        raise ValueError(
+            f"{name} is {len(wave) / rate:.1f} seconds long, and the limit is {longest:g}: cut it, or let the "
+            "processor do so (processor.cut_audio = True)."
+        )
     return wave.numpy()
 
 
@@ -248,6 +251,7 @@ class MoExtendProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation: list, *args: object, **kwargs: object) -> Any:
         """As in transformers; parts {"type": "audio"} have "audio", "path" or "url", all that `to_waveform` takes."""
         rate, number = getattr(self.feature_extractor, "sampling_rate", None), 0
+        longest = None if self.cut_audio or not rate else self.longest_audio
 
         def with_waveforms(value):
             nonlocal number
@@ -258,7 +262,8 @@ class MoExtendProcessor(ProcessorMixin):
             if value.get("type") == "audio":
                 given = next((value[key] for key in ("audio", "path", "url") if value.get(key) is not None), None)
                 number += 1
-                return {"type": "audio"} | ({} if given is None else {"audio": to_waveform(given, rate, number - 1)})
+                heard = {} if given is None else {"audio": to_waveform(given, rate, number - 1, longest)}
+                return {"type": "audio", **heard}
             return {**value, "content": with_waveforms(value["content"])} if "content" in value else value
 
         return super().apply_chat_template(with_waveforms(conversation) if rate else conversation, *args, **kwargs)
@@ -302,15 +307,8 @@ class MoExtendProcessor(ProcessorMixin):
                 f"sampling_rate={kwargs['sampling_rate']}: bare arrays must be at {extractor.sampling_rate} Hz. Give "
                 '{"array": ..., "sampling_rate": ...}, which is resampled.'
             )
-        waves = [to_waveform(clip, extractor.sampling_rate, index) for index, clip in enumerate(audio)]
-        for index, wave in enumerate(waves):
-            seconds = len(wave) / extractor.sampling_rate
-            if seconds > limit and not self.cut_audio:
-                raise ValueError(
-                    f"Audio {index} is {seconds:.1f} seconds long, and the limit is {limit:g}: cut it, or let the "
-                    "processor do so (processor.cut_audio = True)."
-                )
-            waves[index] = wave[: int(limit * extractor.sampling_rate)]
+        rate, longest = extractor.sampling_rate, None if self.cut_audio else limit
+        waves = [to_waveform(clip, rate, index, longest)[: int(limit * rate)] for index, clip in enumerate(audio)]
         options = {"sampling_rate": extractor.sampling_rate, "return_tensors": "pt", "return_attention_mask": True}
         fixed = hasattr(extractor, "chunk_length") or self.audio_convolutions is None  # pads to a length of its own
         inputs = extractor(waves, **options) if fixed else extractor(waves, padding=True, **options)

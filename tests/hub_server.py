@@ -27,7 +27,7 @@ import yaml
 
 LFS = (".safetensors", ".png")  # what the Hub's .gitattributes sends to LFS, of what tests have
 LICENSES = {"apache-2.0", "mit", "llama3", "gemma", "cc-by-4.0", "other"}  # some of those that the Hub knows
-TASKS = {"text-generation", "image-text-to-text"}
+TASKS = {"text-generation", "image-text-to-text", "audio-text-to-text", "any-to-any"}
 REPO_NAME = re.compile(r"^[\w.\-]+(/[\w.\-]+)?$")
 
 

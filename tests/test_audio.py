@@ -13,7 +13,11 @@ import soundfile
 import torch
 from conftest import COMMON, EVERY_FAMILY, batch, frozen_copy, make_base, make_encoder, shake
 from datasets import Dataset
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_batching import in_batches, one_by_one
 from test_processing_moextend import build_tokenizer
+from test_threads import InTheMiddle
 from transformers import (
     ASTConfig,
     ASTFeatureExtractor,
@@ -51,11 +55,15 @@ from modeling_moextend import (
     MoExtendSFTConfig,
     MoExtendSFTTrainer,
 )
+from modeling_moextend.adapter_file_moextend import FILE
 from modeling_moextend.data.collators import AudioInMessages
 from modeling_moextend.data.llava import load_llava
+from modeling_moextend.evaluation.report import accuracy
 from modeling_moextend.senses_moextend import load_encoder
 from modeling_moextend.tools.hashes import base_tensors_hash
+from modeling_moextend.tools.inspection import inspect_adapter
 from modeling_moextend.tools.merge import merge
+from modeling_moextend.tools.verification import verify_adapter
 
 RATE = 16000
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -257,10 +265,15 @@ def test_what_cannot_be_heard_is_refused_by_number_and_name(tmp_path):
         inputs_of(processor, [good, str(tmp_path / "missing.wav")])
     with refused(match=r"Audio 0, '.*empty.wav', must be one channel of finite samples: its samples are \[0\]"):
         inputs_of(processor, [str(tmp_path / "empty.wav")])
-    with refused(match="Audio 0, .* NaN or infinity in it"):
+    with refused(match="Audio 0 must be .* NaN or infinity in it"):
         inputs_of(processor, [np.full(RATE, np.nan, dtype=np.float32)])
     with refused(match=r"Audio 0 is 3600.0 seconds long, and the limit is 2: cut it"):
         inputs_of(processor, [np.zeros(3600 * RATE, dtype=np.float32)])
+    long = write_wav(tmp_path / "long.wav", tone(3), RATE)
+    chat = [{"role": "user", "content": [{"type": "audio", "path": long}]}]
+    for hear in (partial(inputs_of, processor, [long]), partial(processor.apply_chat_template, chat, tokenize=True)):
+        with refused(match=r"Audio 0, '.*long.wav', is 3.0 seconds long, and the limit is 2: cut it"):
+            hear()
     with refused(match="Sample 0 has 1 clips but 2 '<audio>' in its text"):
         processor(audio=[[good]], text=["<audio><audio>"])
     with refused(match="images was given, and this processor is of an adapter that has no encoder for it"):
@@ -276,7 +289,7 @@ def test_what_would_be_heard_wrong_is_refused():
     with pytest.raises(ValueError, match=r"sampling_rate=44100: bare arrays must be at 16000 Hz"):
         processor(text="<audio>", audio=clip, sampling_rate=44100)
     whole = (np.asarray(clip) * 32767).astype("int16")
-    with pytest.raises(ValueError, match="Audio 0, .*whole numbers have no fixed range"):
+    with pytest.raises(ValueError, match="Audio 0 can't be read: .*whole numbers have no fixed range"):
         processor(text="<audio>", audio=whole)
     scaled = processor(text="<audio>", audio={"array": whole, "sampling_rate": RATE}, return_tensors="pt")
     exact = processor(text="<audio>", audio=clip, return_tensors="pt")
@@ -383,6 +396,13 @@ def test_generate_over_a_batch_and_with_beams_gives_what_each_gives_alone():
             given = inputs_of(processor, own)
             alone = model.generate(**given, **options)[0, given["input_ids"].shape[1] :]
             assert found[row, : len(alone)].tolist() == alone.tolist()
+        if options.get("num_beams"):
+            continue
+        asked = [{"type": "audio"}, {"type": "text", "text": "What?"}]
+        ask = [[{"role": "user", "content": asked[:1] * len(own) + asked[1:]}] for own in clips]
+        questions = [{"prompt": one, "answer": "a", "audios": own} for one, own in zip(ask, clips, strict=True)]
+        _, answers = accuracy(model, processor, questions, "exact_match", max_new_tokens=4)
+        assert len(set(answers)) == 2
 
 
 def test_saved_loaded_and_as_remote_code_bit_equal(tmp_path):
@@ -434,6 +454,81 @@ def test_training_changes_neither_base_nor_encoder():
     assert base_tensors_hash(model) == before and not model.audio_encoder.training
 
 
+def test_the_file_holds_the_new_tensors_alone_and_fits_nothing_else(tmp_path):
+    model, load = hearing(), partial(MoExtendForCausalLM.from_pretrained, tmp_path, base=make_wordy_base())
+    model.save_pretrained(tmp_path)
+    data, tensors = (tmp_path / FILE).read_bytes(), load_file(tmp_path / FILE)
+    assert tensors.keys() == model.adapter_tensors().keys()
+    assert len(data) == 8 + int.from_bytes(data[:8], "little") + sum(tensor.nbytes for tensor in tensors.values())
+    with pytest.raises(ValueError, match="does not say where its audio_encoder lies: pass encoder="):
+        load()
+    other = make_ears()
+    other.conv1.weight.data.neg_()
+    other.layers[0].fc1.weight.data.neg_()
+    with pytest.raises(ValueError, match="This is a different encoder than the adapter was made on"):
+        load(encoder=other)
+    with safe_open(tmp_path / FILE, "pt") as file:
+        metadata = {key: text for key, text in file.metadata().items() if "checksum" not in key}
+    tensors["audio_projector.linear_3.bias"] = tensors.pop("audio_projector.linear_2.bias")
+    tensors["audio_projector.linear_1.bias"] = torch.zeros(5)
+    save_file(tensors, tmp_path / FILE, metadata)
+    with pytest.raises(ValueError) as error:
+        load(encoder=make_ears())
+    for what in ("missing: audio_projector.linear_2.bias", "unexpected: audio_projector.linear_3.bias"):
+        assert what in str(error.value) and "shape: audio_projector.linear_1.bias" in str(error.value)
+
+
+def test_pickled_ears_are_not_opened(tmp_path):
+    make_ears().config.save_pretrained(tmp_path)
+    torch.save(make_ears().state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="model.safetensors"):
+        MoExtendForCausalLM.from_base(make_wordy_base(), {1: [0]}, encoder=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("audio_encoder", 0.01, "The encoder in memory is no longer the one that was loaded: conv1.bias"),
+        ("audio_projector", math.nan, "NaN or infinity in audio_projector.linear_1.bias"),
+    ],
+)
+def test_what_was_not_trained_is_not_saved(part, value, message, tmp_path):
+    model = hearing()
+    for parameter in getattr(model, part).parameters():
+        parameter.data.add_(value)
+    with pytest.raises(ValueError, match=message):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_beside_others_it_is_heard_with_by_the_passes_that_began_with_it(tmp_path):
+    """Text is as if it were not loaded; a pass keeps its ears, whatever another thread does meanwhile."""
+    processor, text = make_processor(), batch()
+    ears = hearing(processor=processor, scope="modality")
+    ears.save_pretrained(tmp_path)
+    given = inputs_of(processor, [tone()])
+    model = shake(MoExtendForCausalLM.from_base(make_wordy_base(), {2: [0]}, scope="all"), seed=4)
+    alone = model(**text).logits
+    model.load_adapter(tmp_path, adapter_name="ears", encoder=make_ears())
+    model.set_adapter(["default", "ears"])
+    assert torch.equal(model(**text).logits, alone)
+    for change in (partial(model.set_adapter, "default"), partial(model.delete_adapter, "ears")):
+        model.set_adapter("ears")
+        with InTheMiddle(model, lambda model, made, change=change: change(), None):
+            assert torch.equal(model(**given).logits, ears(**given).logits)
+        with pytest.raises(ValueError, match="input_features was given, but this model has no encoder"):
+            model(**given)
+    assert torch.equal(model(**text).logits, alone)
+
+
+def test_continuous_batching_answers_text_and_refuses_audio():
+    model = hearing(scope="modality")
+    prompts = [[3, 4, 5], [7, 8, 9, 10]]
+    assert in_batches(model, prompts) == one_by_one(model, prompts)
+    with pytest.raises(ValueError, match="takes no images or audio: use generate"):
+        in_batches(model, [[3, model.config.audio_token_id, 4]])
+
+
 # ---------------------------------------------------------------- data
 
 
@@ -475,6 +570,10 @@ def test_broken_clips_name_file_and_sample(tmp_path):
         load_llava(tmp_path / "data.json")[0]
     with pytest.raises(ValueError, match="has no sample to train on"):
         load_llava(tmp_path / "data.json", on_error="skip")
+    write_wav(tmp_path / "a.wav", tone(3), RATE)
+    (clip,) = load_llava(tmp_path / "data.json")[0]["audios"]
+    with pytest.raises(ValueError, match=r"Audio 0, '.*a.wav', is 3.0 seconds long, and the limit is 2"):
+        inputs_of(make_processor(), [clip])
 
 
 def test_audio_columns_go_into_messages():
@@ -547,10 +646,14 @@ def test_a_standalone_checkpoint_hears(tmp_path):
     places = [str(tmp_path / "ears"), str(tmp_path / "eyes")]
     model = shake(MoExtendForCausalLM.from_base(str(tmp_path / "base"), {1: [0]}, encoder=places, **ids)).eval()
     model.save_pretrained(tmp_path / "adapter")
+    processor.save_pretrained(tmp_path / "adapter")
     merge(tmp_path / "adapter", tmp_path / "merged")
     for name in (*parts, "adapter"):
         shutil.rmtree(tmp_path / name)
     given = inputs_of(processor, [tone()], [tone(0.3, 2)])
+    clip = write_wav(tmp_path / "a.wav", tone(), 8000)
+    assert verify_adapter(tmp_path / "merged", audio=clip)["ok"]
+    assert inspect_adapter(tmp_path / "merged")["audio_encoder"]["model_type"] == "whisper"
     loaded = MoExtendForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert set(loaded.senses) == {"image", "audio"}
     assert torch.equal(loaded(**given).logits, model(**given).logits)

@@ -7,6 +7,7 @@ import shutil
 import pytest
 from conftest import make_base, make_encoder, shake
 from safetensors import safe_open
+from test_audio import make_ears, make_processor, make_wordy_base
 from test_processing_moextend import build_processor
 from test_push_to_hub import BASE, REPO
 from test_push_to_hub import hub as hub
@@ -71,6 +72,19 @@ def test_a_published_adapter_names_none(folder, hub, tmp_path):
     again = MoExtendForCausalLM.from_pretrained(folder, base=make_base(), encoder=make_encoder())
     again.save_pretrained(tmp_path / "again")
     assert naming(contents(tmp_path / "again")) == []
+
+
+def test_ears_of_this_machine_are_not_named_either(hub, tmp_path):
+    home, processor = tmp_path / SECRET, make_processor()
+    make_ears().save_pretrained(home / "ears")
+    options = {"encoder": str(home / "ears"), "audio_token_id": processor.audio_token_id}
+    MoExtendForCausalLM.from_base(make_wordy_base(), {1: [0]}, **options).save_pretrained(tmp_path / "adapter")
+    processor.save_pretrained(tmp_path / "adapter")
+    assert naming(contents(tmp_path / "adapter")) == ["config.json", FILE]
+    with pytest.raises(ValueError, match="its audio_encoder is '.*ears', a path .* --encoder owner/name"):
+        publish_folder(tmp_path / "adapter", REPO, base=BASE)
+    publish_folder(tmp_path / "adapter", REPO, base=BASE, encoder=BASE)
+    assert naming(hub.files(REPO)) == naming(hub.files(REPO), str(tmp_path)) == []
 
 
 def test_what_an_earlier_version_saved_is_made_anew_before_it_is_published(folder, hub):

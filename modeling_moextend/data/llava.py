@@ -73,8 +73,8 @@ def load_llava(
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset`: `id`, `images` (list of PIL images, empty for text only),
-        `audios` where the file speaks of audio (list of {"array", "sampling_rate"}, one channel) and `messages`, or
-        `prompt` and `completion`.
+        `audios` where the file speaks of audio (list of {"path", "array", "sampling_rate"}, one channel) and
+        `messages`, or `prompt` and `completion`.
 
     Raises:
         ValueError: no valid JSON, no sample left, or a bad sample; names the sample's id, its index and what is wrong.
@@ -281,7 +281,7 @@ def _check_exists(path, sample, kind="image"):
 
 
 def _open_clip(path, sample):
-    """The whole clip as {"array": float32 [samples], "sampling_rate": samples a second}, its channels averaged."""
+    """The whole clip as {"path", "array": float32 [samples], "sampling_rate": a second}, its channels averaged."""
     try:
         import soundfile
     except ImportError as error:
@@ -293,7 +293,7 @@ def _open_clip(path, sample):
             raise ValueError("it has no samples" if not len(samples) else "it has samples that are not finite")
     except Exception as error:  # of libsndfile
         raise _BadSample(f"{sample}: audio {path} cannot be read: {type(error).__name__}: {error}") from error
-    return {"array": samples.mean(axis=1), "sampling_rate": rate}
+    return {"path": str(path), "array": samples.mean(axis=1), "sampling_rate": rate}
 
 
 def _open(column, path, sample):

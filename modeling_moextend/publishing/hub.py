@@ -74,7 +74,7 @@ def check_published(config: MoExtendConfig, api: HfApi | None = None) -> None:
         raise ValueError(
             f"The adapter can't be published yet: its {role} {problem}, so nobody else could load it. Publish the "
             f"{role} first, then say where: model.config.{entry}_name_or_path = 'owner/name' (examples/publish.py: "
-            f"--{role} owner/name). Saving to a folder works as it is."
+            f"--{role.removeprefix('audio_')} owner/name). Saving to a folder works as it is."
         )
 
 
