@@ -379,6 +379,7 @@ def test_a_conversation_that_hears_later_keeps_its_cache():
     whole = model(**given).logits
     cache = DynamicCache(config=model.config.text_config)
     begun = model(input_ids=ids[:, :first], past_key_values=cache, use_cache=True).logits
+    assert torch.equal(begun, frozen_copy(model.base)(input_ids=ids[:, :first]).logits)
     audio = {name: given[name] for name in ("input_features", "input_features_mask")}
     rest = model(input_ids=ids[:, first:], past_key_values=cache, use_cache=True, **audio).logits
     torch.testing.assert_close(torch.cat([begun, rest], dim=1), whole, rtol=1e-4, atol=1e-5)
