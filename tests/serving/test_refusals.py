@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -100,6 +101,12 @@ def test_what_is_in_a_config_is_refused_by_name(workshop):
     config.extended_layers = {}
     with pytest.raises(ValueError, match="no new experts"):
         check_adapter(config, "it")
+
+
+def test_an_adapter_that_hears_is_refused_by_name(workshop):
+    ears = Path(__file__).parents[2] / "assets" / "tiny-speech"
+    with pytest.raises(ValueError, match="encoder of audio, and only images"):
+        check_adapter(MoExtendForCausalLM.from_base(workshop.base(), {1: [0]}, encoder=ears).config, "it")
 
 
 def test_other_families_and_quantised_bases_are_refused_by_name():

@@ -45,8 +45,10 @@ def check_adapter(config: MoExtendConfig, name: str, among_others: bool = False)
     problems = []
     if config.encoder_config is not None and among_others:
         problems.append("it has an encoder, and adapters that see are served alone: vllm serve ADAPTER.")
-    if any(modality != "image" or sense.convolutions is not None for modality, sense in config.senses.items()):
-        problems.append("of encoders, only those of images of one size are served.")
+    if "audio" in config.senses:
+        problems.append("it has an encoder of audio, and only images are served.")
+    if "image" in config.senses and config.senses["image"].convolutions is not None:
+        problems.append("its encoder takes images of any size, and only those of one size are served.")
     if not config.extended_layers:
         problems.append("it has no new experts.")
     if config.trained_on:
