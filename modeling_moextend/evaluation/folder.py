@@ -52,11 +52,12 @@ def load_adapter(
 def check_locations(adapter: str, base: str | None, encoder: str | list[str] | None) -> None:
     """Refuses an adapter, base or encoder that is not there."""
     encoders = encoder if isinstance(encoder, list) else [encoder]
-    if Path(adapter).is_dir():
-        find_files(adapter, {})
-    for role, location in (("adapter", adapter), ("base", base), *(("encoder", one) for one in encoders)):
+    for role, location in (("base", base), *(("encoder", one) for one in encoders)):
         if location is not None:
             check_location(role, location)
+    if Path(adapter).is_dir():
+        find_files(adapter, {})
+    check_location("adapter", adapter)
 
 
 def report_adapter(
