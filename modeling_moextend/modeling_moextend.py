@@ -25,7 +25,7 @@ from .compatibility_moextend import check_items, check_new_name, recorded_select
 from .configuration_moextend import MoExtendConfig
 from .families_moextend import find_moe_layers
 from .layers_moextend import keep_in_graph
-from .loading_moextend import auto_class_for, is_multimodal
+from .loading_moextend import auto_class_for
 from .package_moextend import from_package
 from .persistence_moextend import Persistence
 from .routing_moextend import RoutingRecord, Rule, balance_loss
@@ -37,6 +37,7 @@ from .senses_moextend import (
     class_of_encoder,
     count_placeholders,
     encode,
+    is_multimodal,
     merge_features,
     projectors_tied,
     split_inputs,

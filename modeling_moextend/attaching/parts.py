@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from ..configuration_moextend import MODALITIES, MoExtendConfig
 from ..layers_moextend import input_device
-from ..loading_moextend import ENCODER_KWARGS, by_modality, is_multimodal
-from ..senses_moextend import encoder_of, load_encoder
+from ..loading_moextend import ENCODER_KWARGS, by_modality
+from ..senses_moextend import encoder_of, is_multimodal, load_encoder
 from ..tensors_moextend import fingerprint
 from ..tools.locations import check_folder_or_id
 from ..tools.modes import evaluation_mode

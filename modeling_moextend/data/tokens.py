@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from ..loading_moextend import is_multimodal
+from ..senses_moextend import is_multimodal
 from .processors import text_tokenizer
 
 if TYPE_CHECKING:
