@@ -58,18 +58,23 @@ def to_rgb(image):
     return image
 
 
+def name_of_clip(audio, index):
+    """What an error calls clip number `index`: its file too, where it is of one."""
+    source = audio.get("path") if isinstance(audio, dict) else audio
+    return f"Audio {index}" + (f", {str(source)[:200]!r}," if isinstance(source, (str, os.PathLike)) else "")
+
+
 def to_waveform(audio, rate, index, longest=None):
     """Clip number `index` as a float32 array [samples] at `rate` a second, of one channel: of a file, URL or base64
     text; of {"array", "sampling_rate"}, or {"bytes"} or {"path"}, as `datasets.Audio` gives it; of its decoder; of an
     array, one channel at `rate`. `ValueError` names the clip, and what is wrong; too much: over `longest` seconds."""
-    source = audio.get("path") if isinstance(audio, dict) else audio
-    name = f"Audio {index}" + (f", {str(source)[:200]!r}," if isinstance(source, (str, os.PathLike)) else "")
+    name = name_of_clip(audio, index)
     try:
         if hasattr(audio, "get_all_samples"):  # torchcodec's decoder
             samples = audio.get_all_samples()
             audio = {"array": samples.data, "sampling_rate": samples.sample_rate}
         if isinstance(audio, dict) and audio.get("array") is None:
-            audio = source if audio.get("bytes") is None else base64.b64encode(audio["bytes"]).decode()
+            audio = audio.get("path") if audio.get("bytes") is None else base64.b64encode(audio["bytes"]).decode()
         if isinstance(audio, dict):
             wave, given = torch.as_tensor(audio["array"]), int(audio["sampling_rate"])
             wave = wave.double() if wave.is_floating_point() else wave / 32768 if wave.dtype == torch.int16 else None
@@ -318,8 +323,8 @@ class MoExtendProcessor(ProcessorMixin):
             processed["input_features_mask"] = mask
             for index, length in enumerate(mask.sum(dim=1).tolist()):
                 if shortened(length, self.audio_convolutions) < 1:
-                    seconds = len(waves[index]) / extractor.sampling_rate
-                    raise ValueError(f"Audio {index} is too short: {seconds:.3f} seconds give no feature.")
+                    name, seconds = name_of_clip(audio[index], index), len(waves[index]) / rate
+                    raise ValueError(f"{name} is too short: {seconds:.3f} seconds give no feature.")
         return processed, [self.replace_audio_token(processed, index) for index in range(len(waves))]
 
     @property

@@ -181,9 +181,10 @@ def build_parser() -> Parser:
     command.add_argument("repo_id", type=hub_name, help="where to, e.g. me/my-adapter; made if it is not there")
     command.add_argument("--private", action="store_true", help="make the repository private")
     command.add_argument("--revision", metavar="BRANCH", help="branch to push to; made if it is not there")
-    for part in ("base", "encoder"):
-        text = f"Hub id of the {part}, where the adapter names another place"
-        command.add_argument(f"--{part}", type=hub_name, metavar="ID", help=text)
+    text = "Hub id of the base, where the adapter names another place"
+    command.add_argument("--base", type=hub_name, metavar="ID", help=text)
+    text = "the same for its encoder; once for each of several"
+    command.add_argument("--encoder", action="append", type=hub_name, metavar="ID", help=text)
     command.add_argument(
         "--report", metavar="FOLDER", help="of `moextend evaluate`: results and pictures for the card"
     )

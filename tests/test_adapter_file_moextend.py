@@ -868,17 +868,13 @@ for path in sorted({os.path.realpath(os.fsdecode(path)) for path in opened}):
 """
 
 
-@pytest.mark.slow
-def test_only_adapter_base_and_encoder_are_opened(tmp_path):
-    make_base().save_pretrained(tmp_path / "base")
-    make_encoder().save_pretrained(tmp_path / "encoder")
-    model = MoExtendForCausalLM.from_base(str(tmp_path / "base"), PLAN, encoder=str(tmp_path / "encoder"))
-    model.save_pretrained(tmp_path / "adapter")
+def check_opened(root):
+    """Loading root/adapter opens weights there, in root/base and root/encoder, and nothing pickled, no code."""
     for stray in ("training_args.bin", "optimizer.pt", "pytorch_model.bin"):
-        (tmp_path / "adapter" / stray).write_bytes(b"no weights")
+        (root / "adapter" / stray).write_bytes(b"no weights")
     here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": f"{here.parent}:{here}", "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-c", OPENED, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": f"{here.parent}:{here}", "HF_HOME": str(root / "home")}
+    command = [sys.executable, "-c", OPENED, str(root)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=here)
     assert run.returncode == 0, run.stderr[-2000:]
     opened = run.stdout.split()
@@ -886,6 +882,15 @@ def test_only_adapter_base_and_encoder_are_opened(tmp_path):
     weights = {"base/model.safetensors", "encoder/model.safetensors", f"adapter/{FILE}"}
     assert weights <= set(opened)
     assert not any(path.endswith((".bin", ".pt", ".py")) for path in opened), opened
+
+
+@pytest.mark.slow
+def test_only_adapter_base_and_encoder_are_opened(tmp_path):
+    make_base().save_pretrained(tmp_path / "base")
+    make_encoder().save_pretrained(tmp_path / "encoder")
+    model = MoExtendForCausalLM.from_base(str(tmp_path / "base"), PLAN, encoder=str(tmp_path / "encoder"))
+    model.save_pretrained(tmp_path / "adapter")
+    check_opened(tmp_path)
 
 
 # ---------------------------------------------------------------- guarantee 7: killed in mid-save
@@ -954,9 +959,12 @@ KILLED += [pytest.param(size, size, False, marks=pytest.mark.slow) for size in (
 KILLED.append(pytest.param("50GB", "50GB", True, marks=pytest.mark.slow))  # at each of the shipped files as well
 
 
-@pytest.mark.parametrize(("before", "after", "count_code"), KILLED)
-def test_a_killed_save_leaves_the_old_adapter_or_the_new_one(before, after, count_code, tmp_path):
-    old, new = extended(seed=1), extended(plan={0: [1], 3: [2, 5]}, seed=2)  # as many shards, and as large
+def make_parts():
+    return {"base": make_base()}
+
+
+def kill_at_every_step(old, new, tmp_path, before="50GB", after="50GB", count_code=False, parts=make_parts):
+    """Saves `new` over `old`, killed at each step: the folder loads as one of the two, and takes the next save."""
     old.save_pretrained(tmp_path / "start", max_shard_size=before)
     code = sum(1 for _ in (tmp_path / "start").glob("*_moextend.py")) if count_code else 0
     found, step, clean = [], 0, None
@@ -966,7 +974,7 @@ def test_a_killed_save_leaves_the_old_adapter_or_the_new_one(before, after, coun
         if not killed_save(lambda folder=folder: new.save_pretrained(folder, max_shard_size=after), step, count_code):
             break
         found.append(which(folder, old, new))
-        again = MoExtendForCausalLM.from_pretrained(folder, base=make_base())  # whatever config.json says
+        again = MoExtendForCausalLM.from_pretrained(folder, **parts())  # whatever config.json says
         assert again.config.extended_layers == (old if found[-1] == "old" else new).config.extended_layers
         new.save_pretrained(folder, max_shard_size=after)
         assert which(folder, old, new) == "new"
@@ -978,6 +986,12 @@ def test_a_killed_save_leaves_the_old_adapter_or_the_new_one(before, after, coun
         step += 1
     assert found == sorted(found, reverse=True) and set(found) == {"old", "new"}, "the change is one moment"
     assert step >= 4 * code + 8, "every copy, write, rename and removal was a step"
+
+
+@pytest.mark.parametrize(("before", "after", "count_code"), KILLED)
+def test_a_killed_save_leaves_the_old_adapter_or_the_new_one(before, after, count_code, tmp_path):
+    old, new = extended(seed=1), extended(plan={0: [1], 3: [2, 5]}, seed=2)  # as many shards, and as large
+    kill_at_every_step(old, new, tmp_path, before, after, count_code)
 
 
 def shards_of(folder):

@@ -3,9 +3,11 @@
 import copy
 import json
 import math
+import os
 import shutil
 import wave
 from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -15,8 +17,11 @@ from conftest import COMMON, EVERY_FAMILY, batch, frozen_copy, make_base, make_e
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_adapter_file_moextend import check_opened, kill_at_every_step
 from test_batching import in_batches, one_by_one
 from test_processing_moextend import build_tokenizer
+from test_push_to_hub import BASE, REPO
+from test_push_to_hub import hub as hub
 from test_threads import InTheMiddle
 from transformers import (
     ASTConfig,
@@ -59,11 +64,13 @@ from modeling_moextend.adapter_file_moextend import FILE
 from modeling_moextend.data.collators import AudioInMessages
 from modeling_moextend.data.llava import load_llava
 from modeling_moextend.evaluation.report import accuracy
+from modeling_moextend.publishing.hub import publish_folder
 from modeling_moextend.senses_moextend import load_encoder
 from modeling_moextend.tools.hashes import base_tensors_hash
 from modeling_moextend.tools.inspection import inspect_adapter
 from modeling_moextend.tools.merge import merge
 from modeling_moextend.tools.verification import verify_adapter
+from moextend_cli import main
 
 RATE = 16000
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -110,13 +117,13 @@ def make_processor(kind="whisper", eyes=False, **options):
     )
 
 
-def hearing(kind="whisper", processor=None, eyes=False, **choices):
+def hearing(kind="whisper", processor=None, eyes=False, plan=MappingProxyType({1: [0]}), **choices):
     torch.manual_seed(3)
     processor = processor or make_processor(kind, eyes)
     encoders = [make_encoder(), make_ears(kind)] if eyes else make_ears(kind)
     ids = {"audio_token_id": processor.audio_token_id, "image_token_id": processor.image_token_id}
     base = make_wordy_base()
-    return shake(MoExtendForCausalLM.from_base(base, {1: [0]}, encoder=encoders, **ids, **choices))
+    return shake(MoExtendForCausalLM.from_base(base, dict(plan), encoder=encoders, **ids, **choices))
 
 
 def inputs_of(processor, *clips, text="USER: {} What? ASSISTANT:", **options):
@@ -278,8 +285,9 @@ def test_what_cannot_be_heard_is_refused_by_number_and_name(tmp_path):
         processor(audio=[[good]], text=["<audio><audio>"])
     with refused(match="images was given, and this processor is of an adapter that has no encoder for it"):
         processor(images=[[np.zeros((16, 16, 3))]], text=["what"])
-    with refused(match=r"Audio 0 is too short: 0.001 seconds give no feature"):
-        inputs_of(make_processor("wav2vec2"), [tone(0.001)])
+    short = write_wav(tmp_path / "short.wav", tone(0.001), RATE)
+    with refused(match=r"Audio 1, '.*short.wav', is too short: 0.001 seconds give no feature"):
+        inputs_of(make_processor("wav2vec2"), [good, short])
     silent = inputs_of(processor, [np.zeros(RATE, dtype=np.float32)])
     assert silent["input_features"].isfinite().all()
 
@@ -486,6 +494,44 @@ def test_pickled_ears_are_not_opened(tmp_path):
         MoExtendForCausalLM.from_base(make_wordy_base(), {1: [0]}, encoder=str(tmp_path))
 
 
+@pytest.mark.slow
+def test_only_adapter_base_and_ears_are_opened(tmp_path):
+    make_wordy_base().save_pretrained(tmp_path / "base")
+    make_ears().save_pretrained(tmp_path / "encoder")
+    places = {"encoder": str(tmp_path / "encoder"), "audio_token_id": 96}
+    MoExtendForCausalLM.from_base(str(tmp_path / "base"), {1: [0]}, **places).save_pretrained(tmp_path / "adapter")
+    check_opened(tmp_path)
+
+
+def test_a_killed_save_leaves_the_old_ears_or_the_new_ones(tmp_path):
+    old, new = hearing(), shake(hearing(plan={2: [1]}), seed=5)
+    kill_at_every_step(old, new, tmp_path, parts=lambda: {"base": make_wordy_base(), "encoder": make_ears()})
+
+
+def test_ears_and_eyes_are_published_by_where_each_lies(hub, tmp_path):
+    """One of several encoders is known by its config; the advice of the refusal is what helps."""
+    processor = make_processor(eyes=True)
+    for name, part in (("base", make_wordy_base()), ("ears", make_ears()), ("eyes", make_encoder())):
+        part.save_pretrained(tmp_path / name)
+        hub.add(f"org/{name}", tmp_path / name)
+    ids = {"audio_token_id": processor.audio_token_id, "image_token_id": processor.image_token_id}
+    places = [str(tmp_path / "eyes"), str(tmp_path / "ears")]
+    model = shake(MoExtendForCausalLM.from_base(BASE, {1: [0]}, encoder=places, **ids)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    processor.save_pretrained(tmp_path / "adapter")
+    push = partial(publish_folder, tmp_path / "adapter", REPO)
+    for given, missing in (({}, "encoder"), ({"encoder": ["org/eyes"]}, "audio_encoder")):
+        with pytest.raises(ValueError, match=f"its {missing} is .* a path on this machine.*--encoder owner/name"):
+            push(**given)
+    with pytest.raises(ValueError, match="takes audio, which an earlier one takes: give one for each"):
+        push(encoder=["org/ears", "org/ears"])
+    push(encoder=["org/ears", "org/eyes"])
+    loaded = MoExtendForCausalLM.from_pretrained(REPO)
+    assert {sense.encoder_name_or_path for sense in loaded.config.senses.values()} == {"org/ears", "org/eyes"}
+    given = inputs_of(AutoProcessor.from_pretrained(REPO, trust_remote_code=False), [tone()])
+    assert torch.equal(loaded(**given).logits, model(**given).logits)
+
+
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
@@ -624,17 +670,51 @@ def test_a_trainer_takes_audio_columns(column, tmp_path):
 
 
 def test_a_resumed_run_with_audio_is_the_run_that_never_stopped(tmp_path):
+    """From a checkpoint by its name, and from the last whole one where a later one is cut off."""
     processor, data, states = make_processor(), spoken(tmp_path), []
-    for resumed in (None, str(tmp_path / "run/checkpoint-1")):
+    for folder, resumed in (("run", None), ("again", str(tmp_path / "run/checkpoint-1")), ("run", True)):
         model = hearing(processor=processor, scope="modality")
         saving = {"save_strategy": "steps", "save_steps": 1}
-        trainer = make_trainer(tmp_path / ("again" if resumed else "run"), model, processor, data, **saving)
+        trainer = make_trainer(tmp_path / folder, model, processor, data, **saving)
+        if resumed is True:
+            os.truncate(tmp_path / "run/checkpoint-2" / FILE, 1000)
         trainer.train(resume_from_checkpoint=resumed)
         states.append({name: tensor.clone() for name, tensor in model.get_adapter_state_dict().items()})
     start = hearing(processor=processor, scope="modality").get_adapter_state_dict()
     moved = [name for name in start if not torch.equal(start[name], states[0][name])]
     assert any(name.startswith("audio_projector.") for name in moved)
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert all(torch.equal(states[0][name], other[name]) for name in states[0] for other in states[1:])
+
+
+@pytest.mark.slow
+def test_commands_of_an_adapter_that_hears(tmp_path, capsys):
+    """Trained with a gate by a recipe, then inspected, verified, measured, and listed for publishing."""
+    data = []
+    for number in range(12):
+        write_wav(tmp_path / f"{number}.wav", tone(0.4, number), 22050)
+        turns = [{"from": "human", "value": "<audio>\nWhat?"}, {"from": "gpt", "value": str(number)}]
+        data.append({"id": str(number), "audio": f"{number}.wav", "conversations": turns})
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    text = [json.dumps({"domain": "words", "text": f"Words of a text, number {n}."}) for n in range(4)]
+    (tmp_path / "text.jsonl").write_text("\n".join(text))
+    adapter, data = tmp_path / "out", tmp_path / "data.json"
+
+    def run(*arguments):
+        assert main([*map(str, arguments), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    options = {"data": data, "align_data": data, "retention_data": tmp_path / "text.jsonl", "scope": "gate"}
+    options |= {"output_dir": adapter, "max_steps": 1, "align_max_steps": 1, "probe_max_steps": 1, "gate_steps": 100}
+    run("train", "--config", "spoken_words", *(word for pair in options.items() for word in (f"--{pair[0]}", pair[1])))
+    found = run("inspect", adapter)
+    assert found["scope"] == "gate" and found["audio_encoder"]["model_type"] == "whisper"
+    assert run("verify", adapter, "--audio", tmp_path / "0.wav")["ok"]
+    measured = run(
+        "evaluate", adapter, "--text", tmp_path / "text.jsonl", "--questions", data, "--output", tmp_path / "report"
+    )
+    assert measured["results"][0]["measure"] == "exact match, 12 questions"
+    files = run("push", adapter, "me/ears", "--base", "me/base", "--encoder", "me/ears", "--dry-run")["files"]
+    assert {FILE, "processor_config.json", "processing_moextend.py"} <= set(files)
 
 
 def test_a_standalone_checkpoint_hears(tmp_path):

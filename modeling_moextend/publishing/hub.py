@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..adapter_file_moextend import check_link, write_folder
 from ..configuration_moextend import MODALITIES, MoExtendConfig
+from ..loading_moextend import by_modality
 from ..tensor_files_moextend import parse_json
 from ..tensors_moextend import check_finite
 from ..tools.base_weights import TOKENIZER, unusable
@@ -73,8 +74,8 @@ def check_published(config: MoExtendConfig, api: HfApi | None = None) -> None:
             continue
         raise ValueError(
             f"The adapter can't be published yet: its {role} {problem}, so nobody else could load it. Publish the "
-            f"{role} first, then say where: model.config.{entry}_name_or_path = 'owner/name' (examples/publish.py: "
-            f"--{role.removeprefix('audio_')} owner/name). Saving to a folder works as it is."
+            f"{role} first, then say where: model.config.{entry}_name_or_path = 'owner/name' (moextend push: "
+            f"--{'base' if role == 'base' else 'encoder'} owner/name). Saving to a folder works as it is."
         )
 
 
@@ -119,7 +120,7 @@ def publish_folder(
     repo_id: str,
     *,
     base: str | None = None,
-    encoder: str | None = None,
+    encoder: str | Sequence[str] | None = None,
     dry_run: bool = False,
     **push: Any,
 ) -> CommitInfo | list[str]:
@@ -127,7 +128,8 @@ def publish_folder(
 
     Args:
         base, encoder: Hub ids, where the adapter names others (a path on this machine): written into its header and
-            config.json before it is published.
+            config.json before it is published. Of several encoders a list, in any order: their configs, read from the
+            Hub, say which is which.
         dry_run: whether to stop before anything is written or sent.
         **push: to `upload` (`private`, `revision`, `token`, `report`, `card`, ...).
 
@@ -150,11 +152,8 @@ def publish_folder(
         )
     if base is not None and base != config.base_model_name_or_path:
         config.base_model_name_or_path, config.base_model_revision = base, None
-    if encoder is not None:
-        if len(config.senses) > 1:
-            raise ValueError("The adapter has several encoders: say where each lies in its config, then save it anew.")
-        prefix = "".join(MODALITIES[modality] for modality in config.senses)
-        setattr(config, f"{prefix}encoder_name_or_path", encoder)
+    for modality, location in by_modality(encoder, list(config.senses)).items():
+        setattr(config, f"{MODALITIES[modality]}encoder_name_or_path", location)
     check_published(config)
     check_finite(stored.tensors, "published")
     names, config = published_files(folder), config.published()
