@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from forgetting import RESULTS, prepare, run_all
 from methods import METHODS, Method
-from report import percent, present
+from report import NAMES, WORDS, one_line, percent, present
 from run import SPLITS, exact_match, read_text
 from runs import key, latest, read_runs, rise, settings_hash
 from safetensors.torch import load_file, save_file
@@ -43,12 +43,7 @@ from modeling_moextend.evaluation.figures import WIDTH, new_figure, save, styled
 
 ORDER = ("library", "types", "calendar", "follow_up")
 RATES = {"gate_deltas": 3e-3, "gate": 4e-3, "full": 1e-3, "full_replay": 1e-3, "lora": 4e-3, "lora_replay": 4e-3}
-NAMES = {  # of methods, for readers of the picture
-    "gate_deltas": "new experts (ours), one adapter a task",
-    "full": "full fine-tuning",
-    "full_replay": "full fine-tuning, replay",
-    "lora": "LoRA",
-}
+OURS = ("gate_deltas", "gate")
 COMPARED = 200  # questions of each earlier task whose logits are compared
 
 
@@ -262,17 +257,22 @@ def plot(runs: list[dict[str, Any]], path: str | os.PathLike) -> None:
     methods, order = by_method(runs), max((run["tasks"] for run in runs), key=len)
     across = 2 if len(methods) > 1 else 1
     high = -(-len(methods) // across)
-    figure = new_figure(WIDTH, 1.0 + 2.1 * high)
+    figure = new_figure(WIDTH, 1.0 + 2.25 * high)
     panels = figure.subplots(high, across, squeeze=False, sharey=True).flatten()
     for axes, (method, steps) in zip(panels, methods.items(), strict=False):
         for number, task in enumerate(order):
             known = [(len(run["tasks"]), 100 * run["accuracy"]["test"][task]) for run in steps if task in run["tasks"]]
-            axes.plot(*(zip(*known, strict=True) if known else ((), ())), label=task, clip_on=False, zorder=3 + number)
-        rises = [f"{run['tasks'][-1]}\n{rest(run)[0]}" for run in steps]
+            axes.plot(
+                *(zip(*known, strict=True) if known else ((), ())),
+                label=one_line(task),
+                clip_on=False,
+                zorder=3 + number,
+            )
+        rises = [f"{WORDS.get(run['tasks'][-1], run['tasks'][-1])}\n{rest(run)[0]}" for run in steps]
         axes.set_xticks(range(1, len(steps) + 1), rises)
         axes.set_xlim(0.7, len(order) + 0.3)
         axes.set_ylim(-3, 103)
-        axes.set_title(NAMES.get(method, method))
+        axes.set_title(NAMES.get(method, method) + ", one adapter a task" * (method in OURS))
     for empty in panels[len(methods) :]:
         empty.set_axis_off()
     figure.supylabel("test accuracy (%)", fontsize="medium")
@@ -280,7 +280,7 @@ def plot(runs: list[dict[str, Any]], path: str | os.PathLike) -> None:
         "task learned last, and the rise of the perplexity of the base's own text by then", fontsize="medium"
     )
     handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=len(names))
+    figure.legend(handles, names, loc="outside upper center", ncols=2)
     save(figure, path)
 
 

@@ -91,8 +91,8 @@ def forgetting(path: Path) -> None:
 def frontier(path: Path, task: str = "library") -> None:
     """`plot_frontier` of all methods of the benchmark on one task."""
     methods = report.by_pair(read_runs(RESULTS / "forgetting.jsonl"))[task]
-    parts = {name: part for name, runs in methods.items() if (part := report.chosen(runs))}
-    plot_frontier([report.point(name, part) for name, part in parts.items()], path)
+    parts = [(name, report.chosen(methods.get(method, []))) for method, name in report.NAMES.items()]
+    plot_frontier([report.point(name, part) for name, part in parts if part], path)
 
 
 def ablations(path: Path) -> None:

@@ -199,12 +199,28 @@ WORDS = {  # of tasks, for readers of the picture
     "follow_up": "follow-up\nquestions",
     "easy_vqa": "questions\non images",
 }
-SHOWN = {  # rows of the picture: a name for readers -> the methods that it may be, the first that was run
-    "new experts (ours)": ("gate_deltas", "modality"),
-    "LoRA, replay": ("lora_replay",),
-    "full fine-tuning, replay": ("full_replay",),
-    "full fine-tuning": ("full",),
-    "the paper's routing": ("paper",),
+NAMES = {  # of methods, for readers of the pictures
+    "gate_deltas": "new experts (ours)",
+    "gate_deltas_self": "ours, text by the base itself",
+    "gate": "ours, no deltas",
+    "gate_self": "ours, no deltas, text by the base",
+    "modality": "new experts (ours)",
+    "paper": "the paper's routing",
+    "lora_replay": "LoRA, replay",
+    "lora": "LoRA",
+    "full_replay": "full fine-tuning, replay",
+    "full": "full fine-tuning",
+    "router_only": "routers alone",
+}
+SHOWN = {  # rows of the picture -> the methods that it may be, the first that was run
+    NAMES["gate_deltas"]: ("gate_deltas", "modality"),
+    **{NAMES[method]: (method,) for method in ("lora_replay", "lora", "full_replay", "full", "paper")},
+}
+VARIANTS = {  # of the ablations: what their letters are
+    "A = 0": "gate's loss on the task at weight 0",
+    "K = 1": "gate's loss on kept text at weight 1",
+    "K = 100": "gate's loss on kept text at weight 100",
+    "compete": "compete, no calibration",
 }
 
 
@@ -221,7 +237,7 @@ def plot(runs: list[dict[str, Any]], path: str | os.PathLike) -> None:
             if part:
                 found.setdefault(task, {})[name] = figures(part) | {"rises": [rise(run) for run in part]}
     names = [name for name in SHOWN if any(name in parts for parts in found.values())]
-    figure = new_figure(WIDTH + 0.8, 1.1 + 0.6 * len(found))
+    figure = new_figure(WIDTH + 0.8, 1.3 + 0.66 * len(found))
     gained, lost = figure.subplots(1, 2, sharey=True)
     for row, parts in enumerate(found.values()):
         for axes in (gained, lost):
@@ -229,7 +245,7 @@ def plot(runs: list[dict[str, Any]], path: str | os.PathLike) -> None:
         for number, name in enumerate(names):
             if name not in parts:
                 continue
-            place, look = row + 0.165 * (number - (len(names) - 1) / 2), {"color": COLOURS[number], "zorder": 3}
+            place, look = row + 0.145 * (number - (len(names) - 1) / 2), {"color": COLOURS[number], "zorder": 3}
             mean_of, lowest, highest = (100 * value for value in parts[name]["test"])
             gained.plot([lowest, highest], [place, place], marker="", **look)
             gained.plot(mean_of, place, MARKERS[number], **look)
@@ -241,14 +257,14 @@ def plot(runs: list[dict[str, Any]], path: str | os.PathLike) -> None:
     gained.set_xlim(0, 102)
     gained.set_xlabel("accuracy, test split (%): right is better")
     lost_axis(lost, 0, max(value for parts in found.values() for part in parts.values() for value in part["rises"]))
-    lost.set_xlabel("rise of the perplexity of the base's own text: left is better")
+    lost.set_xlabel("rise of the base's perplexity: left is better")
     lost.axvspan(-1, 0.03, color=COLOURS[0], alpha=0.12, zorder=1, linewidth=0)
     lost.text(0.045, -0.47, "shaded: below +0.03%", size=7.5, color=COLOURS[0], va="center")
     for axes in (gained, lost):
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
     handles = [gained.plot([], [], MARKERS[n], color=COLOURS[n], label=name)[0] for n, name in enumerate(names)]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(names), columnspacing=1.2, handletextpad=0.2)
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, handletextpad=0.2)
     save(figure, path)
 
 
@@ -262,6 +278,11 @@ def point(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
         "perplexity_ratio": 1 + mean(lost) / 100,
         "perplexity_ratio_std": pstdev(lost) / 100,
     }
+
+
+def one_line(task: str) -> str:
+    """The words for a task where there is room for a line."""
+    return WORDS.get(task, task).replace("\n", " ")
 
 
 @styled
@@ -287,9 +308,11 @@ def plot_ablations(runs: list[dict[str, Any]], path: str | os.PathLike) -> None:
             look = {"color": "none", "markersize": 8, "markeredgecolor": colour, "markeredgewidth": 1.2}
             axes.plot(100 * run["validation"], row, marker, zorder=4, **look)  # rings the other where both are one
         axes.axvline(100 * plain["test"], color="0.3", linestyle=":", marker="", linewidth=1)
-        axes.set_yticks(range(len(group)), [run["method"].partition(": ")[2] for run in group])
+        axes.set_yticks(
+            range(len(group)), [VARIANTS.get(name := run["method"].partition(": ")[2], name) for run in group]
+        )
         axes.get_yticklabels()[group.index(plain)].set_fontweight("bold")
-        axes.set_title(f"{of}, on {task}")
+        axes.set_title(f"{NAMES[of]}: {one_line(task)}")
         axes.set_xlim(-2, 102)
         axes.grid(axis="y", visible=False)
     panels[-1].set_xlabel("accuracy (%): filled, the test split; hollow, the validation split. Dotted: as it is")

@@ -3,7 +3,8 @@
 import argparse
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from inspect import getdoc
 from pathlib import Path
@@ -46,6 +47,8 @@ class Parser(argparse.ArgumentParser):
         found, unknown = super().parse_known_args(self.spelled(list(args)), namespace)
         if not hasattr(found, "given"):  # a command's own words, as they were typed
             found.given = list(args)
+            for check in getattr(found, "checks", ()):
+                check(found)
         return found, unknown
 
     def spelled(self, words: list[str]) -> list[str]:
@@ -105,7 +108,7 @@ def build_parser() -> Parser:
     command.add_argument(
         "--tensors", dest="show", action="store_const", const=results.show_inspect_all, help="list every tensor"
     )
-    add_hub_options(command)
+    add_hub_options(command, "adapter")
 
     command = add_command(
         subparsers, "verify", commands.verify_command, results.show_verify, code=verify_exit_code, refused=UNREADABLE
@@ -120,14 +123,14 @@ def build_parser() -> Parser:
         help=f"to load base and encoder in: {', '.join(DTYPES)} (default: auto, what they were saved in)",
     )
     command.add_argument(
-        "--prompt", default="The", help="what the sample answers; without a tokenizer some token ids are"
+        "--prompt", type=str, default="The", help="what the sample answers; without a tokenizer some token ids are"
     )
     for kind in ("image", "audio"):
         command.add_argument(f"--{kind}", metavar="FILE", help=f"{kind} that stands before the prompt")
     command.add_argument(
         "--max-new-tokens", type=positive, default=20, metavar="N", help="length of the sample (default: 20)"
     )
-    add_hub_options(command)
+    add_hub_options(command, "adapter", loads_base=True)
 
     command = add_command(
         subparsers,
@@ -160,7 +163,7 @@ def build_parser() -> Parser:
         help="merge it without the adapters that it was trained on top of",
     )
     add_parts(command)
-    add_hub_options(command)
+    add_hub_options(command, "adapter", loads_base=True)
 
     command = add_command(subparsers, "compress", commands.compress_command, results.show_compress, refused=PROBLEM)
     command.add_argument("adapter", type=adapter_location, help=ADAPTER)
@@ -170,11 +173,13 @@ def build_parser() -> Parser:
     command.add_argument(
         "--no-check-base", dest="check_base", action="store_false", help="take another base than it was made on"
     )
-    add_hub_options(command)
+    add_hub_options(command, "adapter", loads_base=True)
 
-    command = add_command(subparsers, "plan", commands.plan_command, results.show_plan)
+    command = add_command(
+        subparsers, "plan", commands.plan_command, results.show_plan, checks=[needs("tokens", "tflops")]
+    )
     add_plan_options(command)
-    add_hub_options(command)
+    add_hub_options(command, "base")
 
     command = add_command(subparsers, "push", commands.push_command, results.show_push, refused=PROBLEM)
     command.add_argument("adapter", metavar="folder", help="that save_pretrained or the trainer wrote")
@@ -198,10 +203,13 @@ def build_parser() -> Parser:
     command.add_argument("--dry-run", action="store_true", help=text)
 
     command = add_command(subparsers, "train", commands.train_command, results.show_train)
-    add_recipe(command, "a recipe: its file, or the name of one that ships")
+    add_recipe(command, "training.recipes", "a recipe: its file, or the name of one that ships")
     add_recipe_options(command, library())
 
-    command = add_command(subparsers, "evaluate", commands.evaluate_command, results.show_evaluate)
+    of_questions = needs("questions", "image_folder", "max_questions", "metric", "max_new_tokens")
+    command = add_command(
+        subparsers, "evaluate", commands.evaluate_command, results.show_evaluate, checks=[of_questions]
+    )
     command.add_argument("adapter", type=adapter_location, help=ADAPTER)
     add_evaluate_options(command)
     add_parts(command)
@@ -211,7 +219,7 @@ def build_parser() -> Parser:
     command.add_argument("--picture", metavar="FILE", help="draw accuracy against forgetting there (.png, .svg, .pdf)")
 
     command = add_command(subparsers, "quickstart", commands.quickstart_command, results.show_nothing)
-    add_recipe(command, "another recipe than easy_vqa: its file, or the name of one that ships")
+    add_recipe(command, "quickstart.run", "another recipe than easy_vqa: its file, or the name of one that ships")
     add_recipe_options(command, library(), quickstart=True)
 
     command = add_command(subparsers, "chat", commands.chat_command, results.show_nothing, as_json=False)
@@ -239,25 +247,25 @@ def add_talk_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", choices=DTYPES, metavar="DTYPE", help="default: the base's")
 
 
-def add_recipe(parser: argparse.ArgumentParser, text: str) -> None:
-    """The options of a command that trains. Words that are no option of ours are the trainer's."""
+def add_recipe(parser: argparse.ArgumentParser, module: str, text: str) -> None:
+    """The options of a command that trains. Words that are no option of ours are the trainer's, which the library's
+    `module` has a parser for."""
     parser.allow_abbrev = False
     parser.usage = f"{parser.prog} [-h] [--json] [--config RECIPE] [--option VALUE ...]"
     parser.set_defaults(passes_on=True, trains=True)
     parser.add_argument("--config", metavar="RECIPE", help=text)
-    parser.add_argument("--help-all", action=HelpAll, help="show the trainer's options too, several hundred, and exit")
+    text = "show the trainer's options too, several hundred, and exit"
+    parser.add_argument("--help-all", action=HelpAll, const=f"modeling_moextend.{module}", help=text)
 
 
 class HelpAll(argparse.Action):
     """--help-all: what the library's parser says of every option."""
 
-    def __init__(self, option_strings: list[str], dest: str, help: str):
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+    def __init__(self, option_strings: list[str], dest: str, const: str, help: str):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, const=const, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> NoReturn:
-        from modeling_moextend.training.recipes import all_options
-
-        print(all_options(), end="")
+        print(import_module(self.const).recipe_parser().format_help(), end="")
         parser.exit()
 
 
@@ -267,7 +275,7 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-folder", help="what image paths start from; default: the folder of --questions")
     parser.add_argument("--max-questions", type=positive, metavar="N", help="a random sample of so many (seed 0)")
     metrics = ("exact_match", "vqa_accuracy")
-    parser.add_argument("--metric", default=metrics[0], choices=metrics, help="of the answers (default: exact_match)")
+    parser.add_argument("--metric", choices=metrics, help="of the answers (default: exact_match)")
     text = "of the gate, with scope 'gate' (default: -1 -0.5 0 0.5 1)"
     parser.add_argument("--thresholds", type=finite, nargs="*", metavar="Z", help=text)
     text = "report folders to show in the frontier as well"
@@ -275,7 +283,7 @@ def add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--title", help="the adapter's name in the report (default: its folder's)")
     parser.add_argument("--max-length", type=positive, default=256, metavar="N", help="tokens of a text that count")
     text = "tokens at which an answer that has not ended is cut (default: 64)"
-    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help=text)
+    parser.add_argument("--max-new-tokens", type=positive, metavar="N", help=text)
     text = "texts at once (default: 16); four times as many questions"
     parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help=text)
     parser.add_argument("--dtype", default="auto", choices=DTYPES, metavar="DTYPE", help="default: the base's")
@@ -291,6 +299,7 @@ def add_command(
     code: Callable[[dict[str, Any]], int] = lambda result: OK,
     refused: int = UNREADABLE,
     as_json: bool = True,
+    checks: Sequence[Callable[[argparse.Namespace], None]] = (),
 ) -> argparse.ArgumentParser:
     """A command's parser.
 
@@ -300,12 +309,14 @@ def add_command(
         code: result -> exit code.
         refused: exit code when `run` raises a `ValueError` that is no `Unusable`: whether "no" is an answer to it.
         as_json: whether it has a result to print as JSON.
+        checks: parsed arguments -> `WrongUsage`, where some of them mean nothing beside others.
     """
     text = getdoc(run)
     brief = text.split("\n", 1)[0]
     parser = subparsers.add_parser(name, help=brief, description=text, epilog=EXIT_CODES, formatter_class=AS_WRITTEN)
-    choices = {"run": run, "show": show, "code": code, "refused": refused, "parser": parser}
+    choices = {"run": run, "show": show, "code": code, "refused": refused, "parser": parser, "checks": [*checks]}
     parser.set_defaults(**choices, json=False, passes_on=False, trains=False)
+    parser.register("type", None, not_empty)  # of every argument that names no other
     if as_json:
         text = 'print JSON: the result, or {"error": ..., "exit_code": ...}'
         parser.add_argument("--json", action="store_true", help=text)
@@ -341,7 +352,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokens", type=above_zero, metavar="T", help="of the data, all epochs, for the hours")
     parser.add_argument(
-        "--tflops", type=above_zero, default=200.0, metavar="X", help="that a GPU reaches in training (default: 200)"
+        "--tflops", type=above_zero, metavar="X", help="that a GPU reaches in training, for the hours (default: 200)"
     )
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES[1:], metavar="DTYPE", help="default: bfloat16")
 
@@ -357,17 +368,52 @@ def add_parts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoder", action="append", help="the same for its encoder; once for each of several")
 
 
-def add_hub_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--revision", help="branch, tag or commit of the adapter's repository")
-    parser.add_argument("--subfolder", help="of the adapter in its repository")
+def add_hub_options(parser: argparse.ArgumentParser, what: str, loads_base: bool = False) -> None:
+    """Where in a repository the argument `what` lies. A command that `loads_base` may download that in any case."""
+    parser.add_argument("--revision", help=f"branch, tag or commit of the {what}'s repository")
+    parser.add_argument("--subfolder", help=f"of the {what} in its repository")
     parser.add_argument("--cache-dir", metavar="DIR", help="of downloads (default: the usual one)")
+    of_the_hub = ("revision",) if loads_base else ("revision", "cache_dir")
+
+    def check(args: argparse.Namespace) -> None:
+        place = getattr(args, what)
+        if Path(place).exists() and (without := given_among(of_the_hub, args)):
+            args.parser.error(
+                f"{', '.join(without)}: of no effect, for the {what} {place} is no repository on the Hub"
+            )
+
+    parser.get_default("checks").append(check)
+
+
+def needs(what: str, *names: str) -> Callable[[argparse.Namespace], None]:
+    """A check that refuses the options `names` without the option `what`."""
+
+    def check(args: argparse.Namespace) -> None:
+        if getattr(args, what) is None and (without := given_among(names, args)):
+            args.parser.error(f"{', '.join(without)}: of no effect without --{what}")
+
+    return check
+
+
+def given_among(names: Sequence[str], args: argparse.Namespace) -> list[str]:
+    """Those of the options `names`, which have no default, that were given, as they are typed."""
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
 
 
 # ---------------------------------------------------------------- what an argument may be
 
 
+def not_empty(text: str) -> str:
+    """Any words; none are wrong usage, for a path of no words would be the folder that one happens to be in."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("may not be empty")
+    return text
+
+
 def adapter_location(text: str) -> str:
     """An adapter's argument, refused as wrong usage where it can be neither a folder nor a Hub id."""
+    if Path(not_empty(text)).is_file():
+        raise argparse.ArgumentTypeError(f"{text} is a file: give the folder that an adapter lies in, or a Hub id")
     if not Path(text).is_dir():
         try:
             hub_name(text)

@@ -140,8 +140,9 @@ def plan_command(args: argparse.Namespace) -> dict[str, Any]:
     from modeling_moextend.training.planning import plan_training
 
     names = ("layers", "fraction", "new_experts", "expert_rank", "scope", "deltas", "sequence", "batch", "gpus")
-    names += ("checkpointing", "gpu_memory", "tokens", "tflops", "dtype")
-    return plan_training(args.base, **{name: getattr(args, name) for name in names}, **hub_options(args))
+    names += ("checkpointing", "gpu_memory", "tokens", "dtype")
+    options = {name: getattr(args, name) for name in names} | given(args, "tflops") | hub_options(args)
+    return plan_training(args.base, **options)
 
 
 def push_command(args: argparse.Namespace) -> dict[str, Any]:
@@ -170,6 +171,8 @@ def push_command(args: argparse.Namespace) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder}: no such folder.")
     if args.report is not None and not Path(args.report, "report.json").is_file():
         raise FileNotFoundError(f"{args.report}: no report there. `moextend evaluate` writes one.")
+    if args.shift is not None and not Path(args.shift).is_file():
+        raise FileNotFoundError(f"{args.shift}: no such picture.")
     options = {name: getattr(args, name) for name in ("base", "encoder", "report", "shift", "revision", "dry_run")}
     card = {name: value for name in ("license", "language", "datasets") if (value := getattr(args, name))}
     commit = publish_folder(folder, args.repo_id, private=args.private or None, card=card, **options)
@@ -215,8 +218,9 @@ def evaluate_command(args: argparse.Namespace) -> dict[str, Any]:
     from modeling_moextend.evaluation.folder import report_adapter
 
     names = ("questions", "output", "base", "encoder", "image_folder", "max_questions", "thresholds", "compare")
-    names += ("title", "dtype", "metric", "max_length", "max_new_tokens", "batch_size")
-    return report_adapter(args.adapter, args.text, **{name: getattr(args, name) for name in names})
+    names += ("title", "dtype", "max_length", "batch_size")
+    options = {name: getattr(args, name) for name in names} | given(args, "metric", "max_new_tokens")
+    return report_adapter(args.adapter, args.text, **options)
 
 
 def report_command(args: argparse.Namespace) -> dict[str, Any]:
@@ -312,5 +316,9 @@ def completion_command(args: argparse.Namespace) -> dict[str, Any]:
 
 def hub_options(args: argparse.Namespace) -> dict[str, str]:
     """The keywords for the Hub that the arguments name."""
-    options = {name: getattr(args, name) for name in ("revision", "subfolder", "cache_dir")}
-    return {name: value for name, value in options.items() if value is not None}
+    return given(args, "revision", "subfolder", "cache_dir")
+
+
+def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those of the arguments `names` that were given; the library has the defaults of the others."""
+    return {name: value for name in names if (value := getattr(args, name)) is not None}

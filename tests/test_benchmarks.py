@@ -283,6 +283,7 @@ def test_winner_is_most_accurate_on_validation_then_least_forgetful():
 
 def test_every_method_sweeps_as_many_rates():
     assert {len(method.rates) for method in methods.METHODS.values()} == {4}
+    assert {*methods.METHODS} == {*report.NAMES} and {*tasks.TASKS} == {*report.WORDS}, "pictures name what they show"
 
 
 # ---------------------------------------------------------------- the schedule

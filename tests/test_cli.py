@@ -317,6 +317,36 @@ OF_NO_USE = {  # what is said -> lines with something of another kind
         EVALUATE.format("PEFT", "README"),
     ],
     "not valid JSON": [EVALUATE.format("ADAPTER", "README")],
+    "is a folder: give a file": [
+        EVALUATE.format("ADAPTER", "PEFT"),
+        EVALUATE.format("ADAPTER", "TEXT") + " --questions PEFT",
+    ],
+    "there is no such f": [  # file, folder
+        EVALUATE.format("ADAPTER", "NEW"),
+        EVALUATE.format("ADAPTER", "TEXT") + " --questions NO_TEXT --image-folder README",
+    ],
+    "no such picture": ["push ADAPTER me/x --dry-run --shift PEFT"],
+    "is a file: give the folder": ["inspect README", "diff ADAPTER WEIGHTS", "chat README"],
+    "may not be empty": [
+        *("inspect EMPTY", "inspect ADAPTER --subfolder EMPTY", "verify ADAPTER --base EMPTY", "diff ADAPTER EMPTY"),
+        *("merge ADAPTER EMPTY", "compress ADAPTER EMPTY --rank 2", "plan --base EMPTY", "push EMPTY me/x"),
+        *("report EMPTY", "chat ADAPTER --encoder EMPTY", "demo EMPTY", "quickstart --test EMPTY"),
+        EVALUATE.format("ADAPTER", "TEXT") + " --questions EMPTY",
+        TRAIN.format("BASE", "TEXT") + " --plan EMPTY",
+    ],
+    "--revision: of no effect, for the": [
+        *(f"{line} --revision x" for line in ("verify ADAPTER", "merge ADAPTER NEW", "compress ADAPTER NEW --rank 2")),
+        *(f"{line} --revision x" for line in ("inspect ADAPTER", "plan --base BASE")),
+    ],
+    "--cache-dir: of no effect, for the": ["inspect ADAPTER --cache-dir x", "plan --base BASE --cache-dir x"],
+    "of no effect without --tokens": ["plan --base BASE --tflops 300"],
+    "of no effect without --questions": [
+        EVALUATE.format("ADAPTER", "TEXT") + option
+        for option in (" --max-questions 3", " --image-folder PEFT", " --metric exact_match", " --max-new-tokens 9")
+    ],
+    "is empty.": [TRAIN.format("BASE", "HOLLOW") + " --plan {}"],
+    "is no file, and no JSON": [TRAIN.format("BASE", "TEXT") + " --plan PEFT"],
+    "takes image: leave out": ["verify ADAPTER --image README"],
     "is no text in UTF-8": [
         EVALUATE.format("ADAPTER", "WEIGHTS"),
         EVALUATE.format("ADAPTER", "TEXT") + " --questions WEIGHTS",
@@ -361,7 +391,8 @@ def test_what_is_of_no_use_is_code_2_and_leaves_nothing(line, reason, adapter, m
     place = adapter.parent
     names = {"ADAPTER": adapter, "BASE": place / "base", "WEIGHTS": adapter / FILE, "NEW": place / "new" / "er"}
     names |= {"README": ROOT / "README.md", "TEXT": ROOT / "assets/tiny-moe/held_out.jsonl", "PEFT": place / "peft"}
-    names |= {"STRANGE": place / "strange", "README/x": ROOT / "README.md" / "x"}
+    names |= {"STRANGE": place / "strange", "README/x": ROOT / "README.md" / "x", "EMPTY": "", "HOLLOW": place / "no"}
+    names["HOLLOW"].mkdir()
     strange = {"model_type": "mixtral", "hidden_size": "x"}
     for name, values in {"peft/adapter_config": {}, "strange/config": strange}.items():
         (place / name).parent.mkdir()
@@ -1108,10 +1139,13 @@ def test_recipes_ship_and_are_found_by_name_or_path(moextend, tmp_path):
     assert code == 2 and f"no such recipe among {', '.join(names)}" in text
 
 
+@pytest.mark.parametrize("command", ["train --base x", "quickstart"])
 @pytest.mark.parametrize("line", ["--nonsense 1", "--max_steps many", "--stages fly", "--bf16 false"])
-def test_wrong_options_of_a_recipe_are_said_in_a_line(line, moextend):
-    code, text = moextend("train", *line.split(), "--use_cpu", "true")
+def test_wrong_options_of_a_recipe_are_said_in_a_line(line, command, moextend):
+    code, text = moextend(*command.split(), *line.split(), "--use_cpu", "true")
     assert code == 2 and len(text.splitlines()) <= 4 and "Traceback" not in text
+    assert "nonsense" not in line or "no such options: --nonsense 1." in text
+    assert f"moextend {command.split()[0]} --help-all" in text
 
 
 @pytest.mark.parametrize("command", ["train", "quickstart"])

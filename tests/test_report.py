@@ -109,10 +109,16 @@ def test_the_folder_holds_numbers_words_and_pictures(tmp_path):
         assert "<svg" in (folder / file).with_suffix(".svg").read_text(encoding="utf-8")
 
 
-def test_a_picture_drawn_twice_is_the_same_file_in_the_one_style(tmp_path, drawn):
-    points = [{"name": "a", "accuracy": 0.25, "perplexity_ratio": 3.0}]
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "title", ["a", "数字から単語へ", "الأرقام 🎉 ตัวเลข", r"$\nofrac{$ of $5", "long " * 40, "a\nb\x07"]
+)
+def test_a_picture_drawn_twice_is_the_same_file_in_the_one_style(title, tmp_path, drawn):
+    points = [{"name": title, "accuracy": 0.25, "perplexity_ratio": 3.0}]
     for name in ("one", "two"):
         figures.plot_frontier(points, tmp_path / f"{name}.png")
+        figures.plot_captured({title: {1: 0.1}}, tmp_path / "captured.png")
+        figures.plot_expert_use({title: {1: [0.5, 0.5]}}, {1: 1}, tmp_path / "use.png")
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
     assert drawn[0].axes[0].spines["top"].get_visible() is False  # moextend.mplstyle
 

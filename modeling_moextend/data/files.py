@@ -55,8 +55,10 @@ def read_questions(
         number: a random sample of so many (seed 0); default: all.
 
     Raises:
-        ValueError: an empty file; an entry whose last message is not the assistant's.
+        ValueError: an empty file; an entry whose last message is not the assistant's; no such file or folder.
     """
+    if image_folder is not None and not os.path.isdir(image_folder):
+        raise ValueError(f"image_folder={str(image_folder)!r}: there is no such folder.")
     records, folder = [entry for _, entry in read_entries(path)], image_folder or Path(path).parent
     if records and isinstance(records[0], dict) and "conversations" in records[0]:
         samples = load_llava(path, folder, prompt_completion=True).with_format(None)  # images stay files

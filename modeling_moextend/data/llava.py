@@ -110,15 +110,19 @@ def read_entries(json_path: str | os.PathLike) -> Iterator[tuple[int, Any]]:
     Raises:
         ValueError: the file is no JSON list, or ends within it; names the file and the index it came to.
     """
-    with open(json_path, encoding="utf-8-sig") as file, texts_of(json_path):
+    with texts_of(json_path), open(json_path, encoding="utf-8-sig") as file:
         yield from (_read_lines if str(json_path).endswith(".jsonl") else _read_list)(file, json_path)
 
 
 @contextmanager
 def texts_of(path: str | os.PathLike) -> Iterator[None]:
-    """Names the file, which the block reads, where it is no text: a `ValueError`."""
+    """Names the file, which the block reads, where it is no text, a folder or not there: a `ValueError`."""
     try:
         yield
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: there is no such file.") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{path} is a folder: give a file of JSON or JSON lines.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error}.") from error
 

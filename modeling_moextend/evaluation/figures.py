@@ -6,6 +6,7 @@ Every one can be read without colour: what colour tells, markers, places or word
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STYLE = Path(__file__).with_name("moextend.mplstyle")
-MARKERS = "osD^vPX*<>hp"
+MARKERS = "osD^vPXp<>h*"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")  # the style's
 NEW, BASE = COLOURS[0], "#999999"  # new experts; what is the base's own
 WIDTH = 7.2  # inches, of a page
@@ -53,9 +54,37 @@ def new_figure(width: float, height: float) -> Figure:
 def save(figure: Figure, path: str | os.PathLike) -> None:
     """Writes the image file; beside a .png the same as .svg. The same figure gives the same files."""
     path = Path(path)
-    figure.savefig(path)
-    if path.suffix == ".png":
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    add_fonts(figure)
+    with warnings.catch_warnings():  # a glyph that no font here has is drawn as a box, and nobody can help it
+        warnings.filterwarnings("ignore", "Glyph .* missing from font|Matplotlib currently does not support")
+        figure.savefig(path)
+        if path.suffix == ".png":
+            figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+
+
+def short_name(name: str, most: int = 24) -> str:
+    """A user's name on one line, cut to as many characters as there is room for."""
+    name = "".join(letter if letter.isprintable() else " " for letter in name)
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
+def add_fonts(figure: Figure) -> None:
+    """Has texts fall back on installed fonts for characters that the style's font lacks, as of names in Chinese."""
+    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+    from matplotlib.text import Text
+
+    texts = figure.findobj(Text)
+    lacking = {ord(letter) for text in texts for letter in text.get_text() if letter.isprintable()}
+    lacking -= set(get_font(findfont(FontProperties())).get_charmap())
+    families = []
+    for font in fontManager.ttflist if lacking else ():
+        if font.name.startswith("Last Resort"):  # matplotlib's own boxes
+            continue
+        if found := lacking.intersection(get_font(font.fname).get_charmap()):
+            families.append(font.name)
+            lacking -= found
+    for text in texts if families else ():
+        text.set_fontfamily([*text.get_fontfamily(), *families])
 
 
 @styled
@@ -73,7 +102,9 @@ def plot_frontier(points: Sequence[dict[str, Any]], path: str | os.PathLike) -> 
     axes = figure.add_subplot()
     draw_frontier(axes, points)
     figure.legend(
-        [bars[0] for bars in axes.containers], [point["name"] for point in points], loc="outside right upper"
+        [bars[0] for bars in axes.containers],
+        [short_name(point["name"], 36) for point in points],
+        loc="outside right upper",
     )
     save(figure, path)
 
@@ -91,9 +122,8 @@ def draw_frontier(axes: Axes, points: Sequence[dict[str, Any]]) -> None:
             color=COLOURS[number % len(COLOURS)],
             markersize=8,
             capsize=2,
-            zorder=3,
+            zorder=4 - number / len(points),  # the first ones on top
             clip_on=False,
-            label=point["name"],
         )
     lost, gained = ([100 * point[name] for point in points] for name in ("perplexity_ratio", "accuracy"))
     low, high = min(lost) - 100, max(lost) - 100
@@ -140,6 +170,9 @@ def plot_router_shift(
         axes.set_xlabel("expert")
         axes.grid(False)
         axes.xaxis.get_major_locator().set_params(integer=True)
+    for axes in maps[1:]:  # the layers are named left of them all
+        axes.tick_params(axis="y", length=0)
+    figure.get_layout_engine().set(wspace=0.05)
     sources = [(source, row) for row, layer in enumerate(layers) for source in set(plan.get(layer, ()))]
     if sources:
         size = max(3.0, min(9.0, 110 / before.shape[1]))
@@ -153,7 +186,7 @@ def plot_router_shift(
         rows = [row for row, layer in enumerate(layers) if (layer in plan) == chosen]
         if rows:
             maps[2].barh(rows, [per_layer[row] for row in rows], color=colour, label=label)
-    maps[2].set_title("router shift $d_j$")
+    maps[2].set_title("router shift dⱼ")
     maps[2].set_xlabel("standard deviation of the change")
     maps[2].set_xlim(left=0)
     maps[2].grid(axis="y", visible=False)
@@ -189,7 +222,7 @@ def plot_expert_use(
         shares = [[*use[domain][layer], *[empty] * (width - len(use[domain][layer]))] for layer in layers]
         percent = [[100 * share for share in values] for values in shares]
         image = axes.imshow(percent, vmin=0, vmax=100 * highest, aspect="auto", interpolation="nearest")
-        axes.set_title(domain)
+        axes.set_title(short_name(domain))
         axes.grid(False)
         for number, values in enumerate(shares):
             for column, share in enumerate(values):
@@ -225,7 +258,7 @@ def plot_captured(
         path: the image file.
         task: {layer: share} of the new task.
     """
-    rows = [(domain, layers, BASE) for domain, layers in captured.items()]
+    rows = [(short_name(domain), layers, BASE) for domain, layers in captured.items()]
     rows += [("new task", task, NEW)] if task else []
     figure = new_figure(WIDTH, 1.0 + 0.34 * len(rows))
     axes = figure.add_subplot()

@@ -231,7 +231,7 @@ def upload(
         `huggingface_hub.CommitInfo`.
 
     Raises:
-        ValueError: base or encoder are not on the Hub.
+        ValueError: base or encoder are not on the Hub; `private`, and the repository is there and public.
         ImportError: something was given for the card, and it can't be written.
         HfHubHTTPError: the Hub refused; nothing was committed.
         ValueError: a file is a link out of the folder, or names a path of this machine.
@@ -244,6 +244,10 @@ def upload(
     api = HfApi(token=token)
     check_published(config, api)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.model_info(repo_id).private:
+        raise ValueError(
+            f"{repo_id} is there already, and public: make it private in its settings, or leave out private=True."
+        )
     if revision is not None and not revision.startswith("refs/pr"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     repo_files = set(api.list_repo_files(repo_id, revision=revision))

@@ -63,11 +63,16 @@ class QuickstartConfig:
     max_questions: int = field(default=4000, metadata={"help": "Held-out questions to answer, half of them open."})
 
 
+def recipe_parser() -> RecipeParser:
+    """Of `moextend quickstart`: every option, the trainer's too."""
+    return RecipeParser((QuickstartConfig, StagesConfig, MoExtendSFTConfig), prog="moextend quickstart")
+
+
 def parse(words: Sequence[str], task: Task = EASY_VQA) -> tuple[QuickstartConfig, StagesConfig, MoExtendSFTConfig]:
     """(quick, config, args) from recipe and command line, checked before anything is trained."""
     if not any(word.split("=")[0] == "--config" for word in words):
         words = ["--config", task.recipe, *words]
-    quick, config, args = RecipeParser((QuickstartConfig, StagesConfig, MoExtendSFTConfig)).parse(words)
+    quick, config, args = recipe_parser().parse(words)
     if config.encoder is None or config.stages != list(STAGES):
         raise ValueError("The quickstart runs all three stages with an encoder; for others use moextend train.")
     if config.paper:

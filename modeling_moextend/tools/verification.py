@@ -86,7 +86,7 @@ def verify_adapter(
             encoders.append(load_part(role, requested.get(modality), config, location, load_encoder, dtype=dtype))
         encoder = encoders or None
         tokenizer = find_tokenizer(location, location_of("base", base, config, location))
-        given = sensed_inputs(location, prompt, image, audio)
+        given = sensed_inputs(location, list(config.senses), prompt, image=image, audio=audio)
         base_results, sample = base_checks(location, config, loaded, encoder, tokenizer, prompt, max_new_tokens, given)
         checks = file_checks(tensors) + base_results
     ok = all(check["ok"] for check in checks)
@@ -191,19 +191,27 @@ def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase | None) -> torch.
 
 def sensed_inputs(
     location: tuple[str | os.PathLike, dict[str, Any]],
+    senses: list[str],
     prompt: str,
-    image: str | os.PathLike | None,
-    audio: str | os.PathLike | None,
+    **files: str | os.PathLike | None,
 ) -> dict[str, torch.Tensor]:
-    """Inputs of a prompt behind an image or clip, by the adapter's processor; {} without any.
+    """Inputs of a prompt behind an image or clip (`image`, `audio`: a file), by the adapter's processor; {} without
+    any.
 
     Raises:
         OSError: no processor there.
         ValueError: a file that can't be read; a sense that the adapter does not have.
     """
-    given = {name: [[os.fspath(one)]] for name, one in (("images", image), ("audio", audio)) if one is not None}
-    if not given:
+    files = {modality: file for modality, file in files.items() if file is not None}
+    for modality, file in files.items():
+        if modality not in senses:
+            raise ValueError(f"The adapter has no encoder that takes {modality}: leave out {modality}=...")
+        if not os.path.isfile(file):
+            raise ValueError(f"{modality}={str(file)!r}: there is no such file.")
+    if not files:
         return {}
+    names = {"image": "images", "audio": "audio"}
+    given = {names[modality]: [[os.fspath(file)]] for modality, file in files.items()}
     processor = MoExtendProcessor.from_pretrained(location[0], **location[1])
     tokens = {"images": processor.image_token, "audio": processor.audio_token}
     text = "".join(tokens[name] or "" for name in given) + prompt

@@ -22,7 +22,7 @@ class RecipeParser(TrlParser):
     """TRL's parser of a YAML file and options that win over it; wrong ones are a `ValueError`, not a page of usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise Unusable(f"{message.removesuffix('.')}. The options: moextend train --help-all")
+        raise Unusable(f"{message.removesuffix('.')}. The options: {self.prog} --help-all")
 
     def parse(self, words: Sequence[str]) -> tuple[Any, ...]:
         """One object a dataclass, from `--config RECIPE` (its name or path) and options.
@@ -35,11 +35,14 @@ class RecipeParser(TrlParser):
             position = words.index("--config") + 1
             words[position] = find_recipe(words[position])
         try:
-            return self.parse_args_and_config(words)
+            *parsed, unknown = self.parse_args_and_config(words, return_remaining_strings=True)
         except (argparse.ArgumentError, ValueError, TypeError, yaml.YAMLError) as error:
             if isinstance(error, Unusable):
                 raise
-            raise Unusable(f"{str(error).removesuffix('.')}. The options: moextend train --help-all") from error
+            raise Unusable(f"{str(error).removesuffix('.')}. The options: {self.prog} --help-all") from error
+        if unknown:
+            self.error(f"no such options: {' '.join(unknown)}")
+        return tuple(parsed)
 
 
 def recipe_names() -> list[str]:
@@ -60,14 +63,14 @@ def find_recipe(name: str) -> str:
     raise Unusable(f"config={name!r}: there is no such file, and no such recipe among {', '.join(recipe_names())}.")
 
 
-def all_options() -> str:
-    """What `--help` says of every option, of the trainer's too."""
-    return RecipeParser((StagesConfig, MoExtendSFTConfig), prog="moextend train").format_help()
+def recipe_parser() -> RecipeParser:
+    """Of `moextend train`: every option, the trainer's too."""
+    return RecipeParser((StagesConfig, MoExtendSFTConfig), prog="moextend train")
 
 
 def train(words: Sequence[str]) -> dict[str, Any]:
     """Runs the stages that a recipe and options name, and publishes where they say so; what was made, JSON-ready."""
-    config, args = RecipeParser((StagesConfig, MoExtendSFTConfig)).parse(words)
+    config, args = recipe_parser().parse(words)
     model = run_stages(config, args)
     result = {"adapter": args.output_dir, "stages": config.stages, "parameters": 0}
     result["parameters"] = sum(tensor.numel() for tensor in model.adapter_tensors().values())

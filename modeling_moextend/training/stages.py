@@ -275,6 +275,8 @@ def check_data(option: str, name: str) -> None:
     elif os.path.isfile(name):
         kinds = " or ".join(JSON_FILES)
         raise ValueError(f"{option}={name!r}: a file must be {kinds}; of others give the folder that holds them.")
+    elif os.path.isdir(name) and not os.listdir(name):
+        raise ValueError(f"{option}={name!r}: the folder is empty.")
     elif not os.path.exists(name) and hub_id(name) is None:
         raise ValueError(f"{option}={name!r}: there is no such folder, and it is no Hub id like me/my-data.")
 
@@ -370,9 +372,9 @@ def read_plan(config: StagesConfig) -> dict[int, list[int]]:
     Raises:
         ValueError: neither a file nor JSON.
     """
-    if not os.path.exists(config.plan) and not config.plan.lstrip().startswith("{"):
+    if not os.path.isfile(config.plan) and not config.plan.lstrip().startswith("{"):
         raise ValueError(f"plan={config.plan!r} is no file, and no JSON like '{{\"2\": [1]}}'.")
-    text = Path(config.plan).read_text(encoding="utf-8") if os.path.exists(config.plan) else config.plan
+    text = Path(config.plan).read_text(encoding="utf-8") if os.path.isfile(config.plan) else config.plan
     return normalise_plan(json.loads(text))
 
 
