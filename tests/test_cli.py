@@ -1057,6 +1057,8 @@ def test_push_refuses_arguments_that_mean_nothing(adapter, tmp_path, moextend):
         assert code == 2 and f"{wrong[-1]} is no Hub id like me/my-adapter" in text
     code, text = moextend("push", adapter, "me/x", "--report", tmp_path / "base")
     assert code == 2 and "base: no report there" in text
+    code, text = moextend("push", adapter, "me/x", "--base", "me/base", "--encoder", "me/eyes", "--dry-run")
+    assert code == 1 and "has no encoder" in text and "encoder= is --encoder" in text
 
 
 def test_push(hub, tmp_path, moextend):
@@ -1173,12 +1175,14 @@ def test_train_trains_what_the_options_say(moextend, tmp_path):
     recipe = {"base": str(tmp_path / "base"), "data": str(tmp_path / "data.jsonl"), "stages": ["finetune"]}
     recipe |= {"plan": '{"1": [0]}', "scope": "all", "deltas": ["none"], "use_cpu": True, "bf16": False}
     recipe |= {"output_dir": str(tmp_path / "a"), "max_steps": 9, "report_to": "none", "save_strategy": "no"}
+    recipe |= {"adapter_dtype": "bfloat16"}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     line = ["train", "--config", tmp_path / "recipe.yaml", "--max-steps", 1, "--output_dir", tmp_path / "b", "--json"]
     code, done = moextend(*line)
     assert code == 0, done
     assert done["adapter"] == str(tmp_path / "b") and done["stages"] == ["finetune"] and not (tmp_path / "a").exists()
-    assert moextend("inspect", tmp_path / "b", "--json")[1]["num_parameters"] == done["parameters"]
+    written = moextend("inspect", tmp_path / "b", "--json")[1]
+    assert (written["num_parameters"], written["num_bytes"]) == (done["parameters"], done["bytes"])
 
 
 def test_reports_side_by_side(moextend, tmp_path):

@@ -113,6 +113,10 @@ def test_a_push_is_one_commit_of_exactly_the_adapters_files(hub, model, tmp_path
     for name in CODE:
         assert files[name] == (ROOT / "modeling_moextend" / name).read_bytes()
     assert any(path.startswith("/lfs/") for _, path, _ in hub.requests), "tensors go the way of large files"
+    repo.private = False
+    with pytest.raises(ValueError, match=f"{REPO} is there already, and public: .* leave out private=True"):
+        model.push_to_hub(REPO, private=True)
+    assert repo.refs["main"] == done.oid
 
 
 def test_the_commit_of_the_base_is_recorded_and_used_again(hub, model, tmp_path):

@@ -19,6 +19,7 @@ from ..modeling_moextend import MoExtendForCausalLM
 from ..publishing.card import create_card
 from ..tools.base_weights import Unusable
 from ..tools.files import made_folder
+from ..tools.inspection import read_headers, size_of
 from ..tools.locations import check_location
 from .figures import plot_frontier
 from .report import evaluate_adapter, point, write_report
@@ -101,7 +102,8 @@ def report_adapter(
         results = evaluate_adapter(model, processor, documents, asked, thresholds=thresholds, **options)
         names = {"text": Path(text).stem} | ({"task": Path(questions).stem} if questions else {})
         card = write_report(folder, results, title=title or Path(adapter).name, points=points, **names)
-        sizes = {"adapter_bytes": model.adapter_bytes(), "num_parameters": model.num_parameters(only_trainable=True)}
+        stored = size_of(read_headers(adapter, {}).tensors)
+        sizes = {"adapter_bytes": stored["num_bytes"], "num_parameters": stored["num_parameters"]}
         config = with_places(model.config, base, encoder)
         create_card(config, **sizes, **card).save(folder / "model_card.md")
     made = sorted(path.name for path in folder.iterdir())

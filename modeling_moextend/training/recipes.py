@@ -14,6 +14,7 @@ from ..publishing.hub import publish_folder
 from ..tools.base_weights import Unusable
 from .config import MoExtendSFTConfig
 from .stages import StagesConfig, run_stages
+from .trainer import torch_dtype
 
 SHIPPED = files(__package__).joinpath("recipe_files")
 
@@ -74,7 +75,7 @@ def train(words: Sequence[str]) -> dict[str, Any]:
     model = run_stages(config, args)
     result = {"adapter": args.output_dir, "stages": config.stages, "parameters": 0}
     result["parameters"] = sum(tensor.numel() for tensor in model.adapter_tensors().values())
-    result["bytes"] = model.adapter_bytes()
+    result["bytes"] = model.adapter_bytes(torch_dtype(args.adapter_dtype))
     pushed = "finetune" in config.stages  # by the trainer
     if args.push_to_hub and not pushed and args.process_index == 0:
         options = {"private": args.hub_private_repo, "token": args.hub_token, "revision": args.hub_revision}
