@@ -80,8 +80,7 @@ def to_waveform(audio, rate, index, longest=None):
             wave = wave.double() if wave.is_floating_point() else wave / 32768 if wave.dtype == torch.int16 else None
             if wave is None:
                 raise ValueError("whole numbers other than of 16 bits have no fixed range")
-            wave = wave.mean(dim=0) if wave.dim() == 2 and len(wave) < wave.shape[1] else wave
-            wave = wave.mean(dim=1) if wave.dim() == 2 else wave
+            wave = wave.mean(dim=int(len(wave) >= wave.shape[1])) if wave.dim() == 2 else wave  # of its channels
             if given != rate:
                 requires_backends(audio_utils.load_audio, [READS_AUDIO])
                 wave = audio_utils.soxr.resample(wave.numpy(), given, rate)
@@ -314,7 +313,7 @@ class MoExtendProcessor(ProcessorMixin):
             )
         rate, longest = extractor.sampling_rate, None if self.cut_audio else limit
         waves = [to_waveform(clip, rate, index, longest)[: int(limit * rate)] for index, clip in enumerate(audio)]
-        options = {"sampling_rate": extractor.sampling_rate, "return_tensors": "pt", "return_attention_mask": True}
+        options = {"sampling_rate": rate, "return_tensors": "pt", "return_attention_mask": True}
         fixed = hasattr(extractor, "chunk_length") or self.audio_convolutions is None  # pads to a length of its own
         inputs = extractor(waves, **options) if fixed else extractor(waves, padding=True, **options)
         mask = inputs.get("attention_mask")
@@ -351,11 +350,8 @@ def is_convolutions(value):
 
 def one_list(name, inputs, token, text):
     """`inputs` in one list: as they are, or a list for each sample of `text`, whose number must be that of `token`."""
-    if (
-        not isinstance(inputs, (list, tuple))
-        or not inputs
-        or not all(isinstance(own, (list, tuple)) for own in inputs)
-    ):
+    nested = isinstance(inputs, (list, tuple)) and inputs and all(isinstance(own, (list, tuple)) for own in inputs)
+    if not nested:
         return inputs
     if text is not None and len(inputs) != len(text):
         raise ValueError(f"{name} holds {len(inputs)} lists, but text has {len(text)} samples: one list each.")

@@ -332,6 +332,7 @@ def read_batches(
             tokens_left -= tokens
             bar.update(tokens)
             yield batch
+        bar.total = bar.n  # there may be less than was asked for
 
 
 def pad_texts(texts: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
