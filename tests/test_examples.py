@@ -81,7 +81,7 @@ def test_the_small_base_learns_to_hear(tmp_path):
     printed = run("hear.py", "--output_dir", tmp_path, "--disable_tqdm", "true")
     results = json.loads((tmp_path / "results.json").read_text())
     trained, silenced = (results["accuracy"][name]["open"] for name in ("trained", "trained, audio silenced"))
-    assert trained >= 0.88
+    assert trained >= 0.9
     assert silenced <= results["accuracy"]["question-only reader"]["open"] + 0.03
     assert results["base_text"]["bit_equal"] and results["base_and_encoder_bit_equal"]
     assert "open questions" in printed
