@@ -169,10 +169,15 @@ class Sense:
         return [] if self.modality == "image" and not hasattr(encoder, "image_size") else None
 
     @property
-    def input_size(self) -> tuple:
-        """(height, width) of the encoder's own images, or (frames, mel bins) of a spectrogram seen as one."""
+    def input_shape(self) -> list | None:
+        """[channels, height, width] of images, [mel bins, frames], or of AST [frames, mel bins]; `None`: any."""
         encoder = self.encoder_config
-        return (encoder.max_length, encoder.num_mel_bins) if self.modality == "audio" else (encoder.image_size,) * 2
+        if hasattr(encoder, "max_source_positions"):
+            return [encoder.num_mel_bins, 2 * encoder.max_source_positions]
+        if self.convolutions is not None:
+            return None
+        audio, image = ("max_length", "num_mel_bins"), ("num_channels", "image_size", "image_size")
+        return [getattr(encoder, name) for name in (audio if self.modality == "audio" else image)]
 
     @property
     def num_class_tokens(self) -> int:
@@ -187,7 +192,7 @@ class Sense:
         if self.convolutions is not None:
             number = shortened(self.encoder_config.num_patches if size is None else size, self.convolutions)
         else:
-            encoder, (height, width) = self.encoder_config, self.input_size if size is None else size
+            encoder, (height, width) = self.encoder_config, self.input_shape[-2:] if size is None else size
             steps = [getattr(encoder, name, encoder.patch_size) for name in ("time_stride", "frequency_stride")]
             height, width = (
                 (side - encoder.patch_size) // step + 1 for side, step in zip((height, width), steps, strict=True)

@@ -113,8 +113,9 @@ def class_of_encoder(config):
 
 
 def encoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The encoder of a loaded model: itself, or the one inside."""
-    tower = model.vision_model if hasattr(model.config, "vision_config") and hasattr(model, "vision_model") else model
+    """The encoder of a loaded model: itself, or the one inside, without a head."""
+    inside = "vision_model" if hasattr(model.config, "vision_config") else model.base_model_prefix
+    tower = getattr(model, inside, model)
     if tower.config.is_encoder_decoder and hasattr(tower, "get_encoder"):
         tower = tower.get_encoder()
     check_encoder(type(model).__name__, type(tower), tower.config.model_type)
@@ -150,22 +151,17 @@ def check_encoder(given, encoder_class, model_type):
         )
 
 
-def check_values(sense, encoder, values, mask):
-    """Refuses inputs of another shape than the encoder takes, and more than it can take."""
-    name, encoder_config = INPUTS[sense.modality][0], sense.encoder_config
-    if sense.modality == "image" and hasattr(encoder_config, "image_size"):
-        size, channels, free = (
-            encoder_config.image_size,
-            encoder_config.num_channels,
-            "dino" in encoder_config.model_type,
+def check_values(sense, values, mask):
+    """Refuses inputs of another shape than the encoder takes, without their mask, or too short for a feature."""
+    name, shape, found = INPUTS[sense.modality][0], sense.input_shape, list(values.shape[1:])
+    if "dino" in sense.encoder_config.model_type:  # takes any size
+        shape[1:] = found[-2:]
+    if shape is not None and found != shape:
+        raise ValueError(
+            f"{name} must be [N, {', '.join(map(str, shape))}] (those of the batch, in reading order, as the "
+            f"encoder's own processor makes them), not {list(values.shape)}."
         )
-        sides = tuple(values.shape[2:])
-        if values.dim() != 4 or values.shape[1] != channels or (sides != (size, size) and not free):
-            raise ValueError(
-                f"pixel_values must be [I, {channels}, {size}, {size}] (I images of the batch, in reading order, as "
-                f"the encoder's image processor makes them), not {list(values.shape)}."
-            )
-    elif mask is None and sense.convolutions is not None:
+    if mask is None and sense.convolutions is not None:
         raise ValueError(f"{name} needs {INPUTS[sense.modality][1]} [N, L], true where an input is no padding.")
     elif len(values) and mask is not None and min(count_placeholders(sense, values, mask)) < 1:
         raise ValueError(f"{name} holds an input that is too short: the encoder makes no feature of it.")
@@ -182,7 +178,7 @@ def encode(sense, encoder, projector, inputs) -> torch.Tensor:
     """`inputs` (by the names of `INPUTS`) of one modality -> [T, H] features, input by input: one hidden state of the
     frozen encoder, projected. An input gives what it gives alone, whatever else is in the batch."""
     values, mask, *more = map(inputs.get, INPUTS[sense.modality])
-    check_values(sense, encoder, values, mask)
+    check_values(sense, values, mask)
     values, kwargs = values.to(encoder.device, encoder.dtype), {"output_hidden_states": True}
 
     def hidden_state(values):
@@ -429,9 +425,8 @@ def check_processors(generation_config, negative_prompt_ids, past_head):
     used = [name for name in given if given[name]]
     if used:
         raise ValueError(
-            f"{' and '.join(used)} cannot be used in generate with images: guidance runs the model without them, "
-            "chunks may cut one in two, and encoder_... looks up scores of the prompt's tokens, of which "
-            "an image token past the vocabulary has none."
+            f"{' and '.join(used)} cannot be used in generate with images or audio: guidance runs the model without "
+            "them, chunks may cut one in two, encoder_... looks up scores, which ids past the vocabulary have not."
         )
 
 

@@ -26,6 +26,7 @@ from test_threads import InTheMiddle
 from transformers import (
     ASTConfig,
     ASTFeatureExtractor,
+    ASTForAudioClassification,
     ASTModel,
     AutoModelForCausalLM,
     AutoProcessor,
@@ -34,6 +35,7 @@ from transformers import (
     Dinov2Model,
     DynamicCache,
     HubertConfig,
+    HubertForCTC,
     HubertModel,
     MixtralConfig,
     MixtralForCausalLM,
@@ -41,6 +43,8 @@ from transformers import (
     SEWModel,
     Siglip2VisionConfig,
     Siglip2VisionModel,
+    Wav2Vec2BertConfig,
+    Wav2Vec2BertModel,
     Wav2Vec2Config,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForCTC,
@@ -185,9 +189,52 @@ def test_further_encoders_of_images(kind, patches):
         torch.testing.assert_close(together[row : row + 1, : count + 2], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("model_class", "kind"), [(HubertForCTC, "hubert"), (ASTForAudioClassification, "ast")])
+def test_a_loaded_model_with_a_head_is_heard_with_without_it(model_class, kind, tmp_path):
+    """Or its folder, of which the body is loaded, would be another encoder than the adapter was made on."""
+    whole = model_class(copy.deepcopy(ENCODERS[kind][0]))
+    whole.save_pretrained(tmp_path / "ears")
+    make_base().save_pretrained(tmp_path / "base")
+    encoder = model_class.from_pretrained(tmp_path / "ears")
+    model = MoExtendForCausalLM.from_base(str(tmp_path / "base"), {1: [0]}, encoder=encoder)
+    assert model.audio_encoder is encoder.base_model is not encoder
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = MoExtendForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert loaded.config.audio_encoder_name_or_path == str(tmp_path / "ears")
+
+
 def test_an_encoder_that_gives_other_features_than_its_config_tells_is_refused():
     with pytest.raises(ValueError, match="A 'sew' model can't be an encoder of audio, for it gives features of shape"):
         MoExtendForCausalLM.from_base(make_base(), {}, encoder=SEWModel(SEWConfig(**WAVES)))
+    untold = Wav2Vec2BertModel(Wav2Vec2BertConfig(**SMALL))
+    with pytest.raises(ValueError, match="its config does not tell how many features it makes .*: it needs"):
+        MoExtendForCausalLM.from_base(make_base(), {}, encoder=untold)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "taken"), [("whisper", (1, 80, 200), r"\[N, 8, 200\]"), ("ast", (1, 32, 32), r"\[N, 64, 32\]")]
+)
+def test_features_of_another_shape_are_refused_with_the_right_one(kind, shape, taken):
+    processor = make_processor(kind)
+    given = inputs_of(processor, [tone()]) | {"input_features": torch.zeros(shape)}
+    with pytest.raises(ValueError, match=rf"input_features must be {taken} .*, not \[{', '.join(map(str, shape))}\]"):
+        hearing(kind, processor)(**given)
+
+
+@pytest.mark.parametrize(
+    ("kind", "extractor", "message"),
+    [
+        ("whisper", WhisperFeatureExtractor(feature_size=80, chunk_length=2), r"\[80, 200\] .* takes \[8, 200\]"),
+        ("whisper", SAMPLES, r"\[16000\] of a second of audio, the encoder takes \[8, 200\]"),
+        ("wav2vec2", MEL, r"\[8, 200\] of a second of audio, the encoder takes \[samples\]"),
+        ("ast", ASTFeatureExtractor(32, RATE, 32, 128), r"\[128, 32\] .* takes \[64, 32\]"),
+    ],
+)
+def test_a_feature_extractor_of_another_encoder_is_refused(kind, extractor, message):
+    with pytest.raises(ValueError, match=f"The feature extractor makes {message}. Load the feature extractor from"):
+        MoExtendProcessor.from_encoder(
+            build_tokenizer(), feature_extractor=extractor, audio_encoder_config=ENCODERS[kind][0]
+        )
 
 
 # ---------------------------------------------------------------- lengths
@@ -373,10 +420,10 @@ def test_scope_begins_at_the_first_token_of_any_sense():
     first = int((ids[0] == processor.audio_token_id).nonzero()[0])
     with model.record_routing() as records:
         model(**given)
-    chosen = (records[1].selected >= 4).any(dim=-1) if hasattr(records[1], "selected") else None
+    chosen = (records[1].index >= model.config.text_config.num_local_experts).any(dim=-1)
+    assert chosen[first:].all() and not chosen[:first].any()
     plain = frozen_copy(model.base)(input_ids=ids[:, :first]).logits
     torch.testing.assert_close(model(**given).logits[:, :first], plain, rtol=1e-5, atol=1e-6)
-    assert chosen is None or (not chosen[:first].any() and chosen[first:].any())
 
 
 def test_a_conversation_that_hears_later_keeps_its_cache():
@@ -633,6 +680,14 @@ def test_audio_columns_go_into_messages():
     apart = [{"role": "user", "content": [{"type": "audio"}, {"type": "audio"}]}]
     with pytest.raises(ValueError, match="Sample 0 of the batch has 1 clips and 2 audio parts"):
         AudioInMessages(lambda examples: examples)([{"messages": apart, "audios": [clip]}])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_audio_for_what_cannot_hear_is_refused_before_training(streaming, tmp_path):
+    model = MoExtendForCausalLM.from_base(make_wordy_base(), {1: [0]})
+    data = spoken(tmp_path).to_iterable_dataset() if streaming else spoken(tmp_path)
+    with pytest.raises(ValueError, match="The train dataset has a column 'audio', and the processing class takes no"):
+        make_trainer(tmp_path / "out", model, build_tokenizer(), data, assistant_only_loss=False)
 
 
 def spoken(folder, column="audio", silent=()):

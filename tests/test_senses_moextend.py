@@ -370,5 +370,5 @@ def test_the_caller_keeps_its_tensors():
 def test_pixels_of_another_shape_are_refused_with_the_right_one(shape):
     model = seeing()
     ids = torch.tensor([[5, 96, 96, 96, 96, 7]])
-    with pytest.raises(ValueError, match=rf"must be \[I, 3, 16, 16\] .* not \[{', '.join(map(str, shape))}\]"):
+    with pytest.raises(ValueError, match=rf"must be \[N, 3, 16, 16\] .* not \[{', '.join(map(str, shape))}\]"):
         model(ids, pixel_values=torch.zeros(shape))

@@ -95,15 +95,15 @@ def check_features(modality: str, encoder: PreTrainedModel) -> None:
         if hasattr(config, "conv_kernel"):
             size = shape = (16000,)
         elif hasattr(config, "max_source_positions"):
-            size, shape = (2 * config.max_source_positions,), (config.num_mel_bins, 2 * config.max_source_positions)
+            size, shape = (2 * config.max_source_positions,), sense.input_shape
         elif sense.convolutions is not None:
             side = int(config.num_patches**0.5)
             size, shape = (side**2,), (side**2, config.num_channels * config.patch_size**2)
             more = {"pixel_attention_mask": torch.ones(1, side**2, device=encoder.device, dtype=torch.long)}
             more["spatial_shapes"] = torch.tensor([[side, side]])
         else:
-            size, channels = sense.input_size, () if modality == "audio" else (config.num_channels,)
-            shape = (*channels, *size)
+            shape = sense.input_shape
+            size = shape[-2:]
         expected = [1, sense.num_placeholders(size if len(size) > 1 else size[0]), config.hidden_size]
         if encoder.device.type == "meta":
             return
@@ -113,6 +113,11 @@ def check_features(modality: str, encoder: PreTrainedModel) -> None:
         given = list(output.hidden_states[-1].shape)
         problem = (
             f"it gives features of shape {given}, and its config tells of {expected}" if given != expected else None
+        )
+    except AttributeError as error:
+        problem = (
+            f"its config does not tell how many features it makes ({error}): it needs image_size and patch_size, "
+            "conv_kernel and conv_stride, or num_mel_bins and max_source_positions or max_length"
         )
     except Exception as error:  # whatever a model of another kind makes of it
         problem = f"{type(error).__name__}: {error}"

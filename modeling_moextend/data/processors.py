@@ -4,6 +4,7 @@ import os
 import re
 from typing import Any
 
+import numpy
 from transformers import (
     AutoFeatureExtractor,
     AutoImageProcessor,
@@ -217,8 +218,8 @@ def processor_for(
             defaults: `projector_downsample`, `audio_projector_downsample`, `audio_encoder_select_feature`.
 
     Raises:
-        ValueError: the image processor makes images of another size than the encoder takes, or the chat template
-            cannot render a message with an image or audio.
+        ValueError: the image processor or feature extractor makes inputs of another shape than the encoder takes, or
+            the chat template cannot render a message with an image or audio.
     """
     encoder_config, audio_encoder_config = as_config(encoder_config), as_config(audio_encoder_config)
     encoder_config = getattr(encoder_config, "vision_config", encoder_config)
@@ -237,6 +238,8 @@ def processor_for(
         else:
             size = image_size(image_processor, sense) if modality == "image" else None
             entries[f"num_{modality}_tokens"] = sense.num_placeholders(size)
+        if modality == "audio" and feature_extractor is not None:
+            check_extractor(feature_extractor, sense)
     processor = cls(
         image_processor,
         tokenizer,
@@ -259,7 +262,7 @@ def image_size(image_processor: BaseImageProcessor, sense: Any) -> tuple[int, in
     Raises:
         ValueError: another size than the encoder takes.
     """
-    size, made = sense.input_size, pixel_size(image_processor)
+    size, made = tuple(sense.input_shape[-2:]), pixel_size(image_processor)
     if made is None:
         return size
     if "dino" in sense.encoder_config.model_type:  # takes any size in whole patches
@@ -270,6 +273,22 @@ def image_size(image_processor: BaseImageProcessor, sense: Any) -> tuple[int, in
             f"{size[0]}x{size[1]}. Load the image processor from the encoder's own checkpoint."
         )
     return size
+
+
+def check_extractor(feature_extractor: SequenceFeatureExtractor, sense: Any) -> None:
+    """Refuses a feature extractor that makes of a clip, by a try of it on silence, what the encoder does not take.
+
+    Raises:
+        ValueError: names both shapes.
+    """
+    rate, shape = feature_extractor.sampling_rate, sense.input_shape
+    features = feature_extractor([numpy.zeros(rate, dtype=numpy.float32)], sampling_rate=rate, return_tensors="np")
+    made = list(features[feature_extractor.model_input_names[0]].shape[1:])
+    if made != (shape or [rate]):
+        raise ValueError(
+            f"The feature extractor makes {made} of a second of audio, the encoder takes {shape or '[samples]'}. Load "
+            "the feature extractor from the encoder's own checkpoint."
+        )
 
 
 def check_chat_template(

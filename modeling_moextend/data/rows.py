@@ -166,19 +166,31 @@ def check_datasets(
             return {key: check(dataset, str(key)) for key, dataset in given.items()}
         return check(given, name) if is_dataset(given) else given
 
-    def for_trl(given: Any) -> Any:
+    hears = getattr(processing_class, "audio_token", None) is not None
+
+    def for_trl(given: Any, name: str) -> Any:
         if isinstance(given, dict):
-            return {key: for_trl(dataset) for key, dataset in given.items()}
-        return with_image_column(given) if is_dataset(given) else given
+            return {key: for_trl(dataset, str(key)) for key, dataset in given.items()}
+        return with_image_column(given, name, hears) if is_dataset(given) else given
 
     checked_ = {key: checked(dataset, key.removesuffix("_dataset")) for key, dataset in datasets.items()}
-    return {key: for_trl(dataset) for key, dataset in checked_.items()}
+    return {key: for_trl(dataset, key.removesuffix("_dataset")) for key, dataset in checked_.items()}
 
 
-def with_image_column(dataset: Any) -> Any:
-    """A dataset with audio as one with (no) images too: TRL would prepare it as text."""
+def with_image_column(dataset: Any, name: str, hears: bool) -> Any:
+    """A dataset with audio as one with (no) images too: TRL would prepare it as text.
+
+    Raises:
+        ValueError: it has audio, and the processor takes none.
+    """
     names = dataset.column_names or list(next(iter(dataset), {}))
-    if not set(AUDIO_COLUMNS) & set(names) or {"image", "images"} & set(names):
+    audio = sorted(set(AUDIO_COLUMNS) & set(names))
+    if audio and not hears:
+        raise ValueError(
+            f"The {name} dataset has a column {audio[0]!r}, and the processing class takes no audio: give the "
+            f"processor of an adapter with an encoder of audio, or dataset.remove_columns({audio})."
+        )
+    if not audio or {"image", "images"} & set(names):
         return dataset
     if hasattr(dataset, "add_column") and hasattr(dataset, "__len__"):
         return dataset.add_column("images", [[]] * len(dataset))
