@@ -274,8 +274,8 @@ def plan_pass(passes, selection, inputs, make_gated):
     scopes = {name: extending[name].scope for name in names}
     if "modality" in scopes.values() and inputs.input_ids is None:
         raise ValueError(
-            "scope='modality' finds the image tokens in input_ids, but only inputs_embeds was given. Pass input_ids "
-            "(with pixel_values), or use scope='all'."
+            "scope='modality' finds image and audio tokens in input_ids, but only inputs_embeds was given. Pass "
+            "input_ids (with pixel_values or input_features), or use scope='all'."
         )
     served, state, gates = selection.served(len(inputs.tokens)), {}, {}
     kept = {config.scope for config in extending.values()} != {"all"}  # whether a cache keeps anything of scope

@@ -324,6 +324,9 @@ def test_questions_end_with_their_answer(tmp_path):
         {"prompt": [ask], "answer": "a", "images": [str(tmp_path / "1.png")], "answers": ["a", "b"]},
     ]
     assert len(read_questions(path, number=1)) == 1
+    path.write_text(json.dumps({"messages": [ask, last], "image": "1.png", "audio": {"path": "1.png"}}))
+    (found,) = read_questions(path)
+    assert found["images"] == found["audios"] == [str(tmp_path / "1.png")]
     path.write_text(json.dumps({"messages": [last, ask]}))
     with pytest.raises(ValueError, match="Entry 0 of .* must hold `messages` that end with the assistant's"):
         read_questions(path)

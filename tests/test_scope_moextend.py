@@ -239,7 +239,7 @@ def test_packed_rows_do_not_see_their_neighbours_images():
 
 def test_embeddings_alone_are_refused_because_no_image_token_can_be_found_in_them():
     model = seeing()
-    with pytest.raises(ValueError, match="scope='modality' finds the image tokens in input_ids"):
+    with pytest.raises(ValueError, match="scope='modality' finds image and audio tokens in input_ids"):
         model(inputs_embeds=torch.randn(1, 4, 32))
     assert seeing(scope="all")(inputs_embeds=torch.randn(1, 4, 32)).logits.shape == (1, 4, 96)
 

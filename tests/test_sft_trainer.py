@@ -1234,8 +1234,9 @@ def test_a_gate_that_stays_shut_is_not_finetuned_behind(tmp_path):
         (Dataset.from_list([{"content": "a"}]), "has the columns"),
         (Dataset.from_list([{"prompt": "a"}]), "has the columns"),
         (Dataset.from_list([{"text": "a", "images": ["a.png"]}]), "retention data is text"),
+        (Dataset.from_list([{"text": "a", "audios": ["a.wav"]}]), "retention data is text"),
     ],
-    ids=["a list", "another column", "prompts alone", "images"],
+    ids=["a list", "another column", "prompts alone", "images", "audio"],
 )
 def test_retention_text_that_nobody_can_read_is_refused_at_once(tmp_path, dataset, message):
     with pytest.raises(ValueError, match=message):

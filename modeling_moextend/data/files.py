@@ -49,8 +49,9 @@ def read_questions(
     is the answer, the others ask.
 
     Args:
-        path: JSON or JSON lines, either with `messages` and, if need be, `images` (TRL's) or with `conversations` and
-            `image` (LLaVA's). With `messages`, `answers` may list what several people answered, for VQA accuracy.
+        path: JSON or JSON lines, either with `messages` and, if need be, `images`, `audios`, or one `image` or `audio`
+            (TRL's), or with `conversations` (LLaVA's). With `messages`, `answers` may list what several people
+            answered, for VQA accuracy.
         image_folder: what image paths start from; default: the file's own folder.
         number: a random sample of so many (seed 0); default: all.
 
@@ -85,7 +86,8 @@ def question(index: int, record: dict[str, Any], path: str | os.PathLike, folder
         )
     result = {"prompt": messages[:-1], "answer": as_text(messages[-1]["content"])}
     for kind, name in (("image", "images"), ("audio", "audios")):
-        inputs = [one.get("path") if isinstance(one, dict) else one for one in record.get(name) or []]
+        given = [one for one in (record.get(kind), *(record.get(name) or [])) if one is not None]
+        inputs = [one.get("path") if isinstance(one, dict) else one for one in given]
         if not all(isinstance(one, str) for one in inputs):
             raise ValueError(f"Entry {index} of {path} must hold the paths of its {name}, not {str(inputs)[:200]}.")
         result |= {name: [str(Path(folder, one)) for one in inputs]} if inputs or name == "images" else {}

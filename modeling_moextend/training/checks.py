@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import HubStrategy
 
 from ..base_checks_moextend import check_gradients, check_in_memory
+from ..data.collators import AUDIO_COLUMNS
 from ..data.processors import COUNTED, load_processor
 from ..gate_moextend import TokenGate
 from ..tools.modes import is_moextend
@@ -103,10 +104,10 @@ def check_retention(
     allowed = (args.dataset_text_field, *RETENTION_COLUMNS)
     if columns and not set(columns) & set(allowed):
         raise ValueError(f"retention_dataset has the columns {columns}; one of them must be {', '.join(allowed)}.")
-    if columns and {"image", "images"} & set(columns):
+    if columns and {"image", "images", *AUDIO_COLUMNS} & set(columns):
         raise ValueError(
             f"retention_dataset has the columns {columns}, but retention data is text: what the base knew without "
-            "images. Leave out the samples with images and the column."
+            "images or audio. Leave out the samples with them and the column."
         )
     if hasattr(retention_dataset, "__len__") and len(retention_dataset) == 0:
         raise ValueError("retention_dataset is empty: give text, or leave it out to have text sampled from the base.")
