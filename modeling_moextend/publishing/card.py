@@ -95,6 +95,8 @@ def create_card(
         tokenizer=tokenizer or repo_id or "path/to/this/adapter",
         base=_link(config.base_model_name_or_path),
         encoder=_has_encoder(config),
+        senses=_senses(config),
+        sensed=["images" if sense == "image" else sense for sense in _senses(config)],
         overview=_overview(config, adapter_bytes, num_parameters, tensors),
         layers=sorted((int(layer), experts) for layer, experts in config.extended_layers.items()),
         parts=_parts(tensors),
@@ -139,9 +141,8 @@ def _metadata(config):
 
 
 def _task(config):
-    senses = tuple(config.senses) or (("image",) if _has_encoder(config) else ())
     tasks = {("image",): "image-text-to-text", ("audio",): "audio-text-to-text", ("image", "audio"): "any-to-any"}
-    return tasks.get(senses, "text-generation")
+    return tasks[_senses(config)] if _has_encoder(config) else "text-generation"
 
 
 def _tags(config):
@@ -195,6 +196,10 @@ def _overview(config, adapter_bytes, num_parameters, tensors):
 
 def _has_encoder(config):
     return bool(config.encoder_name_or_path or config.senses)
+
+
+def _senses(config):
+    return tuple(config.senses) or ("image",)
 
 
 def _num_new_experts(config):
