@@ -67,10 +67,9 @@ def by_modality(given, senses, **hub):
     for one in given:
         modality = modality_of(type(encoder_of(one))) if isinstance(one, PreTrainedModel) else modality_at(one, **hub)
         if modality in found or modality not in senses:
-            reason = (
-                "which an earlier one takes" if modality in found else f"and the adapter takes {', '.join(senses)}"
-            )
-            raise ValueError(f"encoder={str(one)[:200]!r} takes {modality}, {reason}: give one for each.")
+            name = type(one).__name__ if isinstance(one, PreTrainedModel) else str(one)[:200]
+            reason = "which an earlier one takes" if modality in found else f"and the adapter {', '.join(senses)}"
+            raise ValueError(f"encoder={name!r} takes {modality}, {reason}: give one for each.")
         found[modality] = one
     return found
 

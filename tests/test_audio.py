@@ -354,6 +354,11 @@ def test_what_would_be_heard_wrong_is_refused():
             make_processor(max_audio_seconds=seconds)
 
 
+def test_two_encoders_of_one_sense_are_refused():
+    with pytest.raises(ValueError, match="encoder='WhisperEncoder' takes audio, which an earlier one takes: give one"):
+        MoExtendForCausalLM.from_base(make_base(), {1: [0]}, encoder=[make_ears(), make_ears()])
+
+
 def test_two_senses_have_a_token_each():
     with pytest.raises(ValueError, match="image_token_id and audio_token_id are both 7"):
         encoders = [make_encoder(), make_ears()]

@@ -356,10 +356,8 @@ def test_an_adapter_that_hears_says_so(image, task):
     card = create_card(make_config(TEXT, senses=ears, **eyes))
     assert metadata(card)["pipeline_tag"] == task and "audio" in metadata(card)["tags"]
     assert ("vision-language" in metadata(card)["tags"]) == bool(image) and "openai/whisper-large-v3" in str(card)
-    text, both = (
-        str(create_card(make_config(TEXT, senses=ears, **eyes, scope="modality"))),
-        "images or " if image else "",
-    )
+    text = str(create_card(make_config(TEXT, senses=ears, **eyes, scope="modality")))
+    both = "images or " if image else ""
     assert f"Batches without {both}audio give logits" in text and f"prompts of text, not of {both}audio." in text
     assert f"from the first {both.replace('images', 'image')}audio token of their" in text
     assert image or "image" not in text
