@@ -3,9 +3,10 @@
     make test-serving                                   # sets up its environment
     .venv-serving/bin/python benchmarks/serving.py      # a random Mixtral of 90 million parameters, on one CPU core
 
-Prints new tokens a second of each, the best of several rounds, and their ratio to the base's. The engines live beside
-each other and take turns, so that whatever else the machine does slows all of them. A gate with the threshold 1e9 lets
-no token through; one with the median of its margins as threshold lets half of them through.
+Prints new tokens a second of each, the best of several rounds, and their ratio to the base's, with few and with many
+requests at once. The engines live beside each other and take turns, and what counts is processor time, so that whatever
+else the machine does slows none of them. A gate with the threshold 1e9 lets no token through; one with the median of its
+margins as threshold lets half of the prompts' tokens through: the same ones with deltas and without.
 """
 
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
-REQUESTS, PROMPT, NEW, ROUNDS = 16, 64, 16, 8
+REQUESTS, PROMPT, NEW, ROUNDS = (16, 64), 64, 16, 6
 SIZES = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6}
 SIZES |= {"num_attention_heads": 8, "num_key_value_heads": 4, "num_local_experts": 8, "max_position_embeddings": 512}
 SOURCES, ATTENTION = [1, 5, 0, 3], ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -33,6 +34,14 @@ ENGINES = {  # what each of them serves
 }
 
 
+def prompts() -> list[list[int]]:
+    """Token ids [most requests, PROMPT]."""
+    import torch
+
+    size = max(REQUESTS), PROMPT
+    return torch.randint(3, SIZES["vocab_size"], size, generator=torch.Generator().manual_seed(1)).tolist()
+
+
 def make(folder: Path) -> None:
     """The base, three adapters and a LoRA."""
     import torch
@@ -43,9 +52,10 @@ def make(folder: Path) -> None:
 
     torch.manual_seed(0)
     MixtralForCausalLM(MixtralConfig(**SIZES)).save_pretrained(folder / "base")
-    layers, text = dict.fromkeys(range(1, 6), SOURCES), torch.randint(3, 4096, (8, 64))
+    layers, text = dict.fromkeys(range(1, 6), SOURCES), torch.tensor(prompts())
     for deltas, names in ((None, ("closed", "half")), ((), ("experts",))):
         model = MoExtendForCausalLM.from_base(folder / "base", layers, dtype="float32", deltas=deltas)
+        torch.manual_seed(2)  # the same gate for all
         for name, tensor in model.adapter_tensors().items():
             if not name.startswith("layers."):
                 torch.nn.init.normal_(tensor, std=0.1)
@@ -60,7 +70,7 @@ def make(folder: Path) -> None:
 
 
 def serve(folder: Path, kind: str) -> None:
-    """An engine of `ENGINES`: whatever name comes in, the seconds go out that the requests take."""
+    """An engine of `ENGINES`: a number of requests and a name come in, the seconds go out that they take."""
     import torch
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
@@ -86,17 +96,17 @@ def serve(folder: Path, kind: str) -> None:
     requests = {name: LoRARequest(name, k, str(path)) for k, (name, path) in enumerate(paths[kind].items(), 1)}
     engine = LLM(str(folder / "base"), **options)
     greedy = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
-    ids = torch.randint(3, 4096, (REQUESTS, PROMPT), generator=torch.Generator().manual_seed(1)).tolist()
-    prompts = [{"prompt_token_ids": one} for one in ids]
+    inputs = [{"prompt_token_ids": ids} for ids in prompts()]
     for line in sys.stdin:
-        start = time.perf_counter()
-        engine.generate(prompts, greedy, lora_request=requests.get(line.strip()), use_tqdm=False)
-        print(f"{ANSWER}{time.perf_counter() - start}", flush=True)
+        count, _, name = line.strip().partition(" ")
+        start = time.process_time()
+        engine.generate(inputs[: int(count)], greedy, lora_request=requests.get(name), use_tqdm=False)
+        print(f"{ANSWER}{time.process_time() - start}", flush=True)
 
 
-def ask(engine: subprocess.Popen, name: str) -> float:
-    """Seconds that an engine took."""
-    print(name, file=engine.stdin, flush=True)
+def ask(engine: subprocess.Popen, count: int, name: str) -> float:
+    """Seconds that an engine took for so many requests."""
+    print(count, name, file=engine.stdin, flush=True)
     for line in engine.stdout:
         if line.startswith(ANSWER):
             return float(line.removeprefix(ANSWER))
@@ -112,16 +122,18 @@ def main() -> None:
         engines = {kind: subprocess.Popen([sys.executable, __file__, folder, kind], **pipes) for kind in ENGINES}
         try:
             names = {name: engines[kind] for kind, served in ENGINES.items() for name in served}
-            for name, engine in names.items():
-                ask(engine, name)  # the first time is slower
-            best = dict.fromkeys(names, float("inf"))
+            jobs = [(count, name) for count in REQUESTS for name in names]
+            for count, name in jobs:
+                ask(names[name], count, name)  # the first time is slower
+            best = dict.fromkeys(jobs, float("inf"))
             for _ in range(ROUNDS):
-                best = {name: min(seconds, ask(names[name], name)) for name, seconds in best.items()}
+                best = {job: min(seconds, ask(names[job[1]], *job)) for job, seconds in best.items()}
         finally:
             for engine in engines.values():
                 engine.terminate()
-    for name, seconds in best.items():
-        print(f"{name:40} {REQUESTS * NEW / seconds:8.1f} tokens/s {best[BASE] / seconds:6.3f}")
+    for (count, name), seconds in best.items():
+        speed, ratio = count * NEW / seconds, best[count, BASE] / seconds
+        print(f"{count:3} requests  {name:35} {speed:8.1f} tokens/s {ratio:6.3f}")
 
 
 if __name__ == "__main__":

@@ -187,11 +187,13 @@ def whole_experts(
 
 
 def deltas_of(parts, sites, device, dtype) -> dict[str, Delta]:
-    """Name of a site -> what the adapter adds there."""
+    """Name of a site -> what the adapter adds there; products in bfloat16 where the base is, as in transformers."""
     found = {}
     for site in sites:
         kind = EmbeddingDelta if site.endswith(".embedding") else LinearDelta
-        found[site] = kind({name: wider(tensor, device, dtype) for name, tensor in parts[site].items()})
+        half = kind is LinearDelta and dtype == torch.bfloat16
+        to = (lambda tensor: tensor.to(device, dtype)) if half else (lambda tensor: wider(tensor, device, dtype))
+        found[site] = kind({name: to(tensor) for name, tensor in parts[site].items()})
         found[site].requires_grad_(False)
     return found
 

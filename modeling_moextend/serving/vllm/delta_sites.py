@@ -4,23 +4,62 @@ import inspect
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from .serving_pass import DeltaPart, ServingPass
+from ...deltas_moextend import LinearDelta
+from .serving_pass import ServingPass
 
 
 def add_hooks(model: nn.Module, serving: ServingPass) -> None:
-    """Has the shared layers of a model add what deltas add. `ValueError`: vLLM has no such layer."""
+    """Has the shared layers of a model add what deltas add. `ValueError`: vLLM has no such layer, or a delta is of
+    another size."""
+    names = {module: name for name, module in model.named_modules()}
     for number, adapter in enumerate(serving.adapters):
+        found = {}  # layer of vLLM's -> first column of its output -> (site, number of columns)
         for site, delta in adapter.deltas.items():
             module, first, size = find_site(model, site)
-            own_size = size if site.endswith(".embedding") else list(delta.parameters())[-1].shape[0]
+            own_size = size if is_input(site) else list(delta.parameters())[-1].shape[0]
             if own_size != size:
                 raise ValueError(f"The delta {site} has {own_size} outputs, and vLLM's layer there {size}.")
-            name = next(name for name, one in model.named_modules() if one is module)
+            found.setdefault(module, {})[first] = site, size
+        for module, by_column in found.items():
+            name, sites = names[module], [site for _, (site, _) in sorted(by_column.items())]
+            size = sum(size for _, size in by_column.values())
+            if size != getattr(module, "output_size", size):
+                raise ValueError(f"{', '.join(sites)} have {size} outputs, and vLLM's layer there {module.output_size}.")
             if name not in serving.sites:
-                serving.sites[name] = []
-                (add_input_hook if site.endswith(".embedding") else add_output_hook)(module, name)
-            serving.sites[name].append(DeltaPart(number, delta, first, size))
+                serving.sites[name] = {}
+                (add_input_hook if is_input(sites[0]) else add_output_hook)(module, name)
+            deltas = [adapter.deltas.pop(site) for site in sites]
+            serving.sites[name][number] = deltas[0] if is_input(sites[0]) else JoinedDelta(deltas)
+
+
+class JoinedDelta:
+    """Linear deltas of one adapter, whose outputs lie side by side in one layer of vLLM's.
+
+    In a step of few tokens a call costs more than what it computes: one product has the lora_A of all.
+    """
+
+    def __init__(self, deltas: list[LinearDelta]):
+        first, *others = zip(*(delta.parameters() for delta in deltas), strict=True)
+        self.first = first[0] if len(first) == 1 else torch.cat(first)  # [sum of r, in], or [sum of out, in]
+        self.others = [factor.T for factor in others[0]] if others else []  # [r, out] each
+        self.ranks, self.sizes = ([factor.shape[side] for factor in self.others] for side in (0, 1))
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[T, in] -> [T, sum of out]"""
+        inner = F.linear(inputs.to(self.first.dtype), self.first)
+        if not self.others:
+            return inner
+        output = inner.new_empty(len(inner), sum(self.sizes))
+        parts = zip(inner.split(self.ranks, -1), self.others, output.split(self.sizes, -1), strict=True)
+        for part, factor, columns in parts:
+            torch.mm(part, factor, out=columns)
+        return output
+
+
+def is_input(site: str) -> bool:
+    return site.endswith(".embedding")
 
 
 def find_site(model: nn.Module, site: str) -> tuple[nn.Module, int, int]:

@@ -30,17 +30,13 @@ class LayerPart(NamedTuple):
     number: int  # of the adapter
     rows: RouterRows
     rule: Rule  # as vLLM's router of this layer answers
-    first: int  # index of its first new expert among all that vLLM holds
+    experts: torch.Tensor  # [E + N + 1] what vLLM calls each expert, and at last what stands for `UNUSED`
     correction_bias: torch.Tensor | None  # [E + N]
 
-
-class DeltaPart(NamedTuple):
-    """What one adapter adds to the output of one layer of vLLM's, or a part of it."""
-
-    number: int  # of the adapter
-    delta: torch.nn.Module
-    first: int
-    size: int
+    @property
+    def first(self) -> int:
+        """Of its new experts, among all that vLLM holds."""
+        return int(self.experts[-1])
 
 
 class ServingPass:
@@ -53,8 +49,8 @@ class ServingPass:
     def __init__(self, adapters: list[ServedAdapter], config: VllmConfig):
         self.adapters, self.owners, self.input_ids = adapters, None, None
         self.layers = {}  # decoder layer -> (the base's `BaseRouter`, [`LayerPart`])
-        self.sites = {}  # name of a layer of vLLM's -> [`DeltaPart`]
-        self.in_scope = {}  # number of an adapter -> indices of the tokens in its scope; `None`: all
+        self.sites = {}  # name of a layer of vLLM's -> number of an adapter -> what it adds there
+        self.in_scope = {}  # number of an adapter -> indices of the tokens in its scope, if any; `None`: all
         widths = {"gate": lambda one: 2 * one.gate_hidden_size, "modality": lambda one: 2}
         self.states = {
             number: StateCache(widths[one.config.scope](one.config), f"moextend.{number}.state", config)
@@ -63,11 +59,12 @@ class ServingPass:
         }
         config.compilation_config.static_forward_context[NAME] = self
 
-    def find_scope(self, number: int, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Indices of the tokens [T, H] in the scope of an adapter, in its lowest layer; `None`: all of them."""
+    def decide_scope(self, number: int, hidden_states: torch.Tensor) -> None:
+        """Keeps in `in_scope` which of the tokens [T, H] are in the scope of an adapter, in its lowest layer."""
+        self.in_scope.pop(number, None)
         own = None if self.owners is None else self.owners[: len(hidden_states)] == number
         if own is not None and not own.any():
-            return own.nonzero().squeeze(-1)
+            return
         adapter, scope = self.adapters[number], own
         if adapter.gate is not None:
             opened = adapter.gate(hidden_states, self.states[number]) > adapter.config.gate_threshold
@@ -76,46 +73,55 @@ class ServingPass:
             is_image = self.input_ids[: len(hidden_states)] == adapter.config.image_token_id
             seen = self.states[number].add(is_image.unsqueeze(-1).float().expand(-1, 2))[:, 0] > 0
             scope = seen if own is None else own & seen
-        return None if scope is None else scope.nonzero().squeeze(-1)
+        tokens = None if scope is None else scope.nonzero().squeeze(-1)
+        if tokens is None or len(tokens):
+            self.in_scope[number] = tokens
 
     def route(self, layer: int, hidden_states, router_logits):
         """Weights and experts [T, K] of tokens [T, H]: the base's own, and those of adapters for tokens in scope."""
         router, parts = self.layers[layer]
         weights, index = router._compute_routing(hidden_states, router_logits, None)
         base = RouterOutput(router_logits, weights.float(), index.long())
-        weights, index = base.top_k_weights.clone(), base.top_k_index.clone()
+        weights, index = base.top_k_weights.clone(), base.top_k_index.to(torch.int32)
         for part in parts:
             adapter = self.adapters[part.number]
             if layer == adapter.lowest:
-                self.in_scope[part.number] = self.find_scope(part.number, hidden_states)
-            tokens = self.in_scope[part.number]
-            if tokens is not None and not len(tokens):
+                self.decide_scope(part.number, hidden_states)
+            if part.number not in self.in_scope:
                 continue
-            tokens = slice(None) if tokens is None else tokens
+            tokens = self.in_scope[part.number]
             output = route(
-                RouterOutput(*(of_all[tokens] for of_all in base[:3])),
-                part.rows(hidden_states[tokens], part.rule),
+                RouterOutput(*(rows_of(one, tokens) for one in base[:3])),
+                part.rows(rows_of(hidden_states, tokens), part.rule),
                 part.rule,
                 selection=adapter.config.selection,
                 calibrate=adapter.config.calibration,
                 calibration=part.rows.calibration,
                 correction_bias=part.correction_bias,
             )
-            num_base, chosen = router_logits.shape[-1], output.top_k_index
-            chosen = torch.where(chosen < 0, chosen[:, :1], chosen)  # an empty slot: any expert, with weight 0
-            index[tokens] = torch.where(chosen < num_base, chosen, chosen - num_base + part.first)
-            weights[tokens] = output.top_k_weights
-        return weights, index.to(torch.int32)
+            chosen = part.experts[output.top_k_index]  # index -1, `UNUSED`, is the last one, and has weight 0
+            if tokens is None:
+                weights, index = output.top_k_weights, chosen
+            else:
+                weights.index_copy_(0, tokens, output.top_k_weights)
+                index.index_copy_(0, tokens, chosen)
+        return weights, index
 
     def add_deltas(self, site: str, output: torch.Tensor, inputs: torch.Tensor | None) -> None:
-        """Adds to `output` [T, size], in place, what adapters add for their tokens; `inputs`: `None` for token ids."""
-        inputs = self.input_ids[: len(output)] if inputs is None else inputs
-        for part in self.sites[site]:
-            tokens, columns = self.in_scope[part.number], output.narrow(1, part.first, part.size)
-            if tokens is None:
-                columns += part.delta(inputs).to(output.dtype)
-            elif len(tokens):
-                columns.index_add_(0, tokens, part.delta(inputs[tokens]).to(output.dtype))
+        """Adds to `output` [T, out], in place, what adapters add for their tokens; `inputs`: `None` for token ids.
+
+        Whole rows are added: on a CPU, rows of a part of the columns would be added one by one.
+        """
+        for number, delta in self.sites[site].items():
+            if number in self.in_scope:
+                tokens = self.in_scope[number]
+                own = rows_of(self.input_ids[: len(output)] if inputs is None else inputs, tokens)
+                change = delta(own).to(output.dtype)
+                output.add_(change) if tokens is None else output.index_add_(0, tokens, change)
+
+
+def rows_of(tensor: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+    return tensor if tokens is None else tensor.index_select(0, tokens)
 
 
 class ExtendedRouter(BaseRouter):
