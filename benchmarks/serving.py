@@ -4,9 +4,9 @@
     .venv-serving/bin/python benchmarks/serving.py      # a random Mixtral of 90 million parameters, on one CPU core
 
 Prints new tokens a second of each, the best of several rounds, and their ratio to the base's, with few and with many
-requests at once. The engines live beside each other and take turns, and what counts is processor time, so that whatever
-else the machine does slows none of them. A gate with the threshold 1e9 lets no token through; one with the median of its
-margins as threshold lets half of the prompts' tokens through: the same ones with deltas and without.
+requests at once. The engines live beside each other and take turns, and processor time is what counts: whatever else
+the machine does slows all of them. A gate with the threshold 1e9 lets no token through; one with the median of its
+margins as threshold lets half of the prompts' tokens through, the same ones with deltas and without.
 """
 
 import os
@@ -71,7 +71,6 @@ def make(folder: Path) -> None:
 
 def serve(folder: Path, kind: str) -> None:
     """An engine of `ENGINES`: a number of requests and a name come in, the seconds go out that they take."""
-    import torch
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig

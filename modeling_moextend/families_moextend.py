@@ -113,11 +113,16 @@ def num_groups(router):
 
 
 def call_router(router, tokens, *args, **kwargs):
-    """The router's answer for tokens [T, H]; some routers take them as [1, T, H] only."""
+    """The router's answer for tokens [T, H], in `RouterOutput`'s order; some take them as [1, T, H] only."""
     try:
-        return router.forward(tokens, *args, **kwargs)
+        return in_order(router.forward(tokens, *args, **kwargs))
     except (ValueError, IndexError, RuntimeError):
-        return router.forward(tokens.unsqueeze(0), *args, **kwargs)
+        return in_order(router.forward(tokens.unsqueeze(0), *args, **kwargs))
+
+
+def in_order(answer):
+    """A router's answer, logits first; in transformers 5.19 those of aria and granitemoe's kind have them last."""
+    return answer[::-1] if isinstance(answer, tuple) and getattr(answer[0], "dtype", None) == torch.long else answer
 
 
 def sibling(module, parameters, buffers=(), **attributes):

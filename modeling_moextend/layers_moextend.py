@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .families_moextend import bias_path, plain_class, sibling, tensor_at
+from .families_moextend import bias_path, in_order, plain_class, sibling, tensor_at
 from .gate_moextend import warn_if_closed
 from .low_rank_moextend import LowRankExperts
 from .routing_moextend import (
@@ -27,7 +27,7 @@ from .routing_moextend import (
     scale_logits,
     shared_expert_weights,
 )
-from .scope_moextend import NewExperts
+from .scope_moextend import NewExperts, empty_instance
 
 
 class RouterRows(nn.Module):
@@ -213,7 +213,9 @@ class ExtendedRouter:
         answer, extension = super().forward(hidden_states, *args, **kwargs), self.moextend
         if extension.is_idle():
             return answer
-        return extension(self, hidden_states, answer, next(iter((*args, *kwargs.values())), None))
+        base = in_order(answer)
+        extended = extension(self, hidden_states, base, next(iter((*args, *kwargs.values())), None))
+        return extended if base is answer else extended[::-1]
 
 
 class ExtendedExperts:
@@ -290,17 +292,11 @@ def extended_class(mixin, base_class):
     """`base_class` with `mixin` before it, one class for all. No import finds it, so pickling makes it anew."""
 
     def reduce(module, protocol):
-        return extended_instance, (mixin, base_class), module.__dict__
+        return empty_instance, (extended_class, mixin, base_class), module.__dict__
 
     name = f"{mixin.__name__}{base_class.__name__}"
     own = {"__module__": base_class.__module__, "__reduce_ex__": reduce, "moextend_base": base_class}
     return type(name, (mixin, base_class), own)
-
-
-def extended_instance(mixin, base_class):
-    """An empty instance, which unpickling and `deepcopy` fill."""
-    extended = extended_class(mixin, base_class)
-    return extended.__new__(extended)
 
 
 def swap_class(module, new_class):

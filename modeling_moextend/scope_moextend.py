@@ -429,16 +429,16 @@ def following_class(cache_class):
     """`cache_class`, with the state moved along. No import finds it, so pickling makes it anew."""
 
     def reduce(cache, protocol):
-        return following_instance, (cache_class,), cache.__dict__
+        return empty_instance, (following_class, cache_class), cache.__dict__
 
     moves = {name: following(getattr(cache_class, name), MOVES[name]) for name in MOVES.keys() & dir(cache_class)}
     return type(cache_class.__name__, (cache_class,), {"moextend_follows": True, "__reduce_ex__": reduce, **moves})
 
 
-def following_instance(cache_class):
-    """An empty instance, which unpickling and `deepcopy` fill."""
-    follows = following_class(cache_class)
-    return follows.__new__(follows)
+def empty_instance(make_class, *args):
+    """An empty instance of a class made at run time, which unpickling and `deepcopy` fill."""
+    made = make_class(*args)
+    return made.__new__(made)
 
 
 def following(method, move):

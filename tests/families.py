@@ -172,7 +172,6 @@ FAMILIES = {
             "projector_patch_to_query_dict": {"4": 2},
             "image_token_index": IMAGE_TOKEN,
         },
-        since="5.23",
     ),
     "axk1": Family({**GROUPED, **MLA, **TWO, "first_k_dense_replace": 0}, SWITCHES_DENSE),
     "axk2": Family(
@@ -485,7 +484,7 @@ FAMILIES = {
         {**GROUPED, **MLA, **INDEXER, **TWO, "first_k_dense_replace": 0, "head_dim": 8}, SWITCHES_DENSE
     ),
     "gpt_oss": Family({"num_local_experts": 6, "intermediate_size": 24, "head_dim": 8, "sliding_window": 16}),
-    "granitemoe": Family({"num_local_experts": 6, "intermediate_size": 24, "logits_scaling": 2.0}, since="5.23"),
+    "granitemoe": Family({"num_local_experts": 6, "intermediate_size": 24, "logits_scaling": 2.0}),
     "granitemoe_swa": Family(
         {**TWO, "num_local_experts": 6, "intermediate_size": 24, "sliding_window": 16, "shared_intermediate_size": 24},
         {"no_shared": {"shared_intermediate_size": 0}},
@@ -501,12 +500,10 @@ FAMILIES = {
             "mamba_d_state": 8,
             "mamba_chunk_size": 8,
         },
-        since="5.23",
     ),
     "granitemoeshared": Family(
         {**TWO, "num_local_experts": 6, "intermediate_size": 24, "shared_intermediate_size": 24},
         {"no_shared": {"shared_intermediate_size": 0}},
-        since="5.23",
     ),
     "hunyuan_v1_moe": Family({**TWO, "num_experts": 6, "moe_topk": 2, "intermediate_size": 24, "head_dim": 8}),
     "hy_v3": Family(

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from modeling_moextend import MoExtendForCausalLM, MoExtendModel
 from modeling_moextend.adapter_file_moextend import FILE
-from modeling_moextend.families_moextend import find_moe_layers, plain_class
+from modeling_moextend.families_moextend import find_moe_layers, in_order, plain_class
 from modeling_moextend.layers_moextend import Extension
 from modeling_moextend.routing_moextend import RouterOutput, Rule, choice_keys, route
 from modeling_moextend.scope_moextend import IMAGES, STATE, cached_state, merge_overlapping
@@ -120,7 +120,7 @@ def tokens(count=300, seed=0):
 @torch.no_grad()
 def run(layer, x):
     """weights [T, K], index [T, K] and output [T, H] of one MoE layer's router and experts."""
-    _, weights, index = layer.router(x)
+    _, weights, index = in_order(layer.router(x))
     return weights, index, layer.experts(x, index, weights)
 
 

@@ -12,7 +12,7 @@ from test_sft_trainer import WORDS, config, make_tokenizer
 from modeling_moextend import MoExtendConfig, MoExtendForCausalLM
 from modeling_moextend.adapter_file_moextend import FILE
 from modeling_moextend.attaching.extending import describe_adapters
-from modeling_moextend.families_moextend import find_moe_layers
+from modeling_moextend.families_moextend import find_moe_layers, in_order
 from modeling_moextend.publishing.card import create_card
 from modeling_moextend.tools.hashes import base_tensors_hash
 from modeling_moextend.tools.merge import merge
@@ -211,7 +211,7 @@ def test_an_adapter_that_no_token_selects_gets_gradients_of_zero():
     with torch.no_grad():
         row = torch.linalg.lstsq(x, torch.full((16, 1), -60.0)).solution.squeeze(-1)
         trained["layers.1.router.weight"].copy_(row.expand(2, -1))
-    _, weights, index = layer.router(x)
+    _, weights, index = in_order(layer.router(x))
     layer.experts(x, index, weights).sum().backward()
     assert (index >= 8).any() and not ((index >= 6) & (index < 8)).any()  # of default, and none of b
     assert all(tensor.grad is not None and not tensor.grad.any() for tensor in trained.values())

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from modeling_moextend import MoExtendForCausalLM, layers_moextend
-from modeling_moextend.families_moextend import find_moe_layers
+from modeling_moextend.families_moextend import find_moe_layers, in_order
 from modeling_moextend.layers_moextend import keep_in_graph
 from modeling_moextend.routing_moextend import SCORES
 
@@ -46,7 +46,7 @@ def tokens(count=64, seed=0, dtype=torch.float32):
 
 def run(layer, x):
     """weights [T, K], index [T, K] and output [T, H] of one MoE layer's router and experts."""
-    _, weights, index = layer.router(x)
+    _, weights, index = in_order(layer.router(x))
     return weights, index, layer.experts(x, index, weights)
 
 
@@ -138,7 +138,7 @@ def reject_all(layer, x):
         extension.weight.copy_(row.expand_as(extension.weight))
         if extension.correction_bias is not None:
             extension.correction_bias.fill_(-10.0)
-        assert (layer.router(x)[0][:, layer.num_experts :] < -40).all()
+        assert (in_order(layer.router(x))[0][:, layer.num_experts :] < -40).all()
 
 
 @pytest.mark.parametrize("choices", [{}, {"calibration": "routed"}], ids=["none", "routed"])
@@ -231,7 +231,7 @@ def one_expert(family, experts, place, x):
 def assert_formula(layer, x, found, expected):
     """Equal but for rounding: of a router's logit, a sum over H that changes a score by as much in relation to it; of
     experts, which sum over H, then I; of the sum over K of them."""
-    largest = layer.router(x)[0].abs().max().item()
+    largest = in_order(layer.router(x))[0].abs().max().item()
     bound = rounding(32) * largest + rounding(32, 24, 2)
     torch.testing.assert_close(found, expected, rtol=0, atol=bound * expected.abs().max().item())
 
@@ -560,7 +560,7 @@ def test_bf16_routing_of_new_rows_is_done_in_float32(family):
     model = extended(family, base=make_base(family, torch.bfloat16))
     x = tokens(40, dtype=torch.bfloat16)
     layer = moe_layer(model)
-    logits = layer.router(x)[0]
+    logits = in_order(layer.router(x))[0]
     new = layer.router.moextend.adapters["default"]
     assert logits.dtype == torch.float32 and new.weight.dtype == torch.float32
     expected = F.linear(x.float(), new.weight, new.bias)
@@ -585,8 +585,8 @@ def test_a_copy_wins_beside_its_source_wherever_the_correction_bias_lies(family)
     bias = next(t.reshape(-1) for name, t in tensors if name.endswith(("e_score_correction_bias", "expert_bias")))
     given = (bias,) if CORRECTED[family] else ()
     with model.disable_adapter():
-        winners = layer.router(x, *given)[2]
-    found = layer.router(x, *given)[2].sort().values
+        winners = in_order(layer.router(x, *given))[2]
+    found = in_order(layer.router(x, *given))[2].sort().values
     scores = SCORES[model.config.routing_rule["score"]](F.linear(x, layer.router.weight).repeat(1, 2))
     beaten = torch.ones(200, 6, dtype=torch.bool).scatter(1, winners, False)
     keys = (scores + bias.repeat(2)).masked_fill(torch.cat([beaten, torch.zeros_like(beaten)], dim=1), -torch.inf)
@@ -605,7 +605,7 @@ def test_a_scale_for_each_expert_is_copied_frozen_and_named_by_role():
     tensors = model.adapter_tensors()
     assert torch.equal(tensors["layers.1.router.scale"], scale[[3, 0, 3]])
     assert "layers.1.router.scale" not in model.set_trainable() and "layers.1.router.weight" in model.set_trainable()
-    told, weights, index = moe_layer(model, 1).router(tokens())
+    told, weights, index = in_order(moe_layer(model, 1).router(tokens()))
     torch.testing.assert_close(told.sum(dim=-1), torch.ones(64))  # this router answers shares, of nine experts now
     shares = told.gather(-1, index)
     every = torch.cat([scale, scale[[3, 0, 3]]])

@@ -63,6 +63,7 @@ DEEPSEEK = {
     "num_experts_per_tok": 3,
     "topk_group": 2,
 }
+GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.7, "attention_multiplier": 0.2, "logits_scaling": 2.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 256}
 YARN |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.7, "mscale_all_dim": 0.7}
 DEEPSEEK_V2 = {"topk_method": "group_limited_greedy", "scoring_func": "softmax", "routed_scaling_factor": 1.5}
@@ -74,6 +75,7 @@ FAMILIES = {
     "qwen2_moe": {**QWEN, "shared_expert_intermediate_size": 64, "norm_topk_prob": False},
     "olmoe": {"num_experts": 8, "intermediate_size": 64, "norm_topk_prob": False},
     "gpt_oss": {"num_local_experts": 8, "intermediate_size": 64, "head_dim": 32, "sliding_window": 32},
+    "granitemoe": {"num_local_experts": 8, "intermediate_size": 64, **GRANITE},
 }
 FOUR, ONE, EVERY = {1: [1, 5, 0, 3], 3: [3, 0, 6, 2]}, {1: [1], 2: [4]}, dict.fromkeys(range(4), [5, 1])
 PLAIN = {"deltas": ()}  # a gate has deltas of all kinds unless this says otherwise

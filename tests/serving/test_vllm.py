@@ -118,7 +118,7 @@ def test_bfloat16_differs_by_rounding_as_the_base_itself_does(workshop):
             assert same >= 60
 
 
-ARCHITECTURES = {"olmoe": "OlmoeForCausalLM", "gpt_oss": "GptOssForCausalLM"}
+ARCHITECTURES = {"olmoe": "OlmoeForCausalLM", "gpt_oss": "GptOssForCausalLM", "granitemoe": "GraniteMoeForCausalLM"}
 ARCHITECTURES |= {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
 ARCHITECTURES |= {"qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 

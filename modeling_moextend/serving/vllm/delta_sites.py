@@ -26,7 +26,8 @@ def add_hooks(model: nn.Module, serving: ServingPass) -> None:
             name, sites = names[module], [site for _, (site, _) in sorted(by_column.items())]
             size = sum(size for _, size in by_column.values())
             if size != getattr(module, "output_size", size):
-                raise ValueError(f"{', '.join(sites)} have {size} outputs, and vLLM's layer there {module.output_size}.")
+                outputs = f"{size} outputs, and vLLM's layer there {module.output_size}"
+                raise ValueError(f"The deltas {', '.join(sites)} have {outputs}.")
             if name not in serving.sites:
                 serving.sites[name] = {}
                 (add_input_hook if is_input(sites[0]) else add_output_hook)(module, name)

@@ -58,8 +58,9 @@ class Builder:
         for number, adapter in adapters:
             rows, rule = adapter.rows[layer], adapter.rule
             rule = rule._replace(scale=rule.scale / options["routed_scaling_factor"]) if scaled_later else rule
-            experts = torch.tensor([*range(num_experts), *range(first, first + rows.num_new), first], dtype=torch.int32)
-            parts.append(LayerPart(number, rows, rule, experts.to(rows.weight.device), None))
+            experts = [*range(num_experts), *range(first, first + rows.num_new), first]
+            experts = torch.tensor(experts, dtype=torch.int32, device=rows.weight.device)
+            parts.append(LayerPart(number, rows, rule, experts, None))
             first += rows.num_new
         self.serving.layers[layer] = router, parts
         extended = ExtendedRouter(layer, hidden_size, top_k, first)

@@ -7,6 +7,7 @@ FAMILIES = (  # architectures of bases, by their names in transformers and vLLM
     "DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM",
     "GptOssForCausalLM",
+    "GraniteMoeForCausalLM",
     "MixtralForCausalLM",
     "OlmoeForCausalLM",
     "Qwen2MoeForCausalLM",
