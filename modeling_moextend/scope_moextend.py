@@ -437,8 +437,7 @@ def following_class(cache_class):
 
 def empty_instance(make_class, *args):
     """An empty instance of a class made at run time, which unpickling and `deepcopy` fill."""
-    made = make_class(*args)
-    return made.__new__(made)
+    return object.__new__(make_class(*args))
 
 
 def following(method, move):

@@ -150,6 +150,26 @@ def test_settings_are_refused_by_name(workshop, message):
         check_engine(config, several=False)
 
 
+OTHERS = {  # what vLLM itself refuses on a CPU, or asks more for: as if it had been given all the same
+    "--enable-eplb: True": ("parallel_config", "enable_eplb", True),
+    "--enable-dbo: True": ("parallel_config", "enable_dbo", True),
+    "--decode-context-parallel-size: 2": ("parallel_config", "decode_context_parallel_size", 2),
+    "--prefill-context-parallel-size: 2": ("parallel_config", "prefill_context_parallel_size", 2),
+    "--quantization: fp8": ("model_config", "quantization", "fp8"),
+    "--kv-transfer-config: it": (None, "kv_transfer_config", SimpleNamespace(kv_connector="it")),
+}
+
+
+def test_settings_of_other_machines_are_refused_by_name(workshop):
+    config = EngineArgs(model=str(workshop.adapter("gate")), max_model_len=256).create_engine_config()
+    for message, (part, name, value) in OTHERS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(getattr(config, part) if part else config, name, value)
+            with pytest.raises(ValueError, match=message):
+                check_engine(config, several=False)
+    check_engine(config, several=False)
+
+
 def test_measured_settings_are_not_refused(workshop):
     config = EngineArgs(model=str(workshop.adapter("gate")), max_model_len=256).create_engine_config()
     check_engine(config, several=False)
