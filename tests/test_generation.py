@@ -135,7 +135,7 @@ def test_embeddings_generate_as_their_ids_do(model, options):
     inputs = batch(rows=2, length=6)
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     if model.config.scope == "modality":
-        with pytest.raises(ValueError, match="scope='modality' finds the image tokens in input_ids, but only"):
+        with pytest.raises(ValueError, match="scope='modality' finds image and audio tokens in input_ids, but only"):
             generate(model, inputs_embeds=embeds, **options)
         return
     found = generate(model, inputs_embeds=embeds, attention_mask=inputs["attention_mask"], **options)
