@@ -66,8 +66,10 @@ class Conversation:
             raise ValueError(f"{word} needs {NEEDS[word]}.")
         if word in ALONE and argument:
             raise ValueError(f"{word} stands alone, without {argument!r}.")
+        if word in NEEDS:
+            argument = os.path.expanduser(argument.strip("'\""))  # as a shell reads a path
         if word in ("/image", "/audio"):
-            self.give(word[1:], argument.strip("'\""))
+            self.give(word[1:], argument)
         elif word == "/adapter":
             self.say(f"{self.chat.switch(argument)} is on")
         elif word in ("/on", "/off"):
@@ -85,9 +87,9 @@ class Conversation:
     def give(self, modality: str, file: str) -> None:
         """An image or a clip for the next message."""
         self.chat.check_sense(modality)
-        if not Path(file).expanduser().is_file():
+        if not Path(file).is_file():
             raise ValueError(f"{file}: no such file.")
-        self.given[modality].append(str(Path(file).expanduser()))
+        self.given[modality].append(file)
         self.say(f"{sum(map(len, self.given.values()))} with the next message")
 
     def forget(self) -> bool:

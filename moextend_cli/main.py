@@ -38,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parsed(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments; wrong ones end the process, with JSON if they ask for it, and else as argparse does."""
     parser = build_parser()
+    if not argv and "_ARGCOMPLETE" not in os.environ:  # someone looks what there is
+        parser.print_help(sys.stderr)
+        raise SystemExit(UNREADABLE)
     if "_ARGCOMPLETE" in os.environ:  # the shell asks how the line could go on; it is answered and the process ends
         import argcomplete
 

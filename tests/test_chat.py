@@ -144,7 +144,7 @@ def test_lines_that_mean_nothing_are_answered(line, said, chat, capsys):
     assert said in capsys.readouterr().out
 
 
-def test_images_and_clips_come_with_the_next_message(tmp_path, capsys):
+def test_images_and_clips_come_with_the_next_message(tmp_path, capsys, monkeypatch):
     """By path, in a conversation of one question each and one about both."""
     processor = make_processor(eyes=True)
     processor.tokenizer.chat_template = processor.chat_template
@@ -160,6 +160,9 @@ def test_images_and_clips_come_with_the_next_message(tmp_path, capsys):
     asked = [message["content"] for message in talk.chat.messages if message["role"] == "user"]
     assert asked == ["<image>\nWhat?", "<image><audio>\nAnd?"]
     assert (len(talk.chat.images), len(talk.chat.audio)) == (2, 1)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    talk.take("/tokens '~/a page.html'")
+    assert "Written to" in capsys.readouterr().out and (tmp_path / "a page.html").is_file()
     for line in (f"/audio {tmp_path}/no.wav", "/image a.jpg"):
         talk.take(line)
         assert "no such file" in capsys.readouterr().out and not any(talk.given.values())

@@ -8,6 +8,7 @@ writes that part of docs/cli.md anew.
 import argparse
 import configparser
 import dataclasses
+import errno
 import inspect
 import json
 import os
@@ -156,6 +157,11 @@ def test_both_names_of_the_library_are_one():
     assert short_name.__version__ == modeling_moextend.__version__
     with pytest.raises(AttributeError, match="nothing"):
         short_name.nothing  # noqa: B018
+    for module in ("chat", "evaluation.token_view", "training.recipes"):
+        assert import_module(f"moextend.{module}") is import_module(f"modeling_moextend.{module}")
+        assert sys.modules[f"modeling_moextend.{module}"].__spec__.name == f"modeling_moextend.{module}"
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'moextend\.nothing'"):
+        import_module("moextend.nothing")
 
 
 @pytest.mark.slow
@@ -1139,6 +1145,35 @@ def test_recipes_ship_and_are_found_by_name_or_path(moextend, tmp_path):
     assert find_recipe(str(tmp_path / "mine.yaml")) == str(tmp_path / "mine.yaml")
     code, text = moextend("train", "--config", "no_such")
     assert code == 2 and f"no such recipe among {', '.join(names)}" in text
+    code, text = moextend("train", names[0])
+    assert code == 2 and f"a recipe is named by --config {names[0]}." in text
+    (tmp_path / "r.yaml").write_bytes(b"\xff")
+    code, text = moextend("train", "--config", tmp_path / "r.yaml")
+    assert code == 2 and "The recipe is no text in UTF-8" in text
+
+
+def test_alone_it_says_what_there_is(moextend):
+    code, text = moextend()
+    assert code == 2 and text.startswith("usage: moextend") and all(name in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [({"--output-dir": "/no/way"}, "can't be made"), ({"--plan": "{3}"}, "plan='{3}' is no JSON")]
+)
+def test_where_a_training_cannot_begin_it_says_so_in_a_line(options, said, adapter, moextend, monkeypatch, tmp_path):
+    make = Path.mkdir
+
+    def mkdir(path, *args, **kwargs):
+        if path.is_relative_to("/no"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        make(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}')
+    options = {"--plan": '{"0": [0]}', "--output-dir": tmp_path / "out", **options}
+    line = ["train", "--base", adapter.parent / "base", "--data", tmp_path / "data.jsonl", "--stages", "finetune"]
+    code, text = moextend(*line, *(word for option in options.items() for word in option))
+    assert code == 2 and said in text and "Traceback" not in text
 
 
 @pytest.mark.parametrize("line", ["--nonsense 1", "--max_steps many", "--stages fly"])
@@ -1195,8 +1230,10 @@ def test_reports_side_by_side(moextend, tmp_path):
     assert code == 0 and "perplexity" in text
     code, text = moextend("report", tmp_path)
     assert code == 2 and "is no report" in text
-    (tmp_path / "one" / "report.json").write_text("{")
-    assert moextend("report", tmp_path / "one")[0] == 2
+    for damaged, reason in ("{", "Expecting"), ("{}", "'title' is missing"):
+        (tmp_path / "one" / "report.json").write_text(damaged)
+        code, text = moextend("report", tmp_path / "one")
+        assert code == 2 and f"is damaged: {reason}" in text
 
 
 def test_completion(moextend, monkeypatch):

@@ -139,7 +139,8 @@ def read_result(path: str | os.PathLike) -> dict[str, Any]:
             "point": point(report["title"], report),
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Unusable(f"{file} is damaged: {error}.") from error
+        missing = " is missing" if isinstance(error, KeyError) else ""
+        raise Unusable(f"{file} is damaged: {error}{missing}.") from error
 
 
 def compare_reports(folders: Sequence[str | os.PathLike], picture: str | os.PathLike | None = None) -> dict[str, Any]:

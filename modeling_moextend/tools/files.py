@@ -44,6 +44,8 @@ def made_folder(folder: str | os.PathLike) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise type(error)(f"{folder} is a file, or lies below one: name another folder.") from error
+    except OSError as error:
+        raise type(error)(f"{folder} can't be made ({error.strerror}): name another folder.") from error
     try:
         yield folder
     except BaseException:

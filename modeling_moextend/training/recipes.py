@@ -31,6 +31,8 @@ class RecipeParser(TrlParser):
         Raises:
             ValueError: an unknown option or key, a value of another kind, no such recipe.
         """
+        if words and not words[0].startswith("-"):
+            self.error(f"{words[0]!r} is no option; a recipe is named by --config {words[0]}")
         words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
         if "--config" in words[:-1]:
             position = words.index("--config") + 1
@@ -40,7 +42,8 @@ class RecipeParser(TrlParser):
         except (argparse.ArgumentError, ValueError, TypeError, yaml.YAMLError) as error:
             if isinstance(error, Unusable):
                 raise
-            raise Unusable(f"{str(error).removesuffix('.')}. The options: {self.prog} --help-all") from error
+            what = "The recipe is no text in UTF-8: " if isinstance(error, UnicodeDecodeError) else ""
+            raise Unusable(f"{what}{str(error).removesuffix('.')}. The options: {self.prog} --help-all") from error
         if unknown:
             self.error(f"no such options: {' '.join(unknown)}")
         return tuple(parsed)

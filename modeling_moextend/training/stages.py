@@ -370,12 +370,15 @@ def read_plan(config: StagesConfig) -> dict[int, list[int]]:
     """`config.plan` (a file or JSON) as {layer: [source experts]}.
 
     Raises:
-        ValueError: neither a file nor JSON.
+        ValueError: neither a file nor JSON, or JSON that can't be read.
     """
     if not os.path.isfile(config.plan) and not config.plan.lstrip().startswith("{"):
         raise ValueError(f"plan={config.plan!r} is no file, and no JSON like '{{\"2\": [1]}}'.")
     text = Path(config.plan).read_text(encoding="utf-8") if os.path.isfile(config.plan) else config.plan
-    return normalise_plan(json.loads(text))
+    try:
+        return normalise_plan(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"plan={config.plan!r} is no JSON like '{{\"2\": [1]}}': {error}.") from error
 
 
 # ---------------------------------------------------------------- the stages
