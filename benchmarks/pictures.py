@@ -74,7 +74,7 @@ def idea(path: Path) -> None:
     for number, text in enumerate(("5", "4", "9")):
         box(65.5 + 10.2 * number, 4, 9, 6, "white", text, ink=NEW, edgecolor=NEW, linewidth=1.2)
     axes.text(4, 0.4, "text that the base knows", color=dark, size=8.5)
-    axes.text(65.5, 0.4, "tokens of the new task, or of an image", color=NEW, size=8.5)
+    axes.text(65.5, 0.4, "tokens of the new task or sense", color=NEW, size=8.5)
     for x, colour in ((29, dark), (80.5, NEW)):
         arrow((x, 10.6), (x, 16.6), colour)
     arrow((25, 23.8), (13.8, 30.6), dark)
