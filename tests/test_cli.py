@@ -308,7 +308,7 @@ def test_a_missing_adapter_is_code_2(command, adapter, moextend):
 @pytest.mark.parametrize("command", OF_ADAPTERS)
 def test_wrong_usage_is_code_2(command, adapter, moextend):
     line = command_line(command, adapter)
-    for wrong, reason in ((line[:-1], "are required"), ([*line, "--nonsense"], "--nonsense"), ([], "are required")):
+    for wrong, reason in ((line[:-1], "are required"), ([*line, "--nonsense"], "--nonsense")):
         code, text = moextend(*wrong)
         assert code == 2 and text.startswith("usage: moextend") and reason in text
         code, found = moextend(*wrong, "--json")
@@ -1155,6 +1155,8 @@ def test_recipes_ship_and_are_found_by_name_or_path(moextend, tmp_path):
 def test_alone_it_says_what_there_is(moextend):
     code, text = moextend()
     assert code == 2 and text.startswith("usage: moextend") and all(name in text for name in COMMANDS)
+    code, found = moextend("--json")
+    assert code == 2 and "are required" in found["error"]
 
 
 @pytest.mark.parametrize(
