@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, PAPER, batch, make_base, make_encoder, shake
-from families import NEWEST
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -1031,7 +1030,7 @@ def test_base_and_encoder_are_bit_equal_after_saving_and_loading(tmp_path):
     assert base_tensors_hash(model) == before
     detached = model.detach()
     assert_equal(dict(detached.state_dict()), dict(make_base().state_dict()))
-    assert len(FAMILIES) == (7 if NEWEST else 6)
+    assert len(FAMILIES) == 7
 
 
 def test_what_is_read_from_a_file_is_what_the_model_holds(saved, monkeypatch):
