@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -208,7 +209,9 @@ def test_ctrl_c_in_a_training_says_where_it_stopped(tmp_path):
     command = [sys.executable, "examples/train.py", "--config", "configuration/recipes/easy_vqa.yaml"]
     command += ["--save_strategy", "steps", "--save_steps", "1", "--logging_steps", "1", "--disable_tqdm", "true"]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
-    with subprocess.Popen(command, **streams, env={**os.environ, **ENVIRONMENT}) as training:
+    # A shell's background jobs, and what they start, ignore signal 2.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, **streams, env={**os.environ, **ENVIRONMENT}, preexec_fn=heed) as training:
         while not (tmp_path / "outputs/easy-vqa/adapter/align/checkpoint-2/trainer_state.json").exists():
             assert training.poll() is None, training.stderr.read()[-3000:]
             time.sleep(0.1)
