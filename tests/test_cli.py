@@ -1145,6 +1145,8 @@ def test_recipes_ship_and_are_found_by_name_or_path(moextend, tmp_path):
     assert find_recipe(str(tmp_path / "mine.yaml")) == str(tmp_path / "mine.yaml")
     code, text = moextend("train", "--config", "no_such")
     assert code == 2 and f"no such recipe among {', '.join(names)}" in text
+    code, text = moextend("train", "--bf16", "false", "--use_cpu", "true")
+    assert code == 2 and "--base" in text and len(text.splitlines()) <= 4 and "Traceback" not in text
     code, text = moextend("train", names[0])
     assert code == 2 and f"a recipe is named by --config {names[0]}." in text
     (tmp_path / "r.yaml").write_bytes(b"\xff")
